@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 OR MIT
+
+//! Whether the memory of a device may be touched.
+//!
+//! A device has a set of [`Reasons`] why it may not. An event source that is about to take memory
+//! away *begins* its reason, drains every buffer, lets the event happen, and *ends* its reason,
+//! telling at the same time what the device says now ([`Levels`]). Reasons that have a beginning
+//! and an end are counted, so concurrent events nest; there are no booleans to re-arm.
+//!
+//! A buffer belongs to one [`Epoch`], the time from an open of the device to its close, and is
+//! dead once that epoch is over.
+
+/// A set of reasons why memory is inaccessible; the values are those of the uAPI.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reasons(u32);
+
+impl Reasons {
+    /// No reason: accessible.
+    pub const NONE: Self = Self(0);
+    /// The memory bit of COMMAND is clear.
+    pub const MEMORY_OFF: Self = Self(1 << 0);
+    /// The device is in reset.
+    pub const RESET: Self = Self(1 << 1);
+    /// D1, D2, D3hot, low-power feature or system sleep.
+    pub const LOW_POWER: Self = Self(1 << 2);
+    /// A device error that is not yet recovered.
+    pub const ERROR: Self = Self(1 << 3);
+    /// A config-space write that may turn memory off is in progress.
+    pub const CONFIG_WRITE: Self = Self(1 << 4);
+
+    /// The bits of the uAPI.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// Whether there is no reason.
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Both sets together.
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether all reasons of `other` are in this set.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    fn with(self, other: Self, condition: bool) -> Self {
+        if condition {
+            self.union(other)
+        } else {
+            self
+        }
+    }
+}
+
+/// An event that takes memory away between its beginning and its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A reset of the function.
+    Reset,
+    /// Entry into the low-power feature.
+    LowPower,
+    /// System sleep.
+    Sleep,
+    /// A device error, until recovery.
+    Error,
+    /// A write to COMMAND or PMCSR.
+    ConfigWrite,
+}
+
+const EVENTS: usize = 5;
+
+impl Event {
+    /// Every event.
+    pub const ALL: [Self; EVENTS] = [
+        Self::Reset,
+        Self::LowPower,
+        Self::Sleep,
+        Self::Error,
+        Self::ConfigWrite,
+    ];
+
+    /// The reason that holds while the event lasts.
+    pub const fn reason(self) -> Reasons {
+        match self {
+            Self::Reset => Reasons::RESET,
+            Self::LowPower | Self::Sleep => Reasons::LOW_POWER,
+            Self::Error => Reasons::ERROR,
+            Self::ConfigWrite => Reasons::CONFIG_WRITE,
+        }
+    }
+
+    const fn index(self) -> usize {
+        match self {
+            Self::Reset => 0,
+            Self::LowPower => 1,
+            Self::Sleep => 2,
+            Self::Error => 3,
+            Self::ConfigWrite => 4,
+        }
+    }
+}
+
+/// What the device itself says about its memory, sampled at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Levels {
+    /// The memory bit of COMMAND is clear, and counts (it does not for a virtual function).
+    pub memory_off: bool,
+    /// The power state is D1 or deeper.
+    pub sleeping: bool,
+    /// The user asked for low power and has not asked to leave it.
+    pub low_power: bool,
+}
+
+impl Levels {
+    const fn reasons(self) -> Reasons {
+        let mut reasons = Reasons::NONE;
+        if self.memory_off {
+            reasons = reasons.union(Reasons::MEMORY_OFF);
+        }
+        if self.sleeping || self.low_power {
+            reasons = reasons.union(Reasons::LOW_POWER);
+        }
+        reasons
+    }
+}
+
+/// The time from one open of a device to its close. Never used twice by one device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Epoch(u64);
+
+/// State of a buffer, as the uAPI has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Accessible.
+    Ok,
+    /// Inaccessible for these reasons, never empty.
+    Revoked(Reasons),
+    /// Inaccessible for ever.
+    Dead,
+}
+
+/// Access to the memory of one device.
+#[derive(Clone, Debug)]
+pub struct Access {
+    epoch: u64,
+    open: bool,
+    events: [u32; EVENTS],
+    levels: Levels,
+}
+
+impl Default for Access {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Access {
+    /// A device that was never open.
+    pub const fn new() -> Self {
+        Self {
+            epoch: 0,
+            open: false,
+            events: [0; EVENTS],
+            levels: Levels {
+                memory_off: false,
+                sleeping: false,
+                low_power: false,
+            },
+        }
+    }
+
+    /// The device was opened; starts an epoch.
+    ///
+    /// An error that nobody recovered from does not outlast the open in which it happened: opening
+    /// enabled and reset the function.
+    pub fn open(&mut self, levels: Levels) -> Epoch {
+        self.epoch = self.epoch.wrapping_add(1);
+        self.open = true;
+        self.levels = levels;
+        self.set(Event::Error, 0);
+        Epoch(self.epoch)
+    }
+
+    /// The device is about to be closed; ends the epoch, and with it the life of its buffers.
+    pub fn close(&mut self) {
+        self.open = false;
+    }
+
+    /// The current epoch; `None` when the device is not open.
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.open.then_some(Epoch(self.epoch))
+    }
+
+    /// `event` begins. The caller drains after this and before it lets the event happen.
+    pub fn begin(&mut self, event: Event) {
+        self.set(event, self.count(event).saturating_add(1));
+    }
+
+    /// `event` is over. Without its beginning this is nothing: a reset that began before the driver
+    /// was bound ends after it.
+    pub fn end(&mut self, event: Event) {
+        self.set(event, self.count(event).saturating_sub(1));
+    }
+
+    /// `event` is over, however often it began: one recovery ends all errors before it.
+    pub fn end_all(&mut self, event: Event) {
+        self.set(event, 0);
+    }
+
+    /// What the device says now.
+    pub fn set_levels(&mut self, levels: Levels) {
+        self.levels = levels;
+    }
+
+    /// What the device said last.
+    pub fn levels(&self) -> Levels {
+        self.levels
+    }
+
+    /// Why memory may not be touched, whoever asks.
+    pub fn reasons(&self) -> Reasons {
+        Event::ALL
+            .iter()
+            .fold(self.levels.reasons(), |reasons, &event| {
+                reasons.with(event.reason(), self.count(event) != 0)
+            })
+    }
+
+    /// The state of a buffer of `epoch` that was, or was not, `revoked` for good.
+    pub fn state(&self, epoch: Epoch, revoked: bool) -> State {
+        if revoked || self.epoch() != Some(epoch) {
+            return State::Dead;
+        }
+        match self.reasons() {
+            Reasons::NONE => State::Ok,
+            reasons => State::Revoked(reasons),
+        }
+    }
+
+    fn count(&self, event: Event) -> u32 {
+        self.events.get(event.index()).copied().unwrap_or(0)
+    }
+
+    fn set(&mut self, event: Event, count: u32) {
+        if let Some(slot) = self.events.get_mut(event.index()) {
+            *slot = count;
+        }
+    }
+}

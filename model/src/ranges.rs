@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 OR MIT
+
+//! Ranges of a BAR: validation, and the look-up from an offset in a buffer to a page.
+//!
+//! A buffer is the concatenation of its ranges. It is kept as one [`Segment`] a range with prefix
+//! sums, so that a look-up is a binary search. Units: everything that comes from user space is in
+//! bytes; segments count pages.
+
+/// Why a list of ranges is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RangeError {
+    /// A length is 0.
+    Empty,
+    /// An offset or a length is not a multiple of the page size.
+    Unaligned,
+    /// The sum of the lengths overflows, or reaches into the bit that the DMA API keeps for itself.
+    TooLong,
+    /// Offset plus BAR address overflows.
+    AddressOverflow,
+    /// A range ends past the end of the BAR.
+    PastEnd,
+}
+
+/// Top bit of a size in the DMA API (`DMA_IOVA_USE_SWIOTLB`, `include/linux/dma-mapping.h`).
+const SIZE_RESERVED_BIT: u64 = 1 << 63;
+
+/// The sum of the lengths in bytes, after checking the shape of each range.
+///
+/// Says nothing about whether the ranges lie in a BAR: that is [`Bar::place`], and comes second, as
+/// in the stock exporter.
+pub fn total_length(
+    ranges: impl IntoIterator<Item = (u64, u64)>,
+    page_size: u64,
+) -> Result<u64, RangeError> {
+    let in_page = page_size.wrapping_sub(1);
+    let mut total: u64 = 0;
+    for (offset, length) in ranges {
+        if length == 0 {
+            return Err(RangeError::Empty);
+        }
+        if (offset | length) & in_page != 0 {
+            return Err(RangeError::Unaligned);
+        }
+        total = total.checked_add(length).ok_or(RangeError::TooLong)?;
+    }
+    if total & SIZE_RESERVED_BIT != 0 {
+        return Err(RangeError::TooLong);
+    }
+    Ok(total)
+}
+
+/// Whether `[a, a + a_len)` and `[b, b + b_len)` share a byte. Sums past the end of `u64` saturate.
+pub fn overlaps(a: u64, a_len: u64, b: u64, b_len: u64) -> bool {
+    a_len != 0 && b_len != 0 && a < b.saturating_add(b_len) && b < a.saturating_add(a_len)
+}
+
+/// A BAR: physical address and length in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bar {
+    /// CPU physical address of its first byte.
+    pub start: u64,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+impl Bar {
+    /// The physical address of a range of this BAR.
+    pub fn place(&self, offset: u64, length: u64) -> Result<u64, RangeError> {
+        let address = self
+            .start
+            .checked_add(offset)
+            .ok_or(RangeError::AddressOverflow)?;
+        let end = address
+            .checked_add(length)
+            .ok_or(RangeError::AddressOverflow)?;
+        // As differences: the BAR itself may end at the very end of the address space.
+        if end - self.start > self.length {
+            return Err(RangeError::PastEnd);
+        }
+        Ok(address)
+    }
+}
+
+/// One range of a buffer, in pages.
+///
+/// # Invariants of a list of segments
+///
+/// `end` is strictly increasing; segment `i` holds the pages `ends[i - 1]..ends[i]` of the buffer
+/// (from 0 for the first), which are the frames from `pfn` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The page of the buffer after the last of this segment.
+    pub end: u64,
+    /// Frame number of the first page.
+    pub pfn: u64,
+}
+
+impl Segment {
+    /// The segment that follows a segment that ends at page `begin` of the buffer.
+    pub fn after(begin: u64, address: u64, length: u64, page_shift: u32) -> Self {
+        Self {
+            end: begin + (length >> page_shift),
+            pfn: address >> page_shift,
+        }
+    }
+}
+
+/// Where a page of a buffer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Index of the segment.
+    pub segment: usize,
+    /// Frame number of the page.
+    pub pfn: u64,
+    /// Pages from here to the end of the segment, this one included.
+    pub run: u64,
+}
+
+/// Finds page `page` of a buffer; `None` past its end. O(log n).
+pub fn find(segments: &[Segment], page: u64) -> Option<Place> {
+    let segment = segments.partition_point(|s| s.end <= page);
+    let found = segments.get(segment)?;
+    let begin = begin_of(segments, segment);
+    Some(Place {
+        segment,
+        pfn: found.pfn + (page - begin),
+        run: found.end - page,
+    })
+}
+
+/// The page of the buffer at which segment `index` begins.
+pub fn begin_of(segments: &[Segment], index: usize) -> u64 {
+    match index.checked_sub(1).and_then(|before| segments.get(before)) {
+        Some(before) => before.end,
+        None => 0,
+    }
+}
+
+/// A mapping of a buffer into an address space. Addresses in bytes, page aligned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// First address.
+    pub start: u64,
+    /// Address after the last byte.
+    pub end: u64,
+    /// Page of the buffer that `start` maps.
+    pub page_offset: u64,
+}
+
+/// Why a fault cannot be served with an entry of the order asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misfit {
+    /// An entry of this order would leave the mapping or the range, or is not aligned: a smaller
+    /// one may do.
+    Order,
+    /// The address is outside the mapping or the buffer.
+    Outside,
+}
+
+/// The frame for a page-table entry of `2^order` pages that covers `address`.
+///
+/// Such an entry lies inside the mapping and inside one range, and its frame number is a multiple
+/// of `2^order`: it never spans two ranges, even if they touch.
+pub fn entry_for(
+    segments: &[Segment],
+    mapping: &Mapping,
+    address: u64,
+    order: u32,
+    page_shift: u32,
+) -> Result<u64, Misfit> {
+    let Some(entry_size) = 1u64.checked_shl(order + page_shift) else {
+        return Err(Misfit::Order);
+    };
+    if address < mapping.start || address >= mapping.end {
+        return Err(Misfit::Outside);
+    }
+    let first = address & !(entry_size - 1);
+    let last = first.checked_add(entry_size - 1).ok_or(Misfit::Order)?;
+    if first < mapping.start || last >= mapping.end {
+        return Err(Misfit::Order);
+    }
+    let page = mapping
+        .page_offset
+        .checked_add((first - mapping.start) >> page_shift)
+        .ok_or(Misfit::Outside)?;
+    let place = find(segments, page).ok_or(Misfit::Outside)?;
+    let pages = 1u64 << order;
+    if place.run < pages || place.pfn & (pages - 1) != 0 {
+        return Err(Misfit::Order);
+    }
+    Ok(place.pfn)
+}
