@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `barlease_vfio_pci`: a vfio-pci variant driver that leases ranges of BARs.
+//!
+//! A lease is a dma-buf that its holder maps, and that its grantor revokes: on request for good, and
+//! for as long as an event takes the device's memory away. The contract is `abi/include/barlease.h`.
+//!
+//! The parts, from the outside in:
+//!
+//! - [`driver`]: which operation of a device does what to its leases;
+//! - [`export`]: makes a buffer of what a process asks for;
+//! - [`buffer`]: a lease: its dma-buf, its mappings, its faults, its revocation;
+//! - [`leases`]: all buffers of a function and the state of access; **the lock order is there**;
+//! - [`model`]: every decision that needs no kernel, tested on the host;
+//! - [`sys`]: safe abstractions over the C side. All `unsafe` is there.
+
+#![deny(unsafe_code)]
+
+use core::borrow::Borrow;
+use kernel::{debugfs::Dir, prelude::*};
+
+#[path = "../../abi/src/lib.rs"]
+// `pub` is for the crate that the same source is.
+#[allow(dead_code, unreachable_pub)]
+mod abi;
+#[path = "../../model/src/lib.rs"]
+// `pub` is for the crate that the same source is.
+#[allow(dead_code, unreachable_pub)]
+mod model;
+
+mod buffer;
+mod debugfs;
+mod denylist;
+mod driver;
+mod export;
+mod leases;
+mod msix;
+mod sys;
+
+use sys::vfio_pci::Registration;
+
+/// Bytes of a page.
+const PAGE_SIZE: u64 = kernel::page::PAGE_SIZE as u64;
+/// Shift from bytes to pages.
+const PAGE_SHIFT: u32 = kernel::page::PAGE_SHIFT as u32;
+
+module! {
+    type: Module,
+    name: "barlease_vfio_pci",
+    authors: ["The Barlease authors"],
+    description: "VFIO PCI driver that leases ranges of BARs as revocable dma-bufs",
+    license: "GPL",
+    imports_ns: ["DMA_BUF"],
+    params: {
+        allow_msix_export: bool {
+            default: false,
+            description: "Export ranges that overlap the MSI-X table or PBA (default: no)",
+        },
+        enable_sriov: bool {
+            default: false,
+            description: "Allow to make virtual functions of bound physical ones (default: no)",
+        },
+        disable_denylist: bool {
+            default: false,
+            description: "Bind functions with known exploitable errata too (default: no)",
+        },
+    },
+}
+
+/// The loaded module.
+#[pin_data]
+struct Module {
+    #[pin]
+    registration: Registration<driver::Barlease>,
+    // Dropped last: its files are those of bound functions.
+    _debugfs: sys::debugfs_root::Root,
+}
+
+impl kernel::InPlaceModule for Module {
+    fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            _debugfs: sys::debugfs_root::Root::new(Dir::new(c"barlease")),
+            registration <- Registration::new(module),
+        })
+    }
+}
+
+fn may_export_msix() -> bool {
+    flag(module_parameters::allow_msix_export.value())
+}
+
+fn may_make_virtual_functions() -> bool {
+    flag(module_parameters::enable_sriov.value())
+}
+
+fn denylist_is_disabled() -> bool {
+    flag(module_parameters::disable_denylist.value())
+}
+
+/// The value of a parameter, which Linux 7.2 lends and 7.3 gives.
+fn flag(value: impl Borrow<bool>) -> bool {
+    *value.borrow()
+}
+
+/// Refuses what a user asks for: logs why, not too often, and is the error.
+#[macro_export]
+macro_rules! refuse {
+    ($leases:expr, $errno:expr, $($why:tt)+) => {{
+        let errno: ::kernel::error::Error = $errno;
+        let leases = $leases;
+        if leases.may_log() {
+            ::kernel::pr_notice!(
+                "{}: refused ({errno:?}): {}\n",
+                leases.bdf(),
+                ::kernel::prelude::fmt!($($why)+)
+            );
+        }
+        Err(errno)
+    }};
+}

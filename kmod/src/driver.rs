@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The driver: which operation of a device does what to its leases.
+//!
+//! What is not here is the core's, untouched.
+
+use crate::{
+    abi,
+    buffer::Buffer,
+    debugfs::BuffersFile,
+    export,
+    leases::Leases,
+    model::{
+        access::{Event, Levels},
+        config::Sensitive,
+    },
+    msix::Protected,
+    sys::{
+        dma_buf::DmaBuf,
+        payload::UserPayload,
+        vfio_pci::{
+            Device, Driver, Function, UserBuffer, CONFIG_REGION, FEATURE_GET,
+            FEATURE_LOW_POWER_ENTRY, FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK,
+            FEATURE_PROBE, FEATURE_SET, OFFSET_SHIFT,
+        },
+        vma::NewVma,
+    },
+};
+use core::mem::size_of;
+use kernel::{prelude::*, sync::Arc};
+
+/// A bound function.
+pub(crate) struct Barlease {
+    leases: Arc<Leases>,
+    sensitive: Sensitive,
+    protected: Protected,
+    _buffers_file: Pin<KBox<BuffersFile>>,
+}
+
+impl Barlease {
+    /// What it has leased.
+    pub(crate) fn leases(&self) -> &Arc<Leases> {
+        &self.leases
+    }
+
+    /// What it does not lease.
+    pub(crate) fn protected(&self) -> &Protected {
+        &self.protected
+    }
+}
+
+impl Driver for Barlease {
+    const NAME: &'static CStr = c"barlease-vfio-pci";
+
+    fn accepts(vendor: u32, device: u32) -> bool {
+        crate::denylist::accepts(vendor, device)
+    }
+
+    fn sriov() -> bool {
+        crate::may_make_virtual_functions()
+    }
+
+    fn bind(function: &Function<'_>) -> Result<Arc<Self>> {
+        let leases = Leases::new(function.name())?;
+        let buffers_file = BuffersFile::new(&leases)?;
+        let driver = Self {
+            leases,
+            sensitive: Sensitive {
+                pm_capability: function.pm_capability(),
+            },
+            protected: Protected::of(function)?,
+            _buffers_file: buffers_file,
+        };
+        Ok(Arc::new(driver, GFP_KERNEL)?)
+    }
+
+    fn opened(device: &Device<'_, Self>) {
+        let lock = device.memory_lock();
+        device.driver().leases.open(device.levels(&lock));
+    }
+
+    fn closing(device: &Device<'_, Self>) {
+        device.driver().leases.close();
+    }
+
+    fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
+        let count = device.core_read(buffer, position);
+        notice_wake_up(device);
+        count
+    }
+
+    fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
+        let count = if *position as u64 >> OFFSET_SHIFT == CONFIG_REGION {
+            write_config(device, buffer, position)
+        } else {
+            device.core_write(buffer, position)
+        };
+        notice_wake_up(device);
+        count
+    }
+
+    fn ioctl(device: &Device<'_, Self>, command: u32, argument: usize) -> Result<isize> {
+        let answer = device.core_ioctl(command, argument);
+        // A reset leaves the device in D0, whatever it was in.
+        notice_wake_up(device);
+        answer
+    }
+
+    fn feature(device: &Device<'_, Self>, flags: u32, payload: UserPayload) -> Result<i32> {
+        notice_wake_up(device);
+        let feature = flags & FEATURE_MASK;
+        match feature as u16 {
+            abi::FEATURE_DMA_BUF => return export::get(device, flags, payload),
+            abi::FEATURE_DMA_BUF_REVOKE => return revoke(device, flags, payload),
+            abi::FEATURE_DMA_BUF_STATUS => return status(device, flags, payload),
+            _ => {}
+        }
+        let enters = matches!(
+            feature,
+            FEATURE_LOW_POWER_ENTRY | FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP
+        );
+        if enters && flags & FEATURE_SET != 0 && flags & FEATURE_PROBE == 0 {
+            return bracketed(device, Event::LowPower, || device.core_feature(flags, payload));
+        }
+        let answer = device.core_feature(flags, payload);
+        notice_wake_up(device);
+        answer
+    }
+
+    fn mmap(device: &Device<'_, Self>, vma: NewVma<'_>) -> Result {
+        device.core_mmap(vma)
+    }
+
+    fn reset_prepare(&self, _function: &Function<'_>) {
+        self.leases.begin(Event::Reset);
+    }
+
+    fn reset_done(&self, function: &Function<'_>) {
+        self.leases.update(|access| {
+            // A reset wakes the function. The other levels do not change by a reset, and cannot be
+            // asked for here: the memory lock may or may not be ours.
+            access.set_levels(Levels {
+                sleeping: function.is_sleeping(),
+                ..access.levels()
+            });
+            access.end(Event::Reset);
+        });
+    }
+
+    fn error_detected(&self, _function: &Function<'_>) {
+        self.leases.begin(Event::Error);
+    }
+
+    fn error_resume(&self, _function: &Function<'_>) {
+        self.leases.update(|access| access.end_all(Event::Error));
+    }
+}
+
+/// Lets `act` happen with no memory of the device reachable, then asks the device what is so now.
+fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() -> R) -> R {
+    let leases = &device.driver().leases;
+    leases.begin(event);
+    let result = act();
+    let lock = device.memory_lock();
+    leases.update(|access| {
+        access.set_levels(device.levels(&lock));
+        access.end(event);
+    });
+    result
+}
+
+/// The core wakes a device in low power at accesses through its fd, some of them for good, and some
+/// of its operations set D0. No event tells us, so whoever had an access asks.
+fn notice_wake_up(device: &Device<'_, Barlease>) {
+    let leases = &device.driver().leases;
+    let levels = leases.levels();
+    if !levels.sleeping && !levels.low_power {
+        return;
+    }
+    let lock = device.memory_lock();
+    leases.update(|access| access.set_levels(device.levels(&lock)));
+}
+
+/// Writes to config space, with each part that may take memory away in brackets.
+fn write_config(
+    device: &Device<'_, Barlease>,
+    buffer: UserBuffer,
+    position: &mut i64,
+) -> Result<usize> {
+    let region = CONFIG_REGION << OFFSET_SHIFT;
+    let begin = *position as u64 - region;
+    let end = begin.saturating_add(buffer.len() as u64);
+    if end > device.function().config_size() {
+        // The core refuses it before it writes anything; cut, its first parts would pass.
+        return device.core_write(buffer, position);
+    }
+    let mut next = begin;
+    while let Some(piece) = device.driver().sensitive.next_piece(next, end) {
+        let part = buffer.part((piece.pos - begin) as usize, piece.len as usize);
+        let mut at = (region + piece.pos) as i64;
+        if piece.sensitive {
+            bracketed(device, Event::ConfigWrite, || device.core_write(part, &mut at))?;
+        } else {
+            device.core_write(part, &mut at)?;
+        }
+        next = piece.pos + piece.len;
+    }
+    *position += buffer.len() as i64;
+    Ok(buffer.len())
+}
+
+/// `BARLEASE_FEATURE_DMA_BUF_REVOKE`.
+fn revoke(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Result<i32> {
+    if !check_feature(flags, &payload, FEATURE_SET, size_of::<abi::DmaBufRevoke>())? {
+        return Ok(0);
+    }
+    let request: abi::DmaBufRevoke = payload.reader().read()?;
+    with_buffer(device, request.dmabuf_fd, Buffer::revoke)?;
+    Ok(0)
+}
+
+/// `BARLEASE_FEATURE_DMA_BUF_STATUS`.
+fn status(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Result<i32> {
+    if !check_feature(flags, &payload, FEATURE_GET, size_of::<abi::DmaBufStatus>())? {
+        return Ok(0);
+    }
+    let request: abi::DmaBufStatus = payload.reader().read()?;
+    if request.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let status = with_buffer(device, request.dmabuf_fd, |buffer| Ok(buffer.status()))?;
+    payload.write(&abi::DmaBufStatus {
+        dmabuf_fd: request.dmabuf_fd,
+        ..status
+    })?;
+    Ok(0)
+}
+
+/// Runs `f` with the buffer behind `fd`. `EBADF` no such fd, `EINVAL` something else, `ENODEV` of
+/// another device or of an earlier open of this one.
+fn with_buffer<R>(
+    device: &Device<'_, Barlease>,
+    fd: i32,
+    f: impl FnOnce(&Buffer) -> Result<R>,
+) -> Result<R> {
+    let dmabuf = DmaBuf::get(fd)?;
+    let buffer = dmabuf.exported::<Buffer>().ok_or(EINVAL)?;
+    if !buffer.is_of(device.driver().leases()) {
+        return Err(ENODEV);
+    }
+    f(&buffer)
+}
+
+/// Checks the arguments of a feature as `vfio_check_feature` does: whether to go on and do it.
+pub(crate) fn check_feature(
+    flags: u32,
+    payload: &UserPayload,
+    supported: u32,
+    size: usize,
+) -> Result<bool> {
+    let asked = flags & (FEATURE_GET | FEATURE_SET);
+    if asked & !supported != 0 {
+        return Err(EINVAL);
+    }
+    if flags & FEATURE_PROBE != 0 {
+        return Ok(false);
+    }
+    if asked == 0 || payload.len() < size {
+        return Err(EINVAL);
+    }
+    Ok(true)
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `VFIO_DEVICE_FEATURE_DMA_BUF`: makes a buffer of what a process asks for.
+
+use crate::{
+    abi,
+    buffer::Buffer,
+    driver::{check_feature, Barlease},
+    model::ranges::{self, Bar, RangeError, Segment},
+    msix::Protected,
+    refuse,
+    sys::{
+        payload::UserPayload,
+        vfio_pci::{Device, BARS, FEATURE_GET},
+    },
+    PAGE_SHIFT, PAGE_SIZE,
+};
+use core::mem::size_of;
+use kernel::{alloc::AllocError, bindings, prelude::*};
+
+/// Open flags that a buffer may be made with.
+const OPEN_FLAGS: u32 = bindings::O_ACCMODE | bindings::O_CLOEXEC;
+
+/// Answers feature 11. On success the number of the new fd.
+pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Result<i32> {
+    if !check_feature(flags, &payload, FEATURE_GET, size_of::<abi::DmaBufGet>())? {
+        return Ok(0);
+    }
+    let leases = device.driver().leases();
+    let mut reader = payload.reader();
+    let head: abi::DmaBufGet = reader.read()?;
+    let bar_index = head.region_index;
+
+    if head.flags != 0 {
+        return refuse!(leases, EINVAL, "export: flags {:#x} are not 0", head.flags);
+    }
+    if head.open_flags & !OPEN_FLAGS != 0 {
+        return refuse!(leases, EINVAL, "export: open_flags {:#x}", head.open_flags);
+    }
+    if head.nr_ranges == 0 {
+        return refuse!(leases, EINVAL, "export: no ranges");
+    }
+    if head.nr_ranges > abi::MAX_RANGES {
+        return refuse!(leases, E2BIG, "export: {} ranges", head.nr_ranges);
+    }
+    let count = head.nr_ranges as usize;
+    if payload.len() - size_of::<abi::DmaBufGet>() < count * size_of::<abi::DmaRange>() {
+        return refuse!(leases, EINVAL, "export: argsz too small for {count} ranges");
+    }
+    let bar = match bar(device, bar_index) {
+        Ok(bar) => bar,
+        Err(error) => {
+            return refuse!(leases, error, "export: region {bar_index} is no BAR of a page or more")
+        }
+    };
+
+    let mut asked = KVVec::with_capacity(count, GFP_KERNEL)?;
+    for _ in 0..count {
+        asked.push(reader.read::<abi::DmaRange>()?, GFP_KERNEL)?;
+    }
+    let (size, segments) = match place(&bar, &asked) {
+        Ok(placed) => placed,
+        Err(Refused::Memory) => return Err(ENOMEM),
+        Err(Refused::Range(reason)) => {
+            return refuse!(
+                leases,
+                errno(reason),
+                "export: BAR {bar_index} of {:#x} bytes: {reason:?}",
+                bar.length
+            )
+        }
+    };
+    if !crate::may_export_msix() {
+        if let Some(hit) = device.driver().protected().hit(bar_index, &asked) {
+            return refuse!(
+                leases,
+                EPERM,
+                "export: BAR {bar_index}: overlaps {} (see allow_msix_export)",
+                Protected::NAMES[hit]
+            );
+        }
+    }
+    drop(asked);
+    Buffer::export(leases, bar_index, size, segments, head.open_flags)?.into_fd(head.open_flags)
+}
+
+/// The BAR `index`, if it has pages.
+fn bar(device: &Device<'_, Barlease>, index: u32) -> Result<Bar> {
+    if index >= BARS {
+        return Err(ENODEV);
+    }
+    let bar = device.bar(index)?;
+    if bar.length < PAGE_SIZE {
+        return Err(ENODEV);
+    }
+    Ok(bar)
+}
+
+enum Refused {
+    Memory,
+    Range(RangeError),
+}
+
+impl From<RangeError> for Refused {
+    fn from(error: RangeError) -> Self {
+        Self::Range(error)
+    }
+}
+
+impl From<AllocError> for Refused {
+    fn from(_: AllocError) -> Self {
+        Self::Memory
+    }
+}
+
+/// The size of a buffer of these ranges, and where its pages are.
+fn place(
+    bar: &Bar,
+    asked: &[abi::DmaRange],
+) -> core::result::Result<(u64, KVVec<Segment>), Refused> {
+    let shapes = asked.iter().map(|range| (range.offset, range.length));
+    let size = ranges::total_length(shapes, PAGE_SIZE)?;
+    let mut segments = KVVec::with_capacity(asked.len(), GFP_KERNEL_ACCOUNT)?;
+    let mut end = 0;
+    for range in asked {
+        let address = bar.place(range.offset, range.length)?;
+        let segment = Segment::after(end, address, range.length, PAGE_SHIFT);
+        end = segment.end;
+        segments.push(segment, GFP_KERNEL_ACCOUNT)?;
+    }
+    Ok((size, segments))
+}
+
+fn errno(reason: RangeError) -> Error {
+    match reason {
+        RangeError::AddressOverflow => EOVERFLOW,
+        RangeError::Empty
+        | RangeError::Unaligned
+        | RangeError::TooLong
+        | RangeError::PastEnd => EINVAL,
+    }
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a bound function has leased, and whether its memory may be touched.
+//!
+//! # Lock order
+//!
+//! From the outermost to the innermost:
+//!
+//! 1. the core's `memory_lock`, often held when we are called;
+//! 2. [`Buffer::live`](crate::buffer::Buffer), one a buffer: what its drain and its release exclude
+//!    each other with;
+//! 3. [`Leases::table`], to add, remove and look up buffers only: never held across a drain, a copy
+//!    from or to user memory, or a fault;
+//! 4. [`Leases::access`]: read by faults, which already hold the `mmap_lock` or the lock of a VMA;
+//!    written only to change it, with nothing called meanwhile.
+//!
+//! Never taken: `memory_lock` in mmap, fault, `reset_prepare` and `reset_done` (a reader of it may
+//! be waiting for the `mmap_lock`, and a reset may come with it held); `access` by a thread that
+//! holds it.
+//!
+//! # Taking memory away
+//!
+//! An event source begins its event, which shuts the door to new entries in page tables, drains
+//! what is there, lets the event happen, and ends it. A fault that came first holds `access` until
+//! its entry is in, so the zap that follows finds it.
+
+use crate::{
+    buffer::Buffer,
+    model::access::{Access, Epoch, Event, Levels, State},
+    sys::{ratelimit::Ratelimit, rwsem::RwSem},
+};
+use kernel::{
+    new_mutex,
+    prelude::*,
+    rbtree::{RBTree, RBTreeNodeReservation},
+    str::CString,
+    sync::{Arc, Mutex},
+};
+
+/// All buffers of one bound function.
+///
+/// Lives as long as the last of them, which may be longer than the function is bound: nothing here
+/// leads to the device.
+#[pin_data]
+pub(crate) struct Leases {
+    bdf: CString,
+    #[pin]
+    access: RwSem<Access>,
+    #[pin]
+    table: Mutex<Table>,
+    #[pin]
+    log_limit: Ratelimit,
+}
+
+/// Buffers that have not been released, in the order of their making.
+struct Table {
+    buffers: RBTree<u64, Arc<Buffer>>,
+    next: u64,
+}
+
+/// The right to take one buffer out of the table.
+pub(crate) struct Ticket(u64);
+
+impl Leases {
+    /// No leases of the function `bdf`, which is not open.
+    pub(crate) fn new(bdf: &CStr) -> Result<Arc<Self>> {
+        let bdf = CString::try_from_fmt(fmt!("{bdf}"))?;
+        Arc::pin_init(
+            try_pin_init!(Self {
+                bdf,
+                access <- RwSem::new(Access::new()),
+                table <- new_mutex!(
+                    Table { buffers: RBTree::new(), next: 0 },
+                    "barlease::table"
+                ),
+                log_limit <- Ratelimit::new(),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Name of the function.
+    pub(crate) fn bdf(&self) -> &CStr {
+        &self.bdf
+    }
+
+    /// Whether a message that a user causes may be logged now.
+    pub(crate) fn may_log(&self) -> bool {
+        self.log_limit.allows()
+    }
+
+    /// The device was opened.
+    pub(crate) fn open(&self, levels: Levels) {
+        let _epoch = self.access.write().open(levels);
+    }
+
+    /// The device is being closed: all its buffers are dead when this returns.
+    pub(crate) fn close(&self) {
+        self.access.write().close();
+        self.drain();
+    }
+
+    /// The current epoch; `ENODEV` when the device is not open.
+    pub(crate) fn epoch(&self) -> Result<Epoch> {
+        self.access.read().epoch().ok_or(ENODEV)
+    }
+
+    /// `event` begins: nothing of this device can be reached when this returns.
+    pub(crate) fn begin(&self, event: Event) {
+        self.access.write().begin(event);
+        self.drain();
+    }
+
+    /// Changes the state of access in one step, which `change` computes: to end an event, and to
+    /// say what the device says now. `change` may sample the device, so that samples are in the
+    /// order of their taking.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Access)) {
+        change(&mut self.access.write());
+    }
+
+    /// What the device said last.
+    pub(crate) fn levels(&self) -> Levels {
+        self.access.read().levels()
+    }
+
+    /// Runs `f` with the state of a buffer of `epoch`, which does not change until `f` is done.
+    pub(crate) fn with_state<R>(
+        &self,
+        epoch: Epoch,
+        revoked: impl FnOnce() -> bool,
+        f: impl FnOnce(State) -> R,
+    ) -> R {
+        let access = self.access.read();
+        f(access.state(epoch, revoked()))
+    }
+
+    /// Runs `f` while nobody sees the state of a buffer.
+    pub(crate) fn exclusively<R>(&self, f: impl FnOnce(&Access) -> R) -> R {
+        f(&self.access.write())
+    }
+
+    /// Adds a buffer, which every drain from here on finds.
+    pub(crate) fn add(&self, buffer: Arc<Buffer>) -> Result<Ticket> {
+        let node = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?;
+        let mut table = self.table.lock();
+        let id = table.next;
+        table.next += 1;
+        table.buffers.insert(node.into_node(id, buffer));
+        Ok(Ticket(id))
+    }
+
+    /// Takes a buffer out.
+    pub(crate) fn remove(&self, ticket: &Ticket) {
+        let node = self.table.lock().buffers.remove_node(&ticket.0);
+        // What this may drop last is dropped without the lock.
+        drop(node);
+    }
+
+    /// Calls `f` with each buffer, without a lock. Buffers that are added meanwhile may be left
+    /// out. Allocates nothing, since it must not fail.
+    pub(crate) fn for_each(&self, mut f: impl FnMut(&Buffer)) {
+        let mut next = 0;
+        while let Some((id, buffer)) = self.at_or_after(next) {
+            next = id + 1;
+            f(&buffer);
+        }
+    }
+
+    fn at_or_after(&self, id: u64) -> Option<(u64, Arc<Buffer>)> {
+        let table = self.table.lock();
+        let cursor = table.buffers.cursor_lower_bound(&id)?;
+        let (id, buffer) = cursor.current();
+        Some((*id, buffer.clone()))
+    }
+
+    /// Takes away what each buffer has, where its state says that nothing new can come.
+    fn drain(&self) {
+        self.for_each(Buffer::zap);
+    }
+}

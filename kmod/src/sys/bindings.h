@@ -1,0 +1,5 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* What bindgen reads; see Kbuild for what it takes from here. */
+#include <linux/vfio_pci_core.h>
+
+#include "helpers.h"

@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The exporter's side of dma-bufs.
+//!
+//! C header: [`include/linux/dma-buf.h`](srctree/include/linux/dma-buf.h)
+
+use super::{bindings, vma::NewVma};
+use core::{marker::PhantomData, ptr::NonNull};
+use kernel::{
+    error::{from_err_ptr, from_result, to_result},
+    prelude::*,
+    new_mutex,
+    sync::{lock::mutex::MutexGuard, Arc, ArcBorrow, Mutex},
+    types::ForeignOwnable,
+};
+
+/// Bytes of a dma-buf's name, the terminating NUL included.
+pub(crate) const NAME_LEN: usize = bindings::BL_DMA_BUF_NAME_LEN as usize;
+
+/// What a dma-buf exports.
+pub(crate) trait Exporter: Send + Sync + Sized + 'static {
+    /// The operations, by whose address a dma-buf is recognised as one of `Self`. Must return the
+    /// same `static` each time.
+    fn operations() -> &'static Operations<Self>;
+
+    /// The way back to the dma-buf.
+    fn live(&self) -> &Live;
+
+    /// A process maps the dma-buf. Offset and length are within its size.
+    fn mmap(this: ArcBorrow<'_, Self>, vma: NewVma<'_>) -> Result;
+
+    /// The last reference to the dma-buf is gone, and so is what `live` led to.
+    fn release(this: Arc<Self>);
+}
+
+/// The operations of dma-bufs that export a `T`. Must be a `static`.
+#[repr(transparent)]
+pub(crate) struct Operations<T>(bindings::dma_buf_ops, PhantomData<fn() -> T>);
+
+impl<T: Exporter> Operations<T> {
+    /// The operations of `T`.
+    pub(crate) const fn new() -> Self {
+        Self(
+            bindings::dma_buf_ops {
+                attach: Some(Self::attach),
+                map_dma_buf: Some(Self::map),
+                unmap_dma_buf: Some(Self::unmap),
+                release: Some(Self::release),
+                mmap: Some(Self::mmap),
+                ..pin_init::zeroed()
+            },
+            PhantomData,
+        )
+    }
+
+    /// # Safety
+    ///
+    /// `dmabuf` must be valid, not released, and have these operations.
+    unsafe fn borrow<'a>(dmabuf: *mut bindings::dma_buf) -> ArcBorrow<'a, T> {
+        // SAFETY: `dmabuf` is valid by the caller.
+        let private = unsafe { (*dmabuf).priv_ };
+        // SAFETY: `DmaBuf::export` stored a reference, which only `release` takes away.
+        unsafe { Arc::borrow(private) }
+    }
+
+    unsafe extern "C" fn attach(
+        _dmabuf: *mut bindings::dma_buf,
+        _attachment: *mut bindings::dma_buf_attachment,
+    ) -> c_int {
+        EOPNOTSUPP.to_errno()
+    }
+
+    unsafe extern "C" fn map(
+        _attachment: *mut bindings::dma_buf_attachment,
+        _direction: bindings::dma_data_direction,
+    ) -> *mut bindings::sg_table {
+        EOPNOTSUPP.to_ptr()
+    }
+
+    unsafe extern "C" fn unmap(
+        _attachment: *mut bindings::dma_buf_attachment,
+        _table: *mut bindings::sg_table,
+        _direction: bindings::dma_data_direction,
+    ) {
+    }
+
+    unsafe extern "C" fn mmap(
+        dmabuf: *mut bindings::dma_buf,
+        vma: *mut bindings::vm_area_struct,
+    ) -> c_int {
+        // SAFETY: `vma` is the argument of the mmap operation that is running.
+        let vma = unsafe { NewVma::from_raw(vma) };
+        from_result(|| {
+            // SAFETY: The file that is mapped keeps the dma-buf alive, whose operations are these.
+            T::mmap(unsafe { Self::borrow(dmabuf) }, vma)?;
+            Ok(0)
+        })
+    }
+
+    unsafe extern "C" fn release(dmabuf: *mut bindings::dma_buf) {
+        // SAFETY: `dmabuf` is valid until this returns.
+        let private = unsafe { (*dmabuf).priv_ };
+        // SAFETY: The reference was stored by `DmaBuf::export`; release is the last operation.
+        let exported: Arc<T> = unsafe { Arc::from_foreign(private) };
+        *exported.live().dmabuf.lock() = None;
+        T::release(exported);
+    }
+}
+
+/// A reference to the file of a dma-buf of any exporter.
+///
+/// # Invariants
+///
+/// The pointer is valid and owns a reference to the dma-buf's file.
+pub(crate) struct DmaBuf(NonNull<bindings::dma_buf>);
+
+impl DmaBuf {
+    /// A new dma-buf of `size` bytes that exports `exported`, with the open flags `flags`.
+    pub(crate) fn export<T: Exporter>(
+        exported: Arc<T>,
+        size: u64,
+        flags: u32,
+    ) -> Result<Self> {
+        let size = usize::try_from(size).map_err(|_| EINVAL)?;
+        let private = exported.clone().into_foreign();
+        let info = bindings::dma_buf_export_info {
+            exp_name: c"barlease".as_ptr().cast(),
+            // SAFETY: Always valid.
+            owner: unsafe { bindings::bl_this_module() },
+            ops: &raw const T::operations().0,
+            size,
+            flags: flags as c_int,
+            resv: core::ptr::null_mut(),
+            priv_: private,
+        };
+        // SAFETY: `info` is filled in; the operations are static and their owner is this module.
+        match from_err_ptr(unsafe { bindings::dma_buf_export(&info) }) {
+            Ok(dmabuf) => {
+                let dmabuf = NonNull::new(dmabuf).ok_or(ENOMEM)?;
+                *exported.live().dmabuf.lock() = Some(Unreleased(dmabuf));
+                // INVARIANT: `dma_buf_export` returned the first reference.
+                Ok(Self(dmabuf))
+            }
+            Err(error) => {
+                // SAFETY: The dma-buf that would have taken the reference was not made.
+                drop(unsafe { Arc::<T>::from_foreign(private) });
+                Err(error)
+            }
+        }
+    }
+
+    /// The dma-buf behind `fd`. `EBADF` when there is no such fd, `EINVAL` when it is something
+    /// else.
+    pub(crate) fn get(fd: i32) -> Result<Self> {
+        // SAFETY: Any number may be asked for.
+        let dmabuf = from_err_ptr(unsafe { bindings::dma_buf_get(fd) })?;
+        // INVARIANT: `dma_buf_get` returned a reference.
+        NonNull::new(dmabuf).map(Self).ok_or(EBADF)
+    }
+
+    /// What it exports, if that is a `T`.
+    pub(crate) fn exported<T: Exporter>(&self) -> Option<ArcBorrow<'_, T>> {
+        // SAFETY: By the type invariant the dma-buf is valid.
+        let operations = unsafe { self.0.as_ref().ops };
+        if !core::ptr::eq(operations, &raw const T::operations().0) {
+            return None;
+        }
+        // SAFETY: The dma-buf has the operations of `T`, and a reference to its file keeps it from
+        // being released.
+        Some(unsafe { Operations::<T>::borrow(self.0.as_ptr()) })
+    }
+
+    /// Names it, as `DMA_BUF_SET_NAME` does. Only before anybody else can know of it.
+    pub(crate) fn set_name(&mut self, name: &CStr) -> Result {
+        // SAFETY: `name` is a C string.
+        let copy = unsafe { bindings::kstrdup(name.as_ptr().cast(), bindings::GFP_KERNEL) };
+        if copy.is_null() {
+            return Err(ENOMEM);
+        }
+        // SAFETY: By the type invariant the dma-buf is valid; nobody else can know of it, so the
+        // name needs no lock. The dma-buf frees it.
+        unsafe { self.0.as_mut().name = copy };
+        Ok(())
+    }
+
+    /// The inode whose pages the mappings of the dma-buf are.
+    pub(crate) fn inode(&self) -> MappedInode {
+        // SAFETY: By the type invariant the dma-buf and its file are valid.
+        let inode = unsafe { (*self.0.as_ref().file).f_inode };
+        // SAFETY: The file holds a reference to the inode.
+        unsafe { bindings::ihold(inode) };
+        // INVARIANT: The reference was just taken.
+        MappedInode(inode)
+    }
+
+    /// Installs it as a new fd of the current process. Another thread may have closed it again
+    /// when this returns.
+    pub(crate) fn into_fd(self, flags: u32) -> Result<i32> {
+        // SAFETY: By the type invariant the dma-buf is valid. Its reference is consumed on success
+        // only.
+        let fd = unsafe { bindings::dma_buf_fd(self.0.as_ptr(), flags as c_int) };
+        to_result(fd)?;
+        core::mem::forget(self);
+        Ok(fd)
+    }
+}
+
+impl Drop for DmaBuf {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant there is a reference to give back.
+        unsafe { bindings::dma_buf_put(self.0.as_ptr()) };
+    }
+}
+
+/// The way from an exported object to its dma-buf, for as long as that exists.
+///
+/// A dma-buf cannot go away while its `Live` is locked: its release locks it first. It may have no
+/// file any more (an `O_PATH` descriptor holds the inode only), so nothing here looks at the file.
+#[pin_data]
+pub(crate) struct Live {
+    #[pin]
+    dmabuf: Mutex<Option<Unreleased>>,
+}
+
+struct Unreleased(NonNull<bindings::dma_buf>);
+
+// SAFETY: A dma-buf may be used from any thread.
+unsafe impl Send for Unreleased {}
+
+impl Live {
+    /// No dma-buf yet.
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            dmabuf <- new_mutex!(None, "barlease::live"),
+        })
+    }
+
+    /// Waits for whoever has it locked.
+    pub(crate) fn lock(&self) -> LiveGuard<'_> {
+        LiveGuard(self.dmabuf.lock())
+    }
+
+    /// Locks it unless somebody else has.
+    pub(crate) fn try_lock(&self) -> Option<LiveGuard<'_>> {
+        self.dmabuf.try_lock().map(LiveGuard)
+    }
+}
+
+/// A locked [`Live`].
+pub(crate) struct LiveGuard<'a>(MutexGuard<'a, Option<Unreleased>>);
+
+impl LiveGuard<'_> {
+    /// The name of the dma-buf, filled up with NUL; empty when it is gone.
+    pub(crate) fn name(&self) -> [u8; NAME_LEN] {
+        let mut name = [0; NAME_LEN];
+        if let Some(dmabuf) = &*self.0 {
+            // SAFETY: The dma-buf is not released while this is locked; `name` has the size that a
+            // dma-buf's name has at most.
+            unsafe { bindings::bl_dma_buf_name(dmabuf.0.as_ptr(), name.as_mut_ptr().cast()) };
+        }
+        name
+    }
+}
+
+/// An inode that is mapped into processes.
+///
+/// # Invariants
+///
+/// The pointer is valid and owns a reference.
+pub(crate) struct MappedInode(*mut bindings::inode);
+
+// SAFETY: An inode may be used from any thread.
+unsafe impl Send for MappedInode {}
+// SAFETY: An inode may be used from any thread.
+unsafe impl Sync for MappedInode {}
+
+impl MappedInode {
+    /// Takes every entry for this inode out of the page tables of all processes. Entries that are
+    /// inserted at the same time may stay.
+    pub(crate) fn zap(&self) {
+        // SAFETY: By the type invariant the inode is valid.
+        let mapping = unsafe { (*self.0).i_mapping };
+        // SAFETY: The mapping of a valid inode is valid; a length of 0 means to the end.
+        unsafe { bindings::unmap_mapping_range(mapping, 0, 0, 1) };
+    }
+}
+
+impl Drop for MappedInode {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant there is a reference to give back.
+        unsafe { bindings::iput(self.0) };
+    }
+}

@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* Static inlines and macros of the kernel, as functions that Rust can call. No logic. */
+#ifndef BARLEASE_HELPERS_H
+#define BARLEASE_HELPERS_H
+
+#include <linux/dma-buf.h>
+#include <linux/mm_types.h>
+#include <linux/pci.h>
+#include <linux/ratelimit_types.h>
+#include <linux/rwsem.h>
+#include <uapi/linux/dma-buf.h>
+
+enum { BL_DMA_BUF_NAME_LEN = DMA_BUF_NAME_LEN };
+
+struct module *bl_this_module(void);
+void bl_init_rwsem(struct rw_semaphore *sem);
+void bl_ratelimit_init(struct ratelimit_state *state);
+const char *bl_pci_name(const struct pci_dev *pdev);
+bool bl_iomapped(const void __iomem *address);
+void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
+void bl_vma_set_io(struct vm_area_struct *vma);
+
+#endif

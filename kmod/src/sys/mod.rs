@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Safe abstractions over what the `kernel` crate does not cover.
+//!
+//! All `unsafe` of the module lives below this folder; the driver body beside it has none. Nothing
+//! here knows what a lease is: one file per kernel concept, named as in C.
+
+#![allow(unsafe_code)]
+
+mod bindings;
+
+pub(crate) mod debugfs_root;
+pub(crate) mod dma_buf;
+pub(crate) mod payload;
+pub(crate) mod ratelimit;
+pub(crate) mod rwsem;
+pub(crate) mod vfio_pci;
+pub(crate) mod vma;

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Payloads of `VFIO_DEVICE_FEATURE`, copied once from user memory and back.
+
+use crate::abi;
+use core::mem::{size_of, MaybeUninit};
+use kernel::{
+    prelude::*,
+    uaccess::{UserPtr, UserSlice, UserSliceReader},
+};
+
+/// A structure of the uAPI.
+///
+/// # Safety
+///
+/// Every bit pattern is a valid value, and there is no padding.
+pub(crate) unsafe trait Payload: Copy {}
+
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::DmaRange {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::DmaBufGet {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::DmaBufRevoke {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::DmaBufStatus {}
+
+/// The payload of one call.
+#[derive(Clone, Copy)]
+pub(crate) struct UserPayload {
+    address: UserPtr,
+    length: usize,
+}
+
+impl UserPayload {
+    /// `length` bytes of the current process at `address`, which nobody has checked.
+    pub(crate) fn new(address: *mut c_void, length: usize) -> Self {
+        Self {
+            address: UserPtr::from_ptr(address),
+            length,
+        }
+    }
+
+    /// Its first byte.
+    pub(crate) fn address(&self) -> UserPtr {
+        self.address
+    }
+
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Reads from the beginning. Each byte is to be read once: user space may change it.
+    pub(crate) fn reader(&self) -> PayloadReader {
+        PayloadReader(UserSlice::new(self.address, self.length).reader())
+    }
+
+    /// Writes `value` over the beginning. `EFAULT` when the memory is not there.
+    pub(crate) fn write<T: Payload>(&self, value: &T) -> Result {
+        // SAFETY: `value` is valid for `size_of::<T>()` bytes, all of them initialized
+        // (`T: Payload` has no padding).
+        let bytes = unsafe {
+            core::slice::from_raw_parts(core::ptr::from_ref(value).cast::<u8>(), size_of::<T>())
+        };
+        UserSlice::new(self.address, self.length)
+            .writer()
+            .write_slice(bytes)
+    }
+}
+
+/// Reads structures of a payload one after the other.
+pub(crate) struct PayloadReader(UserSliceReader);
+
+impl PayloadReader {
+    /// The next structure. `EFAULT` when the memory is not there or the payload is over.
+    pub(crate) fn read<T: Payload>(&mut self) -> Result<T> {
+        let mut value = MaybeUninit::<T>::uninit();
+        // SAFETY: `value` is valid for writes of `size_of::<T>()` bytes, and `MaybeUninit<u8>` may
+        // be anything.
+        let bytes = unsafe {
+            core::slice::from_raw_parts_mut(
+                value.as_mut_ptr().cast::<MaybeUninit<u8>>(),
+                size_of::<T>(),
+            )
+        };
+        self.0.read_raw(bytes)?;
+        // SAFETY: `read_raw` initialized all bytes, and every bit pattern is a `T: Payload`.
+        Ok(unsafe { value.assume_init() })
+    }
+}

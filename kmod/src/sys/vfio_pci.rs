@@ -1,0 +1,683 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! vfio-pci variant drivers.
+//!
+//! A variant driver gets the VFIO operations of a PCI function and passes to `vfio_pci_core_*`
+//! what it does not change. The device structure is the core's with the driver's data behind it.
+//!
+//! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
+
+use super::{bindings, payload::UserPayload, vma::NewVma};
+use crate::model::{access::Levels, ranges::Bar};
+use core::{
+    cell::UnsafeCell,
+    marker::PhantomData,
+    mem::{offset_of, size_of, MaybeUninit},
+};
+use kernel::{
+    error::{from_err_ptr, from_result, to_result},
+    prelude::*,
+    sync::Arc,
+    types::{NotThreadSafe, Opaque},
+};
+
+/// Number of standard BARs.
+pub(crate) const BARS: u32 = bindings::PCI_STD_NUM_BARS;
+/// Region index of config space.
+pub(crate) const CONFIG_REGION: u64 = bindings::VFIO_PCI_CONFIG_REGION_INDEX as u64;
+/// Shift from a file offset of the device fd to a region index.
+pub(crate) const OFFSET_SHIFT: u32 = bindings::VFIO_PCI_OFFSET_SHIFT;
+
+/// `VFIO_DEVICE_FEATURE`: which bits of the flags are the feature.
+pub(crate) const FEATURE_MASK: u32 = bindings::VFIO_DEVICE_FEATURE_MASK;
+/// `VFIO_DEVICE_FEATURE`: read.
+pub(crate) const FEATURE_GET: u32 = bindings::VFIO_DEVICE_FEATURE_GET;
+/// `VFIO_DEVICE_FEATURE`: write.
+pub(crate) const FEATURE_SET: u32 = bindings::VFIO_DEVICE_FEATURE_SET;
+/// `VFIO_DEVICE_FEATURE`: only ask whether it is there.
+pub(crate) const FEATURE_PROBE: u32 = bindings::VFIO_DEVICE_FEATURE_PROBE;
+/// Enter low power.
+pub(crate) const FEATURE_LOW_POWER_ENTRY: u32 = bindings::VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY;
+/// Enter low power, and leave it at the next wake-up.
+pub(crate) const FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP: u32 =
+    bindings::VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP;
+
+/// A driver: the data of one bound function, and the operations on it.
+///
+/// One value lives from bind to unbind of a function.
+pub(crate) trait Driver: Send + Sync + Sized + 'static {
+    /// Name of the PCI driver.
+    const NAME: &'static CStr;
+
+    /// Whether the driver takes this function at all.
+    fn accepts(vendor: u32, device: u32) -> bool;
+
+    /// Whether virtual functions may be made.
+    fn sriov() -> bool;
+
+    /// A function is being bound; it is not open.
+    fn bind(function: &Function<'_>) -> Result<Arc<Self>>;
+
+    /// The first fd of the device was opened.
+    fn opened(device: &Device<'_, Self>);
+
+    /// The last fd of the device is going, and the function is about to be disabled.
+    fn closing(device: &Device<'_, Self>);
+
+    /// A read from the device fd.
+    fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize>;
+
+    /// A write to the device fd.
+    fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize>;
+
+    /// An ioctl other than `VFIO_DEVICE_FEATURE` and `VFIO_DEVICE_GET_REGION_INFO`.
+    fn ioctl(device: &Device<'_, Self>, command: u32, argument: usize) -> Result<isize>;
+
+    /// `VFIO_DEVICE_FEATURE`.
+    fn feature(device: &Device<'_, Self>, flags: u32, payload: UserPayload) -> Result<i32>;
+
+    /// The device fd is mapped.
+    fn mmap(device: &Device<'_, Self>, vma: NewVma<'_>) -> Result;
+
+    /// The function is about to be reset, whoever wants it and whether it is open or not. The
+    /// core's `memory_lock` may be held by this thread: it must not be taken.
+    fn reset_prepare(&self, function: &Function<'_>);
+
+    /// The reset is over, or failed. As for `reset_prepare`.
+    fn reset_done(&self, function: &Function<'_>);
+
+    /// An error of the function was reported; recovery begins.
+    fn error_detected(&self, function: &Function<'_>);
+
+    /// Recovery from an error succeeded.
+    fn error_resume(&self, function: &Function<'_>);
+}
+
+/// Memory of the current process to read from or write to. Nobody has checked it.
+#[derive(Clone, Copy)]
+pub(crate) struct UserBuffer {
+    address: *mut u8,
+    len: usize,
+}
+
+impl UserBuffer {
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// `len` bytes from `offset` on.
+    pub(crate) fn part(&self, offset: usize, len: usize) -> Self {
+        Self {
+            address: self.address.wrapping_add(offset),
+            len,
+        }
+    }
+}
+
+/// A PCI function that is bound to the driver.
+pub(crate) struct Function<'a> {
+    pdev: *mut bindings::pci_dev,
+    _call: PhantomData<&'a ()>,
+}
+
+impl Function<'_> {
+    /// Its name, as `0000:00:05.0`.
+    pub(crate) fn name(&self) -> &CStr {
+        // SAFETY: `pdev` is valid while the function is bound.
+        let name = unsafe { bindings::bl_pci_name(self.pdev) };
+        // SAFETY: The name is a C string that lives as long as the device.
+        unsafe { CStr::from_char_ptr(name) }
+    }
+
+    /// Whether it is in D1 or deeper.
+    pub(crate) fn is_sleeping(&self) -> bool {
+        // SAFETY: `pdev` is valid; the state may change at any time, so it is read once.
+        let state = unsafe { (&raw const (*self.pdev).current_state).read_volatile() };
+        state >= 1
+    }
+
+    /// Bytes of config space.
+    pub(crate) fn config_size(&self) -> u64 {
+        // SAFETY: `pdev` is valid; the size was found at enumeration.
+        let size = unsafe { (*self.pdev).cfg_size };
+        size as u64
+    }
+
+    /// Offset of the power-management capability.
+    pub(crate) fn pm_capability(&self) -> Option<u8> {
+        // SAFETY: `pdev` is valid; the capability was found at enumeration.
+        let offset = unsafe { (*self.pdev).pm_cap };
+        (offset != 0).then_some(offset)
+    }
+
+    /// Offset of the MSI-X capability.
+    pub(crate) fn msix_capability(&self) -> Option<u8> {
+        // SAFETY: `pdev` is valid; the capability was found at enumeration.
+        let offset = unsafe { (*self.pdev).msix_cap };
+        (offset != 0).then_some(offset)
+    }
+
+    /// A dword of config space.
+    pub(crate) fn config_dword(&self, offset: i32) -> Result<u32> {
+        let mut value = 0;
+        // SAFETY: `pdev` is valid and so is the place for the value.
+        to_result(unsafe { bindings::pci_read_config_dword(self.pdev, offset, &mut value) })?;
+        Ok(value)
+    }
+}
+
+/// The core's device structure, and ours behind it.
+#[repr(C)]
+struct Layout<D> {
+    core: Opaque<bindings::vfio_pci_core_device>,
+    /// Initialized by `init`, dropped by `release`.
+    driver: UnsafeCell<MaybeUninit<Arc<D>>>,
+}
+
+/// An open device, for the time of one operation.
+pub(crate) struct Device<'a, D> {
+    layout: &'a Layout<D>,
+}
+
+/// The core's `memory_lock`, held for reading.
+///
+/// # Invariants
+///
+/// `sem` is valid and this thread holds it for reading.
+pub(crate) struct MemoryLock<'a> {
+    sem: *mut bindings::rw_semaphore,
+    _device: PhantomData<&'a ()>,
+    _not_send: NotThreadSafe,
+}
+
+impl Drop for MemoryLock<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant this thread holds the lock.
+        unsafe { bindings::up_read(self.sem) };
+    }
+}
+
+impl<'a, D: Driver> Device<'a, D> {
+    /// # Safety
+    ///
+    /// `vdev` must be that of a device of `D` that is open until `'a` ends.
+    unsafe fn from_raw(vdev: *mut bindings::vfio_device) -> Self {
+        // SAFETY: The core's structure is the first member of the layout and the vfio device is the
+        // first of that (asserted below), so the pointers are the same.
+        let layout = unsafe { &*vdev.cast::<Layout<D>>() };
+        Self { layout }
+    }
+
+    fn core(&self) -> *mut bindings::vfio_pci_core_device {
+        self.layout.core.get()
+    }
+
+    fn vdev(&self) -> *mut bindings::vfio_device {
+        self.core().cast()
+    }
+
+    /// The driver's data.
+    pub(crate) fn driver(&self) -> &'a Arc<D> {
+        // SAFETY: Written by `init` before the device could be opened, and not again before
+        // `release`.
+        unsafe { (*self.layout.driver.get()).assume_init_ref() }
+    }
+
+    /// Its function.
+    pub(crate) fn function(&self) -> Function<'a> {
+        Function {
+            // SAFETY: Set before the device was registered and never changed.
+            pdev: unsafe { (*self.core()).pdev },
+            _call: PhantomData,
+        }
+    }
+
+    /// Takes the core's `memory_lock` for reading: no memory goes away in the meantime by the hand
+    /// of the core.
+    pub(crate) fn memory_lock(&self) -> MemoryLock<'a> {
+        // SAFETY: Computes an address inside of the device, which is valid.
+        let sem = unsafe { &raw mut (*self.core()).memory_lock };
+        // SAFETY: The core initialized the semaphore.
+        unsafe { bindings::down_read(sem) };
+        // INVARIANT: Just locked.
+        MemoryLock {
+            sem,
+            _device: PhantomData,
+            _not_send: NotThreadSafe,
+        }
+    }
+
+    /// What the device says of its memory now.
+    pub(crate) fn levels(&self, _lock: &MemoryLock<'_>) -> Levels {
+        let function = self.function();
+        // SAFETY: The virtual config space is there while the device is open.
+        let vconfig = unsafe { (*self.core()).vconfig };
+        // SAFETY: As above; it is at least as long as a config header. COMMAND changes under the
+        // memory lock, and its memory bit is in the low byte.
+        let command = unsafe { vconfig.add(bindings::PCI_COMMAND as usize).read_volatile() };
+        // SAFETY: `pdev` is valid.
+        let ignored = unsafe { (*function.pdev).no_command_memory() } != 0;
+        // SAFETY: The device is valid; the flag changes under the memory lock.
+        let low_power = unsafe { (&raw const (*self.core()).pm_runtime_engaged).read_volatile() };
+        Levels {
+            memory_off: !ignored && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0,
+            sleeping: function.is_sleeping(),
+            low_power,
+        }
+    }
+
+    /// A BAR that the core claimed and mapped; `ENODEV` otherwise.
+    pub(crate) fn bar(&self, index: u32) -> Result<Bar> {
+        // SAFETY: The device is valid; the map does not change while it is open.
+        let map = unsafe { (*self.core()).barmap };
+        let address = map.get(index as usize).copied().ok_or(ENODEV)?;
+        // SAFETY: Any value may be asked about.
+        if !unsafe { bindings::bl_iomapped(address) } {
+            return Err(ENODEV);
+        }
+        let pdev = self.function().pdev;
+        Ok(Bar {
+            // SAFETY: `pdev` is valid and has that BAR.
+            start: unsafe { bindings::pci_resource_start(pdev, index as c_int) },
+            // SAFETY: As above.
+            length: unsafe { bindings::pci_resource_len(pdev, index as c_int) },
+        })
+    }
+
+    /// `vfio_pci_core_read`.
+    pub(crate) fn core_read(&self, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
+        // SAFETY: The device is open; the core checks the user memory.
+        let count = unsafe {
+            bindings::vfio_pci_core_read(self.vdev(), buffer.address, buffer.len, position)
+        };
+        count_or_error(count)
+    }
+
+    /// `vfio_pci_core_write`.
+    pub(crate) fn core_write(&self, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
+        // SAFETY: The device is open; the core checks the user memory.
+        let count = unsafe {
+            bindings::vfio_pci_core_write(self.vdev(), buffer.address, buffer.len, position)
+        };
+        count_or_error(count)
+    }
+
+    /// `vfio_pci_core_ioctl`.
+    pub(crate) fn core_ioctl(&self, command: u32, argument: usize) -> Result<isize> {
+        // SAFETY: The device is open; the core checks the argument.
+        let answer = unsafe { bindings::vfio_pci_core_ioctl(self.vdev(), command, argument) };
+        count_or_error(answer).map(|answer| answer as isize)
+    }
+
+    /// `vfio_pci_core_ioctl_feature`.
+    pub(crate) fn core_feature(&self, flags: u32, payload: UserPayload) -> Result<i32> {
+        let address = payload.address().as_mut_ptr();
+        // SAFETY: The device is open; the core checks the user memory.
+        let answer = unsafe {
+            bindings::vfio_pci_core_ioctl_feature(self.vdev(), flags, address, payload.len())
+        };
+        to_result(answer)?;
+        Ok(answer)
+    }
+
+    /// `vfio_pci_core_mmap`.
+    pub(crate) fn core_mmap(&self, vma: NewVma<'_>) -> Result {
+        // SAFETY: The device is open and this is its mmap operation.
+        to_result(unsafe { bindings::vfio_pci_core_mmap(self.vdev(), vma.as_ptr()) })
+    }
+}
+
+/// A non-negative answer, or the error that a negative one is.
+fn count_or_error(answer: isize) -> Result<usize> {
+    match usize::try_from(answer) {
+        Ok(count) => Ok(count),
+        Err(_) => Err(Error::from_errno(answer as c_int)),
+    }
+}
+
+/// The tables of operations of a driver.
+struct Vtable<D>(PhantomData<D>);
+
+impl<D: Driver> Vtable<D> {
+    const LAYOUT: () = {
+        assert!(offset_of!(Layout<D>, core) == 0);
+        assert!(offset_of!(bindings::vfio_pci_core_device, vdev) == 0);
+    };
+
+    const DEVICE: bindings::vfio_device_ops = bindings::vfio_device_ops {
+        name: D::NAME.as_ptr().cast_mut().cast(),
+        init: Some(Self::init),
+        release: Some(Self::release),
+        open_device: Some(Self::open_device),
+        close_device: Some(Self::close_device),
+        ioctl: Some(Self::ioctl),
+        get_region_info_caps: Some(bindings::vfio_pci_ioctl_get_region_info),
+        device_feature: Some(Self::device_feature),
+        read: Some(Self::read),
+        write: Some(Self::write),
+        mmap: Some(Self::mmap),
+        request: Some(bindings::vfio_pci_core_request),
+        match_: Some(bindings::vfio_pci_core_match),
+        match_token_uuid: Some(bindings::vfio_pci_core_match_token_uuid),
+        #[cfg(CONFIG_IOMMUFD)]
+        bind_iommufd: Some(bindings::vfio_iommufd_physical_bind),
+        #[cfg(CONFIG_IOMMUFD)]
+        unbind_iommufd: Some(bindings::vfio_iommufd_physical_unbind),
+        #[cfg(CONFIG_IOMMUFD)]
+        attach_ioas: Some(bindings::vfio_iommufd_physical_attach_ioas),
+        #[cfg(CONFIG_IOMMUFD)]
+        detach_ioas: Some(bindings::vfio_iommufd_physical_detach_ioas),
+        #[cfg(CONFIG_IOMMUFD)]
+        pasid_attach_ioas: Some(bindings::vfio_iommufd_physical_pasid_attach_ioas),
+        #[cfg(CONFIG_IOMMUFD)]
+        pasid_detach_ioas: Some(bindings::vfio_iommufd_physical_pasid_detach_ioas),
+        ..pin_init::zeroed()
+    };
+
+    const PCI: bindings::vfio_pci_device_ops = bindings::vfio_pci_device_ops {
+        get_dmabuf_phys: Some(bindings::vfio_pci_core_get_dmabuf_phys),
+    };
+
+    const ERRORS: bindings::pci_error_handlers = bindings::pci_error_handlers {
+        error_detected: Some(Self::error_detected),
+        reset_prepare: Some(Self::reset_prepare),
+        reset_done: Some(Self::reset_done),
+        resume: Some(Self::error_resume),
+        ..pin_init::zeroed()
+    };
+
+    /// Any function, but only when asked for by name (`PCI_DRIVER_OVERRIDE_DEVICE_VFIO`).
+    const IDS: [bindings::pci_device_id; 2] = [
+        bindings::pci_device_id {
+            vendor: bindings::PCI_ANY_ID as u32,
+            device: bindings::PCI_ANY_ID as u32,
+            subvendor: bindings::PCI_ANY_ID as u32,
+            subdevice: bindings::PCI_ANY_ID as u32,
+            override_only: bindings::PCI_ID_F_VFIO_DRIVER_OVERRIDE as u32,
+            ..pin_init::zeroed()
+        },
+        pin_init::zeroed(),
+    ];
+
+    unsafe extern "C" fn init(vdev: *mut bindings::vfio_device) -> c_int {
+        let layout = vdev.cast::<Layout<D>>();
+        from_result(|| {
+            let function = Function {
+                // SAFETY: The vfio core set the device, which is that of a PCI function that is
+                // being bound.
+                pdev: unsafe { to_pci_dev((*vdev).dev) },
+                _call: PhantomData,
+            };
+            let driver = D::bind(&function)?;
+            // SAFETY: `vdev` was zeroed and is being initialized.
+            to_result(unsafe { bindings::vfio_pci_core_init_dev(vdev) })?;
+            // SAFETY: Computes an address inside of the allocation.
+            let slot = unsafe { (*layout).driver.get() };
+            // SAFETY: Nobody else knows the device yet.
+            unsafe { (*slot).write(driver) };
+            Ok(0)
+        })
+    }
+
+    unsafe extern "C" fn release(vdev: *mut bindings::vfio_device) {
+        // SAFETY: Computes an address inside of the device.
+        let slot = unsafe { (*vdev.cast::<Layout<D>>()).driver.get() };
+        // SAFETY: `init` succeeded, or there were no release; this is the last operation.
+        unsafe { (*slot).assume_init_drop() };
+        // SAFETY: As above.
+        unsafe { bindings::vfio_pci_core_release_dev(vdev) };
+    }
+
+    unsafe extern "C" fn open_device(vdev: *mut bindings::vfio_device) -> c_int {
+        let core = vdev.cast::<bindings::vfio_pci_core_device>();
+        // SAFETY: The device is being opened.
+        let result = unsafe { bindings::vfio_pci_core_enable(core) };
+        if result != 0 {
+            return result;
+        }
+        // SAFETY: The device was enabled.
+        unsafe { bindings::vfio_pci_core_finish_enable(core) };
+        // SAFETY: The device is open during the call.
+        D::opened(&unsafe { Device::from_raw(vdev) });
+        0
+    }
+
+    unsafe extern "C" fn close_device(vdev: *mut bindings::vfio_device) {
+        // SAFETY: The device is open until the core closes it below.
+        D::closing(&unsafe { Device::from_raw(vdev) });
+        // SAFETY: The device is open.
+        unsafe { bindings::vfio_pci_core_close_device(vdev) };
+    }
+
+    unsafe extern "C" fn ioctl(
+        vdev: *mut bindings::vfio_device,
+        command: c_uint,
+        argument: c_ulong,
+    ) -> c_long {
+        // SAFETY: The device is open during the call.
+        from_result(|| D::ioctl(&unsafe { Device::from_raw(vdev) }, command, argument))
+    }
+
+    unsafe extern "C" fn device_feature(
+        vdev: *mut bindings::vfio_device,
+        flags: u32,
+        argument: *mut c_void,
+        size: usize,
+    ) -> c_int {
+        let payload = UserPayload::new(argument, size);
+        // SAFETY: The device is open during the call.
+        from_result(|| D::feature(&unsafe { Device::from_raw(vdev) }, flags, payload))
+    }
+
+    unsafe extern "C" fn read(
+        vdev: *mut bindings::vfio_device,
+        address: *mut u8,
+        len: usize,
+        position: *mut bindings::loff_t,
+    ) -> isize {
+        let buffer = UserBuffer { address, len };
+        // SAFETY: The position is the caller's local variable.
+        let position = unsafe { &mut *position };
+        // SAFETY: The device is open during the call.
+        let device = unsafe { Device::from_raw(vdev) };
+        from_result(|| D::read(&device, buffer, position).map(|count| count as isize))
+    }
+
+    unsafe extern "C" fn write(
+        vdev: *mut bindings::vfio_device,
+        address: *const u8,
+        len: usize,
+        position: *mut bindings::loff_t,
+    ) -> isize {
+        let address = address.cast_mut();
+        let buffer = UserBuffer { address, len };
+        // SAFETY: The position is the caller's local variable.
+        let position = unsafe { &mut *position };
+        // SAFETY: The device is open during the call.
+        let device = unsafe { Device::from_raw(vdev) };
+        from_result(|| D::write(&device, buffer, position).map(|count| count as isize))
+    }
+
+    unsafe extern "C" fn mmap(
+        vdev: *mut bindings::vfio_device,
+        vma: *mut bindings::vm_area_struct,
+    ) -> c_int {
+        // SAFETY: `vma` is the argument of the mmap operation that is running.
+        let vma = unsafe { NewVma::from_raw(vma) };
+        // SAFETY: The device is open during the call.
+        from_result(|| D::mmap(&unsafe { Device::from_raw(vdev) }, vma).map(|()| 0))
+    }
+
+    /// Runs `f` with the driver's data of a bound function.
+    ///
+    /// # Safety
+    ///
+    /// To be called from an error handler only: with the device lock held and the function bound.
+    unsafe fn with_driver(
+        pdev: *mut bindings::pci_dev,
+        f: impl FnOnce(&D, &Function<'_>),
+    ) {
+        // SAFETY: `pdev` is valid by the caller.
+        let layout = unsafe { bindings::dev_get_drvdata(&raw mut (*pdev).dev) };
+        if layout.is_null() {
+            return;
+        }
+        // SAFETY: Our `probe` set the data of a bound function to its layout, which lives until
+        // after `remove`.
+        let layout = unsafe { &*layout.cast::<Layout<D>>() };
+        // SAFETY: `probe` stores initialized devices only.
+        let driver = unsafe { (*layout.driver.get()).assume_init_ref() };
+        let function = Function {
+            pdev,
+            _call: PhantomData,
+        };
+        f(driver, &function);
+    }
+
+    unsafe extern "C" fn reset_prepare(pdev: *mut bindings::pci_dev) {
+        // SAFETY: This is an error handler.
+        unsafe { Self::with_driver(pdev, D::reset_prepare) };
+    }
+
+    unsafe extern "C" fn reset_done(pdev: *mut bindings::pci_dev) {
+        // SAFETY: This is an error handler.
+        unsafe { Self::with_driver(pdev, D::reset_done) };
+    }
+
+    unsafe extern "C" fn error_detected(
+        pdev: *mut bindings::pci_dev,
+        state: bindings::pci_channel_state_t,
+    ) -> bindings::pci_ers_result_t {
+        // SAFETY: This is an error handler.
+        unsafe { Self::with_driver(pdev, D::error_detected) };
+        // SAFETY: This is the error handler that the core's stands in for.
+        unsafe { bindings::vfio_pci_core_aer_err_detected(pdev, state) }
+    }
+
+    unsafe extern "C" fn error_resume(pdev: *mut bindings::pci_dev) {
+        // SAFETY: This is an error handler.
+        unsafe { Self::with_driver(pdev, D::error_resume) };
+    }
+
+    unsafe extern "C" fn probe(
+        pdev: *mut bindings::pci_dev,
+        _id: *const bindings::pci_device_id,
+    ) -> c_int {
+        let () = Self::LAYOUT;
+        // SAFETY: `pdev` is valid.
+        let (vendor, device) = unsafe { ((*pdev).vendor, (*pdev).device) };
+        if !D::accepts(u32::from(vendor), u32::from(device)) {
+            return EINVAL.to_errno();
+        }
+        // SAFETY: Computes an address inside of the function.
+        let dev = unsafe { &raw mut (*pdev).dev };
+        // SAFETY: The operations are static and the size is that of our structure.
+        let vdev = unsafe {
+            bindings::_vfio_alloc_device(size_of::<Layout<D>>(), dev, &Self::DEVICE)
+        };
+        let vdev = match from_err_ptr(vdev) {
+            Ok(vdev) => vdev,
+            Err(error) => return error.to_errno(),
+        };
+        let core = vdev.cast::<bindings::vfio_pci_core_device>();
+        // SAFETY: The core wants its own structure as the function's data.
+        unsafe { bindings::dev_set_drvdata(dev, core.cast()) };
+        // SAFETY: The device was just made and is ours.
+        unsafe { (*core).pci_ops = &Self::PCI };
+        // SAFETY: The device is initialized.
+        let result = unsafe { bindings::vfio_pci_core_register_device(core) };
+        if result != 0 {
+            // SAFETY: As above.
+            unsafe { bindings::dev_set_drvdata(dev, core::ptr::null_mut()) };
+            // SAFETY: Gives back the reference of `_vfio_alloc_device`.
+            unsafe { bindings::put_device(&raw mut (*vdev).device) };
+        }
+        result
+    }
+
+    unsafe extern "C" fn remove(pdev: *mut bindings::pci_dev) {
+        // SAFETY: `pdev` is valid.
+        let data = unsafe { bindings::dev_get_drvdata(&raw mut (*pdev).dev) };
+        let core = data.cast::<bindings::vfio_pci_core_device>();
+        // SAFETY: `probe` registered it.
+        unsafe { bindings::vfio_pci_core_unregister_device(core) };
+        // SAFETY: Gives back the reference of `_vfio_alloc_device`.
+        unsafe { bindings::put_device(&raw mut (*core).vdev.device) };
+    }
+
+    unsafe extern "C" fn sriov_configure(pdev: *mut bindings::pci_dev, count: c_int) -> c_int {
+        if !D::sriov() {
+            return ENOENT.to_errno();
+        }
+        // SAFETY: `pdev` is valid.
+        let core = unsafe { bindings::dev_get_drvdata(&raw mut (*pdev).dev) };
+        // SAFETY: The function is bound and the device lock is held.
+        unsafe { bindings::vfio_pci_core_sriov_configure(core.cast(), count) }
+    }
+}
+
+/// # Safety
+///
+/// `dev` must be that of a PCI function.
+unsafe fn to_pci_dev(dev: *mut bindings::device) -> *mut bindings::pci_dev {
+    // SAFETY: By the caller, `dev` is a member of a `pci_dev`.
+    unsafe { kernel::container_of!(dev, bindings::pci_dev, dev) }
+}
+
+/// A registered PCI driver; unregistered when dropped.
+///
+/// # Invariants
+///
+/// `driver` is registered.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Registration<D: Driver> {
+    #[pin]
+    driver: Opaque<bindings::pci_driver>,
+    _driver: PhantomData<D>,
+}
+
+// SAFETY: Registering and unregistering may be done from any thread.
+unsafe impl<D: Driver> Send for Registration<D> {}
+// SAFETY: A shared registration gives access to nothing.
+unsafe impl<D: Driver> Sync for Registration<D> {}
+
+impl<D: Driver> Registration<D> {
+    /// Registers the driver.
+    pub(crate) fn new(module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            driver <- Opaque::try_ffi_init(|slot: *mut bindings::pci_driver| {
+                let driver = bindings::pci_driver {
+                    name: D::NAME.as_ptr().cast(),
+                    id_table: Vtable::<D>::IDS.as_ptr(),
+                    probe: Some(Vtable::<D>::probe),
+                    remove: Some(Vtable::<D>::remove),
+                    sriov_configure: Some(Vtable::<D>::sriov_configure),
+                    err_handler: &Vtable::<D>::ERRORS,
+                    driver_managed_dma: true,
+                    ..pin_init::zeroed()
+                };
+                // SAFETY: `slot` is valid for writes.
+                unsafe { slot.write(driver) };
+                // SAFETY: The driver is filled in, stays where it is, and is unregistered when this
+                // is dropped.
+                to_result(unsafe {
+                    bindings::__pci_register_driver(
+                        slot,
+                        module.as_ptr(),
+                        c"barlease_vfio_pci".as_ptr().cast(),
+                    )
+                })
+            }),
+            _driver: PhantomData,
+        })
+    }
+}
+
+#[pinned_drop]
+impl<D: Driver> PinnedDrop for Registration<D> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: By the type invariant the driver is registered.
+        unsafe { bindings::pci_unregister_driver(self.driver.get()) };
+    }
+}
