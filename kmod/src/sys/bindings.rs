@@ -2,6 +2,10 @@
 
 //! The kernel's own bindings, and those of vfio that it lacks.
 
+#![cfg_attr(
+    CONFIG_RUSTC_HAS_UNNECESSARY_TRANSMUTES,
+    allow(unnecessary_transmutes)
+)]
 #![allow(
     clippy::all,
     missing_docs,

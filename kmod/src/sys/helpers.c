@@ -43,6 +43,11 @@ void bl_dma_buf_name(struct dma_buf *dmabuf, char *name)
 	spin_unlock(&dmabuf->name_lock);
 }
 
+bool bl_vma_may_share(const struct vm_area_struct *vma)
+{
+	return vma->vm_flags & VM_MAYSHARE;
+}
+
 /* The flags and the protection that vfio_pci_core_mmap() gives to a mapping of a BAR. */
 void bl_vma_set_io(struct vm_area_struct *vma)
 {

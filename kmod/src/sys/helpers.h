@@ -18,6 +18,7 @@ void bl_ratelimit_init(struct ratelimit_state *state);
 const char *bl_pci_name(const struct pci_dev *pdev);
 bool bl_iomapped(const void __iomem *address);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
+bool bl_vma_may_share(const struct vm_area_struct *vma);
 void bl_vma_set_io(struct vm_area_struct *vma);
 
 #endif

@@ -7,7 +7,7 @@
 use super::bindings;
 use core::marker::PhantomData;
 use kernel::{
-    mm::virt::{flags, VmaRef},
+    mm::virt::VmaRef,
     prelude::*,
     sync::{Arc, ArcBorrow},
     types::ForeignOwnable,
@@ -186,11 +186,12 @@ impl NewVma<'_> {
 
     /// Whether it was asked for with `MAP_SHARED`.
     ///
-    /// The kernel clears VM_SHARED for a shared mapping of a read-only fd; VM_MAYSHARE stays.
+    /// The kernel clears VM_SHARED for a shared mapping of a read-only fd; VM_MAYSHARE stays. Its
+    /// Rust constant has the value of VM_MAYEXEC on Linux 7.2 and 7.3-rc7
+    /// (`rust/bindings/bindings_helper.h`), so C is asked.
     pub(crate) fn is_shared(&self) -> bool {
         // SAFETY: `vma` is valid and locked for writing during mmap.
-        let vma = unsafe { VmaRef::from_raw(self.vma) };
-        vma.flags() & flags::MAYSHARE != 0
+        unsafe { bindings::bl_vma_may_share(self.vma) }
     }
 
     /// Makes it an uncached mapping of device memory whose pages `mapped` inserts.
