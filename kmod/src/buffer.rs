@@ -3,24 +3,23 @@
 //! A buffer: ranges of one BAR, exported as a dma-buf.
 
 use crate::{
-    abi,
+    PAGE_SHIFT, abi,
     leases::{Leases, Ticket},
     model::{
         access::{Epoch, State},
         ranges::{self, Mapping, Misfit, Segment},
     },
     sys::{
-        dma_buf::{DmaBuf, Exporter, Live, MappedInode, Operations, NAME_LEN},
+        dma_buf::{DmaBuf, Exporter, Live, MappedInode, NAME_LEN, Operations},
         vma::{Fault, Mapped, NewVma, Outcome, PMD_ORDER},
     },
-    PAGE_SHIFT,
 };
 use kernel::{
     prelude::*,
     str::CString,
     sync::{
-        atomic::{Atomic, Relaxed},
         Arc, ArcBorrow, SetOnce,
+        atomic::{Atomic, Relaxed},
     },
 };
 
@@ -98,11 +97,7 @@ impl Buffer {
         let live = self.live.lock();
         self.zap();
         drop(live);
-        if first {
-            Ok(())
-        } else {
-            Err(EBADFD)
-        }
+        if first { Ok(()) } else { Err(EBADFD) }
     }
 
     /// Its state as the uAPI has it.
@@ -149,7 +144,8 @@ impl Buffer {
     }
 
     fn state(&self) -> State {
-        self.leases.with_state(self.epoch, || self.is_revoked(), |state| state)
+        self.leases
+            .with_state(self.epoch, || self.is_revoked(), |state| state)
     }
 
     fn is_revoked(&self) -> bool {

@@ -19,9 +19,9 @@ use crate::{
         dma_buf::DmaBuf,
         payload::UserPayload,
         vfio_pci::{
-            Device, Driver, Function, UserBuffer, CONFIG_REGION, FEATURE_GET,
-            FEATURE_LOW_POWER_ENTRY, FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK,
-            FEATURE_PROBE, FEATURE_SET, OFFSET_SHIFT,
+            CONFIG_REGION, Device, Driver, FEATURE_GET, FEATURE_LOW_POWER_ENTRY,
+            FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK, FEATURE_PROBE, FEATURE_SET,
+            Function, OFFSET_SHIFT, UserBuffer,
         },
         vma::NewVma,
     },
@@ -120,7 +120,9 @@ impl Driver for Barlease {
             FEATURE_LOW_POWER_ENTRY | FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP
         );
         if enters && flags & FEATURE_SET != 0 && flags & FEATURE_PROBE == 0 {
-            return bracketed(device, Event::LowPower, || device.core_feature(flags, payload));
+            return bracketed(device, Event::LowPower, || {
+                device.core_feature(flags, payload)
+            });
         }
         let answer = device.core_feature(flags, payload);
         notice_wake_up(device);
@@ -199,7 +201,9 @@ fn write_config(
         let part = buffer.part((piece.pos - begin) as usize, piece.len as usize);
         let mut at = (region + piece.pos) as i64;
         if piece.sensitive {
-            bracketed(device, Event::ConfigWrite, || device.core_write(part, &mut at))?;
+            bracketed(device, Event::ConfigWrite, || {
+                device.core_write(part, &mut at)
+            })?;
         } else {
             device.core_write(part, &mut at)?;
         }

@@ -3,17 +3,16 @@
 //! `VFIO_DEVICE_FEATURE_DMA_BUF`: makes a buffer of what a process asks for.
 
 use crate::{
-    abi,
+    PAGE_SHIFT, PAGE_SIZE, abi,
     buffer::Buffer,
-    driver::{check_feature, Barlease},
+    driver::{Barlease, check_feature},
     model::ranges::{self, Bar, RangeError, Segment},
     msix::Protected,
     refuse,
     sys::{
         payload::UserPayload,
-        vfio_pci::{Device, BARS, FEATURE_GET},
+        vfio_pci::{BARS, Device, FEATURE_GET},
     },
-    PAGE_SHIFT, PAGE_SIZE,
 };
 use core::mem::size_of;
 use kernel::{alloc::AllocError, bindings, prelude::*};
@@ -50,7 +49,11 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
     let bar = match bar(device, bar_index) {
         Ok(bar) => bar,
         Err(error) => {
-            return refuse!(leases, error, "export: region {bar_index} is no BAR of a page or more")
+            return refuse!(
+                leases,
+                error,
+                "export: region {bar_index} is no BAR of a page or more"
+            );
         }
     };
 
@@ -67,7 +70,7 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
                 errno(reason),
                 "export: BAR {bar_index} of {:#x} bytes: {reason:?}",
                 bar.length
-            )
+            );
         }
     };
     if !crate::may_export_msix() {
@@ -134,9 +137,8 @@ fn place(
 fn errno(reason: RangeError) -> Error {
     match reason {
         RangeError::AddressOverflow => EOVERFLOW,
-        RangeError::Empty
-        | RangeError::Unaligned
-        | RangeError::TooLong
-        | RangeError::PastEnd => EINVAL,
+        RangeError::Empty | RangeError::Unaligned | RangeError::TooLong | RangeError::PastEnd => {
+            EINVAL
+        }
     }
 }

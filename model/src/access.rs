@@ -49,11 +49,7 @@ impl Reasons {
     }
 
     fn with(self, other: Self, condition: bool) -> Self {
-        if condition {
-            self.union(other)
-        } else {
-            self
-        }
+        if condition { self.union(other) } else { self }
     }
 }
 

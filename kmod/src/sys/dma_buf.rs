@@ -8,9 +8,9 @@ use super::{bindings, vma::NewVma};
 use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{
     error::{from_err_ptr, from_result, to_result},
-    prelude::*,
     new_mutex,
-    sync::{lock::mutex::MutexGuard, Arc, ArcBorrow, Mutex},
+    prelude::*,
+    sync::{Arc, ArcBorrow, Mutex, lock::mutex::MutexGuard},
     types::ForeignOwnable,
 };
 
@@ -63,6 +63,9 @@ impl<T: Exporter> Operations<T> {
         unsafe { Arc::borrow(private) }
     }
 
+    /// # Safety
+    ///
+    /// To be called by the dma-buf core only, as `dma_buf_ops.attach` of a dma-buf of `T`.
     unsafe extern "C" fn attach(
         _dmabuf: *mut bindings::dma_buf,
         _attachment: *mut bindings::dma_buf_attachment,
@@ -70,6 +73,9 @@ impl<T: Exporter> Operations<T> {
         EOPNOTSUPP.to_errno()
     }
 
+    /// # Safety
+    ///
+    /// To be called by the dma-buf core only, as `dma_buf_ops.map_dma_buf` of a dma-buf of `T`.
     unsafe extern "C" fn map(
         _attachment: *mut bindings::dma_buf_attachment,
         _direction: bindings::dma_data_direction,
@@ -77,6 +83,9 @@ impl<T: Exporter> Operations<T> {
         EOPNOTSUPP.to_ptr()
     }
 
+    /// # Safety
+    ///
+    /// To be called by the dma-buf core only, as `dma_buf_ops.unmap_dma_buf` of a dma-buf of `T`.
     unsafe extern "C" fn unmap(
         _attachment: *mut bindings::dma_buf_attachment,
         _table: *mut bindings::sg_table,
@@ -84,6 +93,9 @@ impl<T: Exporter> Operations<T> {
     ) {
     }
 
+    /// # Safety
+    ///
+    /// To be called by the dma-buf core only, as `dma_buf_ops.mmap` of a dma-buf of `T`.
     unsafe extern "C" fn mmap(
         dmabuf: *mut bindings::dma_buf,
         vma: *mut bindings::vm_area_struct,
@@ -97,6 +109,9 @@ impl<T: Exporter> Operations<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// To be called by the dma-buf core only, as `dma_buf_ops.release` of a dma-buf of `T`.
     unsafe extern "C" fn release(dmabuf: *mut bindings::dma_buf) {
         // SAFETY: `dmabuf` is valid until this returns.
         let private = unsafe { (*dmabuf).priv_ };
@@ -116,15 +131,11 @@ pub(crate) struct DmaBuf(NonNull<bindings::dma_buf>);
 
 impl DmaBuf {
     /// A new dma-buf of `size` bytes that exports `exported`, with the open flags `flags`.
-    pub(crate) fn export<T: Exporter>(
-        exported: Arc<T>,
-        size: u64,
-        flags: u32,
-    ) -> Result<Self> {
+    pub(crate) fn export<T: Exporter>(exported: Arc<T>, size: u64, flags: u32) -> Result<Self> {
         let size = usize::try_from(size).map_err(|_| EINVAL)?;
         let private = exported.clone().into_foreign();
         let info = bindings::dma_buf_export_info {
-            exp_name: c"barlease".as_ptr().cast(),
+            exp_name: c"barlease".as_char_ptr(),
             // SAFETY: Always valid.
             owner: unsafe { bindings::bl_this_module() },
             ops: &raw const T::operations().0,
@@ -173,7 +184,7 @@ impl DmaBuf {
     /// Names it, as `DMA_BUF_SET_NAME` does. Only before anybody else can know of it.
     pub(crate) fn set_name(&mut self, name: &CStr) -> Result {
         // SAFETY: `name` is a C string.
-        let copy = unsafe { bindings::kstrdup(name.as_ptr().cast(), bindings::GFP_KERNEL) };
+        let copy = unsafe { bindings::kstrdup(name.as_char_ptr(), bindings::GFP_KERNEL) };
         if copy.is_null() {
             return Err(ENOMEM);
         }

@@ -3,7 +3,7 @@
 //! Payloads of `VFIO_DEVICE_FEATURE`, copied once from user memory and back.
 
 use crate::abi;
-use core::mem::{size_of, MaybeUninit};
+use core::mem::{MaybeUninit, size_of};
 use kernel::{
     prelude::*,
     uaccess::{UserPtr, UserSlice, UserSliceReader},

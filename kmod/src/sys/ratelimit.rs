@@ -31,6 +31,6 @@ impl Ratelimit {
     /// Whether one more message may be logged now.
     pub(crate) fn allows(&self) -> bool {
         // SAFETY: The state was initialized by `new` and is pinned; the name is a C string.
-        unsafe { bindings::___ratelimit(self.state.get(), c"barlease".as_ptr().cast()) != 0 }
+        unsafe { bindings::___ratelimit(self.state.get(), c"barlease".as_char_ptr()) != 0 }
     }
 }

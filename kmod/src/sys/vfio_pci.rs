@@ -12,11 +12,12 @@ use crate::model::{access::Levels, ranges::Bar};
 use core::{
     cell::UnsafeCell,
     marker::PhantomData,
-    mem::{offset_of, size_of, MaybeUninit},
+    mem::{MaybeUninit, offset_of, size_of},
 };
 use kernel::{
     error::{from_err_ptr, from_result, to_result},
     prelude::*,
+    str::as_char_ptr_in_const_context,
     sync::Arc,
     types::{NotThreadSafe, Opaque},
 };
@@ -346,7 +347,7 @@ impl<D: Driver> Vtable<D> {
     };
 
     const DEVICE: bindings::vfio_device_ops = bindings::vfio_device_ops {
-        name: D::NAME.as_ptr().cast_mut().cast(),
+        name: as_char_ptr_in_const_context(D::NAME).cast_mut(),
         init: Some(Self::init),
         release: Some(Self::release),
         open_device: Some(Self::open_device),
@@ -394,12 +395,15 @@ impl<D: Driver> Vtable<D> {
             device: bindings::PCI_ANY_ID as u32,
             subvendor: bindings::PCI_ANY_ID as u32,
             subdevice: bindings::PCI_ANY_ID as u32,
-            override_only: bindings::PCI_ID_F_VFIO_DRIVER_OVERRIDE as u32,
+            override_only: bindings::PCI_ID_F_VFIO_DRIVER_OVERRIDE,
             ..pin_init::zeroed()
         },
         pin_init::zeroed(),
     ];
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.init` of a device of `D`.
     unsafe extern "C" fn init(vdev: *mut bindings::vfio_device) -> c_int {
         let layout = vdev.cast::<Layout<D>>();
         from_result(|| {
@@ -420,6 +424,9 @@ impl<D: Driver> Vtable<D> {
         })
     }
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.release` of a device of `D`.
     unsafe extern "C" fn release(vdev: *mut bindings::vfio_device) {
         // SAFETY: Computes an address inside of the device.
         let slot = unsafe { (*vdev.cast::<Layout<D>>()).driver.get() };
@@ -429,6 +436,9 @@ impl<D: Driver> Vtable<D> {
         unsafe { bindings::vfio_pci_core_release_dev(vdev) };
     }
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.open_device` of a device of `D`.
     unsafe extern "C" fn open_device(vdev: *mut bindings::vfio_device) -> c_int {
         let core = vdev.cast::<bindings::vfio_pci_core_device>();
         // SAFETY: The device is being opened.
@@ -443,6 +453,9 @@ impl<D: Driver> Vtable<D> {
         0
     }
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.close_device` of a device of `D`.
     unsafe extern "C" fn close_device(vdev: *mut bindings::vfio_device) {
         // SAFETY: The device is open until the core closes it below.
         D::closing(&unsafe { Device::from_raw(vdev) });
@@ -450,6 +463,9 @@ impl<D: Driver> Vtable<D> {
         unsafe { bindings::vfio_pci_core_close_device(vdev) };
     }
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.ioctl` of a device of `D`.
     unsafe extern "C" fn ioctl(
         vdev: *mut bindings::vfio_device,
         command: c_uint,
@@ -459,6 +475,9 @@ impl<D: Driver> Vtable<D> {
         from_result(|| D::ioctl(&unsafe { Device::from_raw(vdev) }, command, argument))
     }
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.device_feature` of a device of `D`.
     unsafe extern "C" fn device_feature(
         vdev: *mut bindings::vfio_device,
         flags: u32,
@@ -470,6 +489,9 @@ impl<D: Driver> Vtable<D> {
         from_result(|| D::feature(&unsafe { Device::from_raw(vdev) }, flags, payload))
     }
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.read` of a device of `D`.
     unsafe extern "C" fn read(
         vdev: *mut bindings::vfio_device,
         address: *mut u8,
@@ -484,6 +506,9 @@ impl<D: Driver> Vtable<D> {
         from_result(|| D::read(&device, buffer, position).map(|count| count as isize))
     }
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.write` of a device of `D`.
     unsafe extern "C" fn write(
         vdev: *mut bindings::vfio_device,
         address: *const u8,
@@ -499,6 +524,9 @@ impl<D: Driver> Vtable<D> {
         from_result(|| D::write(&device, buffer, position).map(|count| count as isize))
     }
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.mmap` of a device of `D`.
     unsafe extern "C" fn mmap(
         vdev: *mut bindings::vfio_device,
         vma: *mut bindings::vm_area_struct,
@@ -514,10 +542,7 @@ impl<D: Driver> Vtable<D> {
     /// # Safety
     ///
     /// To be called from an error handler only: with the device lock held and the function bound.
-    unsafe fn with_driver(
-        pdev: *mut bindings::pci_dev,
-        f: impl FnOnce(&D, &Function<'_>),
-    ) {
+    unsafe fn with_driver(pdev: *mut bindings::pci_dev, f: impl FnOnce(&D, &Function<'_>)) {
         // SAFETY: `pdev` is valid by the caller.
         let layout = unsafe { bindings::dev_get_drvdata(&raw mut (*pdev).dev) };
         if layout.is_null() {
@@ -535,16 +560,28 @@ impl<D: Driver> Vtable<D> {
         f(driver, &function);
     }
 
+    /// # Safety
+    ///
+    /// To be called by the PCI core only, as `pci_error_handlers.reset_prepare` of a function that is
+    /// bound to the driver.
     unsafe extern "C" fn reset_prepare(pdev: *mut bindings::pci_dev) {
         // SAFETY: This is an error handler.
         unsafe { Self::with_driver(pdev, D::reset_prepare) };
     }
 
+    /// # Safety
+    ///
+    /// To be called by the PCI core only, as `pci_error_handlers.reset_done` of a function that is
+    /// bound to the driver.
     unsafe extern "C" fn reset_done(pdev: *mut bindings::pci_dev) {
         // SAFETY: This is an error handler.
         unsafe { Self::with_driver(pdev, D::reset_done) };
     }
 
+    /// # Safety
+    ///
+    /// To be called by the PCI core only, as `pci_error_handlers.error_detected` of a function that is
+    /// bound to the driver.
     unsafe extern "C" fn error_detected(
         pdev: *mut bindings::pci_dev,
         state: bindings::pci_channel_state_t,
@@ -555,11 +592,18 @@ impl<D: Driver> Vtable<D> {
         unsafe { bindings::vfio_pci_core_aer_err_detected(pdev, state) }
     }
 
+    /// # Safety
+    ///
+    /// To be called by the PCI core only, as `pci_error_handlers.resume` of a function that is
+    /// bound to the driver.
     unsafe extern "C" fn error_resume(pdev: *mut bindings::pci_dev) {
         // SAFETY: This is an error handler.
         unsafe { Self::with_driver(pdev, D::error_resume) };
     }
 
+    /// # Safety
+    ///
+    /// To be called by the PCI core only, as `pci_driver.probe` of the driver.
     unsafe extern "C" fn probe(
         pdev: *mut bindings::pci_dev,
         _id: *const bindings::pci_device_id,
@@ -573,9 +617,8 @@ impl<D: Driver> Vtable<D> {
         // SAFETY: Computes an address inside of the function.
         let dev = unsafe { &raw mut (*pdev).dev };
         // SAFETY: The operations are static and the size is that of our structure.
-        let vdev = unsafe {
-            bindings::_vfio_alloc_device(size_of::<Layout<D>>(), dev, &Self::DEVICE)
-        };
+        let vdev =
+            unsafe { bindings::_vfio_alloc_device(size_of::<Layout<D>>(), dev, &Self::DEVICE) };
         let vdev = match from_err_ptr(vdev) {
             Ok(vdev) => vdev,
             Err(error) => return error.to_errno(),
@@ -596,6 +639,9 @@ impl<D: Driver> Vtable<D> {
         result
     }
 
+    /// # Safety
+    ///
+    /// To be called by the PCI core only, as `pci_driver.remove` of the driver.
     unsafe extern "C" fn remove(pdev: *mut bindings::pci_dev) {
         // SAFETY: `pdev` is valid.
         let data = unsafe { bindings::dev_get_drvdata(&raw mut (*pdev).dev) };
@@ -606,6 +652,9 @@ impl<D: Driver> Vtable<D> {
         unsafe { bindings::put_device(&raw mut (*core).vdev.device) };
     }
 
+    /// # Safety
+    ///
+    /// To be called by the PCI core only, as `pci_driver.sriov_configure` of the driver.
     unsafe extern "C" fn sriov_configure(pdev: *mut bindings::pci_dev, count: c_int) -> c_int {
         if !D::sriov() {
             return ENOENT.to_errno();
@@ -648,7 +697,7 @@ impl<D: Driver> Registration<D> {
         try_pin_init!(Self {
             driver <- Opaque::try_ffi_init(|slot: *mut bindings::pci_driver| {
                 let driver = bindings::pci_driver {
-                    name: D::NAME.as_ptr().cast(),
+                    name: D::NAME.as_char_ptr(),
                     id_table: Vtable::<D>::IDS.as_ptr(),
                     probe: Some(Vtable::<D>::probe),
                     remove: Some(Vtable::<D>::remove),
@@ -665,7 +714,7 @@ impl<D: Driver> Registration<D> {
                     bindings::__pci_register_driver(
                         slot,
                         module.as_ptr(),
-                        c"barlease_vfio_pci".as_ptr().cast(),
+                        c"barlease_vfio_pci".as_char_ptr(),
                     )
                 })
             }),

@@ -126,6 +126,10 @@ impl<T: Mapped> Vtable<T> {
         unsafe { Arc::borrow(private) }
     }
 
+    /// # Safety
+    ///
+    /// To be called by the memory management only, as `vm_operations_struct.open` of a VMA
+    /// with these operations.
     unsafe extern "C" fn open(vma: *mut bindings::vm_area_struct) {
         // SAFETY: The new VMA was copied from one with these operations, whose reference keeps the
         // object alive while the copy takes its own.
@@ -135,6 +139,10 @@ impl<T: Mapped> Vtable<T> {
         unsafe { (*vma).vm_private_data = mapped.into_foreign() };
     }
 
+    /// # Safety
+    ///
+    /// To be called by the memory management only, as `vm_operations_struct.close` of a VMA
+    /// with these operations.
     unsafe extern "C" fn close(vma: *mut bindings::vm_area_struct) {
         // SAFETY: `vma` is valid during the call.
         let private = unsafe { (*vma).vm_private_data };
@@ -144,11 +152,19 @@ impl<T: Mapped> Vtable<T> {
         mapped.vma_closed();
     }
 
+    /// # Safety
+    ///
+    /// To be called by the memory management only, as `vm_operations_struct.fault` of a VMA
+    /// with these operations.
     unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
         // SAFETY: Same requirements.
         unsafe { Self::huge_fault(vmf, 0) }
     }
 
+    /// # Safety
+    ///
+    /// To be called by the memory management only, as `vm_operations_struct.huge_fault` of a VMA
+    /// with these operations.
     unsafe extern "C" fn huge_fault(
         vmf: *mut bindings::vm_fault,
         order: c_uint,
