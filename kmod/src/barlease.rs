@@ -16,7 +16,6 @@
 
 #![deny(unsafe_code)]
 
-use core::borrow::Borrow;
 use kernel::{debugfs::Dir, prelude::*};
 
 #[path = "../../abi/src/lib.rs"]
@@ -51,20 +50,6 @@ module! {
     description: "VFIO PCI driver that leases ranges of BARs as revocable dma-bufs",
     license: "GPL",
     imports_ns: ["DMA_BUF"],
-    params: {
-        allow_msix_export: bool {
-            default: false,
-            description: "Export ranges that overlap the MSI-X table or PBA (default: no)",
-        },
-        enable_sriov: bool {
-            default: false,
-            description: "Allow to make virtual functions of bound physical ones (default: no)",
-        },
-        disable_denylist: bool {
-            default: false,
-            description: "Bind functions with known exploitable errata too (default: no)",
-        },
-    },
 }
 
 /// The loaded module.
@@ -83,23 +68,6 @@ impl kernel::InPlaceModule for Module {
             registration <- Registration::new(module),
         })
     }
-}
-
-fn may_export_msix() -> bool {
-    flag(module_parameters::allow_msix_export.value())
-}
-
-fn may_make_virtual_functions() -> bool {
-    flag(module_parameters::enable_sriov.value())
-}
-
-fn denylist_is_disabled() -> bool {
-    flag(module_parameters::disable_denylist.value())
-}
-
-/// The value of a parameter, which Linux 7.2 lends and 7.3 gives.
-fn flag(value: impl Borrow<bool>) -> bool {
-    *value.borrow()
 }
 
 /// Refuses what a user asks for: logs why, not too often, and is the error.

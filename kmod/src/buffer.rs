@@ -11,6 +11,7 @@ use crate::{
     },
     sys::{
         dma_buf::{DmaBuf, Exporter, Live, MappedInode, NAME_LEN, Operations},
+        errno,
         vma::{Fault, Mapped, NewVma, Outcome, PMD_ORDER},
     },
 };
@@ -97,7 +98,11 @@ impl Buffer {
         let live = self.live.lock();
         self.zap();
         drop(live);
-        if first { Ok(()) } else { Err(EBADFD) }
+        if first {
+            Ok(())
+        } else {
+            Err(errno::EBADFD.into())
+        }
     }
 
     /// Its state as the uAPI has it.

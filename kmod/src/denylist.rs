@@ -3,6 +3,7 @@
 //! Functions that must not be given to user space, as stock vfio-pci has them: their errata can be
 //! used against the host (`drivers/vfio/pci/vfio_pci.c`, `vfio_pci_dev_in_denylist`).
 
+use crate::sys::params;
 use kernel::{bindings, prelude::*};
 
 const INTEL: u32 = bindings::PCI_VENDOR_ID_INTEL;
@@ -17,7 +18,7 @@ pub(crate) fn accepts(vendor: u32, device: u32) -> bool {
     if vendor != INTEL || !DENIED.contains(&device) {
         return true;
     }
-    if crate::denylist_is_disabled() {
+    if params::disable_denylist() {
         pr_warn!("denylist disabled: taking {vendor:04x}:{device:04x}\n");
         return true;
     }

@@ -17,6 +17,7 @@ use crate::{
     msix::Protected,
     sys::{
         dma_buf::DmaBuf,
+        params,
         payload::UserPayload,
         vfio_pci::{
             CONFIG_REGION, Device, Driver, FEATURE_GET, FEATURE_LOW_POWER_ENTRY,
@@ -57,7 +58,7 @@ impl Driver for Barlease {
     }
 
     fn sriov() -> bool {
-        crate::may_make_virtual_functions()
+        params::enable_sriov()
     }
 
     fn bind(function: &Function<'_>) -> Result<Arc<Self>> {

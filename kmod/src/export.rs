@@ -10,6 +10,7 @@ use crate::{
     msix::Protected,
     refuse,
     sys::{
+        params,
         payload::UserPayload,
         vfio_pci::{BARS, Device, FEATURE_GET},
     },
@@ -73,7 +74,7 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
             );
         }
     };
-    if !crate::may_export_msix() {
+    if !params::allow_msix_export() {
         if let Some(hit) = device.driver().protected().hit(bar_index, &asked) {
             return refuse!(
                 leases,

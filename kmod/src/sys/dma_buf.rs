@@ -4,7 +4,7 @@
 //!
 //! C header: [`include/linux/dma-buf.h`](srctree/include/linux/dma-buf.h)
 
-use super::{bindings, vma::NewVma};
+use super::{bindings, errno, vma::NewVma};
 use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{
     error::{from_err_ptr, from_result, to_result},
@@ -70,7 +70,7 @@ impl<T: Exporter> Operations<T> {
         _dmabuf: *mut bindings::dma_buf,
         _attachment: *mut bindings::dma_buf_attachment,
     ) -> c_int {
-        EOPNOTSUPP.to_errno()
+        Error::from(errno::EOPNOTSUPP).to_errno()
     }
 
     /// # Safety
@@ -80,7 +80,7 @@ impl<T: Exporter> Operations<T> {
         _attachment: *mut bindings::dma_buf_attachment,
         _direction: bindings::dma_data_direction,
     ) -> *mut bindings::sg_table {
-        EOPNOTSUPP.to_ptr()
+        Error::from(errno::EOPNOTSUPP).to_ptr()
     }
 
     /// # Safety

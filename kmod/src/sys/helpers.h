@@ -21,4 +21,9 @@ void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
 bool bl_vma_may_share(const struct vm_area_struct *vma);
 void bl_vma_set_io(struct vm_area_struct *vma);
 
+/* params.c */
+bool bl_allow_msix_export(void);
+bool bl_enable_sriov(void);
+bool bl_disable_denylist(void);
+
 #endif

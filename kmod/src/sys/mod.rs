@@ -11,6 +11,8 @@ mod bindings;
 
 pub(crate) mod debugfs_root;
 pub(crate) mod dma_buf;
+pub(crate) mod errno;
+pub(crate) mod params;
 pub(crate) mod payload;
 pub(crate) mod ratelimit;
 pub(crate) mod rwsem;
