@@ -5,6 +5,9 @@
 //! - [`ranges`]: validation of the ranges of a buffer, and the look-up from an offset in the buffer
 //!   to a page of the BAR;
 //! - [`access`]: whether the memory of a device may be touched, and why not;
+//! - [`alias`]: further region indexes of BARs;
+//! - [`batch`]: which pages one fault brings in;
+//! - [`tph`]: steering tags;
 //! - [`config`]: which part of a config-space write may take memory away.
 //!
 //! What may not be here: allocation, locks, I/O, panics, `unsafe`. The module compiles this file as
@@ -14,5 +17,8 @@
 #![forbid(unsafe_code)]
 
 pub mod access;
+pub mod alias;
+pub mod batch;
 pub mod config;
 pub mod ranges;
+pub mod tph;
