@@ -97,9 +97,11 @@ pub struct Segment {
 
 impl Segment {
     /// The segment that follows a segment that ends at page `begin` of the buffer.
+    ///
+    /// A sum of lengths that [`total_length`] accepts never saturates.
     pub fn after(begin: u64, address: u64, length: u64, page_shift: u32) -> Self {
         Self {
-            end: begin + (length >> page_shift),
+            end: begin.saturating_add(length >> page_shift),
             pfn: address >> page_shift,
         }
     }
@@ -117,14 +119,17 @@ pub struct Place {
 }
 
 /// Finds page `page` of a buffer; `None` past its end. O(log n).
+///
+/// The sums saturate only where `segments` breaks its invariants: what is found is wrong then, but
+/// nothing panics.
 pub fn find(segments: &[Segment], page: u64) -> Option<Place> {
     let segment = segments.partition_point(|s| s.end <= page);
     let found = segments.get(segment)?;
     let begin = begin_of(segments, segment);
     Some(Place {
         segment,
-        pfn: found.pfn + (page - begin),
-        run: found.end - page,
+        pfn: found.pfn.saturating_add(page.saturating_sub(begin)),
+        run: found.end.saturating_sub(page),
     })
 }
 
@@ -168,7 +173,7 @@ pub fn entry_for(
     order: u32,
     page_shift: u32,
 ) -> Result<u64, Misfit> {
-    let Some(entry_size) = 1u64.checked_shl(order + page_shift) else {
+    let Some(entry_size) = 1u64.checked_shl(order.saturating_add(page_shift)) else {
         return Err(Misfit::Order);
     };
     if address < mapping.start || address >= mapping.end {
