@@ -17,6 +17,7 @@ fn the_same_request_has_the_same_index() {
 
 #[test]
 fn a_full_table_takes_what_it_knows() {
+    assert_eq!(MAX_ALIASES, 16);
     let mut aliases = Aliases::default();
     for flags in 1..=MAX_ALIASES as u32 {
         assert_eq!(aliases.add(Alias { bar: 0, flags }), Some(flags - 1));
