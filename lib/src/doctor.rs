@@ -1,0 +1,363 @@
+//! What is missing for leases to work, in the order in which to mend it.
+
+use std::fs;
+use std::path::Path;
+use std::path::PathBuf;
+
+use barlease_abi as abi;
+use rustix::process::Resource;
+use serde::Serialize;
+
+use crate::Bdf;
+use crate::device::permission_remedy;
+use crate::pci::Pci;
+use crate::pci::PciDevice;
+
+/// Outcome of a check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Works, with a limit.
+    Warn,
+    /// Does not work.
+    Fail,
+    /// Could not be found out, or needs an earlier check to succeed.
+    Skip,
+}
+
+/// One check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Check {
+    /// What was checked: a short, stable name.
+    pub name: &'static str,
+    /// The outcome.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What to do about it.
+    pub remedy: Option<String>,
+}
+
+/// Where to look.
+#[derive(Clone, Debug)]
+pub struct Doctor {
+    sysfs: PathBuf,
+    dev: PathBuf,
+    boot: PathBuf,
+    modules: PathBuf,
+}
+
+impl Default for Doctor {
+    fn default() -> Self {
+        let release = rustix::system::uname()
+            .release()
+            .to_string_lossy()
+            .into_owned();
+        Self {
+            sysfs: "/sys".into(),
+            dev: "/dev".into(),
+            boot: format!("/boot/config-{release}").into(),
+            modules: format!("/lib/modules/{release}").into(),
+        }
+    }
+}
+
+impl Doctor {
+    /// This system.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A system below another root, such as a container image or a test's directory.
+    #[must_use]
+    pub fn at(root: &Path) -> Self {
+        let system = Self::default();
+        let below = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
+        Self {
+            sysfs: below(&system.sysfs),
+            dev: below(&system.dev),
+            boot: below(&system.boot),
+            modules: below(&system.modules),
+        }
+    }
+
+    /// Checks the system, and a device if one is given.
+    #[must_use]
+    pub fn examine(&self, bdf: Option<Bdf>) -> Vec<Check> {
+        let pci = Pci::at(&self.sysfs);
+        let mut checks = vec![
+            self.kernel(),
+            self.module(&pci),
+            iommu(&pci),
+            self.nodes(),
+            memlock(),
+        ];
+        if let Some(bdf) = bdf {
+            checks.extend(self.device(&pci, bdf));
+        }
+        checks
+    }
+
+    /// The options that the module needs.
+    fn kernel(&self) -> Check {
+        let config = [
+            self.boot.clone(),
+            self.modules.join("config"),
+            self.modules.join("build/.config"),
+        ]
+        .into_iter()
+        .find_map(|path| fs::read_to_string(path).ok());
+        let Some(config) = config else {
+            return skip("kernel", "the kernel's configuration cannot be read");
+        };
+        let missing: Vec<&str> = ["CONFIG_RUST", "CONFIG_VFIO_PCI", "CONFIG_DMA_SHARED_BUFFER"]
+            .into_iter()
+            .filter(|option| !has_option(&config, option))
+            .collect();
+        if !missing.is_empty() {
+            return fail(
+                "kernel",
+                format!("built without {}", missing.join(", ")),
+                "boot a kernel of 7.2 or later that has them, such as Debian's",
+            );
+        }
+        if !has_option(&config, "CONFIG_PCI_P2PDMA") {
+            return warn(
+                "kernel",
+                "built without CONFIG_PCI_P2PDMA: leases can be mapped, not imported by devices",
+                "boot a kernel that has it, if devices are to reach leases",
+            );
+        }
+        ok("kernel", "has what the module needs")
+    }
+
+    fn module(&self, pci: &Pci) -> Check {
+        if let Some(module) = pci.module() {
+            let version = module.version.unwrap_or_else(|| "unknown".to_owned());
+            return ok("module", format!("loaded, version {version}"));
+        }
+        if self.module_is_installed() {
+            return fail(
+                "module",
+                "installed, not loaded",
+                &format!("modprobe {}", abi::MODULE_NAME),
+            );
+        }
+        fail(
+            "module",
+            "not installed for this kernel",
+            "build it: make -C kmod KDIR=/lib/modules/$(uname -r)/build",
+        )
+    }
+
+    fn module_is_installed(&self) -> bool {
+        ["modules.dep", "modules.order"].iter().any(|list| {
+            fs::read_to_string(self.modules.join(list))
+                .is_ok_and(|text| text.contains(&format!("/{}.ko", abi::MODULE_NAME)))
+        })
+    }
+
+    /// The ways to open a VFIO device.
+    fn nodes(&self) -> Check {
+        let group = self.dev.join("vfio/vfio").exists();
+        let cdev = self.dev.join("iommu").exists();
+        match (group, cdev) {
+            (_, true) => ok("vfio", "iommufd"),
+            (true, false) => ok("vfio", "groups and containers"),
+            (false, false) => fail(
+                "vfio",
+                "neither /dev/vfio/vfio nor /dev/iommu exists",
+                "modprobe vfio_iommu_type1",
+            ),
+        }
+    }
+
+    fn device(&self, pci: &Pci, bdf: Bdf) -> Vec<Check> {
+        let device = match pci.device(bdf) {
+            Ok(device) => device,
+            Err(error) => {
+                return vec![fail(
+                    "device",
+                    error.to_string(),
+                    "`barlease device` lists them",
+                )];
+            }
+        };
+        vec![
+            driver(&device),
+            self.group(pci, &device),
+            self.permission(&device),
+        ]
+    }
+
+    fn group(&self, pci: &Pci, device: &PciDevice) -> Check {
+        let Some(group) = device.iommu_group else {
+            return fail(
+                "group",
+                "the device is in no IOMMU group",
+                "turn the IOMMU on, in the firmware and with intel_iommu=on or amd_iommu=on",
+            );
+        };
+        let obstacles: Vec<String> = pci
+            .group_obstacles(group)
+            .into_iter()
+            .filter(|other| other.bdf != device.bdf)
+            .map(|other| other.bdf.to_string())
+            .collect();
+        if obstacles.is_empty() {
+            return ok("group", format!("IOMMU group {group} is viable"));
+        }
+        let list = obstacles.join(" ");
+        fail(
+            "group",
+            format!("IOMMU group {group} has devices in use by the host: {list}"),
+            &format!("barlease device bind {list}"),
+        )
+    }
+
+    /// Whether this user may open it.
+    fn permission(&self, device: &PciDevice) -> Check {
+        let node = match (&device.vfio, device.iommu_group) {
+            (Some(vfio), _) if self.dev.join("iommu").exists() => {
+                self.dev.join("vfio/devices").join(vfio)
+            }
+            (_, Some(group)) => self.dev.join("vfio").join(group.to_string()),
+            _ => return skip("permission", "there is no device node"),
+        };
+        if !node.exists() {
+            return skip("permission", format!("{} does not exist", node.display()));
+        }
+        let access = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK;
+        match rustix::fs::access(&node, access) {
+            Ok(()) => ok("permission", format!("{} can be opened", node.display())),
+            Err(_) => fail(
+                "permission",
+                format!("{} cannot be opened", node.display()),
+                &permission_remedy(&node),
+            ),
+        }
+    }
+}
+
+fn driver(device: &PciDevice) -> Check {
+    let bind = format!("barlease device bind {}", device.bdf);
+    match device.driver.as_deref() {
+        Some(driver) if device.is_barlease() => ok("driver", driver),
+        Some(driver) if device.is_vfio() => warn(
+            "driver",
+            format!("bound to {driver}: leases can be neither mapped nor revoked"),
+            &bind,
+        ),
+        Some(driver) => fail(
+            "driver",
+            format!("bound to {driver}, which is not a vfio driver"),
+            &bind,
+        ),
+        None => fail("driver", "bound to no driver", &bind),
+    }
+}
+
+fn iommu(pci: &Pci) -> Check {
+    if pci.has_iommu() {
+        return ok("iommu", "on");
+    }
+    fail(
+        "iommu",
+        "off: there are no IOMMU groups",
+        "turn it on in the firmware and boot with intel_iommu=on or amd_iommu=on",
+    )
+}
+
+/// Memory that is mapped for DMA counts against it; leases alone need none.
+fn memlock() -> Check {
+    match rustix::process::getrlimit(Resource::Memlock).current {
+        None => ok("memlock", "unlimited"),
+        Some(limit) if limit >= 64 << 20 => ok("memlock", format!("{} MiB", limit >> 20)),
+        Some(limit) => warn(
+            "memlock",
+            format!("{} KiB: little memory can be mapped for DMA", limit >> 10),
+            "ulimit -l unlimited",
+        ),
+    }
+}
+
+/// Built in or a module.
+fn has_option(config: &str, option: &str) -> bool {
+    config.lines().any(|line| {
+        line.strip_prefix(option)
+            .is_some_and(|rest| rest == "=y" || rest == "=m")
+    })
+}
+
+fn ok(name: &'static str, found: impl Into<String>) -> Check {
+    Check {
+        name,
+        verdict: Verdict::Ok,
+        found: found.into(),
+        remedy: None,
+    }
+}
+
+fn skip(name: &'static str, found: impl Into<String>) -> Check {
+    Check {
+        name,
+        verdict: Verdict::Skip,
+        found: found.into(),
+        remedy: None,
+    }
+}
+
+fn warn(name: &'static str, found: impl Into<String>, remedy: &str) -> Check {
+    Check {
+        name,
+        verdict: Verdict::Warn,
+        found: found.into(),
+        remedy: Some(remedy.to_owned()),
+    }
+}
+
+fn fail(name: &'static str, found: impl Into<String>, remedy: &str) -> Check {
+    Check {
+        name,
+        verdict: Verdict::Fail,
+        found: found.into(),
+        remedy: Some(remedy.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_system_fails_in_order_with_remedies() {
+        let root = tempfile::tempdir().unwrap();
+        let checks = Doctor::at(root.path()).examine("00:05.0".parse().ok());
+        let names: Vec<_> = checks.iter().map(|check| check.name).collect();
+        assert_eq!(
+            names,
+            ["kernel", "module", "iommu", "vfio", "memlock", "device"]
+        );
+        for check in &checks {
+            assert!(
+                check.verdict != Verdict::Fail || check.remedy.is_some(),
+                "{check:?}"
+            );
+        }
+        assert_eq!(checks[5].verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn an_option_is_set_only_if_it_is_y_or_m() {
+        let config = "CONFIG_RUST=y\nCONFIG_VFIO_PCI=m\n# CONFIG_X is not set\nCONFIG_RUSTY=n\n";
+        assert!(has_option(config, "CONFIG_RUST"));
+        assert!(has_option(config, "CONFIG_VFIO_PCI"));
+        assert!(!has_option(config, "CONFIG_X"));
+        assert!(!has_option(config, "CONFIG_RUSTY"));
+    }
+}

@@ -1,0 +1,16 @@
+//! System calls that need `unsafe`, behind safe functions. No decision is taken here.
+
+#[allow(
+    unsafe_code,
+    reason = "ioctls: the kernel reads and writes through a pointer"
+)]
+pub(crate) mod ioctl;
+
+#[allow(
+    unsafe_code,
+    reason = "mmap, munmap and mremap change the address space"
+)]
+pub(crate) mod memory;
+
+#[allow(unsafe_code, reason = "a file descriptor that is known by number only")]
+pub(crate) mod inherited;
