@@ -1,1 +1,73 @@
-//! TBD
+//! The lab: builds tool chain, kernels and guest images, and boots guests.
+//!
+//! What is tested is what users run: Debian's own unmodified kernels, with modules built by the compiler that built
+//! these kernels. All of it comes as Debian packages and is unpacked into a cache folder; nothing is installed on the
+//! machine, and nothing needs root.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`prepare`](prepare::prepare) | makes what is missing: tool chain, kernel, Rust overlay |
+//! | [`plan`] | which packages and which kernel, and why |
+//! | [`sysroot`] | unpacked packages, and programs run from them |
+//! | [`kernel`] | an image and its modules |
+//! | [`kmod`] | builds the module of a checkout |
+//! | [`machine`] | what devices a guest has |
+//! | [`vm`] | boots a guest, runs a command in it, judges the result |
+//! | [`emulator`] | KVM or not |
+//! | [`splat`] | what must not be in a kernel's log |
+//! | [`cache`], [`report`], [`version`] | folders and locks; progress; Debian's version order |
+//! | [`guest`] | the other side: what a program inside a guest can ask of the host |
+//!
+//! # Why not virtme-ng
+//!
+//! [virtme-ng](https://github.com/arighi/virtme-ng) boots a kernel on the machine's own root file system. It was weighed
+//! against a small initramfs of our own, which was chosen because
+//!
+//! - virtme-ng shares that file system by 9p or virtiofs, which Debian's kernels have as modules only; to boot an unmodified
+//!   one it needs an initramfs with them, made by tools of the machine;
+//! - a guest must not depend on what else is installed on the developer's machine. Ours has busybox, one script, and
+//!   what is being tested, and is the same everywhere;
+//! - a kernel with everything in memory is up in about two seconds in plain software emulation;
+//! - it needs no Python, no root, and no daemon beside the emulator;
+//! - output, control and kernel log have a serial port each, so kernel messages cannot tear a verdict.
+//!
+//! What we do without: a comfortable userland in the guest, and files shared while it runs.
+
+pub mod guest;
+
+#[cfg(feature = "host")]
+mod apt;
+#[cfg(feature = "host")]
+pub mod cache;
+#[cfg(feature = "host")]
+mod command;
+#[cfg(feature = "host")]
+pub mod emulator;
+#[cfg(feature = "host")]
+mod initramfs;
+#[cfg(feature = "host")]
+pub mod kernel;
+#[cfg(feature = "host")]
+pub mod kmod;
+#[cfg(feature = "host")]
+pub mod machine;
+#[cfg(feature = "host")]
+mod monitor;
+#[cfg(feature = "host")]
+mod overlay;
+#[cfg(feature = "host")]
+pub mod plan;
+#[cfg(feature = "host")]
+pub mod prepare;
+#[cfg(feature = "host")]
+pub mod report;
+#[cfg(feature = "host")]
+pub mod splat;
+#[cfg(feature = "host")]
+pub mod sysroot;
+#[cfg(feature = "host")]
+mod terminal;
+#[cfg(feature = "host")]
+pub mod version;
+#[cfg(feature = "host")]
+pub mod vm;

@@ -1,2 +1,94 @@
-//! TBD
-fn main() {}
+//! The one door to everything a developer does: `cargo xtask …`.
+//!
+//! Only the command line is here; the work is done by the crate `barlease-lab`.
+
+mod checkout;
+mod kmod;
+mod test;
+mod vm;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+/// Everything a developer of Barlease does.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run every check and every test, on the host and in guests.
+    Test(test::Options),
+    /// Build, check or format the kernel module.
+    Kmod(kmod::Options),
+    /// Prepare and run guests.
+    #[command(subcommand)]
+    Vm(vm::Task),
+}
+
+/// Which kernel.
+#[derive(Args, Clone, Debug, Default)]
+struct KernelChoice {
+    /// The newest kernel whose release begins so, such as 7.2 [default: the newest of all]
+    #[arg(
+        long,
+        value_name = "RELEASE",
+        env = "BARLEASE_KERNEL",
+        hide_env_values = true
+    )]
+    kernel: Option<String>,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().task) {
+        Ok(code) => code,
+        Err(error) => {
+            // Without the backtrace that RUST_BACKTRACE would add: these errors are for people who use the command.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Test(options) => test::run(&options),
+        Task::Kmod(options) => kmod::run(&options),
+        Task::Vm(task) => vm::run(task),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn words_after_the_binary_belong_to_the_test() {
+        let words = [
+            "xtask",
+            "vm",
+            "test",
+            "/t/smoke-1",
+            "--nocapture",
+            "filter",
+            "--skip",
+            "x",
+        ];
+        let Task::Vm(vm::Task::Test(options)) = Cli::try_parse_from(words).unwrap().task else {
+            panic!()
+        };
+        assert_eq!(options.arguments, ["--nocapture", "filter", "--skip", "x"]);
+    }
+}

@@ -1,0 +1,121 @@
+//! Which acceleration works here: tried once per boot of this machine, by booting a guest.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::cache;
+use crate::machine::Machine;
+use crate::prepare::Prepared;
+use crate::vm::{Output, Run};
+
+/// How a guest's processors are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// By this machine's own, through `/dev/kvm`.
+    Kvm,
+    /// In software.
+    Tcg,
+}
+
+impl Accel {
+    /// QEMU's name for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+
+    pub(crate) fn argument(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg,thread=multi",
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Probe {
+    boot: String,
+    accel: Accel,
+}
+
+/// The acceleration to use: `BARLEASE_ACCEL`, or what was found out by trying.
+///
+/// # Errors
+///
+/// When `BARLEASE_ACCEL` is neither `kvm` nor `tcg`.
+pub fn accel(prepared: &Prepared) -> Result<Accel> {
+    if let Some(accel) = asked_for(std::env::var("BARLEASE_ACCEL").ok().as_deref())? {
+        return Ok(accel);
+    }
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let path = prepared.cache.path("accel.json");
+    if let Some(probe) = cache::read_json::<Probe>(&path).filter(|probe| probe.boot == boot) {
+        return Ok(probe.accel);
+    }
+    let accel = if kvm_works(prepared) {
+        Accel::Kvm
+    } else {
+        Accel::Tcg
+    };
+    cache::write_json(&path, &Probe { boot, accel })?;
+    Ok(accel)
+}
+
+fn asked_for(variable: Option<&str>) -> Result<Option<Accel>> {
+    match variable {
+        None | Some("") => Ok(None),
+        Some("kvm") => Ok(Some(Accel::Kvm)),
+        Some("tcg") => Ok(Some(Accel::Tcg)),
+        Some(other) => bail!("BARLEASE_ACCEL is `{other}`, but can only be `kvm` or `tcg`"),
+    }
+}
+
+fn kvm_works(prepared: &Prepared) -> bool {
+    if fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_err()
+    {
+        return false;
+    }
+    let run = Run::new(prepared, Machine::new(Vec::new()))
+        .command(["true"])
+        .without_modules()
+        .accel(Accel::Kvm)
+        .timeout(Duration::from_secs(20))
+        .output(Output::Capture);
+    match run.run() {
+        Ok(outcome) if outcome.code == 0 => true,
+        Ok(_) => false,
+        Err(error) => {
+            let reason = error.to_string();
+            eprintln!(
+                "/dev/kvm is there, but no guest boots with it; guests are emulated in software. ({})",
+                reason.lines().next().unwrap_or_default()
+            );
+            false
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_variable_decides_when_it_is_set() {
+        assert_eq!(asked_for(None).unwrap(), None);
+        assert_eq!(asked_for(Some("")).unwrap(), None);
+        assert_eq!(asked_for(Some("tcg")).unwrap(), Some(Accel::Tcg));
+        assert_eq!(asked_for(Some("kvm")).unwrap(), Some(Accel::Kvm));
+        assert!(asked_for(Some("xen")).is_err());
+    }
+}

@@ -1,0 +1,91 @@
+#!/bin/busybox sh
+# The guest's first process: mounts, loads, runs one command, says how it ended and powers off.
+#
+# What to do is in /lab, written by the host (lab/src/initramfs.rs):
+#   devices   lines "BDF NAME TEXT", for programs in the guest
+#   modules   files to load, in this order
+#   driver    the driver to bind all endpoints to, if any
+#   command   a shell script to run; without it, an interactive shell
+#   terminal  rows and columns of the host's terminal, for that shell
+#
+# Serial ports: ttyS0 the kernel's console, ttyS1 the command's terminal, ttyS2 the control channel (JSON lines).
+
+export PATH=/bin:/lab/bin HOME=/root
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+echo 'barlease-lab: init started' >/dev/kmsg
+/bin/busybox --install -s /bin
+
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t debugfs debugfs /sys/kernel/debug
+mkdir -p /dev/pts /dev/shm /run /tmp
+mount -t devpts devpts /dev/pts
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=1777 tmpfs /run
+ip link set lo up
+ulimit -l unlimited
+
+# Kept open, so that the settings of the ports stay.
+exec 8<>/dev/ttyS1 9<>/dev/ttyS2
+stty -F /dev/ttyS1 raw -echo
+stty -F /dev/ttyS2 raw -echo
+chmod 666 /dev/ttyS1 /dev/ttyS2
+
+finish() {
+    # Setting a port waits until all that was written to it is out.
+    stty -F /dev/ttyS1 raw
+    echo "{\"exit\":$1}" >&9
+    stty -F /dev/ttyS2 raw
+    sync
+    poweroff -f
+}
+
+bind_all() {
+    for device in /sys/bus/pci/devices/*; do
+        bdf=${device##*/}
+        read -r class <"$device/class"
+        case "$class $bdf" in
+        0x06*) continue ;;          # bridges
+        *' '0000:00:1f.*) continue ;; # the chipset's own
+        esac
+        echo "$1" >"$device/driver_override"
+        [ -e "$device/driver" ] && echo "$bdf" >"$device/driver/unbind"
+        echo "$bdf" >/sys/bus/pci/drivers_probe
+        bound=$(readlink "$device/driver")
+        name=$(grep "^$bdf " /lab/devices)
+        if [ "${bound##*/}" = "$1" ]; then
+            echo "  ${name:-$bdf}" >&8
+        else
+            echo "  ${name:-$bdf}: NOT bound to $1, see the kernel's log" >&8
+        fi
+    done
+}
+
+while read -r module parameters; do
+    # shellcheck disable=SC2086 # parameters are words
+    if ! insmod "/lib/modules/$module" $parameters; then
+        echo "could not load $module: see the kernel's log" >&8
+        finish 125
+    fi
+done </lab/modules
+
+if [ -s /lab/driver ]; then
+    read -r driver </lab/driver
+    echo "bound to $driver:" >&8
+    bind_all "$driver"
+fi
+
+if [ -e /lab/command ]; then
+    echo '{"ready":true}' >&9
+    sh /lab/command </dev/null >/dev/ttyS1 2>&1 8>&- 9>&-
+    finish $?
+fi
+
+stty -F /dev/ttyS1 sane
+[ -s /lab/terminal ] && stty -F /dev/ttyS1 $(cat /lab/terminal)
+[ -e /lab/banner ] && cat /lab/banner >/dev/ttyS1
+echo '{"ready":true}' >&9
+cd /root || true
+PS1='guest# ' setsid -c sh </dev/ttyS1 >/dev/ttyS1 2>&1 8>&- 9>&-
+finish $?

@@ -1,0 +1,212 @@
+//! A kernel that is ready to boot: its image, and its modules by name with what they depend on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache;
+use crate::sysroot::Sysroot;
+
+/// The stock modules that a guest loads, without what they depend on.
+pub(crate) const STOCK: &[&str] = &["vfio_iommu_type1", "vfio-pci"];
+
+/// A kernel in the cache.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// What `uname -r` says on it.
+    pub release: String,
+    folder: PathBuf,
+}
+
+impl Kernel {
+    pub(crate) fn at(folder: PathBuf, release: &str) -> Self {
+        Self {
+            release: release.to_owned(),
+            folder,
+        }
+    }
+
+    fn tree(&self) -> PathBuf {
+        self.folder.join("usr/lib/modules").join(&self.release)
+    }
+
+    /// The image that boots.
+    #[must_use]
+    pub fn image(&self) -> PathBuf {
+        self.tree().join("vmlinuz")
+    }
+
+    /// The folder that modules are built against, inside the sysroot.
+    #[must_use]
+    pub fn build_folder(&self) -> String {
+        format!("/usr/lib/modules/{}/build", self.release)
+    }
+
+    /// Files of the named modules and all they depend on, uncompressed, in the order to load them.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel has no module of that name, or a file cannot be unpacked.
+    pub fn modules(&self, names: &[&str], sysroot: &Sysroot) -> Result<Vec<PathBuf>> {
+        let mut store = Store {
+            kernel: self,
+            sysroot,
+            index: index(&self.tree().join("kernel"))?,
+        };
+        let mut order = Vec::new();
+        let mut seen = BTreeSet::new();
+        for name in names {
+            store.visit(&canonical(name), &mut seen, &mut order)?;
+        }
+        Ok(order)
+    }
+}
+
+struct Store<'a> {
+    kernel: &'a Kernel,
+    sysroot: &'a Sysroot,
+    index: BTreeMap<String, PathBuf>,
+}
+
+impl Store<'_> {
+    fn visit(
+        &mut self,
+        name: &str,
+        seen: &mut BTreeSet<String>,
+        order: &mut Vec<PathBuf>,
+    ) -> Result<()> {
+        if !seen.insert(name.to_owned()) {
+            return Ok(());
+        }
+        let file = self.unpacked(name)?;
+        let bytes = fs::read(&file).with_context(|| format!("read {}", file.display()))?;
+        for dependency in depends(&bytes) {
+            self.visit(&dependency, seen, order)?;
+        }
+        order.push(file);
+        Ok(())
+    }
+
+    fn unpacked(&self, name: &str) -> Result<PathBuf> {
+        let Some(packed) = self.index.get(name) else {
+            bail!(
+                "the kernel {} has no module called `{name}`",
+                self.kernel.release
+            );
+        };
+        let file = self.kernel.folder.join("ko").join(format!("{name}.ko"));
+        if file.exists() {
+            return Ok(file);
+        }
+        fs::create_dir_all(self.kernel.folder.join("ko"))?;
+        let bytes = match packed.extension().and_then(|extension| extension.to_str()) {
+            Some("xz") => self.through("usr/bin/xz", packed)?,
+            Some("zst") => self.through("usr/bin/zstd", packed)?,
+            _ => fs::read(packed).with_context(|| format!("read {}", packed.display()))?,
+        };
+        cache::write(&file, bytes)?;
+        Ok(file)
+    }
+
+    fn through(&self, program: &str, packed: &Path) -> Result<Vec<u8>> {
+        let what = || format!("uncompress {}", packed.display());
+        let done = self
+            .sysroot
+            .program(program)
+            .arg("-dc")
+            .arg(packed)
+            .output()
+            .with_context(what)?;
+        if !done.status.success() {
+            bail!("{}: {}", what(), String::from_utf8_lossy(&done.stderr));
+        }
+        Ok(done.stdout)
+    }
+}
+
+/// Module files by name. The kernel takes `-` and `_` in names for the same.
+fn index(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let entries = fs::read_dir(&folder)
+            .with_context(|| format!("read the modules in {}", folder.display()))?;
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            } else if let Some((name, _)) = entry.file_name().to_string_lossy().split_once(".ko") {
+                found.insert(canonical(name), entry.path());
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn canonical(name: &str) -> String {
+    name.replace('-', "_")
+}
+
+/// The names in the `depends=` entry of a module's `.modinfo`.
+fn depends(module: &[u8]) -> Vec<String> {
+    const KEY: &[u8] = b"\0depends=";
+    let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else {
+        return Vec::new();
+    };
+    let value = &module[at + KEY.len()..];
+    let end = value
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(value.len());
+    String::from_utf8_lossy(&value[..end])
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(canonical)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dependencies_are_in_modinfo() {
+        let module = b"\x7fELF..\0license=GPL v2\0depends=vfio,vfio-pci-core\0intree=Y\0";
+        assert_eq!(depends(module), ["vfio", "vfio_pci_core"]);
+        assert!(depends(b"\0depends=\0").is_empty());
+        assert!(depends(b"nothing").is_empty());
+    }
+
+    #[test]
+    fn modules_load_after_what_they_depend_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let tree = folder.path().join("usr/lib/modules/1-test/kernel/drivers");
+        fs::create_dir_all(&tree).unwrap();
+        let module = |name: &str, needs: &str| {
+            fs::write(
+                tree.join(format!("{name}.ko")),
+                format!("\0depends={needs}\0"),
+            )
+            .unwrap();
+        };
+        module("vfio-pci", "vfio-pci-core");
+        module("vfio-pci-core", "vfio,irqbypass");
+        module("vfio", "");
+        module("irqbypass", "");
+        let kernel = Kernel::at(folder.path().to_owned(), "1-test");
+        let files = kernel
+            .modules(&["vfio-pci", "vfio"], &Sysroot::at(PathBuf::from("/none")))
+            .unwrap();
+        let names: Vec<_> = files
+            .iter()
+            .filter_map(|file| file.file_stem()?.to_str())
+            .collect();
+        assert_eq!(names, ["vfio", "irqbypass", "vfio_pci_core", "vfio_pci"]);
+        let error = kernel
+            .modules(&["absent"], &Sysroot::at(PathBuf::from("/none")))
+            .unwrap_err();
+        assert!(error.to_string().contains("no module called `absent`"));
+    }
+}

@@ -1,0 +1,298 @@
+//! Machines: which devices a guest has, and at which addresses.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::bail;
+use serde::Serialize;
+
+/// A machine to boot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Machine {
+    /// Memory in MiB.
+    pub memory: u32,
+    /// Number of processors.
+    pub processors: u32,
+    /// Words added to the kernel's command line.
+    pub append: Vec<String>,
+    /// Stock modules that are put into the guest and loaded, besides those of VFIO.
+    pub modules: Vec<String>,
+    /// The devices.
+    pub devices: Vec<Device>,
+}
+
+/// A device of a machine, or a bridge for others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Device {
+    /// Its name in the guest and its QEMU id.
+    pub name: String,
+    /// Its full PCI address in the guest; `None` for a bridge.
+    pub bdf: Option<String>,
+    /// What it is good for.
+    pub about: String,
+    /// QEMU's arguments for it.
+    #[serde(skip)]
+    pub arguments: Vec<String>,
+}
+
+impl Device {
+    /// An endpoint with its QEMU device description, such as `edu,bus=pcie.0,addr=06`. The id is added.
+    #[must_use]
+    pub fn new(name: &str, bdf: &str, about: &str, device: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            bdf: Some(bdf.to_owned()),
+            about: about.to_owned(),
+            arguments: vec!["-device".to_owned(), format!("{device},id={name}")],
+        }
+    }
+
+    /// A root port in a slot of the root bus. The first has bus 1 behind it, the next bus 2, and so on.
+    ///
+    /// Only with a link speed does QEMU's port carry out a bus reset.
+    #[must_use]
+    pub fn root_port(name: &str, slot: u8) -> Self {
+        let port = format!(
+            "pcie-root-port,id={name},bus=pcie.0,addr={slot:02x},chassis={slot},slot={slot},x-speed=5"
+        );
+        Self {
+            name: name.to_owned(),
+            bdf: None,
+            about: "root port".to_owned(),
+            arguments: vec!["-device".to_owned(), port],
+        }
+    }
+
+    /// Adds arguments before those of the device, such as a back end.
+    #[must_use]
+    pub fn with(mut self, arguments: &[&str]) -> Self {
+        self.arguments.splice(
+            0..0,
+            arguments.iter().map(|argument| (*argument).to_owned()),
+        );
+        self
+    }
+
+    /// Shared memory as BAR2, of so many MiB.
+    #[must_use]
+    pub fn memory(name: &str, bdf: &str, about: &str, mib: u32, place: &str) -> Self {
+        let backend =
+            format!("memory-backend-memfd,id={name}-memory,size={mib}M,share=on,reserve=off");
+        Self::new(
+            name,
+            bdf,
+            about,
+            &format!("ivshmem-plain,memdev={name}-memory,{place}"),
+        )
+        .with(&["-object", &backend])
+    }
+}
+
+impl Machine {
+    /// A machine with these devices, and otherwise what guest tests use.
+    #[must_use]
+    pub fn new(devices: Vec<Device>) -> Self {
+        Self {
+            memory: 1024,
+            processors: 2,
+            append: Vec::new(),
+            modules: Vec::new(),
+            devices,
+        }
+    }
+
+    /// Lines `BDF NAME TEXT`, as the guest reads them.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let line = |device: &Device| {
+            Some(format!(
+                "{} {} {}\n",
+                device.bdf.as_ref()?,
+                device.name,
+                device.about
+            ))
+        };
+        self.devices.iter().filter_map(line).collect()
+    }
+}
+
+/// Machines that are ready to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preset {
+    /// One display adapter: the demo.
+    Display,
+    /// One device of each kind that behaves in its own way: the tests.
+    Full,
+}
+
+impl Preset {
+    /// All presets.
+    pub const ALL: [Self; 2] = [Self::Display, Self::Full];
+
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Display => "display",
+            Self::Full => "full",
+        }
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn machine(self) -> Machine {
+        match self {
+            Self::Display => Machine::new(vec![display()]),
+            Self::Full => Machine::new(full()),
+        }
+    }
+}
+
+impl FromStr for Preset {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match Self::ALL.into_iter().find(|preset| preset.name() == name) {
+            Some(preset) => Ok(preset),
+            None => bail!(
+                "no preset is called `{name}`: there are {}",
+                Self::ALL.map(Self::name).join(", ")
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Preset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+fn display() -> Device {
+    // Without the option ROM: nobody needs a text mode, and its emulation takes a while.
+    let device = "bochs-display,bus=pcie.0,addr=02,vgamem=64M,romfile=";
+    Device::new(
+        "display",
+        "0000:00:02.0",
+        "bochs-display: BAR0 is the frame buffer, 64 MiB; BAR2 its registers",
+        device,
+    )
+}
+
+fn full() -> Vec<Device> {
+    vec![
+        display(),
+        Device::root_port("rp1", 3),
+        Device::memory(
+            "memory",
+            "0000:01:00.0",
+            "ivshmem: BAR2 is 64 MiB of memory, BAR0 256 bytes; alone behind a root port, so it can be reset",
+            64,
+            "bus=rp1,addr=00.0",
+        ),
+        Device::root_port("rp2", 4),
+        Device::memory(
+            "pair0",
+            "0000:02:00.0",
+            "ivshmem: BAR2 is 16 MiB; one of two functions, so a hot reset hits both",
+            16,
+            "bus=rp2,addr=00.0,multifunction=on",
+        ),
+        Device::memory(
+            "pair1",
+            "0000:02:00.1",
+            "ivshmem: the other function of the pair",
+            16,
+            "bus=rp2,addr=00.1",
+        ),
+        Device::new(
+            "nvme",
+            "0000:00:05.0",
+            "NVMe: function-level reset, MSI-X, BAR2 is a controller memory buffer of 64 MiB",
+            "nvme,bus=pcie.0,addr=05,serial=barlease,cmb_size_mb=64,drive=nvme-disk",
+        )
+        .with(&[
+            "-blockdev",
+            "driver=null-co,node-name=nvme-disk,size=67108864,read-zeroes=on",
+        ]),
+        Device::new(
+            "edu",
+            "0000:00:06.0",
+            "edu: a DMA engine, 32 bits",
+            "edu,bus=pcie.0,addr=06,dma_mask=0xffffffff",
+        ),
+        Device::new(
+            "testdev",
+            "0000:00:07.0",
+            "pci-testdev: BAR2 is 16 MiB of memory",
+            "pci-testdev,bus=pcie.0,addr=07,membar=16M,membar-backed=on",
+        ),
+        Device::root_port("rp3", 8),
+        Device::new(
+            "igb",
+            "0000:03:00.0",
+            "igb: network adapter with function-level reset, MSI-X and SR-IOV",
+            "igb,bus=rp3,addr=00.0,netdev=igb-net,romfile=",
+        )
+        .with(&["-netdev", "user,id=igb-net,restrict=on"]),
+        Device::root_port("rp4", 9),
+        Device::memory(
+            "big",
+            "0000:04:00.0",
+            "ivshmem: BAR2 is 4 GiB",
+            4096,
+            "bus=rp4,addr=00.0",
+        ),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn names_and_addresses_are_unique() {
+        for preset in Preset::ALL {
+            let devices = preset.machine().devices;
+            let names: BTreeSet<_> = devices.iter().map(|device| &device.name).collect();
+            assert_eq!(names.len(), devices.len(), "{preset}");
+            let endpoints: Vec<_> = devices
+                .iter()
+                .filter_map(|device| device.bdf.as_ref())
+                .collect();
+            assert_eq!(
+                endpoints.iter().collect::<BTreeSet<_>>().len(),
+                endpoints.len(),
+                "{preset}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_preset_is_found_by_name() {
+        assert_eq!("full".parse::<Preset>().unwrap(), Preset::Full);
+        let text = "fully".parse::<Preset>().unwrap_err().to_string();
+        assert!(text.contains("display, full"), "{text}");
+    }
+
+    #[test]
+    fn the_guest_reads_one_line_per_endpoint() {
+        let text = Preset::Full.machine().describe();
+        assert!(text.contains("0000:00:06.0 edu edu: a DMA engine"));
+        assert!(!text.contains("rp1"));
+    }
+
+    #[test]
+    fn back_ends_come_before_their_device() {
+        let device = Device::memory("m", "0000:01:00.0", "", 16, "bus=rp1");
+        assert_eq!(device.arguments[0], "-object");
+        assert!(device.arguments[1].contains("id=m-memory,size=16M"));
+        assert_eq!(
+            device.arguments[3],
+            "ivshmem-plain,memdev=m-memory,bus=rp1,id=m"
+        );
+    }
+}

@@ -1,0 +1,361 @@
+//! Makes everything that a module build and a guest need, once.
+//!
+//! Packages → sysroot (tool chain, emulator) → kernel (image, modules, headers) → Rust overlay. Each step has a stamp of what
+//! it was made from; a run begins at the first step whose stamp does not fit. When all fit, nothing is done and no network
+//! is touched.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::apt::{Apt, Package};
+use crate::cache::{self, Cache, Lock, fingerprint, unfinished};
+use crate::command;
+use crate::kernel::Kernel;
+use crate::overlay;
+use crate::plan::{self, KernelPlan, Plan};
+use crate::sysroot::Sysroot;
+
+/// What is asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// The beginning of a kernel release; `BARLEASE_KERNEL`, and then the newest, when absent.
+    pub kernel: Option<String>,
+    /// Whether to look again at what the mirror has.
+    pub update: bool,
+}
+
+/// Everything that is needed to build modules for a kernel and to boot it.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The cache that it is in.
+    pub cache: Cache,
+    /// Tool chain and emulator.
+    pub sysroot: Sysroot,
+    /// The kernel.
+    pub kernel: Kernel,
+    /// The tarball that gives Debian's headers of this kernel what Rust modules need.
+    pub overlay: PathBuf,
+    /// What the tool chain's compiler calls itself.
+    pub rustc: String,
+    _in_use: Lock,
+}
+
+/// What a step was made from.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp {
+    made_from: Vec<String>,
+}
+
+impl Stamp {
+    fn of(parts: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self {
+            made_from: parts.into_iter().map(Into::into).collect(),
+        }
+    }
+
+    fn fits(&self, path: &std::path::Path) -> bool {
+        cache::read_json::<Self>(path).as_ref() == Some(self)
+    }
+}
+
+/// Makes what is missing, telling the user what and why.
+///
+/// # Errors
+///
+/// When a download, an unpacking or a build fails, or no kernel fits; what was done before is kept.
+pub fn prepare(request: &Request) -> Result<Prepared> {
+    let cache = Cache::open()?;
+    let wanted = request.kernel.clone().or_else(|| {
+        std::env::var("BARLEASE_KERNEL")
+            .ok()
+            .filter(|k| !k.is_empty())
+    });
+    if !request.update {
+        let in_use = cache.in_use()?;
+        if let Some(ready) = ready(&cache, wanted.as_deref()) {
+            return Ok(ready.with(cache, in_use));
+        }
+    }
+    let turn = cache.lock("prepare", "preparing tool chain and kernel")?;
+    let maker = Maker {
+        cache: cache.clone(),
+        wanted,
+    };
+    maker.make(request.update)?;
+    drop(turn);
+    let in_use = cache.in_use()?;
+    let ready = ready(&cache, maker.wanted.as_deref())
+        .context("what was just prepared does not fit its own stamps")?;
+    Ok(ready.with(cache, in_use))
+}
+
+/// What is in the cache, for listing.
+#[must_use]
+pub fn plan(cache: &Cache) -> Option<Plan> {
+    cache::read_json(&cache.path("plan.json")).filter(|plan: &Plan| plan.asked == plan::asked())
+}
+
+/// Whether image, modules, headers and overlay of a kernel are there.
+#[must_use]
+pub fn is_ready(cache: &Cache, plan: &Plan, kernel: &KernelPlan) -> bool {
+    kernel.refusal.is_none() && Folders::of(cache, plan, kernel).complete(plan, kernel)
+}
+
+struct Ready {
+    plan: Plan,
+    kernel: KernelPlan,
+}
+
+impl Ready {
+    fn with(self, cache: Cache, in_use: Lock) -> Prepared {
+        let folders = Folders::of(&cache, &self.plan, &self.kernel);
+        Prepared {
+            overlay: overlay::tarball(&cache, &self.kernel),
+            sysroot: Sysroot::at(folders.sysroot),
+            kernel: Kernel::at(folders.kernel, &self.kernel.release),
+            rustc: self.plan.rustc,
+            cache,
+            _in_use: in_use,
+        }
+    }
+}
+
+fn ready(cache: &Cache, wanted: Option<&str>) -> Option<Ready> {
+    let plan = plan(cache)?;
+    let kernel = plan.kernel(wanted).ok()?.clone();
+    Folders::of(cache, &plan, &kernel)
+        .complete(&plan, &kernel)
+        .then_some(Ready { plan, kernel })
+}
+
+/// The folders and stamps of a plan and one of its kernels.
+struct Folders {
+    sysroot: PathBuf,
+    kernel: PathBuf,
+    overlay_stamp: PathBuf,
+}
+
+impl Folders {
+    fn of(cache: &Cache, plan: &Plan, kernel: &KernelPlan) -> Self {
+        Self {
+            sysroot: sysroot_path(cache, &plan.tools),
+            kernel: cache.path("kernels").join(&kernel.release),
+            overlay_stamp: cache.path(format!("rust-overlay-{}.json", kernel.release)),
+        }
+    }
+
+    fn laid_stamp(&self, kernel: &KernelPlan) -> PathBuf {
+        self.sysroot
+            .join(format!("headers-{}.json", kernel.release))
+    }
+
+    fn kernel_stamp(&self) -> PathBuf {
+        self.kernel.join("stamp.json")
+    }
+
+    fn complete(&self, plan: &Plan, kernel: &KernelPlan) -> bool {
+        self.sysroot.is_dir()
+            && image_stamp(kernel).fits(&self.kernel_stamp())
+            && overlay_stamp(plan, kernel).fits(&self.overlay_stamp)
+            && overlay_stamp(plan, kernel).fits(&self.laid_stamp(kernel))
+    }
+}
+
+fn sysroot_path(cache: &Cache, tools: &[Package]) -> PathBuf {
+    let files = tools.iter().map(Package::file_name);
+    cache.path(format!("sysroot-{}", fingerprint(files)))
+}
+
+fn image_stamp(kernel: &KernelPlan) -> Stamp {
+    Stamp::of(kernel.image.iter().map(Package::file_name))
+}
+
+fn overlay_stamp(plan: &Plan, kernel: &KernelPlan) -> Stamp {
+    let packages = kernel
+        .headers
+        .iter()
+        .chain([&kernel.source])
+        .map(Package::file_name);
+    Stamp::of(packages.chain([plan.rustc.clone()]))
+}
+
+struct Maker {
+    cache: Cache,
+    wanted: Option<String>,
+}
+
+impl Maker {
+    fn make(&self, update: bool) -> Result<()> {
+        let old = if update { None } else { plan(&self.cache) };
+        let (apt, mut plan) = match old {
+            Some(plan) => (Apt::set_up(&self.cache)?.0, plan),
+            None => self.resolve()?,
+        };
+        let sysroot = self.tools(&apt, &plan)?;
+        if plan.rustc.is_empty() {
+            self.judge(&apt, &sysroot, &mut plan)?;
+            cache::write_json(&self.cache.path("plan.json"), &plan)?;
+        }
+        let kernel = plan.kernel(self.wanted.as_deref())?.clone();
+        self.kernel(&apt, &plan, &sysroot, &kernel)?;
+        self.forget_old(&plan)
+    }
+
+    /// Asks the mirror what there is.
+    fn resolve(&self) -> Result<(Apt, Plan)> {
+        let (apt, mirror) = Apt::set_up(&self.cache)?;
+        eprintln!(
+            "Barlease's lab needs a Debian tool chain, an emulator and a kernel with its source: about 600 MB to \
+             download once, 3 GB on disk while it works.\n  from  {mirror}\n  into  {}  (BARLEASE_CACHE chooses another place)\n\
+             Nothing is installed on this machine.",
+            self.cache.path("").display()
+        );
+        apt.update()?;
+        let releases = plan::releases(&apt.names("linux-headers-")?);
+        let names: Vec<_> = releases
+            .iter()
+            .flat_map(|release| plan::kernel_packages(release))
+            .collect();
+        let records = apt.show(&names)?;
+        let tools = apt.closure(&plan::tools(&records))?;
+        let kernels = plan::kernels(&releases, &records);
+        Ok((
+            apt,
+            Plan {
+                mirror,
+                asked: plan::asked(),
+                tools,
+                rustc: String::new(),
+                kernels,
+            },
+        ))
+    }
+
+    fn tools(&self, apt: &Apt, plan: &Plan) -> Result<Sysroot> {
+        let path = sysroot_path(&self.cache, &plan.tools);
+        if path.is_dir() {
+            return Ok(Sysroot::at(path));
+        }
+        apt.download(&plan.tools, "to build modules and to emulate a machine")?;
+        let new = unfinished(&path);
+        cache::remove(&new)?;
+        let sysroot = Sysroot::at(new.clone());
+        let files: Vec<_> = plan.tools.iter().map(|package| apt.file(package)).collect();
+        sysroot.unpack(&files, "tool chain and emulator")?;
+        sysroot.finish()?;
+        fs::rename(&new, &path).with_context(|| format!("keep {}", path.display()))?;
+        apt.forget(&plan.tools)?;
+        Ok(Sysroot::at(path))
+    }
+
+    /// Compares each kernel with the compiler.
+    fn judge(&self, apt: &Apt, sysroot: &Sysroot, plan: &mut Plan) -> Result<()> {
+        let text = command::output(
+            sysroot.program("usr/bin/rustc").arg("--version"),
+            "ask rustc for its version",
+        )?;
+        plan.rustc = text.trim().to_owned();
+        let possible = plan
+            .kernels
+            .iter()
+            .filter(|kernel| kernel.refusal.is_none());
+        let headers: Vec<_> = possible
+            .filter_map(|kernel| kernel.headers.first().cloned())
+            .collect();
+        apt.download(
+            &headers,
+            "to compare the configurations of kernels with the compiler",
+        )?;
+        for kernel in plan
+            .kernels
+            .iter_mut()
+            .filter(|kernel| kernel.refusal.is_none())
+        {
+            let folder = self.cache.path("build").join("judge");
+            cache::remove(&folder)?;
+            Sysroot::at(folder.clone())
+                .unpack(&[apt.file(&kernel.headers[0])], &kernel.headers[0].name)?;
+            let path = folder.join(format!("usr/src/linux-headers-{}/.config", kernel.release));
+            let config =
+                fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+            kernel.refusal = plan::judge(&config, &plan.rustc);
+            cache::remove(&folder)?;
+        }
+        eprintln!(
+            "compiler: {}\nkernels of the mirror, newest first:",
+            plan.rustc
+        );
+        for kernel in &plan.kernels {
+            eprintln!("{}", kernel.verdict());
+        }
+        Ok(())
+    }
+
+    fn kernel(&self, apt: &Apt, plan: &Plan, sysroot: &Sysroot, kernel: &KernelPlan) -> Result<()> {
+        let folders = Folders::of(&self.cache, plan, kernel);
+        if folders.complete(plan, kernel) {
+            return Ok(());
+        }
+        eprintln!("chosen: kernel {} ({})", kernel.release, kernel.version);
+        let with_image = !image_stamp(kernel).fits(&folders.kernel_stamp());
+        let with_overlay = !overlay_stamp(plan, kernel).fits(&folders.overlay_stamp)
+            || !overlay::tarball(&self.cache, kernel).exists();
+        let with_headers =
+            with_overlay || !overlay_stamp(plan, kernel).fits(&folders.laid_stamp(kernel));
+        let mut packages = Vec::new();
+        packages.extend(kernel.image.iter().filter(|_| with_image).cloned());
+        packages.extend(kernel.headers.iter().filter(|_| with_headers).cloned());
+        packages.extend(with_overlay.then(|| kernel.source.clone()));
+        apt.download(&packages, &format!("for kernel {}", kernel.release))?;
+
+        if with_image {
+            cache::remove(&folders.kernel)?;
+            let new = unfinished(&folders.kernel);
+            cache::remove(&new)?;
+            let files: Vec<_> = kernel
+                .image
+                .iter()
+                .map(|package| apt.file(package))
+                .collect();
+            Sysroot::at(new.clone()).unpack(&files, "image and modules")?;
+            cache::write_json(&new.join("stamp.json"), &image_stamp(kernel))?;
+            fs::rename(&new, &folders.kernel)
+                .with_context(|| format!("keep {}", folders.kernel.display()))?;
+        }
+        if with_headers {
+            let files: Vec<_> = kernel
+                .headers
+                .iter()
+                .map(|package| apt.file(package))
+                .collect();
+            sysroot.unpack(&files, "kernel headers")?;
+        }
+        if with_overlay {
+            overlay::build(&self.cache, sysroot, kernel, &apt.file(&kernel.source))?;
+            cache::write_json(&folders.overlay_stamp, &overlay_stamp(plan, kernel))?;
+        }
+        overlay::lay(&self.cache, sysroot, kernel)?;
+        cache::write_json(&folders.laid_stamp(kernel), &overlay_stamp(plan, kernel))?;
+        apt.forget(&packages)
+    }
+
+    /// Removes sysroots of earlier plans, when nobody uses them.
+    fn forget_old(&self, plan: &Plan) -> Result<()> {
+        let current = sysroot_path(&self.cache, &plan.tools);
+        let is_old = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            *path != current && name.starts_with("sysroot-")
+        };
+        let entries =
+            fs::read_dir(self.cache.path(""))?.filter_map(|entry| Some(entry.ok()?.path()));
+        let old: Vec<_> = entries.filter(is_old).collect();
+        if old.is_empty() {
+            return Ok(());
+        }
+        let _alone = self.cache.exclusively()?;
+        old.iter().try_for_each(|path| cache::remove(path))
+    }
+}

@@ -1,0 +1,909 @@
+//! Boots a guest, runs one command in it, and judges how it went.
+//!
+//! ```no_run
+//! use barlease_lab::machine::Preset;
+//! use barlease_lab::prepare::{Request, prepare};
+//! use barlease_lab::vm::{Output, Run};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let prepared = prepare(&Request::default())?;
+//! let outcome = Run::new(&prepared, Preset::Display.machine())
+//!     .file("README.md", "/root/README.md")
+//!     .command(["cat", "/root/README.md"])
+//!     .output(Output::Lines(Box::new(|line| println!("guest says {line}"))))
+//!     .run()?;
+//! assert_eq!(outcome.code, 0);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A run fails, whatever the command said, when the kernel's log has a [splat](crate::splat), when the guest ends without
+//! a verdict, or when it takes too long. The log is kept and its path is part of the failure.
+
+use std::fmt;
+use std::fs;
+use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::io::FdFlags;
+use serde_json::{Value, json};
+
+use crate::command;
+use crate::emulator::{self, Accel};
+use crate::initramfs::{Initramfs, quoted};
+use crate::kernel::STOCK;
+use crate::machine::Machine;
+use crate::monitor::Monitor;
+use crate::prepare::Prepared;
+use crate::report::seconds;
+use crate::splat::{self, Splat};
+use crate::terminal::RawTerminal;
+
+/// How long a guest may take, unless said otherwise.
+pub const TIMEOUT: Duration = Duration::from_secs(180);
+
+/// How many folders of earlier runs are kept.
+const RUNS_KEPT: usize = 30;
+
+/// Lines of a log that are shown when there is nothing better.
+const TAIL: usize = 40;
+
+/// Where the command's output goes.
+pub enum Output {
+    /// To our standard output, as it comes.
+    Inherit,
+    /// Into [`Outcome::output`].
+    Capture,
+    /// To a function, line by line.
+    Lines(Box<dyn FnMut(&str) + Send>),
+}
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Inherit => "Inherit",
+            Self::Capture => "Capture",
+            Self::Lines(_) => "Lines",
+        })
+    }
+}
+
+/// How a run went whose guest came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// The command's exit code; 128 + n when a signal ended it.
+    pub code: i32,
+    /// The kernel's log.
+    pub log: PathBuf,
+    /// Pictures that were taken, in order.
+    pub screenshots: Vec<PathBuf>,
+    /// The command's output, when it was captured.
+    pub output: Vec<u8>,
+    /// From the start of the emulator until the command started.
+    pub boot: Duration,
+    /// From the start of the emulator to its end.
+    pub total: Duration,
+}
+
+/// Why a run has failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The kernel complained.
+    Splat {
+        /// What it said.
+        splat: Splat,
+        /// Its log.
+        log: PathBuf,
+    },
+    /// The guest took too long.
+    Timeout {
+        /// The time it had.
+        limit: Duration,
+        /// The end of the kernel's log.
+        tail: String,
+        /// The kernel's log.
+        log: PathBuf,
+    },
+    /// The guest ended, but never said how the command did.
+    NoVerdict {
+        /// What the emulator said.
+        emulator: String,
+        /// The end of the kernel's log.
+        tail: String,
+        /// The kernel's log.
+        log: PathBuf,
+    },
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Splat { splat, log } => {
+                let more = if splat.total > 1 {
+                    format!(" (the first of {})", splat.total)
+                } else {
+                    String::new()
+                };
+                write!(
+                    f,
+                    "the guest's kernel complained: {}{more}\n{}\nlog: {}",
+                    splat.line,
+                    splat.excerpt,
+                    log.display()
+                )
+            }
+            Self::Timeout { limit, tail, log } => {
+                let limit = seconds(*limit);
+                write!(
+                    f,
+                    "the guest took longer than {limit} and was stopped; the end of its log:\n{tail}\nlog: {}",
+                    log.display()
+                )
+            }
+            Self::NoVerdict {
+                emulator,
+                tail,
+                log,
+            } => write!(
+                f,
+                "the guest ended without saying how the command did. The emulator said:\n{emulator}\n\
+                 The end of the guest's log:\n{tail}\nlog: {}",
+                log.display()
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Failure {}
+
+#[derive(Debug)]
+enum Payload {
+    Command(Vec<String>),
+    Shell { banner: String },
+}
+
+/// A run in preparation.
+#[derive(Debug)]
+pub struct Run<'a> {
+    prepared: &'a Prepared,
+    machine: Machine,
+    module: Option<PathBuf>,
+    module_parameters: String,
+    with_modules: bool,
+    driver: Option<String>,
+    files: Vec<(PathBuf, String)>,
+    environment: Vec<(String, String)>,
+    payload: Payload,
+    output: Output,
+    screenshots: Option<PathBuf>,
+    accel: Option<Accel>,
+    timeout: Option<Duration>,
+}
+
+impl<'a> Run<'a> {
+    /// A run on that machine, with the stock VFIO modules loaded and nothing bound.
+    #[must_use]
+    pub fn new(prepared: &'a Prepared, machine: Machine) -> Self {
+        Self {
+            prepared,
+            machine,
+            module: None,
+            module_parameters: String::new(),
+            with_modules: true,
+            driver: None,
+            files: Vec::new(),
+            environment: Vec::new(),
+            payload: Payload::Command(vec!["true".to_owned()]),
+            output: Output::Inherit,
+            screenshots: None,
+            accel: None,
+            timeout: Some(TIMEOUT),
+        }
+    }
+
+    /// Loads this module after the stock ones. Its file is in `/lib/modules` of the guest.
+    #[must_use]
+    pub fn module(mut self, file: impl Into<PathBuf>) -> Self {
+        self.module = Some(file.into());
+        self
+    }
+
+    /// Parameters for that module, such as `allow_msix_export=1`.
+    #[must_use]
+    pub fn module_parameters(mut self, parameters: impl Into<String>) -> Self {
+        self.module_parameters = parameters.into();
+        self
+    }
+
+    /// Puts no module into the guest, not even the stock ones.
+    #[must_use]
+    pub fn without_modules(mut self) -> Self {
+        self.with_modules = false;
+        self
+    }
+
+    /// Binds every endpoint to that driver before the command starts.
+    #[must_use]
+    pub fn bind(mut self, driver: impl Into<String>) -> Self {
+        self.driver = Some(driver.into());
+        self
+    }
+
+    /// Puts a copy of a file into the guest.
+    #[must_use]
+    pub fn file(mut self, from: impl Into<PathBuf>, to: impl Into<String>) -> Self {
+        self.files.push((from.into(), to.into()));
+        self
+    }
+
+    /// Sets a variable for the command.
+    #[must_use]
+    pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// What to run, looked up in `/lab/bin` and busybox when it has no slash.
+    #[must_use]
+    pub fn command(mut self, words: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.payload = Payload::Command(words.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// An interactive shell on our terminal instead of a command, without a time limit.
+    #[must_use]
+    pub fn shell(mut self, banner: impl Into<String>) -> Self {
+        self.payload = Payload::Shell {
+            banner: banner.into(),
+        };
+        self.timeout = None;
+        self
+    }
+
+    /// Where the output goes; our standard output when not said.
+    #[must_use]
+    pub fn output(mut self, output: Output) -> Self {
+        self.output = output;
+        self
+    }
+
+    /// The folder for screenshots; the run's own when not said.
+    #[must_use]
+    pub fn screenshots(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.screenshots = Some(folder.into());
+        self
+    }
+
+    /// The acceleration; found out when not said.
+    #[must_use]
+    pub fn accel(mut self, accel: Accel) -> Self {
+        self.accel = Some(accel);
+        self
+    }
+
+    /// How long it may take, boot and all.
+    #[must_use]
+    pub fn timeout(mut self, limit: Duration) -> Self {
+        self.timeout = Some(limit);
+        self
+    }
+
+    /// Boots, runs, judges.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure`] as described there, or when the guest could not be started at all.
+    pub fn run(mut self) -> Result<Outcome> {
+        let accel = match self.accel {
+            Some(accel) => accel,
+            None => emulator::accel(self.prepared)?,
+        };
+        let folder = run_folder(self.prepared)?;
+        let screenshots = self
+            .screenshots
+            .take()
+            .unwrap_or_else(|| folder.join("screenshots"));
+        let archive = folder.join("initramfs.cpio");
+        self.write_archive(&archive)?;
+        let mut output = std::mem::replace(&mut self.output, Output::Capture);
+        let mut again = true;
+        loop {
+            let guest = Guest {
+                prepared: self.prepared,
+                machine: &self.machine,
+                accel,
+                folder: &folder,
+                archive: &archive,
+                screenshots: &screenshots,
+                interactive: matches!(self.payload, Payload::Shell { .. }),
+                timeout: self.timeout,
+            };
+            let result = guest.boot(&mut output);
+            if again && is_emulator_fault(&result) {
+                again = false;
+                let kept = folder.join("console.int3.log");
+                fs::rename(folder.join("console.log"), &kept)?;
+                eprintln!(
+                    "the emulator's known fault (Oops: int3 before init has started); booting once more. log: {}",
+                    kept.display()
+                );
+                continue;
+            }
+            let _ = fs::remove_file(&archive);
+            return result;
+        }
+    }
+
+    fn write_archive(&self, path: &Path) -> Result<()> {
+        let file = fs::File::create(path).with_context(|| format!("make {}", path.display()))?;
+        let busybox = self.prepared.sysroot.path("usr/bin/busybox");
+        let mut archive = Initramfs::new(BufWriter::new(file), &busybox)?;
+        self.add_modules(&mut archive)?;
+        archive.file("lab/devices", self.machine.describe(), 0o644)?;
+        if let Some(driver) = &self.driver {
+            archive.file("lab/driver", format!("{driver}\n"), 0o644)?;
+        }
+        for (from, to) in &self.files {
+            archive.copy(to, from)?;
+        }
+        match &self.payload {
+            Payload::Command(words) => archive.file("lab/command", self.script(words), 0o644)?,
+            Payload::Shell { banner } => {
+                archive.file("lab/banner", banner, 0o644)?;
+                if let Some((rows, columns)) = crate::terminal::size() {
+                    archive.file(
+                        "lab/terminal",
+                        format!("rows {rows} cols {columns}\n"),
+                        0o644,
+                    )?;
+                }
+            }
+        }
+        archive.finish()?;
+        Ok(())
+    }
+
+    fn add_modules<W: Write>(&self, archive: &mut Initramfs<W>) -> Result<()> {
+        let mut list = String::new();
+        if self.with_modules {
+            let extra = self.machine.modules.iter().map(String::as_str);
+            let names: Vec<_> = STOCK.iter().copied().chain(extra).collect();
+            for file in self
+                .prepared
+                .kernel
+                .modules(&names, &self.prepared.sysroot)?
+            {
+                let name = file_name(&file)?;
+                archive.copy(&format!("lib/modules/{name}"), &file)?;
+                list.push_str(&format!("{name}\n"));
+            }
+        }
+        if let Some(module) = &self.module {
+            let name = file_name(module)?;
+            archive.copy(&format!("lib/modules/{name}"), module)?;
+            list.push_str(&format!("{name} {}\n", self.module_parameters));
+        }
+        archive.file("lab/modules", list, 0o644)
+    }
+
+    fn script(&self, words: &[String]) -> String {
+        let mut script = String::from("cd /root\n");
+        for (name, value) in &self.environment {
+            script.push_str(&format!("export {name}={}\n", quoted(value)));
+        }
+        let words: Vec<_> = words.iter().map(|word| quoted(word)).collect();
+        // A command of its own, so that its death by a signal is seen.
+        script.push_str(&format!("{}\nexit $?\n", words.join(" ")));
+        script
+    }
+}
+
+fn is_emulator_fault(result: &Result<Outcome>) -> bool {
+    let failure = result.as_ref().err().and_then(|error| error.downcast_ref());
+    matches!(failure, Some(Failure::Splat { splat, .. }) if splat.emulator_fault)
+}
+
+fn file_name(path: &Path) -> Result<String> {
+    let name = path
+        .file_name()
+        .with_context(|| format!("{} names no file", path.display()))?;
+    Ok(name.to_string_lossy().into_owned())
+}
+
+/// A folder of its own for a run, `runs/<time>-<process>`; those of long ago are removed.
+fn run_folder(prepared: &Prepared) -> Result<PathBuf> {
+    let runs = prepared.cache.path("runs");
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    let folder = runs.join(format!("{}-{}", now.as_millis(), std::process::id()));
+    fs::create_dir_all(&folder)
+        .with_context(|| format!("make the run's folder {}", folder.display()))?;
+    let mut all: Vec<_> = fs::read_dir(&runs)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    all.sort();
+    for old in all.iter().take(all.len().saturating_sub(RUNS_KEPT)) {
+        let _ = fs::remove_dir_all(old);
+    }
+    Ok(folder)
+}
+
+/// One boot.
+struct Guest<'a> {
+    prepared: &'a Prepared,
+    machine: &'a Machine,
+    accel: Accel,
+    folder: &'a Path,
+    archive: &'a Path,
+    screenshots: &'a Path,
+    interactive: bool,
+    timeout: Option<Duration>,
+}
+
+/// What the control channel has brought so far.
+#[derive(Debug, Default)]
+struct Progress {
+    ready: Option<Instant>,
+    verdict: Option<i32>,
+    screenshots: Vec<PathBuf>,
+}
+
+/// Our ends of the three sockets.
+struct Sockets {
+    payload: UnixStream,
+    control: UnixStream,
+    monitor: UnixStream,
+}
+
+impl Guest<'_> {
+    fn boot(&self, output: &mut Output) -> Result<Outcome> {
+        let started = Instant::now();
+        let (mut child, sockets) = self.start()?;
+        let progress = Arc::new(Mutex::new(Progress::default()));
+        let terminal = if self.interactive {
+            RawTerminal::take()?
+        } else {
+            None
+        };
+        let captured = thread::scope(|scope| -> Result<_> {
+            let copy = scope.spawn(|| copy_output(&sockets.payload, output));
+            scope.spawn(|| self.serve(&sockets, &progress));
+            let waited = self.wait(&mut child, &progress, started);
+            if waited.is_err() {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            let captured = copy.join().unwrap_or_default();
+            waited.map(|in_time| (captured, in_time))
+        });
+        drop(terminal);
+        let (output, in_time) = captured?;
+        let progress =
+            std::mem::take(&mut *progress.lock().unwrap_or_else(PoisonError::into_inner));
+        self.judge(progress, output, in_time, started)
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.join("console.log")
+    }
+
+    fn emulator_log(&self) -> PathBuf {
+        self.folder.join("emulator.log")
+    }
+
+    fn start(&self) -> Result<(Child, Sockets)> {
+        let (payload, payload_end) = pair()?;
+        let (control, control_end) = pair()?;
+        let (monitor, monitor_end) = pair()?;
+        let errors = fs::File::create(self.emulator_log())?;
+        let child = self
+            .emulator(&payload_end, &control_end, &monitor_end)
+            .stdin(Stdio::null())
+            .stdout(errors.try_clone()?)
+            .stderr(errors)
+            .spawn()
+            .context("start QEMU")?;
+        Ok((
+            child,
+            Sockets {
+                payload,
+                control,
+                monitor,
+            },
+        ))
+    }
+
+    fn emulator(&self, payload: &OwnedFd, control: &OwnedFd, monitor: &OwnedFd) -> Command {
+        let sysroot = &self.prepared.sysroot;
+        let mut command = sysroot.program("usr/bin/qemu-system-x86_64");
+        command.env(
+            "QEMU_MODULE_DIR",
+            sysroot.path("usr/lib/x86_64-linux-gnu/qemu"),
+        );
+        for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
+            command.arg("-L").arg(sysroot.path(firmware));
+        }
+        let machine = self.machine;
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+        ]);
+        command.args([
+            "-machine",
+            "q35,kernel-irqchip=split",
+            "-accel",
+            self.accel.argument(),
+            "-cpu",
+            "EPYC",
+        ]);
+        command.args([
+            "-m",
+            &format!("{}M", machine.memory),
+            "-smp",
+            &machine.processors.to_string(),
+        ]);
+        command.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
+        command
+            .arg("-kernel")
+            .arg(self.prepared.kernel.image())
+            .arg("-initrd")
+            .arg(self.archive);
+        command.args(["-append", &command_line(machine)]);
+        command.args([
+            "-chardev",
+            &format!("file,id=console,path={}", comma_safe(&self.log())),
+        ]);
+        for (id, fd) in [
+            ("payload", payload),
+            ("control", control),
+            ("monitor", monitor),
+        ] {
+            command.args(["-chardev", &format!("socket,id={id},fd={}", fd.as_raw_fd())]);
+        }
+        command.args(["-mon", "chardev=monitor,mode=control"]);
+        // The third port would share the first one's interrupt line.
+        for (id, place) in [
+            ("console", "index=0"),
+            ("payload", "index=1"),
+            ("control", "index=2,irq=5"),
+        ] {
+            command.args(["-device", &format!("isa-serial,chardev={id},{place}")]);
+        }
+        command.args(machine.devices.iter().flat_map(|device| &device.arguments));
+        command
+    }
+
+    /// Waits for the guest's end; false when it came too late and we brought it about.
+    fn wait(
+        &self,
+        child: &mut Child,
+        progress: &Mutex<Progress>,
+        started: Instant,
+    ) -> Result<bool> {
+        // After its verdict a guest only has to power off.
+        let grace = Duration::from_secs(20);
+        let mut verdict_at = None;
+        loop {
+            if child.try_wait().context("wait for QEMU")?.is_some() {
+                return Ok(true);
+            }
+            if verdict_at.is_none()
+                && progress
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .verdict
+                    .is_some()
+            {
+                verdict_at = Some(Instant::now());
+            }
+            let late = self.timeout.is_some_and(|limit| started.elapsed() > limit);
+            let stuck = verdict_at.is_some_and(|at: Instant| at.elapsed() > grace);
+            if late || stuck {
+                child.kill().context("stop QEMU")?;
+                child.wait().context("wait for QEMU")?;
+                return Ok(false);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn judge(
+        &self,
+        progress: Progress,
+        output: Vec<u8>,
+        in_time: bool,
+        started: Instant,
+    ) -> Result<Outcome> {
+        let log = self.log();
+        let text = fs::read(&log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        if let Some(splat) = splat::scan(&text) {
+            return Err(Failure::Splat { splat, log }.into());
+        }
+        let tail = command::tail(&text, TAIL);
+        if !in_time {
+            let limit = self.timeout.unwrap_or_default();
+            return Err(Failure::Timeout { limit, tail, log }.into());
+        }
+        let Some(code) = progress.verdict else {
+            let emulator = fs::read_to_string(self.emulator_log()).unwrap_or_default();
+            return Err(Failure::NoVerdict {
+                emulator: command::tail(&emulator, 10),
+                tail,
+                log,
+            }
+            .into());
+        };
+        let boot = progress
+            .ready
+            .map_or(Duration::ZERO, |ready| ready - started);
+        Ok(Outcome {
+            code,
+            log,
+            screenshots: progress.screenshots,
+            output,
+            boot,
+            total: started.elapsed(),
+        })
+    }
+
+    /// Answers the control channel until the guest is gone.
+    fn serve(&self, sockets: &Sockets, progress: &Mutex<Progress>) {
+        let Ok(monitor) = sockets.monitor.try_clone() else {
+            return;
+        };
+        let Ok(mut monitor) = Monitor::new(monitor) else {
+            return;
+        };
+        let mut lines = BufReader::new(&sockets.control);
+        let mut line = Vec::new();
+        while lines
+            .read_until(b'\n', &mut line)
+            .is_ok_and(|length| length > 0)
+        {
+            if let Ok(message) = serde_json::from_slice(&line) {
+                let reply = self.answer(&message, &mut monitor, progress);
+                if message.get("ready").is_some() && self.interactive {
+                    forward_input(&sockets.payload);
+                }
+                if let Some(reply) = reply {
+                    let _ = (&sockets.control).write_all(format!("{reply}\n").as_bytes());
+                }
+            }
+            line.clear();
+        }
+    }
+
+    fn answer(
+        &self,
+        message: &Value,
+        monitor: &mut Monitor,
+        progress: &Mutex<Progress>,
+    ) -> Option<Value> {
+        // Not held while QEMU works: whoever watches the time must not wait for it.
+        let progress = || progress.lock().unwrap_or_else(PoisonError::into_inner);
+        if message.get("ready").is_some() {
+            progress().ready = Some(Instant::now());
+            return None;
+        }
+        if let Some(code) = message.get("exit").and_then(Value::as_i64) {
+            progress().verdict = i32::try_from(code).ok();
+            return None;
+        }
+        if let Some(command) = message.get("qmp") {
+            return Some(
+                monitor
+                    .run(command)
+                    .map_or_else(refusal, |value| json!({"return": value})),
+            );
+        }
+        if let Some(name) = message.get("screenshot").and_then(Value::as_str) {
+            let taken = self.screenshot(name, monitor);
+            if let Ok(path) = &taken {
+                progress().screenshots.push(path.clone());
+            }
+            return Some(taken.map_or_else(refusal, |path| json!({"ok": path})));
+        }
+        Some(json!({"error": "unknown request"}))
+    }
+
+    fn screenshot(&self, name: &str, monitor: &mut Monitor) -> Result<PathBuf> {
+        if !is_plain(name) {
+            bail!(
+                "a screenshot's name has letters, digits, `-`, `_` and `.` only, this one is `{name}`"
+            );
+        }
+        let display = |device: &&crate::machine::Device| {
+            device.arguments.iter().any(|word| word.contains("display"))
+        };
+        let device = self
+            .machine
+            .devices
+            .iter()
+            .find(display)
+            .context("this machine has no display")?;
+        fs::create_dir_all(self.screenshots)
+            .with_context(|| format!("make {}", self.screenshots.display()))?;
+        let path = std::path::absolute(self.screenshots.join(format!("{name}.png")))?;
+        monitor.screenshot(&device.name, &path)?;
+        Ok(path)
+    }
+}
+
+/// Whether a program asks for a dynamic loader, which no guest has.
+#[must_use]
+pub fn needs_libraries(program: &[u8]) -> bool {
+    /// The type of the program header that names the loader.
+    const INTERPRETER: u32 = 3;
+    let word = |at: usize| {
+        Some(u16::from_le_bytes(
+            program.get(at..at + 2)?.try_into().ok()?,
+        ))
+    };
+    let long = |at: usize| {
+        Some(u32::from_le_bytes(
+            program.get(at..at + 4)?.try_into().ok()?,
+        ))
+    };
+    let read = || -> Option<bool> {
+        // A 64-bit ELF file: header table at 32, size of an entry at 54, number of entries at 56.
+        if !program.starts_with(b"\x7fELF\x02") {
+            return None;
+        }
+        let table = long(32)? as usize;
+        let (size, count) = (usize::from(word(54)?), usize::from(word(56)?));
+        Some((0..count).any(|entry| long(table + entry * size) == Some(INTERPRETER)))
+    };
+    read().unwrap_or(false)
+}
+
+fn refusal(error: anyhow::Error) -> Value {
+    json!({"error": format!("{error:#}")})
+}
+
+fn is_plain(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !name.is_empty() && !name.starts_with('.') && name.chars().all(plain)
+}
+
+fn command_line(machine: &Machine) -> String {
+    // A kernel that has oopsed is of no use to a test: it ends at once.
+    let mut words = vec![
+        "console=ttyS0",
+        "panic=-1",
+        "oops=panic",
+        "intel_iommu=on",
+        "iommu=nopt",
+    ];
+    words.extend(machine.append.iter().map(String::as_str));
+    words.join(" ")
+}
+
+/// QEMU takes a doubled comma for one that separates nothing.
+fn comma_safe(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+/// A socket for us, and its other end for QEMU to inherit.
+fn pair() -> Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) = UnixStream::pair().context("make a socket pair")?;
+    let theirs = OwnedFd::from(theirs);
+    rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).context("let QEMU inherit a socket")?;
+    Ok((ours, theirs))
+}
+
+fn copy_output(mut from: &UnixStream, output: &mut Output) -> Vec<u8> {
+    let mut captured = Vec::new();
+    let mut partial = Vec::new();
+    let mut buffer = [0; 4096];
+    while let Ok(length @ 1..) = from.read(&mut buffer) {
+        let bytes = &buffer[..length];
+        match output {
+            Output::Capture => captured.extend_from_slice(bytes),
+            Output::Inherit => {
+                let mut out = std::io::stdout().lock();
+                let _ = out.write_all(bytes).and_then(|()| out.flush());
+            }
+            Output::Lines(take) => {
+                partial.extend_from_slice(bytes);
+                while let Some(end) = partial.iter().position(|byte| *byte == b'\n') {
+                    let line: Vec<_> = partial.drain(..=end).collect();
+                    take(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r']));
+                }
+            }
+        }
+    }
+    if let (Output::Lines(take), false) = (output, partial.is_empty()) {
+        take(&String::from_utf8_lossy(&partial));
+    }
+    captured
+}
+
+/// Sends what is typed to the guest, for as long as the process lives: a read of a terminal cannot be called off.
+fn forward_input(to: &UnixStream) -> Option<JoinHandle<()>> {
+    /// What a terminal makes an end of input of.
+    const END: &[u8] = b"\x04";
+    let mut to = to.try_clone().ok()?;
+    Some(thread::spawn(move || {
+        let mut input = std::io::stdin().lock();
+        let mut buffer = [0; 1024];
+        while let Ok(length @ 1..) = input.read(&mut buffer) {
+            if to.write_all(&buffer[..length]).is_err() {
+                return;
+            }
+        }
+        if !std::io::stdin().is_terminal() {
+            let _ = to.write_all(END);
+        }
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_screenshots_stay_in_their_folder() {
+        assert!(is_plain("after-revoke_2.x"));
+        for name in ["", "../x", "a/b", ".hidden", "a b"] {
+            assert!(!is_plain(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn this_test_needs_libraries_and_a_script_does_not() {
+        let this = fs::read(std::env::current_exe().unwrap()).unwrap();
+        assert_eq!(needs_libraries(&this), !cfg!(target_feature = "crt-static"));
+        assert!(!needs_libraries(b"#!/bin/sh\n"));
+        assert!(!needs_libraries(b"\x7fELF\x02"));
+    }
+
+    #[test]
+    fn output_is_given_line_by_line() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(b"one\r\ntwo\npart").unwrap();
+        drop(ours);
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&lines);
+        let mut output = Output::Lines(Box::new(move |line| {
+            seen.lock().unwrap().push(line.to_owned())
+        }));
+        copy_output(&theirs, &mut output);
+        assert_eq!(*lines.lock().unwrap(), ["one", "two", "part"]);
+    }
+
+    #[test]
+    fn the_kernel_stops_at_its_first_oops_and_sees_devices_through_the_iommu() {
+        let mut machine = Machine::new(Vec::new());
+        machine.append.push("extra=1".to_owned());
+        let line = command_line(&machine);
+        for word in ["oops=panic", "intel_iommu=on", "iommu=nopt", "extra=1"] {
+            assert!(line.split(' ').any(|have| have == word), "{word}");
+        }
+    }
+
+    #[test]
+    fn a_failure_names_its_log() {
+        let splat = splat::scan("WARNING: x\n").unwrap();
+        let text = Failure::Splat {
+            splat,
+            log: PathBuf::from("/run/console.log"),
+        }
+        .to_string();
+        assert!(
+            text.contains("/run/console.log") && text.contains("WARNING: x"),
+            "{text}"
+        );
+    }
+}

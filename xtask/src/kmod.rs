@@ -1,0 +1,87 @@
+//! `cargo xtask kmod`
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use barlease_lab::kmod::{self, Built, Task};
+use barlease_lab::prepare::{Prepared, Request, prepare};
+use clap::{Args, Subcommand};
+
+use crate::KernelChoice;
+use crate::checkout;
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    kernel: KernelChoice,
+    /// Fail when there is a warning
+    #[arg(long, global = true)]
+    deny_warnings: bool,
+    #[command(subcommand)]
+    what: Option<What>,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Build it (the default)
+    Build,
+    /// Check it with clippy, with the kernel's own settings
+    Clippy,
+    /// Format it
+    Fmt {
+        /// Only say whether it is formatted
+        #[arg(long)]
+        check: bool,
+    },
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    if let Some(What::Fmt { check }) = options.what {
+        kmod::format(&checkout::top(), check)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let prepared = prepare(&Request {
+        kernel: options.kernel.kernel.clone(),
+        update: false,
+    })?;
+    match options.what {
+        Some(What::Clippy) => clippy(&prepared, options.deny_warnings)?,
+        _ => println!("{}", build(&prepared, options.deny_warnings)?.display()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Builds the module and copies it into the target folder; returns its path there.
+pub(crate) fn build(prepared: &Prepared, deny_warnings: bool) -> Result<PathBuf> {
+    let built = kmod::build(prepared, &checkout::top(), Task::Build)?;
+    refuse_warnings(&built, deny_warnings)?;
+    let folder = checkout::target()
+        .join("kmod")
+        .join(&prepared.kernel.release);
+    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    let mut copies = Vec::new();
+    for module in [&built.module].into_iter().chain(&built.others) {
+        let to = folder.join(module.file_name().unwrap_or_default());
+        fs::copy(module, &to).with_context(|| format!("copy the module to {}", to.display()))?;
+        copies.push(to);
+    }
+    Ok(copies.swap_remove(0))
+}
+
+/// Checks the module with clippy.
+pub(crate) fn clippy(prepared: &Prepared, deny_warnings: bool) -> Result<()> {
+    let built = kmod::build(prepared, &checkout::top(), Task::Clippy)?;
+    refuse_warnings(&built, deny_warnings)
+}
+
+fn refuse_warnings(built: &Built, deny: bool) -> Result<()> {
+    if deny && !built.warnings.is_empty() {
+        bail!(
+            "{} warnings, which --deny-warnings forbids",
+            built.warnings.len()
+        );
+    }
+    Ok(())
+}

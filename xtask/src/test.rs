@@ -1,0 +1,360 @@
+//! `cargo xtask test`: every check and every test, in order.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use barlease_lab::kmod as lab_kmod;
+use barlease_lab::prepare::{self, Prepared, Request, prepare};
+use barlease_lab::report::seconds;
+use clap::Args;
+
+use crate::{checkout, kmod};
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Kernels to test on, by the beginning of their release, or `all` that can be used [default: the newest]
+    #[arg(long, value_name = "RELEASE", value_delimiter = ',')]
+    kernel: Vec<String>,
+    /// Without module and guests
+    #[arg(long, conflicts_with = "guest_only")]
+    host_only: bool,
+    /// Only the module and the guests
+    #[arg(long)]
+    guest_only: bool,
+    /// Run only those guest tests whose name has this in it
+    filter: Option<String>,
+}
+
+/// Results of libtest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Count {
+    passed: usize,
+    failed: usize,
+}
+
+/// A step that has been made.
+#[derive(Debug)]
+struct Done {
+    name: String,
+    taken: Duration,
+    count: Count,
+    verdict: Verdict,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Passed,
+    Skipped(String),
+    Failed(String),
+}
+
+#[derive(Debug, Default)]
+struct Steps {
+    done: Vec<Done>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let mut steps = Steps::default();
+    if !options.guest_only {
+        host(&mut steps);
+    }
+    if !options.host_only {
+        guests(&mut steps, options)?;
+    }
+    Ok(steps.summary())
+}
+
+/// Packages whose tests run on the host: all but the guest tests.
+const HOST: &[&str] = &["--workspace", "--exclude", "barlease-guest-tests"];
+
+fn host(steps: &mut Steps) {
+    steps.cargo("formatting", "", &["fmt", "--all", "--check"]);
+    steps.make("formatting of the module", || {
+        lab_kmod::format(&checkout::top(), true)
+    });
+    let clippy: Vec<_> = [
+        &["clippy", "--quiet", "--all-targets"],
+        HOST,
+        &["--", "-D", "warnings"],
+    ]
+    .concat();
+    steps.cargo("clippy", "", &clippy);
+    steps.cargo(
+        "clippy on the guest tests",
+        "guest-tests",
+        &["clippy", "--quiet", "--all-targets", "--", "-D", "warnings"],
+    );
+    let test: Vec<_> = [&["test", "--no-fail-fast"], HOST].concat();
+    steps.cargo("host tests", "", &test);
+    if has_deny() {
+        steps.cargo(
+            "dependencies (cargo deny)",
+            "",
+            &["deny", "--log-level", "error", "check"],
+        );
+    } else {
+        steps.skip("dependencies (cargo deny)", "cargo-deny is not installed");
+    }
+}
+
+fn has_deny() -> bool {
+    let version = checkout::cargo("")
+        .args(["deny", "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    version.is_ok_and(|status| status.success())
+}
+
+fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
+    for wanted in kernels(&options.kernel)? {
+        let prepared = prepare(&Request {
+            kernel: wanted,
+            update: false,
+        })?;
+        let release = prepared.kernel.release.clone();
+        let built = steps.make(&format!("module for {release}"), || {
+            kmod::build(&prepared, true)
+        });
+        steps.make(&format!("clippy on the module for {release}"), || {
+            kmod::clippy(&prepared, true)
+        });
+        let name = format!("guest tests on {release}");
+        if built {
+            guest_tests(steps, &name, &prepared, options.filter.as_deref());
+        } else {
+            steps.skip(&name, "the module does not build");
+        }
+    }
+    Ok(())
+}
+
+fn guest_tests(steps: &mut Steps, name: &str, prepared: &Prepared, filter: Option<&str>) {
+    steps.step(name, || {
+        let mut cargo = checkout::cargo("guest-tests");
+        cargo.args(["test", "--no-fail-fast"]).args(filter);
+        cargo.env("BARLEASE_KERNEL", &prepared.kernel.release);
+        // The runner then needs not ask cargo whether we are up to date.
+        if let Ok(this) = std::env::current_exe() {
+            cargo.env("BARLEASE_XTASK", this);
+        }
+        counted(&mut cargo, &mut io::stdout())
+    });
+}
+
+/// What was asked for, in the form of requests.
+fn kernels(wanted: &[String]) -> Result<Vec<Option<String>>> {
+    if wanted.is_empty() {
+        return Ok(vec![None]);
+    }
+    if wanted != ["all"] {
+        return Ok(wanted.iter().cloned().map(Some).collect());
+    }
+    let prepared = prepare(&Request::default())?;
+    let plan = prepare::plan(&prepared.cache).context("read the plan from the cache")?;
+    let usable = plan
+        .kernels
+        .into_iter()
+        .filter(|kernel| kernel.refusal.is_none());
+    Ok(usable.map(|kernel| Some(kernel.release)).collect())
+}
+
+impl Steps {
+    fn cargo(&mut self, name: &str, folder: &str, arguments: &[&str]) {
+        self.step(name, || {
+            counted(checkout::cargo(folder).args(arguments), &mut io::stdout())
+        });
+    }
+
+    fn make<T>(&mut self, name: &str, work: impl FnOnce() -> Result<T>) -> bool {
+        self.step(name, || (Count::default(), work().map(drop)))
+    }
+
+    fn step(&mut self, name: &str, work: impl FnOnce() -> (Count, Result<()>)) -> bool {
+        println!("\n=== {name}");
+        let started = Instant::now();
+        let (count, result) = work();
+        let verdict = match result {
+            Ok(()) => Verdict::Passed,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                Verdict::Failed(
+                    error
+                        .to_string()
+                        .lines()
+                        .next()
+                        .unwrap_or_default()
+                        .to_owned(),
+                )
+            }
+        };
+        let passed = verdict == Verdict::Passed;
+        self.done.push(Done {
+            name: name.to_owned(),
+            taken: started.elapsed(),
+            count,
+            verdict,
+        });
+        passed
+    }
+
+    fn skip(&mut self, name: &str, reason: &str) {
+        println!("\n=== {name}\nskipped: {reason}");
+        let verdict = Verdict::Skipped(reason.to_owned());
+        self.done.push(Done {
+            name: name.to_owned(),
+            taken: Duration::ZERO,
+            count: Count::default(),
+            verdict,
+        });
+    }
+
+    fn summary(&self) -> ExitCode {
+        println!("\n=== summary");
+        for step in &self.done {
+            let verdict = match &step.verdict {
+                Verdict::Passed => "ok".to_owned(),
+                Verdict::Skipped(reason) => format!("skipped: {reason}"),
+                Verdict::Failed(reason) => format!("FAILED: {reason}"),
+            };
+            println!("{:>9}  {}: {verdict}", seconds(step.taken), step.name);
+        }
+        let total = self.total();
+        println!("{} passed, {} failed", total.passed, total.failed);
+        if total.failed == 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }
+    }
+
+    /// A step that failed without a failed test (it does not build, the guest's log has a splat) is one failure.
+    fn total(&self) -> Count {
+        let mut total = Count::default();
+        for step in &self.done {
+            total.passed += step.count.passed;
+            let failed = matches!(step.verdict, Verdict::Failed(_));
+            total.failed += step.count.failed.max(usize::from(failed));
+        }
+        total
+    }
+}
+
+/// Runs a command with its output passed on, and adds up what libtest says in it.
+fn counted(command: &mut Command, out: &mut impl Write) -> (Count, Result<()>) {
+    let mut count = Count::default();
+    let result = watch(command, out, |line| {
+        if let Some(more) = parse_result(line) {
+            count.passed += more.passed;
+            count.failed += more.failed;
+        }
+    });
+    (count, result)
+}
+
+fn watch(command: &mut Command, out: &mut impl Write, mut each: impl FnMut(&str)) -> Result<()> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("start cargo")?;
+    if let Some(output) = child.stdout.take() {
+        let mut lines = BufReader::new(output);
+        let mut line = Vec::new();
+        while lines.read_until(b'\n', &mut line)? > 0 {
+            out.write_all(&line)?;
+            out.flush()?;
+            each(&String::from_utf8_lossy(&line));
+            line.clear();
+        }
+    }
+    let status = child.wait().context("wait for cargo")?;
+    if !status.success() {
+        bail!("cargo ended with {status}");
+    }
+    Ok(())
+}
+
+/// `test result: ok. 3 passed; 0 failed; …`
+fn parse_result(line: &str) -> Option<Count> {
+    let (_, rest) = line.strip_prefix("test result: ")?.split_once(". ")?;
+    let mut words = rest.split(' ');
+    let passed = words.next()?.parse().ok()?;
+    let failed = words.nth(1)?.parse().ok()?;
+    Some(Count { passed, failed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_libtest_are_read() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s\n";
+        assert_eq!(
+            parse_result(line),
+            Some(Count {
+                passed: 12,
+                failed: 3
+            })
+        );
+        assert_eq!(parse_result("test a_test ... ok"), None);
+    }
+
+    #[test]
+    fn a_step_that_fails_without_a_failed_test_counts_once() {
+        let mut steps = Steps::default();
+        steps.step("build", || {
+            (Count::default(), Err(anyhow::anyhow!("does not build")))
+        });
+        steps.step("tests", || {
+            (
+                Count {
+                    passed: 2,
+                    failed: 3,
+                },
+                Err(anyhow::anyhow!("cargo ended")),
+            )
+        });
+        steps.step("more", || {
+            (
+                Count {
+                    passed: 5,
+                    failed: 0,
+                },
+                Ok(()),
+            )
+        });
+        steps.skip("other", "no");
+        assert_eq!(
+            steps.total(),
+            Count {
+                passed: 7,
+                failed: 4
+            }
+        );
+    }
+
+    #[test]
+    fn output_is_counted_as_it_passes() {
+        let mut shell = Command::new("sh");
+        shell.args([
+            "-c",
+            "echo 'test result: ok. 2 passed; 0 failed; 0 ignored'; exit 1",
+        ]);
+        // Not our own output: whoever runs this test may count, too.
+        let mut passed_on = Vec::new();
+        let (count, result) = counted(&mut shell, &mut passed_on);
+        assert!(passed_on.starts_with(b"test result"));
+        assert_eq!(
+            count,
+            Count {
+                passed: 2,
+                failed: 0
+            }
+        );
+        assert!(result.is_err());
+    }
+}

@@ -1,0 +1,408 @@
+//! `cargo xtask vm`
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use barlease_lab::cache::Cache;
+use barlease_lab::emulator::accel;
+use barlease_lab::kmod::DRIVER;
+use barlease_lab::machine::{Machine, Preset};
+use barlease_lab::prepare::{self, Prepared, Request, prepare};
+use barlease_lab::report::seconds;
+use barlease_lab::vm::{Outcome, Run, TIMEOUT};
+use clap::{Args, Subcommand};
+
+use crate::{KernelChoice, kmod};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Task {
+    /// Download and build what guests and the module need
+    Prepare {
+        #[command(flatten)]
+        kernel: KernelChoice,
+        /// Look again at what the mirror has, and take the newest
+        #[arg(long)]
+        update: bool,
+    },
+    /// Run a command in a guest, and end with its exit code
+    Exec(Exec),
+    /// Run a test binary in a guest: what cargo's runner calls
+    Test(Test),
+    /// A shell in a guest, with the module loaded and all devices bound
+    Shell {
+        #[command(flatten)]
+        machine: MachineChoice,
+    },
+    /// What machines there are, and what kernels the cache has
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove everything from the cache
+    Clean,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct MachineChoice {
+    #[command(flatten)]
+    kernel: KernelChoice,
+    /// The machine, see `cargo xtask vm list`
+    #[arg(
+        long,
+        default_value = "full",
+        env = "BARLEASE_PRESET",
+        hide_env_values = true
+    )]
+    preset: Preset,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Exec {
+    #[command(flatten)]
+    machine: MachineChoice,
+    /// Put a file into the guest, at /lab/bin when no place is given
+    #[arg(long = "file", value_name = "FILE[:PLACE]")]
+    files: Vec<Placed>,
+    /// Seconds that the guest may take, boot and all
+    #[arg(long, default_value_t = TIMEOUT.as_secs())]
+    timeout: u64,
+    /// Without our module
+    #[arg(long)]
+    stock: bool,
+    /// Bind all devices before the command starts, to vfio-pci with --stock
+    #[arg(long)]
+    bind: bool,
+    /// Parameters for our module, such as allow_msix_export=1
+    #[arg(long, default_value = "", value_name = "WORDS")]
+    module_parameters: String,
+    /// The folder for screenshots
+    #[arg(long, value_name = "FOLDER")]
+    screenshots: Option<PathBuf>,
+    /// The command. A path of this machine names a program that is copied into the guest; it must be statically linked
+    #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Test {
+    /// The test binary, statically linked
+    binary: PathBuf,
+    /// Arguments for it, as libtest takes them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) arguments: Vec<String>,
+}
+
+/// A file and its place in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Placed {
+    file: PathBuf,
+    place: String,
+}
+
+impl FromStr for Placed {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (file, place) = match text.rsplit_once(':') {
+            Some((file, place)) => (PathBuf::from(file), place.to_owned()),
+            None => (PathBuf::from(text), in_lab(Path::new(text))?),
+        };
+        if !place.starts_with('/') {
+            bail!("the place in the guest is a full path, not `{place}`");
+        }
+        Ok(Self { file, place })
+    }
+}
+
+fn in_lab(file: &Path) -> Result<String> {
+    let name = file
+        .file_name()
+        .with_context(|| format!("{} names no file", file.display()))?;
+    Ok(format!("/lab/bin/{}", name.to_string_lossy()))
+}
+
+pub(crate) fn run(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Prepare { kernel, update } => {
+            let prepared = prepare(&Request {
+                kernel: kernel.kernel,
+                update,
+            })?;
+            let accel = accel(&prepared)?;
+            println!("kernel   {}", prepared.kernel.release);
+            println!("compiler {}", prepared.rustc);
+            println!("guests   {}", accel.name());
+            println!("overlay  {}", prepared.overlay.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Exec(options) => exec(&options),
+        Task::Test(options) => test(&options),
+        Task::Shell { machine } => shell(&machine),
+        Task::List { json } => list(json),
+        Task::Clean => {
+            Cache::open()?.clean()?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+impl MachineChoice {
+    fn prepare(&self) -> Result<Prepared> {
+        prepare(&Request {
+            kernel: self.kernel.kernel.clone(),
+            update: false,
+        })
+    }
+}
+
+fn exec(options: &Exec) -> Result<ExitCode> {
+    let mut command = options.command.clone();
+    let program = program_to_copy(&command[0])?;
+    let prepared = options.machine.prepare()?;
+    let mut run = Run::new(&prepared, options.machine.preset.machine())
+        .timeout(Duration::from_secs(options.timeout));
+    if !options.stock {
+        run = with_module(run, &prepared)?.module_parameters(&options.module_parameters);
+    }
+    if options.bind {
+        run = run.bind(if options.stock { "vfio-pci" } else { DRIVER });
+    }
+    if let Some(program) = program {
+        command[0] = in_lab(&program)?;
+        run = run.file(program, &command[0]);
+    }
+    for placed in &options.files {
+        run = run.file(&placed.file, &placed.place);
+    }
+    if let Some(folder) = &options.screenshots {
+        run = run.screenshots(folder);
+    }
+    finish(&with_environment(run).command(command).run()?)
+}
+
+/// The program that a command's first word names on this machine, if it names one by a path.
+fn program_to_copy(word: &str) -> Result<Option<PathBuf>> {
+    let path = PathBuf::from(word);
+    if !word.contains('/') || !path.is_file() {
+        return Ok(None);
+    }
+    let content = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+    if barlease_lab::vm::needs_libraries(&content) {
+        bail!(
+            "{} is linked dynamically and the guest has no libraries: build it with \
+             RUSTFLAGS='-C target-feature=+crt-static' --target x86_64-unknown-linux-gnu. \
+             (The guest's own commands are named without a path: `ls`.)",
+            path.display()
+        );
+    }
+    Ok(Some(path))
+}
+
+/// Our module, and those of the same build beside it without loading them.
+fn with_module<'a>(mut run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
+    let module = kmod::build(prepared, false)?;
+    let folder = module.parent().unwrap_or(Path::new("."));
+    for entry in std::fs::read_dir(folder)?.filter_map(Result::ok) {
+        let path = entry.path();
+        if path != module && path.extension().is_some_and(|extension| extension == "ko") {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            run = run.file(path, format!("/lib/modules/{name}"));
+        }
+    }
+    Ok(run.module(module))
+}
+
+/// Variables that mean the same in the guest.
+fn with_environment(mut run: Run<'_>) -> Run<'_> {
+    for (name, value) in std::env::vars() {
+        if name.starts_with("BARLEASE_TEST_")
+            || ["RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_NOCAPTURE"].contains(&name.as_str())
+        {
+            run = run.env(name, value);
+        }
+    }
+    run
+}
+
+fn finish(outcome: &Outcome) -> Result<ExitCode> {
+    for path in &outcome.screenshots {
+        eprintln!("screenshot: {}", path.display());
+    }
+    eprintln!(
+        "guest: up after {}, done after {}, exit code {}",
+        seconds(outcome.boot),
+        seconds(outcome.total),
+        outcome.code
+    );
+    Ok(ExitCode::from(
+        u8::try_from(outcome.code).unwrap_or(u8::MAX),
+    ))
+}
+
+fn test(options: &Test) -> Result<ExitCode> {
+    if runs_nothing(options) {
+        let status = Command::new(&options.binary)
+            .args(&options.arguments)
+            .status();
+        let status = status.with_context(|| format!("start {}", options.binary.display()))?;
+        return Ok(ExitCode::from(
+            status
+                .code()
+                .and_then(|code| u8::try_from(code).ok())
+                .unwrap_or(u8::MAX),
+        ));
+    }
+    let choice = MachineChoice {
+        kernel: KernelChoice { kernel: None },
+        preset: std::env::var("BARLEASE_PRESET")
+            .unwrap_or_else(|_| "full".to_owned())
+            .parse()?,
+    };
+    let prepared = choice.prepare()?;
+    let place = in_lab(&options.binary)?;
+    let threads = std::env::var("RUST_TEST_THREADS").unwrap_or_else(|_| "1".to_owned());
+    let run = with_module(Run::new(&prepared, choice.preset.machine()), &prepared)?
+        .file(&options.binary, &place)
+        .env("RUST_TEST_THREADS", threads)
+        .timeout(test_timeout()?)
+        .command([place].into_iter().chain(options.arguments.iter().cloned()));
+    finish(&with_environment(run).run()?)
+}
+
+/// Whether the binary would only list its tests, or has none that fit: no guest is needed for that.
+fn runs_nothing(options: &Test) -> bool {
+    if options
+        .arguments
+        .iter()
+        .any(|argument| argument == "--list" || argument == "--help")
+    {
+        return true;
+    }
+    let mut list = Command::new(&options.binary);
+    list.args(&options.arguments)
+        .args(["--list", "--format", "terse"]);
+    list.output()
+        .is_ok_and(|listed| listed.status.success() && listed.stdout.is_empty())
+}
+
+fn test_timeout() -> Result<Duration> {
+    match std::env::var("BARLEASE_TIMEOUT") {
+        Ok(text) => {
+            let seconds = text
+                .parse()
+                .with_context(|| format!("BARLEASE_TIMEOUT is seconds, not `{text}`"))?;
+            Ok(Duration::from_secs(seconds))
+        }
+        Err(_) => Ok(TIMEOUT),
+    }
+}
+
+fn shell(choice: &MachineChoice) -> Result<ExitCode> {
+    let prepared = choice.prepare()?;
+    let machine = choice.preset.machine();
+    let banner = banner(&prepared, &machine);
+    let run = with_module(Run::new(&prepared, machine), &prepared)?
+        .bind(DRIVER)
+        .shell(banner);
+    finish(&run.run()?)
+}
+
+fn banner(prepared: &Prepared, machine: &Machine) -> String {
+    let first = machine
+        .devices
+        .iter()
+        .find_map(|device| device.bdf.clone())
+        .unwrap_or_default();
+    format!(
+        "\n{} with barlease_vfio_pci loaded.\n\
+         Try   cat /lab/devices                          what is there\n\
+         \x20     ls -l /sys/bus/pci/drivers/{DRIVER}\n\
+         \x20     ls /sys/kernel/debug/barlease             what is leased\n\
+         \x20     lspci; dmesg | tail; head /sys/bus/pci/devices/{first}/resource\n\
+         \x20     exit                                      to power off\n\n",
+        prepared.kernel.release
+    )
+}
+
+fn list(json: bool) -> Result<ExitCode> {
+    let cache = Cache::open()?;
+    let plan = prepare::plan(&cache);
+    let machines: Vec<_> = Preset::ALL.map(|preset| (preset, preset.machine())).into();
+    if json {
+        let kernels: Vec<_> = plan
+            .iter()
+            .flat_map(|plan| plan.kernels.iter().map(move |kernel| (plan, kernel)))
+            .map(|(plan, kernel)| {
+                serde_json::json!({
+                    "release": kernel.release,
+                    "version": kernel.version,
+                    "refusal": kernel.refusal,
+                    "ready": prepare::is_ready(&cache, plan, kernel),
+                })
+            })
+            .collect();
+        let presets: Vec<_> = machines
+            .iter()
+            .map(|(preset, machine)| serde_json::json!({"preset": preset, "machine": machine}))
+            .collect();
+        println!(
+            "{}",
+            serde_json::json!({"cache": cache.path(""), "kernels": kernels, "presets": presets})
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("cache: {}", cache.path("").display());
+    match &plan {
+        None => println!("kernels: none yet, `cargo xtask vm prepare` gets one"),
+        Some(plan) => {
+            println!("compiler: {}\nkernels:", plan.rustc);
+            for kernel in &plan.kernels {
+                let ready = if prepare::is_ready(&cache, plan, kernel) {
+                    ", ready"
+                } else {
+                    ""
+                };
+                println!("{}{ready}", kernel.verdict());
+            }
+        }
+    }
+    for (preset, machine) in machines {
+        println!(
+            "preset {preset}: {} processors, {} MiB",
+            machine.processors, machine.memory
+        );
+        for device in machine.devices {
+            if let Some(bdf) = device.bdf {
+                println!("  {bdf}  {:8}  {}", device.name, device.about);
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_has_a_place() {
+        let placed: Placed = "/tmp/a".parse().unwrap();
+        assert_eq!(placed.place, "/lab/bin/a");
+        let placed: Placed = "x/a:/root/b".parse().unwrap();
+        assert_eq!(
+            (placed.file.to_str(), placed.place.as_str()),
+            (Some("x/a"), "/root/b")
+        );
+        assert!("a:b".parse::<Placed>().is_err());
+    }
+
+    #[test]
+    fn a_command_of_the_guest_is_not_copied() {
+        assert_eq!(program_to_copy("ls").unwrap(), None);
+        assert_eq!(program_to_copy("/lab/bin/no-such-file").unwrap(), None);
+    }
+}
