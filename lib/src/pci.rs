@@ -342,6 +342,7 @@ fn invalid(bdf: Bdf, reason: String) -> Error {
 fn write(path: &Path, text: &str) -> Result<()> {
     fs::OpenOptions::new()
         .write(true)
+        .truncate(true)
         .open(path)
         .and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
         .map_err(|error| {
