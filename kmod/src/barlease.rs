@@ -9,6 +9,7 @@
 //!
 //! - [`driver`]: which operation of a device does what to its leases;
 //! - [`export`]: makes a buffer of what a process asks for;
+//! - [`regions`]: mmap of BARs through the device fd, and aliases;
 //! - [`buffer`]: a lease: its dma-buf, its mappings, its faults, its revocation;
 //! - [`leases`]: all buffers of a function and the state of access; **the lock order is there**;
 //! - [`model`]: every decision that needs no kernel, tested on the host;
@@ -34,6 +35,7 @@ mod driver;
 mod export;
 mod leases;
 mod msix;
+mod regions;
 mod sys;
 
 use sys::vfio_pci::Registration;

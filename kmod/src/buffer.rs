@@ -7,12 +7,14 @@ use crate::{
     leases::{Leases, Ticket},
     model::{
         access::{Epoch, State},
+        batch,
         ranges::{self, Mapping, Misfit, Segment},
+        tph::Tph,
     },
     sys::{
         dma_buf::{DmaBuf, Exporter, Live, MappedInode, NAME_LEN, Operations},
         errno,
-        vma::{Fault, Mapped, NewVma, Outcome, PMD_ORDER},
+        vma::{self, Fault, Mapped, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
     },
 };
 use kernel::{
@@ -24,55 +26,100 @@ use kernel::{
     },
 };
 
+/// What a buffer holds.
+pub(crate) struct Contents {
+    /// The BAR.
+    pub(crate) bar: u32,
+    /// Bytes: the sum of the segments.
+    pub(crate) size: u64,
+    /// Where its pages are.
+    pub(crate) segments: KVVec<Segment>,
+}
+
 /// Ranges of one BAR, exported as a dma-buf.
 ///
 /// Referenced by its dma-buf, by each VMA that maps it and by the table of its [`Leases`]. It does
 /// not lead to the device: once its epoch is over it is a dead shell.
+///
+/// A mapping of a BAR through the device fd is a buffer too, an internal one of exactly the mapped
+/// span, so that one mechanism takes everything away. No fd of it exists.
 #[pin_data]
 pub(crate) struct Buffer {
     leases: Arc<Leases>,
     epoch: Epoch,
-    bar: u32,
-    size: u64,
-    segments: KVVec<Segment>,
+    contents: Contents,
+    /// The page offset that a mapping of its first page has: not 0 for a mapping through the device
+    /// fd, which shows the offset that the user passed.
+    first_page: u64,
+    /// Keeps the device open while a BAR is mapped through its fd.
+    device_file: Option<OpenFile>,
     /// Whether it was revoked for good. Changed only with the access of `leases` locked for
     /// writing, read with it locked.
     revoked: Atomic<u32>,
+    /// `MEMATTR_*` that the next mapping gets.
+    memattr: Atomic<u32>,
     /// VMAs that map it.
     vmas: Atomic<i64>,
     inode: SetOnce<MappedInode>,
     ticket: SetOnce<Ticket>,
     /// Held while it is drained; its release takes it first.
     #[pin]
-    live: Live,
+    live: Live<Tph>,
 }
 
 static OPERATIONS: Operations<Buffer> = Operations::new();
 
 impl Buffer {
-    /// Makes a buffer of the ranges `segments` of `bar`, of `size` bytes in all, and a dma-buf with
-    /// the open flags `flags` that exports it.
-    pub(crate) fn export(
+    /// A buffer that is a lease, and the dma-buf, with the open flags `flags`, that exports it.
+    pub(crate) fn export(leases: &Arc<Leases>, contents: Contents, flags: u32) -> Result<DmaBuf> {
+        let (_, dmabuf) = Self::make(leases, contents, MemoryType::Uncached, flags, None)?;
+        Ok(dmabuf)
+    }
+
+    /// Makes `vma`, a mapping of a BAR through the device fd, a mapping of an internal buffer of
+    /// what it maps.
+    pub(crate) fn map_bar(
         leases: &Arc<Leases>,
-        bar: u32,
-        size: u64,
-        segments: KVVec<Segment>,
+        contents: Contents,
+        memory_type: MemoryType,
+        vma: NewVma<'_>,
+    ) -> Result {
+        let flags = kernel::bindings::O_RDWR;
+        let (buffer, dmabuf) = Self::make(leases, contents, memory_type, flags, Some(&vma))?;
+        // The VMA keeps the dma-buf from here on, and the buffer keeps the device.
+        dmabuf.become_file_of(&vma);
+        vma.map_io(buffer, memory_type);
+        Ok(())
+    }
+
+    fn make(
+        leases: &Arc<Leases>,
+        contents: Contents,
+        memory_type: MemoryType,
         flags: u32,
-    ) -> Result<DmaBuf> {
+        vma: Option<&NewVma<'_>>,
+    ) -> Result<(Arc<Self>, DmaBuf)> {
         let epoch = leases.epoch()?;
-        let name = CString::try_from_fmt(fmt!("barlease:{}/{bar}", leases.bdf()))?;
+        let suffix = match memory_type {
+            MemoryType::Uncached => "",
+            MemoryType::WriteCombining => "+wc",
+        };
+        let (bdf, bar) = (leases.bdf(), contents.bar);
+        let name = CString::try_from_fmt(fmt!("barlease:{bdf}/{bar}{suffix}"))?;
+        let size = contents.size;
         let buffer = Arc::pin_init(
             pin_init!(Self {
                 leases: leases.clone(),
                 epoch,
-                bar,
-                size,
-                segments,
+                contents,
+                first_page: vma.map_or(0, NewVma::page_offset),
+                device_file: vma.map(NewVma::file),
                 revoked: Atomic::new(0),
+                memattr: Atomic::new(memattr_of(memory_type)),
                 vmas: Atomic::new(0),
                 inode: SetOnce::new(),
                 ticket: SetOnce::new(),
-                live <- Live::new(),
+                live <- Live::new(Tph::NONE),
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
@@ -81,12 +128,17 @@ impl Buffer {
         buffer.inode.populate(dmabuf.inode());
         let ticket = leases.add(buffer.clone())?;
         buffer.ticket.populate(ticket);
-        Ok(dmabuf)
+        Ok((buffer, dmabuf))
     }
 
     /// Whether it belongs to the current open of the device of `leases`.
     pub(crate) fn is_of(&self, leases: &Arc<Leases>) -> bool {
         Arc::ptr_eq(&self.leases, leases) && leases.epoch() == Ok(self.epoch)
+    }
+
+    /// Whether it is a mapping of a BAR through the device fd.
+    pub(crate) fn is_internal(&self) -> bool {
+        self.device_file.is_some()
     }
 
     /// Revokes it for good: no process can reach it when this returns. `EBADFD` when that was done
@@ -105,6 +157,21 @@ impl Buffer {
         }
     }
 
+    /// `ENODEV` when it is dead.
+    pub(crate) fn alive(&self) -> Result {
+        match self.state() {
+            State::Ok | State::Revoked(_) => Ok(()),
+            State::Dead => Err(ENODEV),
+        }
+    }
+
+    /// Sets the memory type of later mappings. `ENODEV` when it is dead.
+    pub(crate) fn set_memattr(&self, memattr: u32) -> Result {
+        self.alive()?;
+        self.memattr.store(memattr, Relaxed);
+        Ok(())
+    }
+
     /// Its state as the uAPI has it.
     pub(crate) fn status(&self) -> abi::DmaBufStatus {
         let (state, reasons) = match self.state() {
@@ -117,10 +184,10 @@ impl Buffer {
             reserved: 0,
             state,
             reasons,
-            memattr: abi::MEMATTR_NC,
-            region_index: self.bar,
-            size: self.size,
-            nr_ranges: self.segments.len() as u32,
+            memattr: self.memattr.load(Relaxed),
+            region_index: self.contents.bar,
+            size: self.contents.size,
+            nr_ranges: self.contents.segments.len() as u32,
             nr_attachments: 0,
         }
     }
@@ -156,14 +223,64 @@ impl Buffer {
     fn is_revoked(&self) -> bool {
         self.revoked.load(Relaxed) != 0
     }
+
+    /// Serves a fault while the buffer is accessible.
+    ///
+    /// An entry above a page is uncached: write-combining ones are made a page at a time, since
+    /// the kernel gives no way to make others. Where no entry above a page is possible, now or
+    /// later, one fault brings in what such an entry would have.
+    fn insert(&self, fault: &Fault<'_>, order: u32) -> Outcome {
+        let span = fault.span();
+        let Some(page_offset) = span.page_offset.checked_sub(self.first_page) else {
+            return Outcome::SIGBUS;
+        };
+        let mapping = Mapping {
+            start: span.start,
+            end: span.end,
+            page_offset,
+        };
+        let segments = &self.contents.segments;
+        let address = fault.address();
+        let large = match fault.memory_type() {
+            MemoryType::Uncached => {
+                ranges::entry_for(segments, &mapping, address, PMD_ORDER, PAGE_SHIFT)
+            }
+            MemoryType::WriteCombining => Err(Misfit::Order),
+        };
+        match (order, large) {
+            (_, Err(Misfit::Outside)) => Outcome::SIGBUS,
+            (PMD_ORDER, Ok(pfn)) => fault.insert(pfn, PMD_ORDER),
+            (0, Ok(_)) => match ranges::entry_for(segments, &mapping, address, 0, PAGE_SHIFT) {
+                Ok(pfn) => fault.insert(pfn, 0),
+                Err(_) => Outcome::SIGBUS,
+            },
+            (0, Err(Misfit::Order)) => {
+                match batch::batch_for(segments, &mapping, address, PMD_ORDER, PAGE_SHIFT) {
+                    Ok(run) => fault.insert_run(run.address, run.pfn, run.pages),
+                    Err(_) => Outcome::SIGBUS,
+                }
+            }
+            _ => Outcome::FALLBACK,
+        }
+    }
+}
+
+/// The uAPI's number of a memory type.
+fn memattr_of(memory_type: MemoryType) -> u32 {
+    match memory_type {
+        MemoryType::Uncached => abi::MEMATTR_NC,
+        MemoryType::WriteCombining => abi::MEMATTR_WC,
+    }
 }
 
 impl Exporter for Buffer {
+    type UnderResv = Tph;
+
     fn operations() -> &'static Operations<Self> {
         &OPERATIONS
     }
 
-    fn live(&self) -> &Live {
+    fn live(&self) -> &Live<Tph> {
         &self.live
     }
 
@@ -172,10 +289,18 @@ impl Exporter for Buffer {
             return Err(EINVAL);
         }
         // Only a first look: what is dead stays dead. The fault handler decides.
-        if this.state() == State::Dead {
+        if this.is_internal() {
             return Err(ENODEV);
         }
-        vma.map_io(Arc::<Self>::from(this));
+        this.alive()?;
+        let memory_type = match this.memattr.load(Relaxed) {
+            abi::MEMATTR_WC if !vma::write_combining_is_real() => {
+                return Err(errno::EOPNOTSUPP.into());
+            }
+            abi::MEMATTR_WC => MemoryType::WriteCombining,
+            _ => MemoryType::Uncached,
+        };
+        vma.map_io(Arc::<Self>::from(this), memory_type);
         Ok(())
     }
 
@@ -188,27 +313,12 @@ impl Exporter for Buffer {
 
 impl Mapped for Buffer {
     fn fault(&self, fault: &Fault<'_>, order: u32) -> Outcome {
-        if order != 0 && order != PMD_ORDER {
-            return Outcome::FALLBACK;
-        }
-        let span = fault.span();
-        let mapping = Mapping {
-            start: span.start,
-            end: span.end,
-            page_offset: span.page_offset,
-        };
-        let entry = ranges::entry_for(&self.segments, &mapping, fault.address(), order, PAGE_SHIFT);
-        let pfn = match entry {
-            Ok(pfn) => pfn,
-            Err(Misfit::Order) => return Outcome::FALLBACK,
-            Err(Misfit::Outside) => return Outcome::SIGBUS,
-        };
         // The state holds until the entry is in: who takes memory away waits for that, and zaps.
         self.leases.with_state(
             self.epoch,
             || self.is_revoked(),
             |state| match state {
-                State::Ok => fault.insert(pfn, order),
+                State::Ok => self.insert(fault, order),
                 State::Revoked(_) | State::Dead => Outcome::SIGBUS,
             },
         )

@@ -3,7 +3,8 @@
 //! `/sys/kernel/debug/barlease/<BDF>/buffers`: a header line, then a line a buffer.
 //!
 //! Columns are separated by white space and named by the header. White space and control characters
-//! in a name, which a user can set, are shown as `\xNN`.
+//! in a name, which a user can set, are shown as `\xNN`. The name of an internal buffer, a mapping of
+//! a BAR through the device fd, ends with `[mmap]`.
 
 use crate::{abi, buffer::Buffer, leases::Leases, sys::debugfs_root};
 use kernel::{
@@ -94,6 +95,9 @@ fn write_name(buffer: &Buffer, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     }
     if !shown {
         f.write_str("-")?;
+    }
+    if buffer.is_internal() {
+        f.write_str("[mmap]")?;
     }
     Ok(())
 }

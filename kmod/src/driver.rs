@@ -12,29 +12,40 @@ use crate::{
     leases::Leases,
     model::{
         access::{Event, Levels},
+        alias::Aliases,
         config::Sensitive,
+        tph::{self, Completer, Tph, TphError},
     },
     msix::Protected,
+    regions,
     sys::{
         dma_buf::DmaBuf,
-        params,
+        errno, params,
         payload::UserPayload,
         vfio_pci::{
-            CONFIG_REGION, Device, Driver, FEATURE_GET, FEATURE_LOW_POWER_ENTRY,
+            CONFIG_REGION, Capabilities, Device, Driver, FEATURE_GET, FEATURE_LOW_POWER_ENTRY,
             FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK, FEATURE_PROBE, FEATURE_SET,
-            Function, OFFSET_SHIFT, UserBuffer,
+            Function, OFFSET_SHIFT, RegionInfo, UserBuffer,
         },
-        vma::NewVma,
+        vma::{self, NewVma},
     },
 };
 use core::mem::size_of;
-use kernel::{prelude::*, sync::Arc};
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{Arc, Mutex},
+};
 
 /// A bound function.
+#[pin_data]
 pub(crate) struct Barlease {
     leases: Arc<Leases>,
     sensitive: Sensitive,
     protected: Protected,
+    completer: Completer,
+    #[pin]
+    aliases: Mutex<Aliases>,
     _buffers_file: Pin<KBox<BuffersFile>>,
 }
 
@@ -42,6 +53,11 @@ impl Barlease {
     /// What it has leased.
     pub(crate) fn leases(&self) -> &Arc<Leases> {
         &self.leases
+    }
+
+    /// Further region indexes of its BARs.
+    pub(crate) fn aliases(&self) -> &Mutex<Aliases> {
+        &self.aliases
     }
 
     /// What it does not lease.
@@ -64,18 +80,24 @@ impl Driver for Barlease {
     fn bind(function: &Function<'_>) -> Result<Arc<Self>> {
         let leases = Leases::new(function.name())?;
         let buffers_file = BuffersFile::new(&leases)?;
-        let driver = Self {
-            leases,
-            sensitive: Sensitive {
-                pm_capability: function.pm_capability(),
-            },
-            protected: Protected::of(function)?,
-            _buffers_file: buffers_file,
-        };
-        Ok(Arc::new(driver, GFP_KERNEL)?)
+        let protected = Protected::of(function)?;
+        Arc::pin_init(
+            pin_init!(Self {
+                leases,
+                sensitive: Sensitive {
+                    pm_capability: function.pm_capability(),
+                },
+                protected,
+                completer: Completer::from_device_capabilities2(function.device_capabilities2()),
+                aliases <- new_mutex!(Aliases::default(), "barlease::aliases"),
+                _buffers_file: buffers_file,
+            }),
+            GFP_KERNEL,
+        )
     }
 
     fn opened(device: &Device<'_, Self>) {
+        device.driver().aliases.lock().clear();
         let lock = device.memory_lock();
         device.driver().leases.open(device.levels(&lock));
     }
@@ -85,7 +107,9 @@ impl Driver for Barlease {
     }
 
     fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
-        let count = device.core_read(buffer, position);
+        let count = regions::access(device, buffer, position, |buffer, position| {
+            device.core_read(buffer, position)
+        });
         notice_wake_up(device);
         count
     }
@@ -94,10 +118,20 @@ impl Driver for Barlease {
         let count = if *position as u64 >> OFFSET_SHIFT == CONFIG_REGION {
             write_config(device, buffer, position)
         } else {
-            device.core_write(buffer, position)
+            regions::access(device, buffer, position, |buffer, position| {
+                device.core_write(buffer, position)
+            })
         };
         notice_wake_up(device);
         count
+    }
+
+    fn region_info(
+        device: &Device<'_, Self>,
+        info: &mut RegionInfo<'_>,
+        capabilities: &mut Capabilities<'_>,
+    ) -> Result {
+        regions::info(device, info, capabilities)
     }
 
     fn ioctl(device: &Device<'_, Self>, command: u32, argument: usize) -> Result<isize> {
@@ -113,6 +147,9 @@ impl Driver for Barlease {
         match feature as u16 {
             abi::FEATURE_DMA_BUF => return export::get(device, flags, payload),
             abi::FEATURE_DMA_BUF_REVOKE => return revoke(device, flags, payload),
+            abi::FEATURE_DMA_BUF_MEMATTR => return memattr(device, flags, payload),
+            abi::FEATURE_DMA_BUF_TPH => return tph(device, flags, payload),
+            abi::FEATURE_ALIAS_REGION => return regions::alias(device, flags, payload),
             abi::FEATURE_DMA_BUF_STATUS => return status(device, flags, payload),
             _ => {}
         }
@@ -131,7 +168,7 @@ impl Driver for Barlease {
     }
 
     fn mmap(device: &Device<'_, Self>, vma: NewVma<'_>) -> Result {
-        device.core_mmap(vma)
+        regions::mmap(device, vma)
     }
 
     fn reset_prepare(&self, _function: &Function<'_>) {
@@ -220,7 +257,63 @@ fn revoke(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Re
         return Ok(0);
     }
     let request: abi::DmaBufRevoke = payload.reader().read()?;
-    with_buffer(device, request.dmabuf_fd, Buffer::revoke)?;
+    let dmabuf = buffer_at(device, request.dmabuf_fd)?;
+    dmabuf.exported::<Buffer>().ok_or(EINVAL)?.revoke()?;
+    Ok(0)
+}
+
+/// `BARLEASE_FEATURE_DMA_BUF_MEMATTR`.
+fn memattr(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Result<i32> {
+    if !check_feature(
+        flags,
+        &payload,
+        FEATURE_SET,
+        size_of::<abi::DmaBufMemattr>(),
+    )? {
+        return Ok(0);
+    }
+    let request: abi::DmaBufMemattr = payload.reader().read()?;
+    match request.memattr {
+        abi::MEMATTR_WC if !vma::write_combining_is_real() => Err(errno::EOPNOTSUPP.into()),
+        abi::MEMATTR_NC | abi::MEMATTR_WC => Ok(()),
+        _ => Err(ENOENT),
+    }?;
+    let dmabuf = buffer_at(device, request.dmabuf_fd)?;
+    dmabuf
+        .exported::<Buffer>()
+        .ok_or(EINVAL)?
+        .set_memattr(request.memattr)?;
+    Ok(0)
+}
+
+/// `BARLEASE_FEATURE_DMA_BUF_TPH`.
+fn tph(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Result<i32> {
+    let completer = device.driver().completer;
+    if completer == Completer::None {
+        return Err(errno::EOPNOTSUPP.into());
+    }
+    if !check_feature(flags, &payload, FEATURE_SET, size_of::<abi::DmaBufTph>())? {
+        return Ok(0);
+    }
+    let request: abi::DmaBufTph = payload.reader().read()?;
+    let tph = Tph::new(
+        tph::Request {
+            flags: request.flags,
+            tag: request.steering_tag,
+            extended_tag: request.steering_tag_ext,
+            hint: request.ph,
+        },
+        completer,
+    )
+    .map_err(|error| match error {
+        TphError::Unsupported => errno::EOPNOTSUPP.into(),
+        TphError::Invalid => EINVAL,
+    })?;
+    let dmabuf = buffer_at(device, request.dmabuf_fd)?;
+    dmabuf.exported::<Buffer>().ok_or(EINVAL)?.alive()?;
+    dmabuf
+        .with_resv::<Buffer, _>(|state| *state = tph)
+        .ok_or(EINVAL)?;
     Ok(0)
 }
 
@@ -233,7 +326,8 @@ fn status(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Re
     if request.reserved != 0 {
         return Err(EINVAL);
     }
-    let status = with_buffer(device, request.dmabuf_fd, |buffer| Ok(buffer.status()))?;
+    let dmabuf = buffer_at(device, request.dmabuf_fd)?;
+    let status = dmabuf.exported::<Buffer>().ok_or(EINVAL)?.status();
     payload.write(&abi::DmaBufStatus {
         dmabuf_fd: request.dmabuf_fd,
         ..status
@@ -241,19 +335,15 @@ fn status(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Re
     Ok(0)
 }
 
-/// Runs `f` with the buffer behind `fd`. `EBADF` no such fd, `EINVAL` something else, `ENODEV` of
-/// another device or of an earlier open of this one.
-fn with_buffer<R>(
-    device: &Device<'_, Barlease>,
-    fd: i32,
-    f: impl FnOnce(&Buffer) -> Result<R>,
-) -> Result<R> {
+/// The dma-buf behind `fd`, which is one of this device. `EBADF` no such fd, `EINVAL` something
+/// else, `ENODEV` of another device or of an earlier open of this one.
+fn buffer_at(device: &Device<'_, Barlease>, fd: i32) -> Result<DmaBuf> {
     let dmabuf = DmaBuf::get(fd)?;
     let buffer = dmabuf.exported::<Buffer>().ok_or(EINVAL)?;
     if !buffer.is_of(device.driver().leases()) {
         return Err(ENODEV);
     }
-    f(&buffer)
+    Ok(dmabuf)
 }
 
 /// Checks the arguments of a feature as `vfio_check_feature` does: whether to go on and do it.

@@ -4,7 +4,7 @@
 
 use crate::{
     PAGE_SHIFT, PAGE_SIZE, abi,
-    buffer::Buffer,
+    buffer::{Buffer, Contents},
     driver::{Barlease, check_feature},
     model::ranges::{self, Bar, RangeError, Segment},
     msix::Protected,
@@ -85,7 +85,12 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
         }
     }
     drop(asked);
-    Buffer::export(leases, bar_index, size, segments, head.open_flags)?.into_fd(head.open_flags)
+    let contents = Contents {
+        bar: bar_index,
+        size,
+        segments,
+    };
+    Buffer::export(leases, contents, head.open_flags)?.into_fd(head.open_flags)
 }
 
 /// The BAR `index`, if it has pages.

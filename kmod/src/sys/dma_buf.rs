@@ -5,7 +5,7 @@
 //! C header: [`include/linux/dma-buf.h`](srctree/include/linux/dma-buf.h)
 
 use super::{bindings, errno, vma::NewVma};
-use core::{marker::PhantomData, ptr::NonNull};
+use core::{cell::UnsafeCell, marker::PhantomData, ptr::NonNull};
 use kernel::{
     error::{from_err_ptr, from_result, to_result},
     new_mutex,
@@ -19,12 +19,15 @@ pub(crate) const NAME_LEN: usize = bindings::BL_DMA_BUF_NAME_LEN as usize;
 
 /// What a dma-buf exports.
 pub(crate) trait Exporter: Send + Sync + Sized + 'static {
+    /// What is guarded by the reservation lock of the dma-buf.
+    type UnderResv: Send + 'static;
+
     /// The operations, by whose address a dma-buf is recognised as one of `Self`. Must return the
     /// same `static` each time.
     fn operations() -> &'static Operations<Self>;
 
     /// The way back to the dma-buf.
-    fn live(&self) -> &Live;
+    fn live(&self) -> &Live<Self::UnderResv>;
 
     /// A process maps the dma-buf. Offset and length are within its size.
     fn mmap(this: ArcBorrow<'_, Self>, vma: NewVma<'_>) -> Result;
@@ -181,6 +184,23 @@ impl DmaBuf {
         Some(unsafe { Operations::<T>::borrow(self.0.as_ptr()) })
     }
 
+    /// Runs `f` with the reservation lock held; `None` if it exports something else.
+    pub(crate) fn with_resv<T: Exporter, R>(
+        &self,
+        f: impl FnOnce(&mut T::UnderResv) -> R,
+    ) -> Option<R> {
+        let exported = self.exported::<T>()?;
+        // SAFETY: By the type invariant the dma-buf is valid.
+        let resv = unsafe { self.0.as_ref().resv };
+        // SAFETY: As above. Without an acquire context locking cannot fail.
+        unsafe { bindings::dma_resv_lock(resv, core::ptr::null_mut()) };
+        // SAFETY: The reservation lock is held.
+        let result = f(unsafe { &mut *exported.live().under_resv.get() });
+        // SAFETY: Locked above.
+        unsafe { bindings::dma_resv_unlock(resv) };
+        Some(result)
+    }
+
     /// Names it, as `DMA_BUF_SET_NAME` does. Only before anybody else can know of it.
     pub(crate) fn set_name(&mut self, name: &CStr) -> Result {
         // SAFETY: `name` is a C string.
@@ -202,6 +222,12 @@ impl DmaBuf {
         unsafe { bindings::ihold(inode) };
         // INVARIANT: The reference was just taken.
         MappedInode(inode)
+    }
+
+    /// Makes it the file of `vma`, which gives up the one that it had.
+    pub(crate) fn become_file_of(self, vma: &NewVma<'_>) {
+        // SAFETY: By the type invariant the dma-buf is valid.
+        vma.set_file(unsafe { self.0.as_ref().file });
     }
 
     /// Installs it as a new fd of the current process. Another thread may have closed it again
@@ -227,22 +253,31 @@ impl Drop for DmaBuf {
 ///
 /// A dma-buf cannot go away while its `Live` is locked: its release locks it first. It may have no
 /// file any more (an `O_PATH` descriptor holds the inode only), so nothing here looks at the file.
+///
+/// # Invariants
+///
+/// `under_resv` is touched only with the reservation lock of the dma-buf held.
 #[pin_data]
-pub(crate) struct Live {
+pub(crate) struct Live<U> {
     #[pin]
     dmabuf: Mutex<Option<Unreleased>>,
+    under_resv: UnsafeCell<U>,
 }
+
+// SAFETY: By the type invariant a lock guards `under_resv`, which may be sent.
+unsafe impl<U: Send> Sync for Live<U> {}
 
 struct Unreleased(NonNull<bindings::dma_buf>);
 
 // SAFETY: A dma-buf may be used from any thread.
 unsafe impl Send for Unreleased {}
 
-impl Live {
-    /// No dma-buf yet.
-    pub(crate) fn new() -> impl PinInit<Self> {
+impl<U: Send> Live<U> {
+    /// No dma-buf yet; `under_resv` will be guarded by its reservation lock.
+    pub(crate) fn new(under_resv: U) -> impl PinInit<Self> {
         pin_init!(Self {
             dmabuf <- new_mutex!(None, "barlease::live"),
+            under_resv: UnsafeCell::new(under_resv),
         })
     }
 
@@ -270,6 +305,31 @@ impl LiveGuard<'_> {
             unsafe { bindings::bl_dma_buf_name(dmabuf.0.as_ptr(), name.as_mut_ptr().cast()) };
         }
         name
+    }
+}
+
+/// A dma-buf of any exporter whose reservation lock is held.
+pub(super) struct DmaBufRef<'a>(&'a bindings::dma_buf);
+
+impl<'a> DmaBufRef<'a> {
+    /// # Safety
+    ///
+    /// `dmabuf` must be valid and its reservation lock held for `'a`.
+    pub(super) unsafe fn with_resv_held(dmabuf: *mut bindings::dma_buf) -> Self {
+        // SAFETY: By the caller.
+        Self(unsafe { &*dmabuf })
+    }
+
+    /// What the lock guards, if the dma-buf exports a `T`.
+    pub(super) fn under_resv<T: Exporter>(&self) -> Option<&T::UnderResv> {
+        if !core::ptr::eq(self.0.ops, &raw const T::operations().0) {
+            return None;
+        }
+        // SAFETY: The dma-buf is valid and has the operations of `T`.
+        let exported = unsafe { Operations::<T>::borrow((&raw const *self.0).cast_mut()) };
+        let cell = exported.live().under_resv.get();
+        // SAFETY: The reservation lock is held, and the dma-buf keeps the object alive.
+        Some(unsafe { &*cell })
     }
 }
 

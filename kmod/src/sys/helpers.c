@@ -6,6 +6,10 @@
 #include <linux/pgtable.h>
 #include <linux/ratelimit.h>
 
+#ifdef CONFIG_X86
+#include <asm/memtype.h>
+#endif
+
 #include "helpers.h"
 
 struct module *bl_this_module(void)
@@ -48,12 +52,59 @@ bool bl_vma_may_share(const struct vm_area_struct *vma)
 	return vma->vm_flags & VM_MAYSHARE;
 }
 
-/* The flags and the protection that vfio_pci_core_mmap() gives to a mapping of a BAR. */
-void bl_vma_set_io(struct vm_area_struct *vma)
+/*
+ * The flags and the protection that vfio_pci_core_mmap() gives to a mapping of
+ * a BAR. The protection may have got a memory type from the core already, and
+ * types add up to another one: so start from what the flags give.
+ */
+void bl_vma_set_io(struct vm_area_struct *vma, bool write_combining)
 {
-	vma->vm_page_prot = pgprot_decrypted(pgprot_noncached(vma->vm_page_prot));
+	pgprot_t prot = vm_get_page_prot(vma->vm_flags);
+
+	prot = write_combining ? pgprot_writecombine(prot) : pgprot_noncached(prot);
+	vma->vm_page_prot = pgprot_decrypted(prot);
 	vm_flags_set(vma, VM_ALLOW_ANY_UNCACHED | VM_IO | VM_PFNMAP |
 			  VM_DONTEXPAND | VM_DONTDUMP);
+}
+
+bool bl_write_combining_is_real(void)
+{
+	pgprot_t prot = vm_get_page_prot(VM_READ | VM_WRITE | VM_SHARED);
+
+#ifdef CONFIG_X86
+	if (!pat_enabled())
+		return false;
+#endif
+	return pgprot_val(pgprot_writecombine(prot)) !=
+	       pgprot_val(pgprot_noncached(prot));
+}
+
+struct bl_run {
+	struct vm_area_struct *vma;
+	unsigned long pfn;
+};
+
+static int bl_insert_one(pte_t *pte, unsigned long address, void *data)
+{
+	struct bl_run *run = data;
+
+	if (pte_none(ptep_get(pte)))
+		set_pte_at(run->vma->vm_mm, address, pte,
+			   pte_mkspecial(pfn_pte(run->pfn,
+						 run->vma->vm_page_prot)));
+	run->pfn++;
+	return 0;
+}
+
+vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
+			 unsigned long pfn, unsigned long pages)
+{
+	struct bl_run run = { .vma = vma, .pfn = pfn };
+
+	if (apply_to_page_range(vma->vm_mm, address, pages << PAGE_SHIFT,
+				bl_insert_one, &run))
+		return VM_FAULT_OOM;
+	return VM_FAULT_NOPAGE;
 }
 
 MODULE_VERSION("0.1.0");

@@ -19,7 +19,14 @@ const char *bl_pci_name(const struct pci_dev *pdev);
 bool bl_iomapped(const void __iomem *address);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
 bool bl_vma_may_share(const struct vm_area_struct *vma);
-void bl_vma_set_io(struct vm_area_struct *vma);
+void bl_vma_set_io(struct vm_area_struct *vma, bool write_combining);
+bool bl_write_combining_is_real(void);
+vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
+			 unsigned long pfn, unsigned long pages);
+
+/* symbols.rs, for symbols.c */
+int bl_rust_get_tph(struct dma_buf *dmabuf, bool extended, u16 *steering_tag,
+		    u8 *hint);
 
 /* params.c */
 bool bl_allow_msix_export(void);

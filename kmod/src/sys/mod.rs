@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 mod bindings;
+mod symbols;
 
 pub(crate) mod debugfs_root;
 pub(crate) mod dma_buf;

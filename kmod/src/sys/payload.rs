@@ -25,6 +25,24 @@ unsafe impl Payload for abi::DmaBufRevoke {}
 // SAFETY: Integers only, without padding (abi/tests/layout.rs).
 unsafe impl Payload for abi::DmaBufStatus {}
 
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::DmaBufMemattr {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::DmaBufTph {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::AliasRegion {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::RegionCapAlias {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::RegionCapAliasable {}
+
+/// The bytes of a structure.
+pub(crate) fn pod_bytes<T: Payload>(value: &T) -> &[u8] {
+    // SAFETY: `value` is valid for `size_of::<T>()` bytes, all of them initialized (`T: Payload`
+    // has no padding).
+    unsafe { core::slice::from_raw_parts(core::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
 /// The payload of one call.
 #[derive(Clone, Copy)]
 pub(crate) struct UserPayload {
@@ -58,14 +76,9 @@ impl UserPayload {
 
     /// Writes `value` over the beginning. `EFAULT` when the memory is not there.
     pub(crate) fn write<T: Payload>(&self, value: &T) -> Result {
-        // SAFETY: `value` is valid for `size_of::<T>()` bytes, all of them initialized
-        // (`T: Payload` has no padding).
-        let bytes = unsafe {
-            core::slice::from_raw_parts(core::ptr::from_ref(value).cast::<u8>(), size_of::<T>())
-        };
         UserSlice::new(self.address, self.length)
             .writer()
-            .write_slice(bytes)
+            .write_slice(pod_bytes(value))
     }
 }
 

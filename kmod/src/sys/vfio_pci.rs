@@ -29,6 +29,9 @@ pub(crate) const CONFIG_REGION: u64 = bindings::VFIO_PCI_CONFIG_REGION_INDEX as 
 /// Shift from a file offset of the device fd to a region index.
 pub(crate) const OFFSET_SHIFT: u32 = bindings::VFIO_PCI_OFFSET_SHIFT;
 
+/// Number of region indexes that mean the same for every PCI device.
+pub(crate) const NUM_REGIONS: u32 = bindings::VFIO_PCI_NUM_REGIONS;
+
 /// `VFIO_DEVICE_FEATURE`: which bits of the flags are the feature.
 pub(crate) const FEATURE_MASK: u32 = bindings::VFIO_DEVICE_FEATURE_MASK;
 /// `VFIO_DEVICE_FEATURE`: read.
@@ -70,6 +73,13 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
 
     /// A write to the device fd.
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize>;
+
+    /// `VFIO_DEVICE_GET_REGION_INFO`.
+    fn region_info(
+        device: &Device<'_, Self>,
+        info: &mut RegionInfo<'_>,
+        capabilities: &mut Capabilities<'_>,
+    ) -> Result;
 
     /// An ioctl other than `VFIO_DEVICE_FEATURE` and `VFIO_DEVICE_GET_REGION_INFO`.
     fn ioctl(device: &Device<'_, Self>, command: u32, argument: usize) -> Result<isize>;
@@ -116,6 +126,58 @@ impl UserBuffer {
     }
 }
 
+/// The answer to `VFIO_DEVICE_GET_REGION_INFO` in the making.
+pub(crate) struct RegionInfo<'a>(&'a mut bindings::vfio_region_info);
+
+impl RegionInfo<'_> {
+    /// The region that is asked about.
+    pub(crate) fn index(&self) -> u32 {
+        self.0.index
+    }
+
+    /// Asks about another one.
+    pub(crate) fn set_index(&mut self, index: u32) {
+        self.0.index = index;
+    }
+
+    /// Says where in the device fd the region is.
+    pub(crate) fn set_offset(&mut self, offset: u64) {
+        self.0.offset = offset;
+    }
+}
+
+/// The chain of capabilities of an answer.
+pub(crate) struct Capabilities<'a>(&'a mut bindings::vfio_info_cap);
+
+impl Capabilities<'_> {
+    /// Adds one at the end. `payload` follows the header, at most [`Self::MAX_PAYLOAD`] bytes.
+    pub(crate) fn add(&mut self, id: u16, version: u16, payload: &[u8]) -> Result {
+        #[repr(C)]
+        struct Capability {
+            header: bindings::vfio_info_cap_header,
+            payload: [u8; Capabilities::MAX_PAYLOAD],
+        }
+        let mut capability = Capability {
+            header: bindings::vfio_info_cap_header {
+                id,
+                version,
+                next: 0,
+            },
+            payload: [0; Self::MAX_PAYLOAD],
+        };
+        let place = capability.payload.get_mut(..payload.len()).ok_or(EINVAL)?;
+        place.copy_from_slice(payload);
+        let size = size_of::<bindings::vfio_info_cap_header>() + payload.len();
+        // SAFETY: The header and what follows it are valid for `size` bytes, which are copied.
+        to_result(unsafe {
+            bindings::vfio_info_add_capability(self.0, (&raw mut capability).cast(), size)
+        })
+    }
+
+    /// Most bytes that a capability may have behind its header.
+    const MAX_PAYLOAD: usize = 8;
+}
+
 /// A PCI function that is bound to the driver.
 pub(crate) struct Function<'a> {
     pdev: *mut bindings::pci_dev,
@@ -157,6 +219,17 @@ impl Function<'_> {
         // SAFETY: `pdev` is valid; the capability was found at enumeration.
         let offset = unsafe { (*self.pdev).msix_cap };
         (offset != 0).then_some(offset)
+    }
+
+    /// Device Capabilities 2 of the PCIe capability; 0 where there is none.
+    pub(crate) fn device_capabilities2(&self) -> u32 {
+        let mut value = 0;
+        let register = bindings::PCI_EXP_DEVCAP2 as c_int;
+        // SAFETY: `pdev` is valid and so is the place for the value.
+        match unsafe { bindings::pcie_capability_read_dword(self.pdev, register, &mut value) } {
+            0 => value,
+            _ => 0,
+        }
     }
 
     /// A dword of config space.
@@ -286,6 +359,31 @@ impl<'a, D: Driver> Device<'a, D> {
         })
     }
 
+    /// Whether the core lets a BAR be mapped; not whether it is one.
+    pub(crate) fn is_mappable(&self, index: u32) -> bool {
+        // SAFETY: The device is valid; the flags do not change while it is open.
+        let mappable = unsafe { (*self.core()).bar_mmap_supported };
+        mappable.get(index as usize).copied().unwrap_or(false)
+    }
+
+    /// Number of the core's device-specific regions, whose indexes follow [`NUM_REGIONS`].
+    pub(crate) fn extra_regions(&self) -> u32 {
+        // SAFETY: The device is valid; nobody adds regions while it is open.
+        unsafe { (*self.core()).num_regions as u32 }
+    }
+
+    /// `vfio_pci_ioctl_get_region_info`.
+    pub(crate) fn core_region_info(
+        &self,
+        info: &mut RegionInfo<'_>,
+        capabilities: &mut Capabilities<'_>,
+    ) -> Result {
+        // SAFETY: The device is open, and the answer is valid.
+        to_result(unsafe {
+            bindings::vfio_pci_ioctl_get_region_info(self.vdev(), info.0, capabilities.0)
+        })
+    }
+
     /// `vfio_pci_core_read`.
     pub(crate) fn core_read(&self, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
         // SAFETY: The device is open; the core checks the user memory.
@@ -323,7 +421,7 @@ impl<'a, D: Driver> Device<'a, D> {
     }
 
     /// `vfio_pci_core_mmap`.
-    pub(crate) fn core_mmap(&self, vma: NewVma<'_>) -> Result {
+    pub(crate) fn core_mmap(&self, vma: &NewVma<'_>) -> Result {
         // SAFETY: The device is open and this is its mmap operation.
         to_result(unsafe { bindings::vfio_pci_core_mmap(self.vdev(), vma.as_ptr()) })
     }
@@ -353,7 +451,7 @@ impl<D: Driver> Vtable<D> {
         open_device: Some(Self::open_device),
         close_device: Some(Self::close_device),
         ioctl: Some(Self::ioctl),
-        get_region_info_caps: Some(bindings::vfio_pci_ioctl_get_region_info),
+        get_region_info_caps: Some(Self::get_region_info_caps),
         device_feature: Some(Self::device_feature),
         read: Some(Self::read),
         write: Some(Self::write),
@@ -473,6 +571,24 @@ impl<D: Driver> Vtable<D> {
     ) -> c_long {
         // SAFETY: The device is open during the call.
         from_result(|| D::ioctl(&unsafe { Device::from_raw(vdev) }, command, argument))
+    }
+
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.get_region_info_caps` of a device of
+    /// `D`.
+    unsafe extern "C" fn get_region_info_caps(
+        vdev: *mut bindings::vfio_device,
+        info: *mut bindings::vfio_region_info,
+        capabilities: *mut bindings::vfio_info_cap,
+    ) -> c_int {
+        // SAFETY: The answer is the caller's local variable.
+        let mut info = RegionInfo(unsafe { &mut *info });
+        // SAFETY: As above.
+        let mut capabilities = Capabilities(unsafe { &mut *capabilities });
+        // SAFETY: The device is open during the call.
+        let device = unsafe { Device::from_raw(vdev) };
+        from_result(|| D::region_info(&device, &mut info, &mut capabilities).map(|()| 0))
     }
 
     /// # Safety

@@ -30,6 +30,23 @@ pub(crate) trait Mapped: Send + Sync + Sized + 'static {
     fn vma_closed(&self);
 }
 
+/// How a mapping is cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MemoryType {
+    /// Uncached.
+    Uncached,
+    /// Write-combining.
+    WriteCombining,
+}
+
+/// Whether a page-table entry that asks for write-combining is write-combining here.
+///
+/// On x86 that takes PAT. What is on record for the BAR does not matter: see [`Fault::insert_run`].
+pub(crate) fn write_combining_is_real() -> bool {
+    // SAFETY: Reads what the CPU can do; always allowed.
+    unsafe { bindings::bl_write_combining_is_real() }
+}
+
 /// Answer of a fault handler.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Outcome(bindings::vm_fault_t);
@@ -44,6 +61,7 @@ impl Outcome {
 /// A page fault that is being handled.
 pub(crate) struct Fault<'a> {
     vmf: *mut bindings::vm_fault,
+    memory_type: MemoryType,
     _call: PhantomData<&'a ()>,
 }
 
@@ -58,6 +76,11 @@ pub(crate) struct Span {
 }
 
 impl Fault<'_> {
+    /// How the VMA is cached.
+    pub(crate) fn memory_type(&self) -> MemoryType {
+        self.memory_type
+    }
+
     /// The page-aligned address that faulted.
     pub(crate) fn address(&self) -> u64 {
         // SAFETY: `vmf` is valid during the fault.
@@ -82,7 +105,7 @@ impl Fault<'_> {
         }
     }
 
-    /// Inserts an entry of `order` (0 or [`PMD_ORDER`]) that begins with the frame `pfn`.
+    /// Inserts an uncached entry of `order` (0 or [`PMD_ORDER`]) that begins with the frame `pfn`.
     ///
     /// `pfn` must be a multiple of `2^order`, and the entry must lie inside the VMA.
     pub(crate) fn insert(&self, pfn: u64, order: u32) -> Outcome {
@@ -98,15 +121,30 @@ impl Fault<'_> {
             Outcome::FALLBACK
         }
     }
+
+    /// Inserts `pages` entries of the VMA's memory type from `address` on, where there are none,
+    /// for the frames from `pfn` on.
+    ///
+    /// The run must lie inside the VMA, in a part of it where no entry above a page can be: one
+    /// that another thread inserts meanwhile would be warned of. Unlike [`Self::insert`] this keeps
+    /// the memory type that was asked for, where x86 overrides it with the one that the BAR was
+    /// mapped with first (`vmf_insert_pfn` and all others that look it up).
+    pub(crate) fn insert_run(&self, address: u64, pfn: u64, pages: u64) -> Outcome {
+        // SAFETY: The VMA is that of the fault and was made by `NewVma::map_io`, which set
+        // VM_PFNMAP; any frame may be inserted into such a VMA.
+        Outcome(unsafe {
+            bindings::bl_insert_run(self.vma(), address as usize, pfn as usize, pages as usize)
+        })
+    }
 }
 
-/// The VMA operations of `T`.
+/// The VMA operations of `T`, for write-combining mappings or for uncached ones.
 ///
 /// Entries are at most of [`PMD_ORDER`]: splitting a larger one oopses on Linux 7.3-rc7
 /// (`__split_huge_pmd` from `vma_adjust_trans_huge` does not look for a leaf above).
-struct Vtable<T>(PhantomData<T>);
+struct Vtable<T, const WC: bool>(PhantomData<T>);
 
-impl<T: Mapped> Vtable<T> {
+impl<T: Mapped, const WC: bool> Vtable<T, WC> {
     const OPS: bindings::vm_operations_struct = bindings::vm_operations_struct {
         open: Some(Self::open),
         close: Some(Self::close),
@@ -171,6 +209,11 @@ impl<T: Mapped> Vtable<T> {
     ) -> bindings::vm_fault_t {
         let fault = Fault {
             vmf,
+            memory_type: if WC {
+                MemoryType::WriteCombining
+            } else {
+                MemoryType::Uncached
+            },
             _call: PhantomData,
         };
         // SAFETY: The VMA of the fault has these operations.
@@ -210,14 +253,77 @@ impl NewVma<'_> {
         unsafe { bindings::bl_vma_may_share(self.vma) }
     }
 
-    /// Makes it an uncached mapping of device memory whose pages `mapped` inserts.
-    pub(crate) fn map_io<T: Mapped>(self, mapped: Arc<T>) {
+    /// Offset of its first byte in the file, in pages.
+    pub(crate) fn page_offset(&self) -> u64 {
+        // SAFETY: `vma` is valid during mmap.
+        unsafe { (*self.vma).vm_pgoff as u64 }
+    }
+
+    /// Its length in bytes.
+    pub(crate) fn length(&self) -> u64 {
         // SAFETY: `vma` is valid and locked for writing during mmap.
-        unsafe { bindings::bl_vma_set_io(self.vma) };
+        let vma = unsafe { VmaRef::from_raw(self.vma) };
+        (vma.end() - vma.start()) as u64
+    }
+
+    /// Runs `f` with another offset in its place.
+    pub(crate) fn with_page_offset<R>(&self, offset: u64, f: impl FnOnce() -> R) -> R {
+        let real = self.page_offset();
+        // SAFETY: `vma` is valid and locked for writing during mmap, and in no tree yet.
+        unsafe { (*self.vma).vm_pgoff = offset as usize };
+        let result = f();
+        // SAFETY: As above.
+        unsafe { (*self.vma).vm_pgoff = real as usize };
+        result
+    }
+
+    /// The file that is mapped.
+    pub(crate) fn file(&self) -> OpenFile {
+        // SAFETY: The VMA has a file, which is valid during mmap.
+        let file = unsafe { bindings::get_file((*self.vma).vm_file) };
+        // INVARIANT: The reference was just taken.
+        OpenFile(file)
+    }
+
+    /// Makes it a mapping of `file`.
+    pub(super) fn set_file(&self, file: *mut bindings::file) {
+        // SAFETY: Allowed in an mmap operation; takes a reference and gives back the old one.
+        unsafe { bindings::vma_set_file(self.vma, file) };
+    }
+
+    /// Makes it a mapping of device memory of type `memory_type` whose pages `mapped` inserts.
+    pub(crate) fn map_io<T: Mapped>(self, mapped: Arc<T>, memory_type: MemoryType) {
+        let wc = memory_type == MemoryType::WriteCombining;
+        let ops = if wc {
+            &Vtable::<T, true>::OPS
+        } else {
+            &Vtable::<T, false>::OPS
+        };
+        // SAFETY: `vma` is valid and locked for writing during mmap.
+        unsafe { bindings::bl_vma_set_io(self.vma, wc) };
         mapped.vma_opened();
         // SAFETY: As above; the reference belongs to the VMA from here on.
         unsafe { (*self.vma).vm_private_data = mapped.into_foreign() };
         // SAFETY: As above.
-        unsafe { (*self.vma).vm_ops = &Vtable::<T>::OPS };
+        unsafe { (*self.vma).vm_ops = ops };
+    }
+}
+
+/// A reference to an open file, which keeps it open.
+///
+/// # Invariants
+///
+/// The pointer is valid and owns a reference.
+pub(crate) struct OpenFile(*mut bindings::file);
+
+// SAFETY: A file may be used from any thread.
+unsafe impl Send for OpenFile {}
+// SAFETY: A file may be used from any thread.
+unsafe impl Sync for OpenFile {}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant there is a reference to give back.
+        unsafe { bindings::fput(self.0) };
     }
 }
