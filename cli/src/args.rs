@@ -1,0 +1,270 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use barlease::BarRange;
+use barlease::Bdf;
+use clap::Parser;
+use clap::Subcommand;
+use clap::ValueEnum;
+
+use crate::number;
+
+/// Lease pieces of a PCI device's memory to other processes and devices, and take them back
+#[derive(Debug, Parser)]
+#[command(
+    name = "barlease",
+    version,
+    after_help = "Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not supported by this driver, \
+                  kernel or device.\n\
+                  Addresses of devices are 0000:00:05.0 or 00:05.0. Numbers are decimal or 0x…, \
+                  sizes take K, M and G (powers of 1024)."
+)]
+pub(crate) struct Args {
+    /// Print JSON
+    #[arg(short, long, global = true)]
+    pub(crate) json: bool,
+
+    /// Print JSON for people to read
+    #[arg(short, long, global = true)]
+    pub(crate) pretty: bool,
+
+    #[command(subcommand)]
+    pub(crate) object: Object,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Object {
+    /// PCI devices and their drivers
+    Device {
+        #[command(subcommand)]
+        command: Option<DeviceCommand>,
+    },
+    /// Leases of BAR ranges
+    Lease {
+        #[command(subcommand)]
+        command: Option<LeaseCommand>,
+    },
+    /// Say what is missing for leases to work, and how to mend it
+    Doctor {
+        /// Check this device too
+        bdf: Option<Bdf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeviceCommand {
+    /// List PCI devices; of one device, its regions and features too
+    Show {
+        /// The device
+        bdf: Option<Bdf>,
+    },
+    /// Bind devices to a vfio driver, taking them from the driver they have
+    Bind {
+        /// The devices
+        #[arg(required = true)]
+        bdf: Vec<Bdf>,
+        /// The driver
+        #[arg(long, default_value = "barlease-vfio-pci")]
+        driver: String,
+    },
+    /// Give devices back to the driver that the kernel would choose
+    Unbind {
+        /// The devices
+        #[arg(required = true)]
+        bdf: Vec<Bdf>,
+    },
+}
+
+impl Default for DeviceCommand {
+    fn default() -> Self {
+        Self::Show { bdf: None }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LeaseCommand {
+    /// List the leases that exist (needs debugfs, as root)
+    Show {
+        /// Of this device only
+        bdf: Option<Bdf>,
+    },
+    /// Lease ranges of a BAR to whoever connects to a socket, until revoked
+    ///
+    /// The lease is revoked by SIGINT, SIGTERM or the line `revoke` on standard input. The line
+    /// `status` prints its state.
+    Grant(GrantArgs),
+    /// Receive a lease and run a command with it
+    ///
+    /// The command finds the number of the file descriptor in BARLEASE_FD.
+    Take {
+        /// Socket of `barlease lease grant`
+        socket: PathBuf,
+        /// The command and its arguments
+        #[arg(required = true, last = true)]
+        command: Vec<OsString>,
+    },
+    /// Print the content of a lease
+    Dump {
+        #[command(flatten)]
+        source: SourceArgs,
+        /// Only these bytes: OFFSET+LENGTH
+        #[arg(long, value_parser = number::range)]
+        range: Option<BarRange>,
+    },
+    /// Write a number to a lease, in one access
+    Write {
+        /// Socket of `barlease lease grant`, or fd:N for an inherited file descriptor
+        source: Source,
+        /// Offset in the lease in bytes, a multiple of the width
+        #[arg(value_parser = number::size)]
+        offset: u64,
+        /// The number
+        #[arg(value_parser = number::integer)]
+        value: u64,
+        /// Width of the access in bytes
+        #[arg(long, value_enum, default_value = "4")]
+        width: Width,
+    },
+}
+
+impl Default for LeaseCommand {
+    fn default() -> Self {
+        Self::Show { bdf: None }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct GrantArgs {
+    /// The device
+    pub(crate) bdf: Bdf,
+    /// The BAR
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
+    pub(crate) bar: u32,
+    /// A range of the BAR, OFFSET+LENGTH; more ranges make one lease in this order. Without any,
+    /// the whole BAR
+    #[arg(long, value_name = "OFFSET+LENGTH", value_parser = number::range)]
+    pub(crate) range: Vec<BarRange>,
+    /// Let holders map it for reading only
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Memory type of mappings
+    #[arg(long, value_enum, default_value = "nc")]
+    pub(crate) memory_type: MemoryType,
+    /// Name, shown by `lease show` and in /proc/PID/maps
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Where holders connect: `barlease lease take PATH`
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+    /// Serve processes of this user only, and let them connect
+    #[arg(long)]
+    pub(crate) uid: Option<u32>,
+    /// Serve one holder, then no more
+    #[arg(long)]
+    pub(crate) once: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct SourceArgs {
+    /// Socket of `barlease lease grant`, or fd:N for an inherited file descriptor
+    source: Option<Source>,
+    /// Inherited file descriptor
+    #[arg(long)]
+    fd: Option<i32>,
+}
+
+impl SourceArgs {
+    pub(crate) fn source(self) -> Source {
+        match (self.source, self.fd) {
+            (Some(source), _) => source,
+            // One of them is there: clap asks for it.
+            (None, fd) => Source::Fd(fd.unwrap_or(-1)),
+        }
+    }
+}
+
+/// Where a lease comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    Socket(PathBuf),
+    Fd(i32),
+}
+
+impl From<OsString> for Source {
+    fn from(text: OsString) -> Self {
+        let number = text
+            .to_str()
+            .and_then(|text| text.strip_prefix("fd:"))
+            .and_then(|number| number.parse().ok());
+        match number {
+            Some(number) => Self::Fd(number),
+            None => Self::Socket(text.into()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum MemoryType {
+    /// Uncached
+    Nc,
+    /// Write-combining
+    Wc,
+}
+
+impl From<MemoryType> for barlease::MemoryType {
+    fn from(memory_type: MemoryType) -> Self {
+        match memory_type {
+            MemoryType::Nc => Self::Nc,
+            MemoryType::Wc => Self::Wc,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Width {
+    #[value(name = "1")]
+    One,
+    #[value(name = "2")]
+    Two,
+    #[value(name = "4")]
+    Four,
+    #[value(name = "8")]
+    Eight,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn show_is_the_default_command() {
+        for object in ["device", "lease"] {
+            Args::try_parse_from(["barlease", object]).unwrap();
+            Args::try_parse_from(["barlease", object, "show", "-p"]).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_source_is_a_socket_or_a_descriptor() {
+        let source = |text: &str| Source::from(OsString::from(text));
+        assert_eq!(source("fd:7"), Source::Fd(7));
+        assert_eq!(source("/run/x"), Source::Socket("/run/x".into()));
+        assert_eq!(source("fd:x"), Source::Socket("fd:x".into()));
+
+        let parse =
+            |args: &[&str]| Args::try_parse_from(["barlease", "lease", "dump"].iter().chain(args));
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--fd", "3"]).is_ok());
+        assert!(parse(&["/run/x"]).is_ok());
+        assert!(parse(&["/run/x", "--fd", "3"]).is_err());
+    }
+}

@@ -1,0 +1,44 @@
+//! `barlease lease`.
+
+mod access;
+mod grant;
+mod show;
+mod take;
+
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+
+use barlease::Lease;
+
+use crate::args::LeaseCommand;
+use crate::args::Source;
+use crate::failure::Failure;
+use crate::output::Output;
+
+pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Failure> {
+    match command {
+        LeaseCommand::Show { bdf } => show::run(bdf, output),
+        LeaseCommand::Grant(args) => grant::run(&args, output),
+        LeaseCommand::Take { socket, command } => take::run(&socket, &command),
+        LeaseCommand::Dump { source, range } => access::dump(&source.source(), range, output),
+        LeaseCommand::Write {
+            source,
+            offset,
+            value,
+            width,
+        } => access::write(&source, offset, value, width),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Gets hold of a lease.
+fn receive(source: &Source) -> Result<Lease, Failure> {
+    match source {
+        Source::Fd(fd) => Ok(Lease::from_inherited(*fd)?),
+        Source::Socket(path) => {
+            let socket = UnixStream::connect(path)
+                .map_err(|error| Failure::file("connect", path, &error))?;
+            Ok(Lease::receive(&socket)?)
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! The command `barlease`: objects and commands in the manner of bpftool and devlink.
+//!
+//! `barlease OBJECT [COMMAND]`, where `show` is the default command. The library `barlease` does the
+//! work; here are arguments, output and exit codes only.
+
+mod args;
+mod buffers;
+mod device;
+mod doctor;
+mod failure;
+mod lease;
+mod number;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+use clap::Parser;
+
+use args::Args;
+use args::Object;
+use output::Output;
+
+/// The definition of the command line, for completions and manual pages.
+#[must_use]
+pub fn command() -> clap::Command {
+    Args::command()
+}
+
+/// Runs the command with the arguments of the process.
+#[must_use]
+pub fn main() -> ExitCode {
+    // Usage errors end the process with code 2 in here.
+    let args = Args::parse();
+    let output = Output::new(args.json, args.pretty);
+    let answer = match args.object {
+        Object::Device { command } => device::run(command.unwrap_or_default(), output),
+        Object::Lease { command } => lease::run(command.unwrap_or_default(), output),
+        Object::Doctor { bdf } => doctor::run(bdf, output),
+    };
+    match answer {
+        Ok(code) => code,
+        Err(failure) => failure.exit(),
+    }
+}

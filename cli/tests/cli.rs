@@ -1,0 +1,192 @@
+//! The command on a machine without the module and without a device to lease.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+
+use assert_cmd::Command;
+use barlease::Lease;
+use predicates::prelude::PredicateBooleanExt;
+use predicates::str::contains;
+use predicates::str::starts_with;
+
+/// An address that no test machine has.
+const ABSENT: &str = "fffe:fe:1e.7";
+
+fn barlease(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_barlease"));
+    command.args(args);
+    command
+}
+
+fn memory(content: &[u8]) -> (Lease, File) {
+    let fd = rustix::fs::memfd_create("lease", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, 8192).unwrap();
+    let file = File::from(fd.as_fd().try_clone_to_owned().unwrap());
+    std::os::unix::fs::FileExt::write_all_at(&file, content, 0x10).unwrap();
+    (Lease::from_fd(fd).unwrap(), file)
+}
+
+/// Serves a lease over a socket as often as asked for.
+fn serve(lease: Lease, times: usize) -> (tempfile::TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::spawn(move || {
+        for _ in 0..times {
+            let (peer, _) = listener.accept().unwrap();
+            lease.send(&peer).unwrap();
+        }
+    });
+    (dir, path.to_str().unwrap().to_owned())
+}
+
+#[test]
+fn help_names_objects_commands_and_exit_codes() {
+    barlease(&["--help"])
+        .assert()
+        .success()
+        .stdout(
+            contains("device")
+                .and(contains("lease"))
+                .and(contains("doctor")),
+        )
+        .stdout(contains("3 not supported"));
+    barlease(&["lease", "--help"]).assert().success().stdout(
+        contains("grant")
+            .and(contains("take"))
+            .and(contains("dump")),
+    );
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2() {
+    for args in [
+        &["frobnicate"][..],
+        &[],
+        &["device", "bind"],
+        &["device", "show", "nonsense"],
+        &["lease", "grant", ABSENT, "--bar", "6", "--socket", "x"],
+        &[
+            "lease", "grant", ABSENT, "--bar", "0", "--socket", "x", "--range", "4K",
+        ],
+        &["lease", "write", "x", "0", "1", "--width", "3"],
+    ] {
+        barlease(args).assert().code(2);
+    }
+}
+
+#[test]
+fn a_device_that_does_not_exist_is_said_with_a_remedy() {
+    for args in [
+        &["device", "show", ABSENT][..],
+        &["device", "bind", ABSENT],
+        &["device", "unbind", ABSENT],
+        &["lease", "show", ABSENT],
+        &[
+            "lease",
+            "grant",
+            ABSENT,
+            "--bar",
+            "0",
+            "--socket",
+            "/nonexistent/x",
+        ],
+    ] {
+        barlease(args)
+            .assert()
+            .code(1)
+            .stdout("")
+            .stderr(starts_with("barlease: "))
+            .stderr(contains(ABSENT).and(contains("no such PCI device")))
+            .stderr(contains("(`barlease device` lists them)"));
+    }
+}
+
+#[test]
+fn leases_without_the_module_are_not_supported() {
+    if barlease::pci::Pci::system().module().is_some() {
+        return;
+    }
+    barlease(&["lease"])
+        .assert()
+        .code(3)
+        .stderr(contains("modprobe barlease_vfio_pci"));
+}
+
+#[test]
+fn doctor_prints_json() {
+    let output = barlease(&["doctor", "-j"]).output().unwrap();
+    let checks: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(checks[0]["name"], "kernel");
+    assert!(checks.as_array().unwrap().len() >= 5);
+}
+
+#[test]
+fn a_lease_is_dumped_from_a_socket() {
+    let (lease, _) = memory(b"Barlease");
+    let (_dir, path) = serve(lease, 3);
+    barlease(&["lease", "dump", &path])
+        .assert()
+        .success()
+        .stdout(contains("00000010  42 61 72 6c 65 61 73 65").and(contains("|Barlease")))
+        .stdout(contains("00002000\n"));
+    barlease(&["lease", "dump", &path, "--range", "0x11+4", "--json"])
+        .assert()
+        .success()
+        .stdout("{\"offset\":17,\"bytes\":\"61726c65\"}\n");
+    barlease(&["lease", "dump", &path, "--range", "0+12K"])
+        .assert()
+        .code(1)
+        .stderr(contains("past the end"));
+}
+
+#[test]
+fn a_number_is_written_in_its_width() {
+    let (lease, file) = memory(&[0xff; 16]);
+    let (_dir, path) = serve(lease, 3);
+    barlease(&["lease", "write", &path, "0x12", "0x1234", "--width", "2"])
+        .assert()
+        .success();
+    let mut bytes = [0; 8];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0x10).unwrap();
+    assert_eq!(bytes, [0xff, 0xff, 0x34, 0x12, 0xff, 0xff, 0xff, 0xff]);
+
+    barlease(&["lease", "write", &path, "0x12", "1"])
+        .assert()
+        .code(1)
+        .stderr(contains("not aligned to 4 bytes"));
+    barlease(&["lease", "write", &path, "0", "0x100", "--width", "1"])
+        .assert()
+        .code(1)
+        .stderr(contains("does not fit"));
+}
+
+#[test]
+fn a_taken_lease_is_inherited_by_the_command_and_its_exit_code_is_returned() {
+    let (lease, _) = memory(b"inherited");
+    let (_dir, path) = serve(lease, 2);
+    let script = format!(
+        "'{}' lease dump --fd $BARLEASE_FD",
+        env!("CARGO_BIN_EXE_barlease")
+    );
+    barlease(&["lease", "take", &path, "--", "sh", "-c", &script])
+        .assert()
+        .success()
+        .stdout(contains("|inherited"));
+    barlease(&["lease", "take", &path, "--", "sh", "-c", "exit 7"])
+        .assert()
+        .code(7);
+}
+
+#[test]
+fn no_socket_and_no_descriptor_are_said() {
+    barlease(&["lease", "dump", "/nonexistent/socket"])
+        .assert()
+        .code(1)
+        .stderr(contains("barlease: connect: /nonexistent/socket: "));
+    barlease(&["lease", "dump", "--fd", "99"])
+        .assert()
+        .code(1)
+        .stderr(contains("/dev/fd/99"));
+}
