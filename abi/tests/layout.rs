@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const HEADER: &str = include_str!("../include/barlease.h");
-const RUST: &str = include_str!("../src/types.rs");
+const RUST: &str = include_str!("../src/lib.rs");
 
 /// A structure of both sides.
 struct Layout {
