@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::cache;
 use crate::machine::Machine;
 use crate::prepare::Prepared;
+use crate::report::Step;
 use crate::vm::{Output, Run};
 
 /// How a guest's processors are made.
@@ -38,6 +39,9 @@ impl Accel {
         }
     }
 }
+
+/// With KVM a guest is up in a second or two. Where KVM is broken it often stands still without a word.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Probe {
@@ -86,24 +90,21 @@ fn kvm_works(prepared: &Prepared) -> bool {
     {
         return false;
     }
+    let step = Step::start(
+        "trying whether guests boot with KVM here (once after each start of this machine)",
+    );
     let run = Run::new(prepared, Machine::new(Vec::new()))
         .command(["true"])
         .without_modules()
         .accel(Accel::Kvm)
-        .timeout(Duration::from_secs(20))
+        .timeout(PATIENCE)
         .output(Output::Capture);
-    match run.run() {
-        Ok(outcome) if outcome.code == 0 => true,
-        Ok(_) => false,
-        Err(error) => {
-            let reason = error.to_string();
-            eprintln!(
-                "/dev/kvm is there, but no guest boots with it; guests are emulated in software. ({})",
-                reason.lines().next().unwrap_or_default()
-            );
-            false
-        }
+    let works = run.run().is_ok_and(|outcome| outcome.code == 0);
+    step.done();
+    if !works {
+        eprintln!("/dev/kvm is there, but no guest boots with it: guests are emulated in software");
     }
+    works
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 #   modules   files to load, in this order
 #   driver    the driver to bind all endpoints to, if any
 #   command   a shell script to run; without it, an interactive shell
+#   patience  seconds after which blocked tasks are listed in the log
 #   terminal  rows and columns of the host's terminal, for that shell
 #
 # Serial ports: ttyS0 the kernel's console, ttyS1 the command's terminal, ttyS2 the control channel (JSON lines).
@@ -28,7 +29,12 @@ ulimit -l unlimited
 
 # Kept open, so that the settings of the ports stay.
 exec 8<>/dev/ttyS1 9<>/dev/ttyS2
-stty -F /dev/ttyS1 raw -echo
+if [ -e /lab/command ]; then
+    stty -F /dev/ttyS1 raw -echo
+else
+    stty -F /dev/ttyS1 sane
+    [ -s /lab/terminal ] && stty -F /dev/ttyS1 $(cat /lab/terminal)
+fi
 stty -F /dev/ttyS2 raw -echo
 chmod 666 /dev/ttyS1 /dev/ttyS2
 
@@ -62,6 +68,15 @@ bind_all() {
     done
 }
 
+if [ -s /lab/patience ]; then
+    read -r seconds </lab/patience
+    (
+        sleep "$seconds"
+        echo 'barlease-lab: time is nearly up; blocked tasks:' >/dev/kmsg
+        echo w >/proc/sysrq-trigger
+    ) 8>&- 9>&- &
+fi
+
 while read -r module parameters; do
     # shellcheck disable=SC2086 # parameters are words
     if ! insmod "/lib/modules/$module" $parameters; then
@@ -82,8 +97,6 @@ if [ -e /lab/command ]; then
     finish $?
 fi
 
-stty -F /dev/ttyS1 sane
-[ -s /lab/terminal ] && stty -F /dev/ttyS1 $(cat /lab/terminal)
 [ -e /lab/banner ] && cat /lab/banner >/dev/ttyS1
 echo '{"ready":true}' >&9
 cd /root || true

@@ -208,7 +208,7 @@ impl Maker {
     fn resolve(&self) -> Result<(Apt, Plan)> {
         let (apt, mirror) = Apt::set_up(&self.cache)?;
         eprintln!(
-            "Barlease's lab needs a Debian tool chain, an emulator and a kernel with its source: about 600 MB to \
+            "Barlease's lab needs a Debian tool chain, an emulator and a kernel with its source: about 700 MB to \
              download once, 3 GB on disk while it works.\n  from  {mirror}\n  into  {}  (BARLEASE_CACHE chooses another place)\n\
              Nothing is installed on this machine.",
             self.cache.path("").display()

@@ -43,7 +43,7 @@ use crate::machine::Machine;
 use crate::monitor::Monitor;
 use crate::prepare::Prepared;
 use crate::report::seconds;
-use crate::splat::{self, Splat};
+use crate::splat::{self, INIT_STARTED, Splat};
 use crate::terminal::RawTerminal;
 
 /// How long a guest may take, unless said otherwise.
@@ -53,7 +53,10 @@ pub const TIMEOUT: Duration = Duration::from_secs(180);
 const RUNS_KEPT: usize = 30;
 
 /// Lines of a log that are shown when there is nothing better.
-const TAIL: usize = 40;
+const TAIL: usize = 60;
+
+/// How long before its time is up a guest lists its blocked tasks.
+const LAST_WORDS: Duration = Duration::from_secs(20);
 
 /// Where the command's output goes.
 pub enum Output {
@@ -347,6 +350,10 @@ impl<'a> Run<'a> {
         let mut archive = Initramfs::new(BufWriter::new(file), &busybox)?;
         self.add_modules(&mut archive)?;
         archive.file("lab/devices", self.machine.describe(), 0o644)?;
+        if let Some(limit) = self.timeout {
+            let seconds = limit.saturating_sub(LAST_WORDS).as_secs().max(1);
+            archive.file("lab/patience", format!("{seconds}\n"), 0o644)?;
+        }
         if let Some(driver) = &self.driver {
             archive.file("lab/driver", format!("{driver}\n"), 0o644)?;
         }
@@ -415,6 +422,22 @@ fn file_name(path: &Path) -> Result<String> {
         .file_name()
         .with_context(|| format!("{} names no file", path.display()))?;
     Ok(name.to_string_lossy().into_owned())
+}
+
+/// What came after init had started, if it had.
+fn since_init(log: &str) -> &str {
+    log.find(INIT_STARTED).map_or(log, |at| &log[at..])
+}
+
+/// What the emulator said, without what it always says about features of processors.
+fn remarks(emulator: &str) -> String {
+    let lines = emulator
+        .lines()
+        .filter(|line| !line.contains("support requested feature"));
+    match command::tail(&lines.collect::<Vec<_>>().join("\n"), 10) {
+        said if said.is_empty() => "(nothing)".to_owned(),
+        said => said,
+    }
 }
 
 /// A folder of its own for a run, `runs/<time>-<process>`; those of long ago are removed.
@@ -571,7 +594,7 @@ impl Guest<'_> {
         ] {
             command.args(["-chardev", &format!("socket,id={id},fd={}", fd.as_raw_fd())]);
         }
-        command.args(["-mon", "chardev=monitor,mode=control"]);
+        command.args(["-object", "monitor-qmp,id=qmp,chardev=monitor"]);
         // The third port would share the first one's interrupt line.
         for (id, place) in [
             ("console", "index=0"),
@@ -631,7 +654,7 @@ impl Guest<'_> {
         if let Some(splat) = splat::scan(&text) {
             return Err(Failure::Splat { splat, log }.into());
         }
-        let tail = command::tail(&text, TAIL);
+        let tail = command::tail(since_init(&text), TAIL);
         if !in_time {
             let limit = self.timeout.unwrap_or_default();
             return Err(Failure::Timeout { limit, tail, log }.into());
@@ -639,7 +662,7 @@ impl Guest<'_> {
         let Some(code) = progress.verdict else {
             let emulator = fs::read_to_string(self.emulator_log()).unwrap_or_default();
             return Err(Failure::NoVerdict {
-                emulator: command::tail(&emulator, 10),
+                emulator: remarks(&emulator),
                 tail,
                 log,
             }
@@ -891,6 +914,20 @@ mod tests {
         for word in ["oops=panic", "intel_iommu=on", "iommu=nopt", "extra=1"] {
             assert!(line.split(' ').any(|have| have == word), "{word}");
         }
+    }
+
+    #[test]
+    fn only_remarks_of_interest_are_shown() {
+        let said =
+            "qemu: warning: TCG doesn't support requested feature: X\nqemu: no such device\n";
+        assert_eq!(remarks(said), "qemu: no such device");
+        assert_eq!(remarks(""), "(nothing)");
+    }
+
+    #[test]
+    fn the_tail_begins_where_init_does() {
+        assert!(since_init("boot\nbarlease-lab: init started\nmore\n").starts_with("barlease-lab"));
+        assert_eq!(since_init("boot\n"), "boot\n");
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use anyhow::{Context, Result, bail};
+
 /// The top folder of the checkout.
 pub(crate) fn top() -> PathBuf {
     // cargo says where the package is now; the compiler only knew where it was.
@@ -33,4 +35,18 @@ pub(crate) fn cargo(folder: &str) -> Command {
         }
     }
     command
+}
+
+/// Builds a program of the workspace so that it runs in a guest, and returns its path.
+pub(crate) fn guest_program(package: &str, program: &str) -> Result<PathBuf> {
+    // That folder's settings link statically.
+    let mut build = cargo("guest-tests");
+    build.args(["build", "--quiet", "--package", package, "--bin", program]);
+    let status = build.status().context("start cargo")?;
+    if !status.success() {
+        bail!("`{program}` does not build for guests");
+    }
+    Ok(target()
+        .join("x86_64-unknown-linux-gnu/debug")
+        .join(program))
 }

@@ -9,13 +9,13 @@ use anyhow::{Context, Result, bail};
 use barlease_lab::cache::Cache;
 use barlease_lab::emulator::accel;
 use barlease_lab::kmod::DRIVER;
-use barlease_lab::machine::{Machine, Preset};
+use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{self, Prepared, Request, prepare};
 use barlease_lab::report::seconds;
 use barlease_lab::vm::{Outcome, Run, TIMEOUT};
 use clap::{Args, Subcommand};
 
-use crate::{KernelChoice, kmod};
+use crate::{KernelChoice, checkout, kmod};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Task {
@@ -304,26 +304,25 @@ fn test_timeout() -> Result<Duration> {
 fn shell(choice: &MachineChoice) -> Result<ExitCode> {
     let prepared = choice.prepare()?;
     let machine = choice.preset.machine();
-    let banner = banner(&prepared, &machine);
+    let banner = banner(&prepared);
+    let command = checkout::guest_program("barlease-cli", "barlease")?;
     let run = with_module(Run::new(&prepared, machine), &prepared)?
+        .file(command, "/lab/bin/barlease")
         .bind(DRIVER)
         .shell(banner);
     finish(&run.run()?)
 }
 
-fn banner(prepared: &Prepared, machine: &Machine) -> String {
-    let first = machine
-        .devices
-        .iter()
-        .find_map(|device| device.bdf.clone())
-        .unwrap_or_default();
+fn banner(prepared: &Prepared) -> String {
     format!(
-        "\n{} with barlease_vfio_pci loaded.\n\
-         Try   cat /lab/devices                          what is there\n\
-         \x20     ls -l /sys/bus/pci/drivers/{DRIVER}\n\
-         \x20     ls /sys/kernel/debug/barlease             what is leased\n\
-         \x20     lspci; dmesg | tail; head /sys/bus/pci/devices/{first}/resource\n\
-         \x20     exit                                      to power off\n\n",
+        "\n{} with barlease_vfio_pci loaded. Try\n\
+         \x20 barlease --help                     what can be leased, and how\n\
+         \x20 cat /lab/devices                    what is there, and what it is good for\n\
+         \x20 ls /sys/bus/pci/drivers/{DRIVER}\n\
+         \x20 ls /sys/kernel/debug                barlease has its own folder here\n\
+         \x20 dmesg | tail\n\
+         \x20 su holder1                          as a user without rights; also holder2, holder3, owner\n\
+         \x20 exit                                powers off\n\n",
         prepared.kernel.release
     )
 }
