@@ -12,14 +12,16 @@ use crate::{
         tph::Tph,
     },
     sys::{
-        dma_buf::{DmaBuf, Exporter, Live, MappedInode, NAME_LEN, Operations},
+        dma_buf::{DmaBuf, Exporter, Live, LiveGuard, MappedInode, NAME_LEN, Operations},
         errno,
-        vma::{self, Fault, Mapped, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
+        idle::Idle,
+        p2p::{Importer, Mapped, Run},
+        vma::{self, Fault, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
     },
 };
 use kernel::{
     prelude::*,
-    str::CString,
+    str::{BStr, CString},
     sync::{
         Arc, ArcBorrow, SetOnce,
         atomic::{Atomic, Relaxed},
@@ -60,12 +62,28 @@ pub(crate) struct Buffer {
     memattr: Atomic<u32>,
     /// VMAs that map it.
     vmas: Atomic<i64>,
+    /// Importers attached.
+    attachments: Atomic<i64>,
     inode: SetOnce<MappedInode>,
     ticket: SetOnce<Ticket>,
     /// Held while it is drained; its release takes it first.
     #[pin]
-    live: Live<Tph>,
+    live: Live<Guarded>,
+    /// Idle while no importer has a mapping; changed with `Guarded::mappings`.
+    #[pin]
+    unmapped: Idle,
 }
+
+/// What the reservation lock of a buffer's dma-buf guards.
+pub(crate) struct Guarded {
+    /// Steering tags for importers.
+    pub(crate) tph: Tph,
+    /// Mappings that importers have.
+    mappings: u64,
+}
+
+/// How long to wait for an importer before it is named in the log, and again each time after that.
+const PATIENCE_MS: u32 = 10_000;
 
 static OPERATIONS: Operations<Buffer> = Operations::new();
 
@@ -117,9 +135,11 @@ impl Buffer {
                 revoked: Atomic::new(0),
                 memattr: Atomic::new(memattr_of(memory_type)),
                 vmas: Atomic::new(0),
+                attachments: Atomic::new(0),
                 inode: SetOnce::new(),
                 ticket: SetOnce::new(),
-                live <- Live::new(Tph::NONE),
+                live <- Live::new(Guarded { tph: Tph::NONE, mappings: 0 }),
+                unmapped <- Idle::new(),
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
@@ -141,15 +161,17 @@ impl Buffer {
         self.device_file.is_some()
     }
 
-    /// Revokes it for good: no process can reach it when this returns. `EBADFD` when that was done
-    /// before.
+    /// Revokes it for good: neither a process nor a device can reach it when this returns. `EBADFD`
+    /// when that was done before.
     pub(crate) fn revoke(&self) -> Result {
         let first = self
             .leases
             .exclusively(|_| self.revoked.xchg(1, Relaxed) == 0);
-        let live = self.live.lock();
         self.zap();
-        drop(live);
+        if self.is_attached() {
+            self.invalidate();
+            self.wait();
+        }
         if first {
             Ok(())
         } else {
@@ -188,7 +210,7 @@ impl Buffer {
             region_index: self.contents.bar,
             size: self.contents.size,
             nr_ranges: self.contents.segments.len() as u32,
-            nr_attachments: 0,
+            nr_attachments: self.attachments.load(Relaxed) as u32,
         }
     }
 
@@ -213,6 +235,52 @@ impl Buffer {
         if let Some(inode) = self.inode.as_ref() {
             inode.zap();
         }
+    }
+
+    /// Whether it has importers. As with `zap`, the count needs no order of its own: an importer
+    /// that found the door open was counted before.
+    pub(crate) fn is_attached(&self) -> bool {
+        self.attachments.load(Relaxed) != 0
+    }
+
+    /// Tells its importers that their mappings are to go. What has no mapping is not told: there is
+    /// nothing to undo, and a pinned importer may take it as final.
+    pub(crate) fn invalidate(&self) {
+        if self.is_attached() {
+            self.live.lock().invalidate(|| !self.unmapped.wait(0));
+        }
+    }
+
+    /// Waits until its importers have ended what they do and undone their mappings, however long
+    /// that takes: until then their devices reach the memory.
+    pub(crate) fn wait(&self) {
+        if !self.is_attached() {
+            return;
+        }
+        let live = self.live.lock();
+        while !live.wait_for_fences(PATIENCE_MS) {
+            self.complain(&live, "to end its work");
+        }
+        while !self.unmapped.wait(PATIENCE_MS) {
+            self.complain(&live, "to undo its mapping");
+        }
+    }
+
+    fn complain(&self, live: &LiveGuard<'_>, what: &str) {
+        let (bdf, bar, size) = (self.leases.bdf(), self.contents.bar, self.contents.size);
+        let name = live.name();
+        let name = BStr::from_bytes(name.split(|&byte| byte == 0).next().unwrap_or(&[]));
+        live.for_each_importer(|importer| {
+            pr_warn!(
+                "{bdf}: revoking {name} (BAR {bar}, {size:#x} bytes) waits for {importer} {what}\n"
+            );
+        });
+    }
+
+    /// What an importer maps: the ranges, those that touch as one.
+    fn runs(&self) -> impl Iterator<Item = Run> + Clone + '_ {
+        ranges::runs(&self.contents.segments, PAGE_SHIFT)
+            .map(|(address, length)| Run { address, length })
     }
 
     fn state(&self) -> State {
@@ -274,13 +342,13 @@ fn memattr_of(memory_type: MemoryType) -> u32 {
 }
 
 impl Exporter for Buffer {
-    type UnderResv = Tph;
+    type UnderResv = Guarded;
 
     fn operations() -> &'static Operations<Self> {
         &OPERATIONS
     }
 
-    fn live(&self) -> &Live<Tph> {
+    fn live(&self) -> &Live<Guarded> {
         &self.live
     }
 
@@ -304,6 +372,43 @@ impl Exporter for Buffer {
         Ok(())
     }
 
+    fn attach(&self) -> Result {
+        drop(self.leases.providers().get(self.contents.bar)?);
+        self.attachments.fetch_add(1, Relaxed);
+        if self.state() == State::Ok {
+            return Ok(());
+        }
+        self.detach();
+        Err(ENODEV)
+    }
+
+    fn detach(&self) {
+        self.attachments.fetch_sub(1, Relaxed);
+    }
+
+    fn map(&self, guarded: &mut Guarded, importer: &mut Importer<'_>) -> Result<Mapped> {
+        // Who takes memory away after this look needs the reservation lock to tell the importer,
+        // and so waits for the mapping that is being made.
+        if self.state() != State::Ok {
+            return Err(ENODEV);
+        }
+        let provider = self.leases.providers().get(self.contents.bar)?;
+        let mapped = importer.map(&provider, self.runs(), self.contents.size)?;
+        guarded.mappings += 1;
+        if guarded.mappings == 1 {
+            self.unmapped.set_busy();
+        }
+        Ok(mapped)
+    }
+
+    fn unmap(&self, guarded: &mut Guarded, importer: &mut Importer<'_>, mapped: Mapped) {
+        importer.unmap(mapped, self.runs());
+        guarded.mappings -= 1;
+        if guarded.mappings == 0 {
+            self.unmapped.set_idle();
+        }
+    }
+
     fn release(this: Arc<Self>) {
         if let Some(ticket) = this.ticket.as_ref() {
             this.leases.remove(ticket);
@@ -311,7 +416,7 @@ impl Exporter for Buffer {
     }
 }
 
-impl Mapped for Buffer {
+impl vma::Mapped for Buffer {
     fn fault(&self, fault: &Fault<'_>, order: u32) -> Outcome {
         // The state holds until the entry is in: who takes memory away waits for that, and zaps.
         self.leases.with_state(

@@ -20,7 +20,9 @@ use crate::{
     regions,
     sys::{
         dma_buf::DmaBuf,
-        errno, params,
+        errno,
+        p2p::Providers,
+        params,
         payload::UserPayload,
         vfio_pci::{
             CONFIG_REGION, Capabilities, Device, Driver, FEATURE_GET, FEATURE_LOW_POWER_ENTRY,
@@ -77,8 +79,8 @@ impl Driver for Barlease {
         params::enable_sriov()
     }
 
-    fn bind(function: &Function<'_>) -> Result<Arc<Self>> {
-        let leases = Leases::new(function.name())?;
+    fn bind(function: &Function<'_>, providers: Arc<Providers>) -> Result<Arc<Self>> {
+        let leases = Leases::new(function.name(), providers)?;
         let buffers_file = BuffersFile::new(&leases)?;
         let protected = Protected::of(function)?;
         Arc::pin_init(
@@ -312,7 +314,7 @@ fn tph(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Resul
     let dmabuf = buffer_at(device, request.dmabuf_fd)?;
     dmabuf.exported::<Buffer>().ok_or(EINVAL)?.alive()?;
     dmabuf
-        .with_resv::<Buffer, _>(|state| *state = tph)
+        .with_resv::<Buffer, _>(|guarded| guarded.tph = tph)
         .ok_or(EINVAL)?;
     Ok(0)
 }

@@ -9,9 +9,11 @@
 //! 1. the core's `memory_lock`, often held when we are called;
 //! 2. [`Buffer::live`](crate::buffer::Buffer), one a buffer: what its drain and its release exclude
 //!    each other with;
-//! 3. [`Leases::table`], to add, remove and look up buffers only: never held across a drain, a copy
+//! 3. the reservation lock of a dma-buf, often held by importers when we are called;
+//! 4. [`Leases::table`], to add, remove and look up buffers only: never held across a drain, a copy
 //!    from or to user memory, or a fault;
-//! 4. [`Leases::access`]: read by faults, which already hold the `mmap_lock` or the lock of a VMA;
+//! 5. the P2P providers of the device, read while an importer maps;
+//! 6. [`Leases::access`]: read by faults, which already hold the `mmap_lock` or the lock of a VMA;
 //!    written only to change it, with nothing called meanwhile.
 //!
 //! Never taken: `memory_lock` in mmap, fault, `reset_prepare` and `reset_done` (a reader of it may
@@ -27,7 +29,7 @@
 use crate::{
     buffer::Buffer,
     model::access::{Access, Epoch, Event, Levels, State},
-    sys::{ratelimit::Ratelimit, rwsem::RwSem},
+    sys::{p2p::Providers, ratelimit::Ratelimit, rwsem::RwSem},
 };
 use kernel::{
     new_mutex,
@@ -44,6 +46,7 @@ use kernel::{
 #[pin_data]
 pub(crate) struct Leases {
     bdf: CString,
+    providers: Arc<Providers>,
     #[pin]
     access: RwSem<Access>,
     #[pin]
@@ -63,11 +66,12 @@ pub(crate) struct Ticket(u64);
 
 impl Leases {
     /// No leases of the function `bdf`, which is not open.
-    pub(crate) fn new(bdf: &CStr) -> Result<Arc<Self>> {
+    pub(crate) fn new(bdf: &CStr, providers: Arc<Providers>) -> Result<Arc<Self>> {
         let bdf = CString::try_from_fmt(fmt!("{bdf}"))?;
         Arc::pin_init(
             try_pin_init!(Self {
                 bdf,
+                providers,
                 access <- RwSem::new(Access::new()),
                 table <- new_mutex!(
                     Table { buffers: RBTree::new(), next: 0 },
@@ -82,6 +86,11 @@ impl Leases {
     /// Name of the function.
     pub(crate) fn bdf(&self) -> &CStr {
         &self.bdf
+    }
+
+    /// What importers reach its BARs by.
+    pub(crate) fn providers(&self) -> &Providers {
+        &self.providers
     }
 
     /// Whether a message that a user causes may be logged now.
@@ -174,7 +183,18 @@ impl Leases {
     }
 
     /// Takes away what each buffer has, where its state says that nothing new can come.
+    ///
+    /// In phases, so that it takes as long as the slowest importer and not the sum, and CPU access
+    /// waits for no importer.
     fn drain(&self) {
-        self.for_each(Buffer::zap);
+        let mut attached = false;
+        self.for_each(|buffer| {
+            buffer.zap();
+            attached |= buffer.is_attached();
+        });
+        if attached {
+            self.for_each(Buffer::invalidate);
+            self.for_each(Buffer::wait);
+        }
     }
 }

@@ -195,3 +195,26 @@ pub fn entry_for(
     }
     Ok(place.pfn)
 }
+
+/// The segments as physical addresses and lengths in bytes, those that touch as one.
+pub fn runs(
+    segments: &[Segment],
+    page_shift: u32,
+) -> impl Iterator<Item = (u64, u64)> + Clone + '_ {
+    let mut index = 0;
+    core::iter::from_fn(move || {
+        let first = segments.get(index)?;
+        let begin = begin_of(segments, index);
+        let mut end = first.end;
+        index += 1;
+        while let Some(next) = segments.get(index) {
+            if next.pfn != first.pfn.saturating_add(end.saturating_sub(begin)) {
+                break;
+            }
+            end = next.end;
+            index += 1;
+        }
+        let pages = end.saturating_sub(begin);
+        Some((first.pfn << page_shift, pages << page_shift))
+    })
+}

@@ -4,13 +4,19 @@
 //!
 //! C header: [`include/linux/dma-buf.h`](srctree/include/linux/dma-buf.h)
 
-use super::{bindings, errno, vma::NewVma};
+use super::{
+    bindings, errno,
+    p2p::{AttachmentState, Importer, Mapped},
+    vma::NewVma,
+};
 use core::{cell::UnsafeCell, marker::PhantomData, ptr::NonNull};
 use kernel::{
+    container_of,
     error::{from_err_ptr, from_result, to_result},
     new_mutex,
     prelude::*,
     sync::{Arc, ArcBorrow, Mutex, lock::mutex::MutexGuard},
+    time::msecs_to_jiffies,
     types::ForeignOwnable,
 };
 
@@ -32,6 +38,18 @@ pub(crate) trait Exporter: Send + Sync + Sized + 'static {
     /// A process maps the dma-buf. Offset and length are within its size.
     fn mmap(this: ArcBorrow<'_, Self>, vma: NewVma<'_>) -> Result;
 
+    /// An importer that does peer-to-peer DMA and takes revocation attaches.
+    fn attach(&self) -> Result;
+
+    /// An importer that attached detaches; it has no mapping.
+    fn detach(&self);
+
+    /// An importer maps. `guarded` is what the reservation lock guards, which is held.
+    fn map(&self, guarded: &mut Self::UnderResv, importer: &mut Importer<'_>) -> Result<Mapped>;
+
+    /// An importer undoes a mapping.
+    fn unmap(&self, guarded: &mut Self::UnderResv, importer: &mut Importer<'_>, mapped: Mapped);
+
     /// The last reference to the dma-buf is gone, and so is what `live` led to.
     fn release(this: Arc<Self>);
 }
@@ -46,6 +64,7 @@ impl<T: Exporter> Operations<T> {
         Self(
             bindings::dma_buf_ops {
                 attach: Some(Self::attach),
+                detach: Some(Self::detach),
                 map_dma_buf: Some(Self::map),
                 unmap_dma_buf: Some(Self::unmap),
                 release: Some(Self::release),
@@ -70,30 +89,74 @@ impl<T: Exporter> Operations<T> {
     ///
     /// To be called by the dma-buf core only, as `dma_buf_ops.attach` of a dma-buf of `T`.
     unsafe extern "C" fn attach(
-        _dmabuf: *mut bindings::dma_buf,
-        _attachment: *mut bindings::dma_buf_attachment,
+        dmabuf: *mut bindings::dma_buf,
+        attachment: *mut bindings::dma_buf_attachment,
     ) -> c_int {
-        Error::from(errno::EOPNOTSUPP).to_errno()
+        from_result(|| {
+            // SAFETY: The attachment is valid and nobody else knows it yet.
+            let peer_to_peer = unsafe { (*attachment).peer2peer };
+            // SAFETY: As above.
+            if !peer_to_peer || !unsafe { bindings::dma_buf_attach_revocable(attachment) } {
+                return Err(errno::EOPNOTSUPP.into());
+            }
+            let state = KBox::new(AttachmentState::default(), GFP_KERNEL)?;
+            // SAFETY: Who attaches has a reference to the dma-buf, whose operations are these.
+            unsafe { Self::borrow(dmabuf) }.attach()?;
+            // SAFETY: As above; `detach` frees it.
+            unsafe { (*attachment).priv_ = KBox::into_raw(state).cast() };
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// To be called by the dma-buf core only, as `dma_buf_ops.detach` of a dma-buf of `T`.
+    unsafe extern "C" fn detach(
+        dmabuf: *mut bindings::dma_buf,
+        attachment: *mut bindings::dma_buf_attachment,
+    ) {
+        // SAFETY: The attachment is valid until this returns.
+        let state = unsafe { (*attachment).priv_ }.cast::<AttachmentState>();
+        // SAFETY: `attach` leaked it, and nobody maps any more.
+        drop(unsafe { KBox::from_raw(state) });
+        // SAFETY: Who detaches has a reference to the dma-buf, whose operations are these.
+        unsafe { Self::borrow(dmabuf) }.detach();
     }
 
     /// # Safety
     ///
     /// To be called by the dma-buf core only, as `dma_buf_ops.map_dma_buf` of a dma-buf of `T`.
     unsafe extern "C" fn map(
-        _attachment: *mut bindings::dma_buf_attachment,
-        _direction: bindings::dma_data_direction,
+        attachment: *mut bindings::dma_buf_attachment,
+        direction: bindings::dma_data_direction,
     ) -> *mut bindings::sg_table {
-        Error::from(errno::EOPNOTSUPP).to_ptr()
+        // SAFETY: The attachment keeps the dma-buf alive, whose operations are these.
+        let exported = unsafe { Self::borrow((*attachment).dmabuf) };
+        // SAFETY: The core holds the reservation lock.
+        let guarded = unsafe { &mut *exported.live().under_resv.get() };
+        // SAFETY: The attachment was attached, and the core holds the reservation lock.
+        let mut importer = unsafe { Importer::from_raw(attachment, direction) };
+        match exported.map(guarded, &mut importer) {
+            Ok(mapped) => mapped.0,
+            Err(error) => error.to_ptr(),
+        }
     }
 
     /// # Safety
     ///
     /// To be called by the dma-buf core only, as `dma_buf_ops.unmap_dma_buf` of a dma-buf of `T`.
     unsafe extern "C" fn unmap(
-        _attachment: *mut bindings::dma_buf_attachment,
-        _table: *mut bindings::sg_table,
-        _direction: bindings::dma_data_direction,
+        attachment: *mut bindings::dma_buf_attachment,
+        table: *mut bindings::sg_table,
+        direction: bindings::dma_data_direction,
     ) {
+        // SAFETY: The attachment keeps the dma-buf alive, whose operations are these.
+        let exported = unsafe { Self::borrow((*attachment).dmabuf) };
+        // SAFETY: The core holds the reservation lock.
+        let guarded = unsafe { &mut *exported.live().under_resv.get() };
+        // SAFETY: The attachment was attached, and the core holds the reservation lock.
+        let mut importer = unsafe { Importer::from_raw(attachment, direction) };
+        exported.unmap(guarded, &mut importer, Mapped(table));
     }
 
     /// # Safety
@@ -305,6 +368,69 @@ impl LiveGuard<'_> {
             unsafe { bindings::bl_dma_buf_name(dmabuf.0.as_ptr(), name.as_mut_ptr().cast()) };
         }
         name
+    }
+}
+
+impl LiveGuard<'_> {
+    /// Tells every importer that its mappings are to go, which they do some time after. `needed` is
+    /// asked with the reservation lock held, when no mapping is being made.
+    pub(crate) fn invalidate(&self, needed: impl FnOnce() -> bool) {
+        self.with_resv_locked(|dmabuf| {
+            if !needed() {
+                return;
+            }
+            // SAFETY: The dma-buf is not released while this is locked, and its reservation lock is
+            // held.
+            unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
+        });
+    }
+
+    /// Waits until all fences have signalled, or `milliseconds`: whether they have. Cannot be
+    /// interrupted.
+    pub(crate) fn wait_for_fences(&self, milliseconds: u32) -> bool {
+        let Some(dmabuf) = &*self.0 else {
+            return true;
+        };
+        // SAFETY: The dma-buf is not released while this is locked.
+        let resv = unsafe { dmabuf.0.as_ref().resv };
+        let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
+        let timeout = msecs_to_jiffies(milliseconds);
+        // SAFETY: As above.
+        unsafe { bindings::dma_resv_wait_timeout(resv, usage, false, timeout) != 0 }
+    }
+
+    /// Calls `f` with the name of the device of each importer.
+    pub(crate) fn for_each_importer(&self, mut f: impl FnMut(&CStr)) {
+        self.with_resv_locked(|dmabuf| {
+            // SAFETY: Computes an address inside of the dma-buf.
+            let head = unsafe { &raw const (*dmabuf).attachments };
+            // SAFETY: The reservation lock guards the list.
+            let mut node = unsafe { (*head).next }.cast_const();
+            while !core::ptr::eq(node, head) {
+                // SAFETY: Every node but the head is that of an attachment.
+                let attachment = unsafe { container_of!(node, bindings::dma_buf_attachment, node) };
+                // SAFETY: The device of an attachment is valid.
+                let name = unsafe { bindings::dev_name((*attachment).dev) };
+                // SAFETY: The name is a C string.
+                f(unsafe { CStr::from_char_ptr(name) });
+                // SAFETY: The reservation lock guards the list.
+                node = unsafe { (*node).next }.cast_const();
+            }
+        });
+    }
+
+    fn with_resv_locked(&self, f: impl FnOnce(*mut bindings::dma_buf)) {
+        let Some(dmabuf) = &*self.0 else {
+            return;
+        };
+        let dmabuf = dmabuf.0.as_ptr();
+        // SAFETY: The dma-buf is not released while this is locked.
+        let resv = unsafe { (*dmabuf).resv };
+        // SAFETY: As above. Without an acquire context locking cannot fail.
+        unsafe { bindings::dma_resv_lock(resv, core::ptr::null_mut()) };
+        f(dmabuf);
+        // SAFETY: Locked above.
+        unsafe { bindings::dma_resv_unlock(resv) };
     }
 }
 

@@ -3,8 +3,12 @@
 #include <linux/err.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/pci-p2pdma.h>
 #include <linux/pgtable.h>
 #include <linux/ratelimit.h>
+#include <linux/scatterlist.h>
+/* Wants struct scatterlist. */
+#include <linux/iommu-dma.h>
 
 #ifdef CONFIG_X86
 #include <asm/memtype.h>
@@ -105,6 +109,71 @@ vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
 				bl_insert_one, &run))
 		return VM_FAULT_OOM;
 	return VM_FAULT_NOPAGE;
+}
+
+void bl_init_completed(struct completion *completion)
+{
+	init_completion(completion);
+	complete_all(completion);
+}
+
+void bl_reinit_completion(struct completion *completion)
+{
+	reinit_completion(completion);
+}
+
+struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar)
+{
+	return pcim_p2pdma_provider(pdev, bar);
+}
+
+bool bl_uses_dma_iommu(struct device *dev)
+{
+	return use_dma_iommu(dev);
+}
+
+bool bl_iova_try_alloc(struct device *dev, struct dma_iova_state *state,
+		       size_t size)
+{
+	return dma_iova_try_alloc(dev, state, 0, size);
+}
+
+void bl_iova_free(struct device *dev, struct dma_iova_state *state)
+{
+	dma_iova_free(dev, state);
+}
+
+int bl_iova_link(struct device *dev, struct dma_iova_state *state,
+		 phys_addr_t phys, size_t offset, size_t size,
+		 enum dma_data_direction direction)
+{
+	return dma_iova_link(dev, state, phys, offset, size, direction,
+			     DMA_ATTR_MMIO);
+}
+
+int bl_iova_sync(struct device *dev, struct dma_iova_state *state, size_t size)
+{
+	return dma_iova_sync(dev, state, 0, size);
+}
+
+void bl_iova_destroy(struct device *dev, struct dma_iova_state *state,
+		     size_t linked, enum dma_data_direction direction)
+{
+	dma_iova_destroy(dev, state, linked, direction, DMA_ATTR_MMIO);
+}
+
+int bl_dma_mapping_error(struct device *dev, dma_addr_t address)
+{
+	return dma_mapping_error(dev, address);
+}
+
+/* Importers get no pages: the DMA address is all there is. */
+void bl_sg_fill(struct scatterlist *entry, dma_addr_t address,
+		unsigned int length)
+{
+	sg_set_page(entry, NULL, 0, 0);
+	sg_dma_address(entry) = address;
+	sg_dma_len(entry) = length;
 }
 
 MODULE_VERSION("0.1.0");

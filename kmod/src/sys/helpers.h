@@ -3,7 +3,10 @@
 #ifndef BARLEASE_HELPERS_H
 #define BARLEASE_HELPERS_H
 
+#include <linux/completion.h>
 #include <linux/dma-buf.h>
+#include <linux/dma-buf-mapping.h>
+#include <linux/dma-mapping.h>
 #include <linux/mm_types.h>
 #include <linux/pci.h>
 #include <linux/ratelimit_types.h>
@@ -23,6 +26,23 @@ void bl_vma_set_io(struct vm_area_struct *vma, bool write_combining);
 bool bl_write_combining_is_real(void);
 vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
 			 unsigned long pfn, unsigned long pages);
+
+void bl_init_completed(struct completion *completion);
+void bl_reinit_completion(struct completion *completion);
+struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar);
+bool bl_uses_dma_iommu(struct device *dev);
+bool bl_iova_try_alloc(struct device *dev, struct dma_iova_state *state,
+		       size_t size);
+void bl_iova_free(struct device *dev, struct dma_iova_state *state);
+int bl_iova_link(struct device *dev, struct dma_iova_state *state,
+		 phys_addr_t phys, size_t offset, size_t size,
+		 enum dma_data_direction direction);
+int bl_iova_sync(struct device *dev, struct dma_iova_state *state, size_t size);
+void bl_iova_destroy(struct device *dev, struct dma_iova_state *state,
+		     size_t linked, enum dma_data_direction direction);
+int bl_dma_mapping_error(struct device *dev, dma_addr_t address);
+void bl_sg_fill(struct scatterlist *entry, dma_addr_t address,
+		unsigned int length);
 
 /* symbols.rs, for symbols.c */
 int bl_rust_get_tph(struct dma_buf *dmabuf, bool extended, u16 *steering_tag,

@@ -13,6 +13,8 @@ mod symbols;
 pub(crate) mod debugfs_root;
 pub(crate) mod dma_buf;
 pub(crate) mod errno;
+pub(crate) mod idle;
+pub(crate) mod p2p;
 pub(crate) mod params;
 pub(crate) mod payload;
 pub(crate) mod ratelimit;

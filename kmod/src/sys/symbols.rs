@@ -24,9 +24,9 @@ unsafe extern "C" fn bl_rust_get_tph(
     from_result(|| {
         // SAFETY: By the caller.
         let dmabuf = unsafe { DmaBufRef::with_resv_held(dmabuf) };
-        let tph = dmabuf.under_resv::<Buffer>().copied();
-        let (tag, ph) = tph
-            .and_then(|tph| tph.get(extended))
+        let guarded = dmabuf.under_resv::<Buffer>();
+        let (tag, ph) = guarded
+            .and_then(|guarded| guarded.tph.get(extended))
             .ok_or(errno::EOPNOTSUPP)?;
         // SAFETY: By the caller.
         unsafe { steering_tag.write(tag) };

@@ -7,7 +7,7 @@
 //!
 //! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
-use super::{bindings, payload::UserPayload, vma::NewVma};
+use super::{bindings, p2p::Providers, payload::UserPayload, vma::NewVma};
 use crate::model::{access::Levels, ranges::Bar};
 use core::{
     cell::UnsafeCell,
@@ -60,7 +60,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     fn sriov() -> bool;
 
     /// A function is being bound; it is not open.
-    fn bind(function: &Function<'_>) -> Result<Arc<Self>>;
+    fn bind(function: &Function<'_>, providers: Arc<Providers>) -> Result<Arc<Self>>;
 
     /// The first fd of the device was opened.
     fn opened(device: &Device<'_, Self>);
@@ -246,7 +246,12 @@ impl Function<'_> {
 struct Layout<D> {
     core: Opaque<bindings::vfio_pci_core_device>,
     /// Initialized by `init`, dropped by `release`.
-    driver: UnsafeCell<MaybeUninit<Arc<D>>>,
+    driver: UnsafeCell<MaybeUninit<Bound<D>>>,
+}
+
+struct Bound<D> {
+    driver: Arc<D>,
+    providers: Arc<Providers>,
 }
 
 /// An open device, for the time of one operation.
@@ -293,6 +298,10 @@ impl<'a, D: Driver> Device<'a, D> {
 
     /// The driver's data.
     pub(crate) fn driver(&self) -> &'a Arc<D> {
+        &self.bound().driver
+    }
+
+    fn bound(&self) -> &'a Bound<D> {
         // SAFETY: Written by `init` before the device could be opened, and not again before
         // `release`.
         unsafe { (*self.layout.driver.get()).assume_init_ref() }
@@ -511,13 +520,14 @@ impl<D: Driver> Vtable<D> {
                 pdev: unsafe { to_pci_dev((*vdev).dev) },
                 _call: PhantomData,
             };
-            let driver = D::bind(&function)?;
+            let providers = Providers::new()?;
+            let driver = D::bind(&function, providers.clone())?;
             // SAFETY: `vdev` was zeroed and is being initialized.
             to_result(unsafe { bindings::vfio_pci_core_init_dev(vdev) })?;
             // SAFETY: Computes an address inside of the allocation.
             let slot = unsafe { (*layout).driver.get() };
             // SAFETY: Nobody else knows the device yet.
-            unsafe { (*slot).write(driver) };
+            unsafe { (*slot).write(Bound { driver, providers }) };
             Ok(0)
         })
     }
@@ -547,7 +557,10 @@ impl<D: Driver> Vtable<D> {
         // SAFETY: The device was enabled.
         unsafe { bindings::vfio_pci_core_finish_enable(core) };
         // SAFETY: The device is open during the call.
-        D::opened(&unsafe { Device::from_raw(vdev) });
+        let device = unsafe { Device::<D>::from_raw(vdev) };
+        // SAFETY: The function is bound until after the device is closed.
+        unsafe { device.bound().providers.fill(device.function().pdev) };
+        D::opened(&device);
         0
     }
 
@@ -556,7 +569,9 @@ impl<D: Driver> Vtable<D> {
     /// To be called by the vfio core only, as `vfio_device_ops.close_device` of a device of `D`.
     unsafe extern "C" fn close_device(vdev: *mut bindings::vfio_device) {
         // SAFETY: The device is open until the core closes it below.
-        D::closing(&unsafe { Device::from_raw(vdev) });
+        let device = unsafe { Device::<D>::from_raw(vdev) };
+        D::closing(&device);
+        device.bound().providers.clear();
         // SAFETY: The device is open.
         unsafe { bindings::vfio_pci_core_close_device(vdev) };
     }
@@ -668,12 +683,12 @@ impl<D: Driver> Vtable<D> {
         // after `remove`.
         let layout = unsafe { &*layout.cast::<Layout<D>>() };
         // SAFETY: `probe` stores initialized devices only.
-        let driver = unsafe { (*layout.driver.get()).assume_init_ref() };
+        let bound = unsafe { (*layout.driver.get()).assume_init_ref() };
         let function = Function {
             pdev,
             _call: PhantomData,
         };
-        f(driver, &function);
+        f(&bound.driver, &function);
     }
 
     /// # Safety

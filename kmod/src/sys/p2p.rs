@@ -1,0 +1,431 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Peer-to-peer DMA: the device memory of one function, mapped for another device.
+//!
+//! The stock helper `dma_buf_phys_vec_to_sgt()` maps one range well. Of several ranges it links each
+//! at offset 0 of the IOVA (Linux 7.2 and 7.3-rc7: `EADDRINUSE` from the second on), so those are
+//! mapped here. How a pair of devices reaches each other only the stock helper can tell (its
+//! `pci_p2pdma_map_type()` is not exported): one page is mapped by it, once an attachment, and the
+//! address that comes out says which way it is.
+//!
+//! C headers: [`include/linux/pci-p2pdma.h`](srctree/include/linux/pci-p2pdma.h),
+//! [`include/linux/dma-buf-mapping.h`](srctree/include/linux/dma-buf-mapping.h)
+
+use super::{bindings, errno, rwsem::ReadGuard, rwsem::RwSem};
+use core::ptr::NonNull;
+use kernel::{
+    error::{from_err_ptr, to_result},
+    prelude::*,
+    sync::Arc,
+};
+
+const BARS: usize = bindings::PCI_STD_NUM_BARS as usize;
+const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
+/// Most bytes of one entry of a scatter table, whose lengths are `unsigned int`.
+const MAX_ENTRY: usize = u32::MAX as usize & !(PAGE_SIZE - 1);
+const MMIO: usize = bindings::DMA_ATTR_MMIO as usize;
+
+struct Provider(NonNull<bindings::p2pdma_provider>);
+
+// SAFETY: A provider may be used from any thread.
+unsafe impl Send for Provider {}
+// SAFETY: A provider may be used from any thread; nobody writes to it.
+unsafe impl Sync for Provider {}
+
+/// The P2P providers of the BARs of a function, while the device is open.
+///
+/// # Invariants
+///
+/// What is in it is valid: it is filled when the device is opened and emptied before it is closed,
+/// and providers live until the function is unbound.
+#[pin_data]
+pub(crate) struct Providers {
+    #[pin]
+    bars: RwSem<[Option<Provider>; BARS]>,
+}
+
+impl Providers {
+    /// None.
+    pub(super) fn new() -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                bars <- RwSem::new([const { None }; BARS]),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// # Safety
+    ///
+    /// The function must be bound, and stay so until `clear` is called.
+    pub(super) unsafe fn fill(&self, pdev: *mut bindings::pci_dev) {
+        for (index, slot) in self.bars.write().iter_mut().enumerate() {
+            // SAFETY: `pdev` is valid by the caller.
+            let provider = unsafe { bindings::bl_p2p_provider(pdev, index as c_int) };
+            // INVARIANT: The caller promises that it stays valid until `clear`.
+            *slot = NonNull::new(provider).map(Provider);
+        }
+    }
+
+    /// Waits for mappings that are being made, and makes all others impossible.
+    pub(super) fn clear(&self) {
+        *self.bars.write() = [const { None }; BARS];
+    }
+
+    /// The provider of a BAR; `EOPNOTSUPP` where kernel or device has none. While it is held the
+    /// device is not closed: not for long.
+    pub(crate) fn get(&self, bar: u32) -> Result<BarProvider<'_>> {
+        let bars = self.bars.read();
+        let bar = bar as usize;
+        if bars.get(bar).is_some_and(Option::is_some) {
+            Ok(BarProvider { bars, bar })
+        } else {
+            Err(errno::EOPNOTSUPP.into())
+        }
+    }
+}
+
+/// The provider of one BAR.
+pub(crate) struct BarProvider<'a> {
+    bars: ReadGuard<'a, [Option<Provider>; BARS]>,
+    bar: usize,
+}
+
+impl BarProvider<'_> {
+    fn get(&self) -> Result<NonNull<bindings::p2pdma_provider>> {
+        match self.bars.get(self.bar) {
+            Some(Some(provider)) => Ok(provider.0),
+            _ => Err(errno::EOPNOTSUPP.into()),
+        }
+    }
+}
+
+/// Contiguous device memory, in bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Run {
+    /// Physical address.
+    pub(crate) address: u64,
+    /// Length, not 0.
+    pub(crate) length: u64,
+}
+
+/// How an importer reaches the function.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Route {
+    /// By the addresses of the bus: a switch between them routes.
+    Bus,
+    /// By an I/O virtual address.
+    Iova,
+    /// By addresses that the DMA API makes of physical ones, a run at a time.
+    Direct,
+}
+
+/// What is remembered of one attachment; in its `priv`.
+#[derive(Default)]
+pub(super) struct AttachmentState {
+    route: Option<Route>,
+}
+
+/// One importer that maps or unmaps, with the reservation lock held.
+pub(crate) struct Importer<'a> {
+    attachment: *mut bindings::dma_buf_attachment,
+    state: &'a mut AttachmentState,
+    direction: bindings::dma_data_direction,
+}
+
+/// A mapping for an importer, as the dma-buf core passes it around.
+pub(crate) struct Mapped(pub(super) *mut bindings::sg_table);
+
+/// The scatter table of a mapping of several runs, and what it takes to undo it.
+#[repr(C)]
+struct Table {
+    /// First, so that a pointer to it is one to the whole.
+    entries: bindings::sg_table,
+    iova: bindings::dma_iova_state,
+    route: Route,
+    size: usize,
+}
+
+impl<'a> Importer<'a> {
+    /// # Safety
+    ///
+    /// `attachment` must be valid, its reservation lock held, and its state in `priv`, for `'a`.
+    pub(super) unsafe fn from_raw(
+        attachment: *mut bindings::dma_buf_attachment,
+        direction: bindings::dma_data_direction,
+    ) -> Self {
+        // SAFETY: By the caller.
+        let state = unsafe { (*attachment).priv_ }.cast::<AttachmentState>();
+        Self {
+            attachment,
+            // SAFETY: By the caller; the reservation lock makes the access exclusive.
+            state: unsafe { &mut *state },
+            direction,
+        }
+    }
+
+    fn device(&self) -> *mut bindings::device {
+        // SAFETY: The attachment is valid.
+        unsafe { (*self.attachment).dev }
+    }
+
+    /// Maps `runs`, of `size` bytes in all.
+    pub(crate) fn map(
+        &mut self,
+        provider: &BarProvider<'_>,
+        runs: impl Iterator<Item = Run> + Clone,
+        size: u64,
+    ) -> Result<Mapped> {
+        let size = usize::try_from(size).map_err(|_| EINVAL)?;
+        let provider = provider.get()?;
+        let mut rest = runs.clone();
+        let first = rest.next().ok_or(EINVAL)?;
+        if rest.next().is_none() {
+            return self.map_stock(provider, first).map(Mapped);
+        }
+        let route = match self.state.route {
+            Some(route) => route,
+            None => self.find_route(provider, first.address)?,
+        };
+        self.state.route = Some(route);
+        self.map_runs(provider, route, runs, size)
+    }
+
+    /// Undoes `map` of the same runs.
+    pub(crate) fn unmap(&mut self, mapped: Mapped, mut runs: impl Iterator<Item = Run> + Clone) {
+        let mut rest = runs.clone();
+        rest.next();
+        if rest.next().is_none() {
+            self.unmap_stock(mapped.0);
+            return;
+        }
+        // SAFETY: A mapping of several runs was made by `map_runs`, which leaked the table.
+        let mut table = unsafe { KBox::from_raw(mapped.0.cast::<Table>()) };
+        self.undo(&mut table, &mut runs, usize::MAX);
+    }
+
+    /// Maps one run by the stock helper.
+    fn map_stock(
+        &self,
+        provider: NonNull<bindings::p2pdma_provider>,
+        run: Run,
+    ) -> Result<*mut bindings::sg_table> {
+        let length = run.length as usize;
+        let mut vector = bindings::phys_vec {
+            paddr: run.address,
+            len: length,
+        };
+        // SAFETY: The attachment and the provider are valid, and the reservation lock is held.
+        from_err_ptr(unsafe {
+            bindings::dma_buf_phys_vec_to_sgt(
+                self.attachment,
+                provider.as_ptr(),
+                &mut vector,
+                1,
+                length,
+                self.direction,
+            )
+        })
+    }
+
+    fn unmap_stock(&self, entries: *mut bindings::sg_table) {
+        // The helper sets `orig_nents` to 0, to say that there are no pages, and then frees as many
+        // entries as that says: none.
+        // SAFETY: The table is valid and of the stock helper, which made as many entries as it has.
+        unsafe { (*entries).orig_nents = (*entries).nents };
+        // SAFETY: The mapping was made by the stock helper for this attachment and direction, and
+        // the reservation lock is held.
+        unsafe { bindings::dma_buf_free_sgt(self.attachment, entries, self.direction) };
+    }
+
+    /// Maps a page to see how the importer reaches the provider.
+    fn find_route(
+        &self,
+        provider: NonNull<bindings::p2pdma_provider>,
+        address: u64,
+    ) -> Result<Route> {
+        let page = Run {
+            address,
+            length: PAGE_SIZE as u64,
+        };
+        let entries = self.map_stock(provider, page)?;
+        // SAFETY: The table has an entry.
+        let mapped = unsafe { (*(*entries).sgl).dma_address };
+        self.unmap_stock(entries);
+        // SAFETY: The provider is valid.
+        let bus_offset = unsafe { provider.as_ref().bus_offset };
+        // SAFETY: The device of an attachment is valid.
+        let translated = unsafe { bindings::bl_uses_dma_iommu(self.device()) };
+        // An IOVA is never an address of the bus: the windows of host bridges are reserved.
+        let is_bus_address = mapped == address.wrapping_add(bus_offset);
+        Ok(match (translated, is_bus_address) {
+            (true, false) => Route::Iova,
+            (true, true) => Route::Bus,
+            // Without translation and without an offset both addresses are the same, and the DMA
+            // API makes it.
+            (false, true) if bus_offset != 0 => Route::Bus,
+            (false, _) => Route::Direct,
+        })
+    }
+
+    fn map_runs(
+        &self,
+        provider: NonNull<bindings::p2pdma_provider>,
+        route: Route,
+        runs: impl Iterator<Item = Run> + Clone,
+        size: usize,
+    ) -> Result<Mapped> {
+        let device = self.device();
+        let mut table = KBox::new(
+            Table {
+                entries: bindings::sg_table::default(),
+                iova: bindings::dma_iova_state::default(),
+                route,
+                size,
+            },
+            GFP_KERNEL,
+        )?;
+        if route == Route::Iova {
+            // SAFETY: The device is valid and the state is zeroed.
+            let found = unsafe { bindings::bl_iova_try_alloc(device, &mut table.iova, size) };
+            if !found {
+                table.route = Route::Direct;
+            }
+        }
+        let count = if table.route == Route::Iova {
+            size.div_ceil(MAX_ENTRY)
+        } else {
+            runs.clone()
+                .map(|run| (run.length as usize).div_ceil(MAX_ENTRY))
+                .sum()
+        };
+        if let Err(error) = allocate(&mut table.entries, count) {
+            if table.route == Route::Iova {
+                // SAFETY: The state was allocated and nothing is linked.
+                unsafe { bindings::bl_iova_free(device, &mut table.iova) };
+            }
+            return Err(error);
+        }
+        if let Err((error, done)) = self.link(provider, &mut table, runs.clone()) {
+            self.undo(&mut table, &mut runs.clone(), done);
+            return Err(error);
+        }
+        let table = KBox::into_raw(table);
+        Ok(Mapped(table.cast()))
+    }
+
+    /// Fills in the entries. On error also how many runs were linked.
+    fn link(
+        &self,
+        provider: NonNull<bindings::p2pdma_provider>,
+        table: &mut Table,
+        runs: impl Iterator<Item = Run>,
+    ) -> core::result::Result<(), (Error, usize)> {
+        let device = self.device();
+        let mut entry = table.entries.sgl;
+        let mut offset = 0;
+        for (done, run) in runs.enumerate() {
+            let length = run.length as usize;
+            match table.route {
+                Route::Iova => {
+                    // SAFETY: The device is valid, and the state was allocated for the size of all
+                    // runs, of which this is the next.
+                    let result = unsafe {
+                        bindings::bl_iova_link(
+                            device,
+                            &mut table.iova,
+                            run.address,
+                            offset,
+                            length,
+                            self.direction,
+                        )
+                    };
+                    to_result(result).map_err(|error| (error, done))?;
+                    offset += length;
+                }
+                Route::Bus => {
+                    // SAFETY: The provider is valid.
+                    let bus_offset = unsafe { provider.as_ref().bus_offset };
+                    entry = fill(entry, run.address.wrapping_add(bus_offset), length);
+                }
+                Route::Direct => {
+                    // SAFETY: The device is valid, and the run is device memory.
+                    let address = unsafe {
+                        bindings::dma_map_phys(device, run.address, length, self.direction, MMIO)
+                    };
+                    // SAFETY: The device is valid.
+                    let result = unsafe { bindings::bl_dma_mapping_error(device, address) };
+                    to_result(result).map_err(|error| (error, done))?;
+                    entry = fill(entry, address, length);
+                }
+            }
+        }
+        if table.route == Route::Iova {
+            // SAFETY: All runs are linked.
+            let result = unsafe { bindings::bl_iova_sync(device, &mut table.iova, offset) };
+            to_result(result).map_err(|error| (error, usize::MAX))?;
+            fill(entry, table.iova.addr, offset);
+        }
+        // Says that there are no pages behind the entries; `undo` frees `nents` of them.
+        table.entries.orig_nents = 0;
+        Ok(())
+    }
+
+    /// Undoes `link` of the first `done` runs, and the allocation of the entries.
+    fn undo(&self, table: &mut Table, runs: &mut (impl Iterator<Item = Run> + Clone), done: usize) {
+        let device = self.device();
+        match table.route {
+            Route::Bus => {}
+            Route::Iova => {
+                let linked = runs.take(done).map(|run| run.length as usize).sum();
+                // SAFETY: So much was linked, from the beginning.
+                unsafe {
+                    bindings::bl_iova_destroy(device, &mut table.iova, linked, self.direction)
+                };
+            }
+            Route::Direct => {
+                let mut entry = table.entries.sgl;
+                for run in runs.take(done) {
+                    // SAFETY: The entry is the first of this run.
+                    let address = unsafe { (*entry).dma_address };
+                    let length = run.length as usize;
+                    // SAFETY: The run was mapped to this address.
+                    unsafe {
+                        bindings::dma_unmap_phys(device, address, length, self.direction, MMIO)
+                    };
+                    for _ in 0..length.div_ceil(MAX_ENTRY) {
+                        // SAFETY: There is an entry for each piece of each run.
+                        entry = unsafe { bindings::sg_next(entry) };
+                    }
+                }
+            }
+        }
+        table.entries.orig_nents = table.entries.nents;
+        // SAFETY: The table was allocated with so many entries.
+        unsafe { bindings::sg_free_table(&mut table.entries) };
+    }
+}
+
+fn allocate(entries: &mut bindings::sg_table, count: usize) -> Result {
+    let count = u32::try_from(count).map_err(|_| EINVAL)?;
+    // SAFETY: The table is zeroed.
+    to_result(unsafe { bindings::sg_alloc_table(entries, count, bindings::GFP_KERNEL) })
+}
+
+/// Fills in as many entries as `length` bytes from `address` on take. The entry after them.
+fn fill(
+    mut entry: *mut bindings::scatterlist,
+    mut address: u64,
+    mut length: usize,
+) -> *mut bindings::scatterlist {
+    while length != 0 {
+        let piece = length.min(MAX_ENTRY);
+        // SAFETY: There is an entry for each piece of each run.
+        unsafe { bindings::bl_sg_fill(entry, address, piece as u32) };
+        address += piece as u64;
+        length -= piece;
+        // SAFETY: As above; null after the last.
+        entry = unsafe { bindings::sg_next(entry) };
+    }
+    entry
+}
