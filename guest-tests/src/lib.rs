@@ -1,1 +1,33 @@
-//! TBD
+//! What the guest tests share: raw calls of the contract, and what is needed to look at their effects.
+//!
+//! Nothing here goes through the library `barlease`: a contract test sees what the kernel answers, not
+//! what the library makes of it. All `unsafe` of the tests is here.
+//!
+//! - [`pci`]: functions, drivers, resets, through sysfs;
+//! - [`vfio`]: groups, devices and their ioctls;
+//! - [`lease`]: the features of the contract;
+//! - [`map`]: mappings, and touching them without dying of it;
+//! - [`process`]: child processes;
+//! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
+//! - [`errno`]: error numbers with their names.
+
+// What a test looks at are bare system calls and memory that a kernel takes away: what is not safe about them is
+// in these modules, so that no test needs `unsafe`.
+pub mod errno;
+#[expect(unsafe_code, reason = "ioctls and fds by number")]
+pub mod lease;
+#[expect(unsafe_code, reason = "mmap, touches, the SIGBUS handler")]
+pub mod map;
+#[expect(unsafe_code, reason = "getrusage")]
+pub mod observe;
+#[expect(unsafe_code, reason = "delete_module")]
+pub mod pci;
+#[expect(unsafe_code, reason = "fork, SCM_RIGHTS")]
+pub mod process;
+#[expect(unsafe_code, reason = "ioctls")]
+pub mod vfio;
+
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
+/// Bytes of a page-table entry of one level above pages.
+pub const HUGE: u64 = 2 << 20;

@@ -1,0 +1,439 @@
+//! Mappings, and touching them without dying of it.
+
+use std::{
+    arch::global_asm,
+    io, mem,
+    os::fd::{AsFd, AsRawFd},
+    ptr,
+    sync::Once,
+};
+
+use crate::{
+    PAGE,
+    errno::{Answer, Errno},
+};
+
+/// Read-only.
+pub const READ: i32 = libc::PROT_READ;
+/// Read and write.
+pub const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// A touch ended in SIGBUS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sigbus;
+
+/// Memory of this process that is a mapping; unmapped when dropped, unless it was moved or unmapped
+/// before.
+#[derive(Debug)]
+pub struct Map {
+    address: usize,
+    len: usize,
+    /// What is left of it: address and length.
+    parts: Vec<(usize, usize)>,
+}
+
+/// How to map.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    protection: i32,
+    flags: i32,
+    align: u64,
+    skew: u64,
+}
+
+impl How {
+    /// Shared, to read and write, anywhere.
+    #[must_use]
+    pub fn shared() -> Self {
+        Self {
+            protection: READ_WRITE,
+            flags: libc::MAP_SHARED,
+            align: PAGE,
+            skew: 0,
+        }
+    }
+
+    /// `MAP_PRIVATE`.
+    #[must_use]
+    pub fn private(mut self) -> Self {
+        self.flags = libc::MAP_PRIVATE;
+        self
+    }
+
+    /// With this protection.
+    #[must_use]
+    pub fn protection(mut self, protection: i32) -> Self {
+        self.protection = protection;
+        self
+    }
+
+    /// At a multiple of `align`, which is a power of two.
+    #[must_use]
+    pub fn align(mut self, align: u64) -> Self {
+        self.align = align;
+        self
+    }
+
+    /// So many bytes behind a multiple of the alignment.
+    #[must_use]
+    pub fn skew(mut self, skew: u64) -> Self {
+        self.skew = skew;
+        self
+    }
+
+    /// Maps `len` bytes from `offset` of a file on.
+    ///
+    /// # Errors
+    ///
+    /// That of mmap.
+    pub fn map(self, fd: impl AsFd, offset: u64, len: u64) -> Answer<Map> {
+        install();
+        let wanted = if self.align == PAGE && self.skew == 0 {
+            0
+        } else {
+            hole(len + self.align + self.skew, self.align) + self.skew as usize
+        };
+        let fixed = if wanted == 0 {
+            0
+        } else {
+            libc::MAP_FIXED_NOREPLACE
+        };
+        // SAFETY: A new mapping replaces nothing.
+        let address = unsafe {
+            libc::mmap(
+                ptr::without_provenance_mut(wanted),
+                len as usize,
+                self.protection,
+                self.flags | fixed,
+                fd.as_fd().as_raw_fd(),
+                offset as libc::off_t,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(Map::at(address.addr(), len as usize))
+    }
+}
+
+/// An aligned address with nothing mapped behind it for `len` bytes less the alignment.
+fn hole(len: u64, align: u64) -> usize {
+    let len = len as usize;
+    // SAFETY: A new mapping replaces nothing.
+    let address = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            len,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+    // SAFETY: Just mapped, and known to nobody.
+    unsafe { libc::munmap(address, len) };
+    address.addr().next_multiple_of(align as usize)
+}
+
+impl Map {
+    fn at(address: usize, len: usize) -> Self {
+        Self {
+            address,
+            len,
+            parts: vec![(address, len)],
+        }
+    }
+
+    /// Maps a whole buffer, shared, to read and write.
+    ///
+    /// # Errors
+    ///
+    /// That of mmap.
+    pub fn new(fd: impl AsFd, len: u64) -> Answer<Self> {
+        How::shared().map(fd, 0, len)
+    }
+
+    /// Anonymous memory, to compare with.
+    ///
+    /// # Panics
+    ///
+    /// When there is none.
+    #[must_use]
+    pub fn anonymous(len: u64) -> Self {
+        install();
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: A new mapping replaces nothing.
+        let address =
+            unsafe { libc::mmap(ptr::null_mut(), len as usize, READ_WRITE, flags, -1, 0) };
+        assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+        Self::at(address.addr(), len as usize)
+    }
+
+    /// Its first address.
+    #[must_use]
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Whether it has no bytes; never.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn byte(&self, offset: u64) -> usize {
+        assert!(offset + 4 <= self.len as u64 && offset % 4 == 0);
+        self.address + offset as usize
+    }
+
+    /// Loads four bytes.
+    ///
+    /// # Errors
+    ///
+    /// When that gives SIGBUS.
+    pub fn read(&self, offset: u64) -> Result<u32, Sigbus> {
+        let mut value = 0;
+        // SAFETY: Four bytes of a mapping of this process, in device memory; a SIGBUS is caught.
+        let code = unsafe { barlease_touch_read(self.byte(offset), &mut value) };
+        caught(code).map(|()| value)
+    }
+
+    /// Stores four bytes.
+    ///
+    /// # Errors
+    ///
+    /// When that gives SIGBUS.
+    pub fn write(&self, offset: u64, value: u32) -> Result<(), Sigbus> {
+        // SAFETY: Four bytes of a mapping of this process that no reference leads to; a SIGBUS is
+        // caught.
+        caught(unsafe { barlease_touch_write(self.byte(offset), value) })
+    }
+
+    /// Loads four bytes of each page.
+    ///
+    /// # Errors
+    ///
+    /// When one of them gives SIGBUS.
+    pub fn touch_all(&self) -> Result<(), Sigbus> {
+        self.touch(0, self.len as u64)
+    }
+
+    /// Loads four bytes of each page of a part.
+    ///
+    /// # Errors
+    ///
+    /// When one of them gives SIGBUS.
+    pub fn touch(&self, offset: u64, len: u64) -> Result<(), Sigbus> {
+        for at in (offset..offset + len).step_by(PAGE as usize) {
+            self.read(at)?;
+        }
+        Ok(())
+    }
+
+    /// Loads four bytes and dies of SIGBUS if they cannot be had: for children.
+    #[must_use]
+    pub fn read_unprotected(&self, offset: u64) -> u32 {
+        let address = ptr::with_exposed_provenance::<u32>(self.byte(offset));
+        // SAFETY: Four aligned bytes of a mapping of this process.
+        unsafe { address.read_volatile() }
+    }
+
+    /// Unmaps a part.
+    ///
+    /// # Panics
+    ///
+    /// When the kernel refuses.
+    pub fn unmap(&mut self, offset: u64, len: u64) {
+        let (from, to) = (self.address + offset as usize, (offset + len) as usize);
+        let to = self.address + to;
+        // SAFETY: A part of our mapping, which no reference leads to.
+        let result = unsafe { libc::munmap(ptr::with_exposed_provenance_mut(from), len as usize) };
+        assert_eq!(result, 0, "munmap: {}", io::Error::last_os_error());
+        let left = self.parts.iter().flat_map(|&(start, len)| {
+            let end = start + len;
+            [(start, end.min(from)), (start.max(to), end)]
+        });
+        self.parts = left
+            .filter(|(start, end)| start < end)
+            .map(|(start, end)| (start, end - start))
+            .collect();
+    }
+
+    /// Changes the protection of a part.
+    ///
+    /// # Errors
+    ///
+    /// That of mprotect.
+    pub fn protect(&self, offset: u64, len: u64, protection: i32) -> Answer<()> {
+        let address = ptr::with_exposed_provenance_mut(self.address + offset as usize);
+        // SAFETY: A part of our mapping; nothing but touches reads or writes it.
+        let result = unsafe { libc::mprotect(address, len as usize, protection) };
+        crate::errno::answer(result).map(drop)
+    }
+
+    /// Moves it elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// That of mremap; it is where it was then.
+    pub fn moved(mut self) -> Result<Self, (Self, Errno)> {
+        let wanted = hole(self.len as u64 + PAGE, PAGE);
+        // SAFETY: Our mapping, moved to where nothing is.
+        let address = unsafe {
+            libc::mremap(
+                ptr::with_exposed_provenance_mut(self.address),
+                self.len,
+                self.len,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                ptr::without_provenance_mut::<u8>(wanted),
+            )
+        };
+        if address == libc::MAP_FAILED {
+            let error = Errno::last();
+            return Err((self, error));
+        }
+        self.parts.clear();
+        Ok(Self::at(address.addr(), self.len))
+    }
+
+    /// Makes it longer, in place or elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// That of mremap; it is as it was then.
+    pub fn grow(&self, len: u64) -> Answer<()> {
+        let address = ptr::with_exposed_provenance_mut(self.address);
+        // SAFETY: Our mapping; where it worked, a test has failed and what is behind is lost.
+        let address =
+            unsafe { libc::mremap(address, self.len, len as usize, libc::MREMAP_MAYMOVE) };
+        if address == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        for &(address, len) in &self.parts {
+            // SAFETY: Ours, and no reference leads to it.
+            unsafe { libc::munmap(ptr::with_exposed_provenance_mut(address), len) };
+        }
+    }
+}
+
+/// A page with none behind it.
+pub(crate) struct Edge(Map);
+
+impl Edge {
+    pub(crate) fn new() -> Self {
+        let mut map = Map::anonymous(2 * PAGE);
+        map.unmap(PAGE, PAGE);
+        Self(map)
+    }
+
+    /// Puts bytes so that the page ends with them; says where.
+    pub(crate) fn put(&self, bytes: &[u8]) -> *mut u8 {
+        assert!(bytes.len() as u64 <= PAGE);
+        let address = self.0.address + PAGE as usize - bytes.len();
+        let place = ptr::with_exposed_provenance_mut::<u8>(address);
+        // SAFETY: The page is ours, and the bytes fit.
+        unsafe { place.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        place
+    }
+}
+
+// One load or store each, at a known address, so that the handler can tell them from any other
+// instruction and go on behind them.
+global_asm!(
+    ".text",
+    ".p2align 4",
+    ".globl barlease_touch_read",
+    "barlease_touch_read:",
+    "mov eax, dword ptr [rdi]",
+    "mov dword ptr [rsi], eax",
+    "xor eax, eax",
+    "ret",
+    ".p2align 4",
+    ".globl barlease_touch_write",
+    "barlease_touch_write:",
+    "mov dword ptr [rdi], esi",
+    "xor eax, eax",
+    "ret",
+    ".p2align 4",
+    ".globl barlease_touch_fault",
+    "barlease_touch_fault:",
+    "ret",
+);
+
+unsafe extern "C" {
+    /// Loads from `address` into `value`: 0, or the code of the SIGBUS.
+    fn barlease_touch_read(address: usize, value: &mut u32) -> i32;
+    /// Stores `value` to `address`: 0, or the code of the SIGBUS.
+    fn barlease_touch_write(address: usize, value: u32) -> i32;
+    /// Where the handler goes on, with the code in `eax`.
+    fn barlease_touch_fault();
+}
+
+fn caught(code: i32) -> Result<(), Sigbus> {
+    match code {
+        0 => Ok(()),
+        code => {
+            assert_eq!(code, libc::BUS_ADRERR, "the code of the SIGBUS");
+            Err(Sigbus)
+        }
+    }
+}
+
+static INSTALLED: Once = Once::new();
+static mut PREVIOUS: mem::MaybeUninit<libc::sigaction> = mem::MaybeUninit::uninit();
+
+/// Installs the handler. What is not a touch of ours goes to the handler that was there before.
+fn install() {
+    INSTALLED.call_once(|| {
+        // SAFETY: All zeroes is a valid action.
+        let mut action: libc::sigaction = unsafe { mem::zeroed() };
+        action.sa_sigaction = on_sigbus as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
+        let previous = (&raw mut PREVIOUS).cast();
+        // SAFETY: The handler follows the rules of signal handlers; `PREVIOUS` is written once.
+        let result = unsafe { libc::sigaction(libc::SIGBUS, &action, previous) };
+        assert_eq!(result, 0);
+    });
+}
+
+extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let context_of_thread = context.cast::<libc::ucontext_t>();
+    // SAFETY: The kernel passes a context, valid during the handler.
+    let registers = unsafe { &mut (*context_of_thread).uc_mcontext.gregs };
+    let touches: [usize; 2] = [
+        barlease_touch_read as *const () as usize,
+        barlease_touch_write as *const () as usize,
+    ];
+    if touches.contains(&(registers[libc::REG_RIP as usize] as usize)) {
+        // SAFETY: The kernel passes the information, valid during the handler.
+        let code = unsafe { (*info).si_code };
+        registers[libc::REG_RAX as usize] = i64::from(code);
+        registers[libc::REG_RIP as usize] = barlease_touch_fault as *const () as i64;
+        return;
+    }
+    let previous = (&raw const PREVIOUS).cast::<libc::sigaction>();
+    // SAFETY: Written when this handler was installed.
+    let previous = unsafe { previous.read() };
+    if previous.sa_sigaction == libc::SIG_DFL || previous.sa_sigaction == libc::SIG_IGN {
+        // SAFETY: The default action; the instruction is repeated, and the process ends.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        return;
+    }
+    type Handler = extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void);
+    // SAFETY: A handler that was installed; std installs its own with three arguments.
+    let handler: Handler = unsafe { mem::transmute(previous.sa_sigaction) };
+    handler(signal, info, context);
+}

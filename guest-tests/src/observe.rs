@@ -1,0 +1,173 @@
+//! What the kernel says of itself: debugfs, `/proc/PID/maps`, page faults.
+
+use std::{
+    cell::RefCell,
+    fs::{self, File},
+    io::{Read, Write},
+    mem,
+    os::fd::AsFd,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::pci::Function;
+
+/// Writes the name of the test that runs into the kernel's log, once a test.
+pub fn mark_test() {
+    thread_local! {
+        static MARKED: RefCell<bool> = const { RefCell::new(false) };
+    }
+    // Each test has a thread of its own, named after it.
+    if !MARKED.replace(true) {
+        let thread = thread::current();
+        mark(&format!("test {}", thread.name().unwrap_or("?")));
+    }
+}
+
+/// Writes a line into the kernel's log.
+pub fn mark(text: &str) {
+    let _ = barlease_lab::guest::mark(text);
+}
+
+/// A line of the `buffers` file, as its header has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Its columns.
+    pub columns: Vec<(String, String)>,
+}
+
+impl Line {
+    /// What is in a column.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such column.
+    #[must_use]
+    pub fn get(&self, column: &str) -> &str {
+        let found = self.columns.iter().find(|(name, _)| name == column);
+        match found {
+            Some((_, value)) => value,
+            None => panic!("no column {column}: {self:?}"),
+        }
+    }
+}
+
+/// The text of `/sys/kernel/debug/barlease/<BDF>/buffers`.
+///
+/// # Panics
+///
+/// When it is not there.
+#[must_use]
+pub fn buffers_text(function: &Function) -> String {
+    let path = format!("/sys/kernel/debug/barlease/{}/buffers", function.bdf);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The lines of the `buffers` file.
+///
+/// # Panics
+///
+/// When it is not there, or a line has other columns than the header.
+#[must_use]
+pub fn buffers(function: &Function) -> Vec<Line> {
+    let text = buffers_text(function);
+    let mut lines = text.lines();
+    let header: Vec<_> = lines
+        .next()
+        .expect("a header")
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect();
+    lines
+        .map(|line| {
+            let values: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
+            assert_eq!(values.len(), header.len(), "{line}");
+            Line {
+                columns: header.iter().cloned().zip(values).collect(),
+            }
+        })
+        .collect()
+}
+
+/// Waits until a function has so many buffers: the last reference to a file may be dropped a little
+/// after the call that gave it up.
+///
+/// # Panics
+///
+/// When that takes longer than two seconds.
+pub fn wait_for_buffers(function: &Function, number: usize) {
+    let end = Instant::now() + Duration::from_secs(2);
+    while buffers(function).len() != number {
+        assert!(Instant::now() < end, "{}", buffers_text(function));
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The line of `/proc/self/maps` of the mapping at an address.
+///
+/// # Panics
+///
+/// When there is none.
+#[must_use]
+pub fn maps_line(address: usize) -> String {
+    let maps = fs::read_to_string("/proc/self/maps").expect("maps");
+    let begins = format!("{address:x}-");
+    let line = maps.lines().find(|line| line.starts_with(&begins));
+    line.unwrap_or_else(|| panic!("no mapping begins at {address:x}"))
+        .to_owned()
+}
+
+/// Minor page faults of this thread.
+#[must_use]
+pub fn faults() -> i64 {
+    // SAFETY: All zeroes is valid.
+    let mut usage: libc::rusage = unsafe { mem::zeroed() };
+    // SAFETY: `usage` is valid for writes.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
+    usage.ru_minflt
+}
+
+/// The faults that `f` causes.
+pub fn faults_of(mut f: impl FnMut()) -> i64 {
+    let before = faults();
+    f();
+    faults() - before
+}
+
+/// KiB of page tables of this process.
+///
+/// # Panics
+///
+/// When `/proc` does not say.
+#[must_use]
+pub fn page_tables() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").expect("status");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPTE:"));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    number
+        .and_then(|number| number.parse().ok())
+        .expect("VmPTE")
+}
+
+/// Random bytes.
+///
+/// # Panics
+///
+/// When there are none.
+#[must_use]
+pub fn random() -> u64 {
+    let mut bytes = [0; 8];
+    let mut file = File::open("/dev/urandom").expect("random numbers");
+    file.read_exact(&mut bytes).expect("random numbers");
+    u64::from_ne_bytes(bytes)
+}
+
+/// Writes to an fd, through a file of std.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn write_fd(fd: impl AsFd, bytes: &[u8]) {
+    let mut file = File::from(crate::lease::duplicate(fd));
+    file.write_all(bytes).expect("write");
+}

@@ -1,0 +1,286 @@
+//! Child processes that run a function, and the link to them.
+
+use std::{
+    any::Any,
+    fs::File,
+    io::{self, Read, Write},
+    mem,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
+    panic::{self, AssertUnwindSafe},
+};
+
+/// A child process. Killed when dropped before it was joined.
+#[derive(Debug)]
+pub struct Child {
+    pid: libc::pid_t,
+    /// The way to it.
+    pub link: Link,
+    report: File,
+    reaped: bool,
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// With this exit code.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+}
+
+impl Child {
+    /// A child that runs `body` and ends. It has the memory of this process and, of its fds, those
+    /// in `keep` only.
+    ///
+    /// # Panics
+    ///
+    /// When the system has no process left.
+    pub fn start(keep: &[BorrowedFd<'_>], body: impl FnOnce(&Link)) -> Self {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let (report, reporter) = pipe();
+        // SAFETY: The child runs `body` only, and never returns from here. Nothing of this process
+        // is locked by another thread: the tests start threads after their children.
+        let pid = unsafe { libc::fork() };
+        assert!(pid >= 0, "fork: {}", io::Error::last_os_error());
+        if pid == 0 {
+            let link = Link(theirs);
+            run_child(link, reporter, keep, body);
+        }
+        Self {
+            pid,
+            link: Link(ours),
+            report,
+            reaped: false,
+        }
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> i32 {
+        self.pid
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    ///
+    /// When it panicked, or was ended by a signal.
+    pub fn join(mut self) {
+        let end = self.wait();
+        let mut text = String::new();
+        let _ = self.report.read_to_string(&mut text);
+        assert_eq!(end, End::Code(0), "a child process failed: {text}");
+    }
+
+    /// Waits for its end, whatever it is.
+    ///
+    /// # Panics
+    ///
+    /// When it was waited for before.
+    pub fn wait(&mut self) -> End {
+        assert!(!self.reaped);
+        let mut status = 0;
+        // SAFETY: `status` is valid for writes.
+        let pid = unsafe { libc::waitpid(self.pid, &mut status, 0) };
+        assert_eq!(pid, self.pid);
+        self.reaped = true;
+        if libc::WIFSIGNALED(status) {
+            End::Signal(libc::WTERMSIG(status))
+        } else {
+            End::Code(libc::WEXITSTATUS(status))
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if !self.reaped {
+            // SAFETY: It was not waited for, so the id is still its own.
+            unsafe { libc::kill(self.pid, libc::SIGKILL) };
+            self.wait();
+        }
+    }
+}
+
+fn run_child(
+    link: Link,
+    mut reporter: File,
+    keep: &[BorrowedFd<'_>],
+    body: impl FnOnce(&Link),
+) -> ! {
+    // SAFETY: Only asks for a signal when the parent is gone.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    let mut kept: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
+    kept.extend([0, 1, 2, link.0.as_raw_fd(), reporter.as_raw_fd()]);
+    close_all_but(kept);
+    panic::set_hook(Box::new(|_| {}));
+    let code = match panic::catch_unwind(AssertUnwindSafe(|| body(&link))) {
+        Ok(()) => 0,
+        Err(payload) => {
+            let _ = reporter.write_all(message(payload.as_ref()).as_bytes());
+            101
+        }
+    };
+    // SAFETY: Ends the process; nothing of the parent's is flushed or dropped.
+    unsafe { libc::_exit(code) }
+}
+
+fn message(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| payload.downcast_ref::<&str>().copied())
+        .unwrap_or("a panic")
+}
+
+/// Closes what the parent's variables own: they are never dropped here.
+fn close_all_but(mut kept: Vec<RawFd>) {
+    kept.sort_unstable();
+    let mut first = 0;
+    for fd in kept.into_iter().chain([RawFd::MAX]) {
+        if fd > first {
+            // SAFETY: Nobody in this process uses these fds; see above.
+            unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) };
+        }
+        first = fd.saturating_add(1);
+    }
+}
+
+fn pipe() -> (File, File) {
+    let mut fds = [0; 2];
+    // SAFETY: `fds` is valid for writes of two fds.
+    let result = unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) };
+    assert_eq!(result, 0, "pipe: {}", io::Error::last_os_error());
+    // SAFETY: The fds are new and nobody else's.
+    let ends = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    let [read, write] = ends.map(File::from);
+    (read, write)
+}
+
+/// One end of the link between a child and its parent: numbers and fds, in order.
+#[derive(Debug)]
+pub struct Link(UnixStream);
+
+impl Link {
+    /// Sends a number.
+    ///
+    /// # Panics
+    ///
+    /// When the other side is gone.
+    pub fn send(&self, value: u64) {
+        (&self.0)
+            .write_all(&value.to_ne_bytes())
+            .expect("the other side listens");
+    }
+
+    /// Waits for a number.
+    ///
+    /// # Panics
+    ///
+    /// When the other side is gone.
+    #[must_use]
+    pub fn receive(&self) -> u64 {
+        let mut bytes = [0; 8];
+        (&self.0)
+            .read_exact(&mut bytes)
+            .expect("the other side says something");
+        u64::from_ne_bytes(bytes)
+    }
+
+    /// Waits for this number.
+    ///
+    /// # Panics
+    ///
+    /// When it is another one.
+    pub fn expect(&self, value: u64) {
+        assert_eq!(self.receive(), value);
+    }
+
+    /// Passes an fd (`SCM_RIGHTS`).
+    ///
+    /// # Panics
+    ///
+    /// When the other side is gone.
+    pub fn send_fd(&self, fd: impl AsFd) {
+        let fd = fd.as_fd().as_raw_fd();
+        let mut message = Message::new();
+        // SAFETY: The header is valid and its buffer has room for one fd.
+        let header = unsafe { libc::CMSG_FIRSTHDR(&message.header()) };
+        // SAFETY: As above.
+        let header = unsafe { &mut *header };
+        header.cmsg_level = libc::SOL_SOCKET;
+        header.cmsg_type = libc::SCM_RIGHTS;
+        header.cmsg_len = Message::LEN;
+        // SAFETY: The header is valid.
+        let data = unsafe { libc::CMSG_DATA(header) }.cast::<RawFd>();
+        // SAFETY: The data of the header has room for one fd.
+        unsafe { data.write_unaligned(fd) };
+        // SAFETY: The header is valid and leads to valid memory.
+        let sent = unsafe { libc::sendmsg(self.0.as_raw_fd(), &message.header(), 0) };
+        assert_eq!(sent, 1, "sendmsg: {}", io::Error::last_os_error());
+    }
+
+    /// Waits for an fd.
+    ///
+    /// # Panics
+    ///
+    /// When the other side is gone, or sends something else.
+    #[must_use]
+    pub fn receive_fd(&self) -> OwnedFd {
+        let mut message = Message::new();
+        let mut header = message.header();
+        // SAFETY: The header is valid and leads to valid memory.
+        let received =
+            unsafe { libc::recvmsg(self.0.as_raw_fd(), &mut header, libc::MSG_CMSG_CLOEXEC) };
+        assert_eq!(received, 1, "recvmsg: {}", io::Error::last_os_error());
+        // SAFETY: `recvmsg` filled the header in.
+        let control = unsafe { libc::CMSG_FIRSTHDR(&header) };
+        assert!(!control.is_null(), "no fd came");
+        // SAFETY: It is not null, so it is valid.
+        let data = unsafe { libc::CMSG_DATA(control) }.cast::<RawFd>();
+        // SAFETY: It holds one fd.
+        let fd = unsafe { data.read_unaligned() };
+        // SAFETY: The fd is new and nobody else's.
+        unsafe { OwnedFd::from_raw_fd(fd) }
+    }
+}
+
+/// A message of one byte and one fd.
+struct Message {
+    byte: u8,
+    part: libc::iovec,
+    control: [u64; 4],
+}
+
+impl Message {
+    // SAFETY: Computes a number.
+    const LEN: usize = unsafe { libc::CMSG_LEN(size_of::<RawFd>() as u32) } as usize;
+    // SAFETY: Computes a number.
+    const SPACE: usize = unsafe { libc::CMSG_SPACE(size_of::<RawFd>() as u32) } as usize;
+
+    fn new() -> Box<Self> {
+        // SAFETY: All zeroes is valid for an iovec.
+        let part = unsafe { mem::zeroed() };
+        Box::new(Self {
+            byte: 0,
+            part,
+            control: [0; 4],
+        })
+    }
+
+    fn header(&mut self) -> libc::msghdr {
+        const { assert!(Self::SPACE <= size_of::<[u64; 4]>()) };
+        self.part = libc::iovec {
+            iov_base: (&raw mut self.byte).cast(),
+            iov_len: 1,
+        };
+        // SAFETY: All zeroes is valid for a message header.
+        let mut header: libc::msghdr = unsafe { mem::zeroed() };
+        header.msg_iov = &raw mut self.part;
+        header.msg_iovlen = 1;
+        header.msg_control = self.control.as_mut_ptr().cast();
+        header.msg_controllen = Self::SPACE;
+        header
+    }
+}

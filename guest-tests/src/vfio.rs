@@ -1,0 +1,520 @@
+//! VFIO groups and devices, by raw ioctls (`linux/vfio.h`).
+
+use std::{
+    ffi::CString,
+    fs::{File, OpenOptions},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    sync::Arc,
+};
+
+use crate::{
+    errno::{Answer, Errno, answer},
+    observe,
+    pci::{BARLEASE, Function},
+};
+
+const fn ioctl_number(number: u64) -> u64 {
+    (b';' as u64) << 8 | (100 + number)
+}
+
+const SET_IOMMU: u64 = ioctl_number(2);
+const GROUP_SET_CONTAINER: u64 = ioctl_number(4);
+const GROUP_GET_DEVICE_FD: u64 = ioctl_number(6);
+const GET_INFO: u64 = ioctl_number(7);
+const GET_REGION_INFO: u64 = ioctl_number(8);
+const GET_IRQ_INFO: u64 = ioctl_number(9);
+const SET_IRQS: u64 = ioctl_number(10);
+const RESET: u64 = ioctl_number(11);
+const GET_HOT_RESET_INFO: u64 = ioctl_number(12);
+const HOT_RESET: u64 = ioctl_number(13);
+const FEATURE: u64 = ioctl_number(17);
+
+const TYPE1V2_IOMMU: usize = 3;
+
+/// `VFIO_DEVICE_FEATURE`: read.
+pub const GET: u32 = 1 << 16;
+/// `VFIO_DEVICE_FEATURE`: write.
+pub const SET: u32 = 1 << 17;
+/// `VFIO_DEVICE_FEATURE`: only ask.
+pub const PROBE: u32 = 1 << 18;
+
+/// Feature: enter low power.
+pub const LOW_POWER_ENTRY: u32 = 3;
+/// Feature: enter low power until something wakes the device.
+pub const LOW_POWER_ENTRY_WITH_WAKEUP: u32 = 4;
+/// Feature: leave low power.
+pub const LOW_POWER_EXIT: u32 = 5;
+
+/// Region index of config space.
+pub const CONFIG_REGION: u32 = 7;
+/// Region index of the option ROM.
+pub const ROM_REGION: u32 = 6;
+/// Region index of VGA memory.
+pub const VGA_REGION: u32 = 8;
+
+/// Index of the MSI-X interrupts.
+pub const MSIX_IRQ: u32 = 2;
+/// `vfio_irq_set`: no data.
+pub const IRQ_DATA_NONE: u32 = 1 << 0;
+/// `vfio_irq_set`: an eventfd an interrupt.
+pub const IRQ_DATA_EVENTFD: u32 = 1 << 2;
+/// `vfio_irq_set`: make it do the action.
+pub const IRQ_ACTION_TRIGGER: u32 = 1 << 5;
+
+/// COMMAND in config space.
+pub const COMMAND: u64 = 0x04;
+/// The memory bit of COMMAND.
+pub const COMMAND_MEMORY: u16 = 1 << 1;
+/// The bus-master bit of COMMAND.
+pub const COMMAND_MASTER: u16 = 1 << 2;
+/// The bit of COMMAND that disables INTx.
+pub const COMMAND_INTX_DISABLE: u16 = 1 << 10;
+
+/// An ioctl of a device or group on a structure whose first field is its size.
+fn ioctl_on(fd: BorrowedFd<'_>, number: u64, argument: &mut [u32]) -> Answer<i32> {
+    assert!(argument[0] as usize <= size_of_val(argument));
+    // SAFETY: The kernel writes at most `argsz` bytes, which `argument` has, and any number in it is
+    // valid.
+    answer(unsafe { libc::ioctl(fd.as_raw_fd(), number, argument.as_mut_ptr()) })
+}
+
+/// A group with its container.
+#[derive(Debug)]
+pub struct Group {
+    file: File,
+    _container: File,
+}
+
+impl Group {
+    /// Opens the group of a function.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work: the group is open elsewhere, or not viable.
+    #[must_use]
+    pub fn open(function: &Function) -> Arc<Self> {
+        observe::mark_test();
+        let open = |path: &str| OpenOptions::new().read(true).write(true).open(path);
+        let container = open("/dev/vfio/vfio").expect("open a container");
+        let path = format!("/dev/vfio/{}", function.group());
+        let file = open(&path).unwrap_or_else(|error| panic!("open {path}: {error}"));
+        let fd = container.as_raw_fd();
+        // SAFETY: The argument is a pointer to a valid fd.
+        let set = unsafe { libc::ioctl(file.as_raw_fd(), GROUP_SET_CONTAINER, &fd) };
+        answer(set).expect("set the container");
+        // SAFETY: The argument is a number.
+        let set = unsafe { libc::ioctl(fd, SET_IOMMU, TYPE1V2_IOMMU) };
+        answer(set).expect("set the IOMMU");
+        Arc::new(Self {
+            file,
+            _container: container,
+        })
+    }
+
+    /// Opens a device of the group.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn device(self: &Arc<Self>, function: &Function) -> Answer<Device> {
+        let name = CString::new(function.bdf.as_str()).expect("a name");
+        let fd = self.file.as_raw_fd();
+        // SAFETY: The argument is a C string.
+        let fd = answer(unsafe { libc::ioctl(fd, GROUP_GET_DEVICE_FD, name.as_ptr()) })?;
+        Ok(Device {
+            // SAFETY: The fd is new and nobody else's.
+            file: File::from(unsafe { OwnedFd::from_raw_fd(fd) }),
+            group: Arc::clone(self),
+            function: function.clone(),
+        })
+    }
+}
+
+impl AsFd for Group {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// An open device. Closed when dropped, unless something else holds it open.
+#[derive(Debug)]
+pub struct Device {
+    file: File,
+    group: Arc<Group>,
+    function: Function,
+}
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// What `VFIO_DEVICE_GET_REGION_INFO` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// `VFIO_REGION_INFO_FLAG_*`.
+    pub flags: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Where it is in the device fd.
+    pub offset: u64,
+    /// Capabilities: id, version, payload.
+    pub capabilities: Vec<(u16, u16, Vec<u8>)>,
+}
+
+/// A function of a reset set: group, segment, bus, devfn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResetMember {
+    /// Number of its group.
+    pub group: u32,
+    /// Bus and function.
+    pub bus: u8,
+    /// Device and function number.
+    pub devfn: u8,
+}
+
+impl Device {
+    /// Binds the machine's device `name` to our driver if it is not, and opens it.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    #[must_use]
+    pub fn open(name: &str) -> Self {
+        Self::open_with(name, BARLEASE)
+    }
+
+    /// Binds the machine's device `name` to `driver` if it is not, and opens it.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    #[must_use]
+    pub fn open_with(name: &str, driver: &str) -> Self {
+        let function = Function::named(name);
+        function.bind(driver);
+        Group::open(&function)
+            .device(&function)
+            .expect("open the device")
+    }
+
+    /// Its function.
+    #[must_use]
+    pub fn function(&self) -> &Function {
+        &self.function
+    }
+
+    /// Its group.
+    #[must_use]
+    pub fn group(&self) -> &Arc<Group> {
+        &self.group
+    }
+
+    /// Flags, number of regions and number of interrupt indexes.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn info(&self) -> Answer<(u32, u32, u32)> {
+        let mut info = [20, 0, 0, 0, 0];
+        ioctl_on(self.as_fd(), GET_INFO, &mut info)?;
+        Ok((info[1], info[2], info[3]))
+    }
+
+    /// What region `index` is.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn region_info(&self, index: u32) -> Answer<RegionInfo> {
+        const HEADER: usize = 32;
+        let mut info = [0; 256];
+        info[0] = HEADER as u32;
+        info[2] = index;
+        ioctl_on(self.as_fd(), GET_REGION_INFO, &mut info)?;
+        if info[0] as usize > HEADER {
+            let size = info[0];
+            info = [0; 256];
+            info[0] = size;
+            info[2] = index;
+            ioctl_on(self.as_fd(), GET_REGION_INFO, &mut info)?;
+        }
+        let bytes: Vec<u8> = info.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let long = |at: usize| u64::from(info[at]) | u64::from(info[at + 1]) << 32;
+        Ok(RegionInfo {
+            flags: info[1],
+            size: long(4),
+            offset: long(6),
+            capabilities: capabilities(&bytes[..info[0] as usize], info[3] as usize),
+        })
+    }
+
+    /// Flags and number of the interrupts of an index.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn irq_info(&self, index: u32) -> Answer<(u32, u32)> {
+        let mut info = [16, 0, index, 0];
+        ioctl_on(self.as_fd(), GET_IRQ_INFO, &mut info)?;
+        Ok((info[1], info[3]))
+    }
+
+    /// `VFIO_DEVICE_SET_IRQS` from interrupt 0 on.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn set_irqs(&self, index: u32, flags: u32, count: u32, data: &[i32]) -> Answer<()> {
+        let mut set = vec![20 + size_of_val(data) as u32, flags, index, 0, count];
+        set.extend(data.iter().map(|word| *word as u32));
+        ioctl_on(self.as_fd(), SET_IRQS, &mut set).map(drop)
+    }
+
+    /// `VFIO_DEVICE_RESET`.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn reset(&self) -> Answer<()> {
+        // SAFETY: The ioctl has no argument.
+        answer(unsafe { libc::ioctl(self.file.as_raw_fd(), RESET) }).map(drop)
+    }
+
+    /// The functions that a hot reset of this one resets.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn hot_reset_info(&self) -> Answer<Vec<ResetMember>> {
+        let mut info = [0; 64];
+        info[0] = size_of_val(&info) as u32;
+        ioctl_on(self.as_fd(), GET_HOT_RESET_INFO, &mut info)?;
+        let members = info[3..].chunks(2).take(info[2] as usize);
+        Ok(members
+            .map(|member| {
+                let [_, _, bus, devfn] = member[1].to_ne_bytes();
+                ResetMember {
+                    group: member[0],
+                    bus,
+                    devfn,
+                }
+            })
+            .collect())
+    }
+
+    /// `VFIO_DEVICE_PCI_HOT_RESET`, with the groups as proof of ownership.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn hot_reset(&self, groups: &[&Group]) -> Answer<()> {
+        let count = groups.len() as u32;
+        let mut reset = vec![12 + 4 * count, 0, count];
+        reset.extend(groups.iter().map(|group| group.file.as_raw_fd() as u32));
+        ioctl_on(self.as_fd(), HOT_RESET, &mut reset).map(drop)
+    }
+
+    /// `VFIO_DEVICE_FEATURE` with this payload, which may be written to.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn feature(&self, flags: u32, payload: &mut [u8]) -> Answer<i32> {
+        let argsz = 8 + payload.len() as u32;
+        self.feature_sized(flags, payload, argsz)
+    }
+
+    /// The same, with an `argsz` of at most what is there.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn feature_sized(&self, flags: u32, payload: &mut [u8], argsz: u32) -> Answer<i32> {
+        let mut argument = vec![0u8; 8];
+        argument[..4].copy_from_slice(&argsz.to_ne_bytes());
+        argument[4..].copy_from_slice(&flags.to_ne_bytes());
+        argument.extend_from_slice(payload);
+        assert!(argsz as usize <= argument.len());
+        // SAFETY: The kernel writes at most `argsz` bytes, which `argument` has.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FEATURE, argument.as_mut_ptr()) };
+        payload.copy_from_slice(&argument[8..]);
+        answer(result)
+    }
+
+    /// The same with `announced` bytes of payload of which only `readable` are in memory.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    ///
+    /// # Panics
+    ///
+    /// When there is no memory left, or `readable` is over a page.
+    pub fn feature_at_edge(&self, flags: u32, readable: &[u8], announced: u32) -> Answer<i32> {
+        let edge = crate::map::Edge::new();
+        let mut argument = vec![0u8; 8];
+        argument[..4].copy_from_slice(&(8 + announced).to_ne_bytes());
+        argument[4..].copy_from_slice(&flags.to_ne_bytes());
+        argument.extend_from_slice(readable);
+        let address = edge.put(&argument);
+        // SAFETY: The kernel finds the argument and then no memory: it cannot write elsewhere.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FEATURE, address) };
+        answer(result)
+    }
+
+    /// Reads from a region.
+    ///
+    /// # Errors
+    ///
+    /// That of the call.
+    pub fn read(&self, region: u32, offset: u64, bytes: &mut [u8]) -> Answer<usize> {
+        let at = u64::from(region) << 40 | offset;
+        let read = self.file.read_at(bytes, at);
+        read.map_err(|error| Errno::of(&error))
+    }
+
+    /// Writes to a region.
+    ///
+    /// # Errors
+    ///
+    /// That of the call.
+    pub fn write(&self, region: u32, offset: u64, bytes: &[u8]) -> Answer<usize> {
+        let at = u64::from(region) << 40 | offset;
+        let written = self.file.write_at(bytes, at);
+        written.map_err(|error| Errno::of(&error))
+    }
+
+    /// Reads four bytes of a region.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    #[must_use]
+    pub fn read32(&self, region: u32, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        let read = self.read(region, offset, &mut bytes);
+        assert_eq!(read, Ok(4), "region {region}, offset {offset:#x}");
+        u32::from_ne_bytes(bytes)
+    }
+
+    /// Writes four bytes of a region.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    pub fn write32(&self, region: u32, offset: u64, value: u32) {
+        let written = self.write(region, offset, &value.to_ne_bytes());
+        assert_eq!(written, Ok(4), "region {region}, offset {offset:#x}");
+    }
+
+    /// Reads config space.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    #[must_use]
+    pub fn config<const N: usize>(&self, offset: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        let read = self.read(CONFIG_REGION, offset, &mut bytes);
+        assert_eq!(read, Ok(N), "config space {offset:#x}");
+        bytes
+    }
+
+    /// Writes config space.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    pub fn set_config(&self, offset: u64, bytes: &[u8]) {
+        let written = self.write(CONFIG_REGION, offset, bytes);
+        assert_eq!(written, Ok(bytes.len()), "config space {offset:#x}");
+    }
+
+    /// COMMAND.
+    #[must_use]
+    pub fn command(&self) -> u16 {
+        u16::from_le_bytes(self.config(COMMAND))
+    }
+
+    /// Writes COMMAND.
+    pub fn set_command(&self, command: u16) {
+        self.set_config(COMMAND, &command.to_le_bytes());
+    }
+
+    /// Turns memory decoding on or off.
+    pub fn set_memory(&self, on: bool) {
+        let command = self.command() & !COMMAND_MEMORY;
+        self.set_command(if on {
+            command | COMMAND_MEMORY
+        } else {
+            command
+        });
+    }
+
+    /// The offset of a capability in config space.
+    #[must_use]
+    pub fn capability(&self, id: u8) -> Option<u64> {
+        let [first] = self.config(0x34);
+        let mut at = u64::from(first & !3);
+        for _ in 0..48 {
+            if at == 0 {
+                return None;
+            }
+            let [this, next] = self.config(at);
+            if this == id {
+                return Some(at);
+            }
+            at = u64::from(next & !3);
+        }
+        None
+    }
+
+    /// The offset of PMCSR.
+    ///
+    /// # Panics
+    ///
+    /// When it has no power-management capability.
+    #[must_use]
+    pub fn pmcsr(&self) -> u64 {
+        self.capability(0x01).expect("a PM capability") + 4
+    }
+
+    /// Asks for a power state, 0 to 3.
+    pub fn set_power_state(&self, state: u16) {
+        let [low, high]: [u8; 2] = self.config(self.pmcsr());
+        let control = u16::from_le_bytes([low, high]) & !3 | state;
+        self.set_config(self.pmcsr(), &control.to_le_bytes());
+    }
+
+    /// Its power state, 0 to 3.
+    #[must_use]
+    pub fn power_state(&self) -> u8 {
+        let [low] = self.config(self.pmcsr());
+        low & 3
+    }
+}
+
+/// The capability chain of a region's info.
+fn capabilities(info: &[u8], first: usize) -> Vec<(u16, u16, Vec<u8>)> {
+    let word = |at: usize| u16::from_ne_bytes([info[at], info[at + 1]]);
+    let mut at = first;
+    let mut starts = Vec::new();
+    while at != 0 {
+        starts.push(at);
+        at = usize::from(word(at + 4)) | usize::from(word(at + 6)) << 16;
+    }
+    starts
+        .iter()
+        .map(|&start| {
+            // A capability ends where another begins, or at the end.
+            let after = starts.iter().copied().filter(|&other| other > start);
+            let end = after.min().unwrap_or(info.len());
+            (word(start), word(start + 2), info[start + 8..end].to_vec())
+        })
+        .collect()
+}
