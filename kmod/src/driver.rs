@@ -24,6 +24,7 @@ use crate::{
         p2p::Providers,
         params,
         payload::UserPayload,
+        sleep::SleepNotifier,
         vfio_pci::{
             CONFIG_REGION, Capabilities, Device, Driver, FEATURE_GET, FEATURE_LOW_POWER_ENTRY,
             FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK, FEATURE_PROBE, FEATURE_SET,
@@ -48,6 +49,8 @@ pub(crate) struct Barlease {
     completer: Completer,
     #[pin]
     aliases: Mutex<Aliases>,
+    #[pin]
+    _sleep: SleepNotifier<Leases>,
     _buffers_file: Pin<KBox<BuffersFile>>,
 }
 
@@ -84,7 +87,8 @@ impl Driver for Barlease {
         let buffers_file = BuffersFile::new(&leases)?;
         let protected = Protected::of(function)?;
         Arc::pin_init(
-            pin_init!(Self {
+            try_pin_init!(Self {
+                _sleep <- SleepNotifier::new(leases.clone()),
                 leases,
                 sensitive: Sensitive {
                     pm_capability: function.pm_capability(),
@@ -128,6 +132,10 @@ impl Driver for Barlease {
         count
     }
 
+    fn may_export(&self, bar: u32, ranges: &[abi::DmaRange]) -> Result {
+        export::check_protected(self, bar, ranges)
+    }
+
     fn region_info(
         device: &Device<'_, Self>,
         info: &mut RegionInfo<'_>,
@@ -147,7 +155,13 @@ impl Driver for Barlease {
         notice_wake_up(device);
         let feature = flags & FEATURE_MASK;
         match feature as u16 {
-            abi::FEATURE_DMA_BUF => return export::get(device, flags, payload),
+            abi::FEATURE_DMA_BUF if !params::stock_dma_buf() => {
+                return export::get(device, flags, payload);
+            }
+            abi::FEATURE_DMA_BUF_STOCK => {
+                let stock = (flags & !FEATURE_MASK) | u32::from(abi::FEATURE_DMA_BUF);
+                return device.core_feature(stock, payload);
+            }
             abi::FEATURE_DMA_BUF_REVOKE => return revoke(device, flags, payload),
             abi::FEATURE_DMA_BUF_MEMATTR => return memattr(device, flags, payload),
             abi::FEATURE_DMA_BUF_TPH => return tph(device, flags, payload),

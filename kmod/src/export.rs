@@ -7,7 +7,6 @@ use crate::{
     buffer::{Buffer, Contents},
     driver::{Barlease, check_feature},
     model::ranges::{self, Bar, RangeError, Segment},
-    msix::Protected,
     refuse,
     sys::{
         params,
@@ -74,16 +73,7 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
             );
         }
     };
-    if !params::allow_msix_export() {
-        if let Some(hit) = device.driver().protected().hit(bar_index, &asked) {
-            return refuse!(
-                leases,
-                EPERM,
-                "export: BAR {bar_index}: overlaps {} (see allow_msix_export)",
-                Protected::NAMES[hit]
-            );
-        }
-    }
+    check_protected(device.driver(), bar_index, &asked)?;
     drop(asked);
     let contents = Contents {
         bar: bar_index,
@@ -91,6 +81,21 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
         segments,
     };
     Buffer::export(leases, contents, head.open_flags)?.into_fd(head.open_flags)
+}
+
+/// `EPERM` when the ranges overlap what must not be exported.
+pub(crate) fn check_protected(driver: &Barlease, bar: u32, ranges: &[abi::DmaRange]) -> Result {
+    if params::allow_msix_export() {
+        return Ok(());
+    }
+    match driver.protected().hit(bar, ranges) {
+        None => Ok(()),
+        Some(hit) => refuse!(
+            driver.leases(),
+            EPERM,
+            "export: BAR {bar}: overlaps {hit} (see allow_msix_export)"
+        ),
+    }
 }
 
 /// The BAR `index`, if it has pages.

@@ -29,7 +29,7 @@
 use crate::{
     buffer::Buffer,
     model::access::{Access, Epoch, Event, Levels, State},
-    sys::{p2p::Providers, ratelimit::Ratelimit, rwsem::RwSem},
+    sys::{p2p::Providers, ratelimit::Ratelimit, rwsem::RwSem, sleep::Sleeper},
 };
 use kernel::{
     new_mutex,
@@ -196,5 +196,15 @@ impl Leases {
             self.for_each(Buffer::invalidate);
             self.for_each(Buffer::wait);
         }
+    }
+}
+
+impl Sleeper for Leases {
+    fn fall_asleep(&self) {
+        self.begin(Event::Sleep);
+    }
+
+    fn wake_up(&self) {
+        self.update(|access| access.end(Event::Sleep));
     }
 }

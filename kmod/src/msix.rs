@@ -9,6 +9,7 @@ use kernel::{bindings, prelude::*};
 /// An area of a BAR, in bytes.
 #[derive(Clone, Copy)]
 struct Area {
+    name: &'static str,
     bar: u32,
     offset: u64,
     length: u64,
@@ -18,9 +19,6 @@ struct Area {
 pub(crate) struct Protected([Option<Area>; 2]);
 
 impl Protected {
-    /// What the areas are called, by the index that `hit` gives.
-    pub(crate) const NAMES: [&'static str; 2] = ["the MSI-X table", "the MSI-X PBA"];
-
     /// Reads the function's MSI-X capability.
     pub(crate) fn of(function: &Function<'_>) -> Result<Self> {
         let Some(capability) = function.msix_capability() else {
@@ -32,26 +30,28 @@ impl Protected {
         let table = at(bindings::PCI_MSIX_TABLE)?;
         let pba = at(bindings::PCI_MSIX_PBA)?;
         Ok(Self([
-            Some(Area::at(table, vectors * 16)),
-            Some(Area::at(pba, vectors.div_ceil(64) * 8)),
+            Some(Area::at("the MSI-X table", table, vectors * 16)),
+            Some(Area::at("the MSI-X PBA", pba, vectors.div_ceil(64) * 8)),
         ]))
     }
 
-    /// The index of an area that one of `ranges` of `bar` overlaps.
-    pub(crate) fn hit(&self, bar: u32, ranges: &[abi::DmaRange]) -> Option<usize> {
-        self.0.iter().position(|area| match area {
-            Some(area) if area.bar == bar => ranges.iter().any(|range| {
-                ranges::overlaps(range.offset, range.length, area.offset, area.length)
-            }),
-            _ => false,
-        })
+    /// What one of `ranges` of `bar` overlaps.
+    pub(crate) fn hit(&self, bar: u32, ranges: &[abi::DmaRange]) -> Option<&'static str> {
+        let overlaps = |area: &&Area| {
+            area.bar == bar
+                && ranges.iter().any(|range| {
+                    ranges::overlaps(range.offset, range.length, area.offset, area.length)
+                })
+        };
+        self.0.iter().flatten().find(overlaps).map(|area| area.name)
     }
 }
 
 impl Area {
     /// `register` holds a BAR number in its low 3 bits and an offset in the others.
-    fn at(register: u32, length: u64) -> Self {
+    fn at(name: &'static str, register: u32, length: u64) -> Self {
         Self {
+            name,
             bar: register & bindings::PCI_MSIX_TABLE_BIR,
             offset: u64::from(register & bindings::PCI_MSIX_TABLE_OFFSET),
             length,

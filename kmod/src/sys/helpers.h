@@ -52,5 +52,6 @@ int bl_rust_get_tph(struct dma_buf *dmabuf, bool extended, u16 *steering_tag,
 bool bl_allow_msix_export(void);
 bool bl_enable_sriov(void);
 bool bl_disable_denylist(void);
+bool bl_stock_dma_buf(void);
 
 #endif

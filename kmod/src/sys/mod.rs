@@ -19,5 +19,6 @@ pub(crate) mod params;
 pub(crate) mod payload;
 pub(crate) mod ratelimit;
 pub(crate) mod rwsem;
+pub(crate) mod sleep;
 pub(crate) mod vfio_pci;
 pub(crate) mod vma;

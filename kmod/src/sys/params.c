@@ -19,6 +19,11 @@ module_param(disable_denylist, bool, 0444);
 MODULE_PARM_DESC(disable_denylist,
 		 "Bind functions with known exploitable errata too (default: no)");
 
+static bool stock_dma_buf;
+module_param(stock_dma_buf, bool, 0644);
+MODULE_PARM_DESC(stock_dma_buf,
+		 "Let the kernel's own exporter answer VFIO_DEVICE_FEATURE_DMA_BUF, as iommufd needs it (default: no)");
+
 bool bl_allow_msix_export(void)
 {
 	return READ_ONCE(allow_msix_export);
@@ -32,4 +37,9 @@ bool bl_enable_sriov(void)
 bool bl_disable_denylist(void)
 {
 	return disable_denylist;
+}
+
+bool bl_stock_dma_buf(void)
+{
+	return READ_ONCE(stock_dma_buf);
 }

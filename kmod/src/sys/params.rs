@@ -23,4 +23,6 @@ params! {
     enable_sriov = bl_enable_sriov;
     /// Whether functions with known exploitable errata are taken.
     disable_denylist = bl_disable_denylist;
+    /// Whether feature 11 is the stock exporter's.
+    stock_dma_buf = bl_stock_dma_buf;
 }

@@ -8,7 +8,10 @@
 //! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
 use super::{bindings, p2p::Providers, payload::UserPayload, vma::NewVma};
-use crate::model::{access::Levels, ranges::Bar};
+use crate::{
+    abi::DmaRange,
+    model::{access::Levels, ranges::Bar},
+};
 use core::{
     cell::UnsafeCell,
     marker::PhantomData,
@@ -73,6 +76,9 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
 
     /// A write to the device fd.
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize>;
+
+    /// Whether the stock exporter may export these ranges, offset and length in bytes, of a BAR.
+    fn may_export(&self, bar: u32, ranges: &[DmaRange]) -> Result;
 
     /// `VFIO_DEVICE_GET_REGION_INFO`.
     fn region_info(
@@ -484,7 +490,7 @@ impl<D: Driver> Vtable<D> {
     };
 
     const PCI: bindings::vfio_pci_device_ops = bindings::vfio_pci_device_ops {
-        get_dmabuf_phys: Some(bindings::vfio_pci_core_get_dmabuf_phys),
+        get_dmabuf_phys: Some(Self::get_dmabuf_phys),
     };
 
     const ERRORS: bindings::pci_error_handlers = bindings::pci_error_handlers {
@@ -586,6 +592,35 @@ impl<D: Driver> Vtable<D> {
     ) -> c_long {
         // SAFETY: The device is open during the call.
         from_result(|| D::ioctl(&unsafe { Device::from_raw(vdev) }, command, argument))
+    }
+
+    /// Asks the driver here, and not when the ioctl comes in: these ranges are the ones that the
+    /// core copied from user memory, and will export.
+    ///
+    /// # Safety
+    ///
+    /// To be called by the vfio-pci core only, as `vfio_pci_device_ops.get_dmabuf_phys` of a device
+    /// of `D`.
+    unsafe extern "C" fn get_dmabuf_phys(
+        core: *mut bindings::vfio_pci_core_device,
+        provider: *mut *mut bindings::p2pdma_provider,
+        index: c_uint,
+        vector: *mut bindings::phys_vec,
+        ranges: *mut bindings::vfio_region_dma_range,
+        count: usize,
+    ) -> c_int {
+        // SAFETY: The core made an array of so many ranges; `DmaRange` is the same structure
+        // (abi/tests/layout.rs).
+        let asked = unsafe { core::slice::from_raw_parts(ranges.cast::<DmaRange>(), count) };
+        // SAFETY: The device is open during the call.
+        let device = unsafe { Device::<D>::from_raw(core.cast()) };
+        if let Err(error) = device.driver().may_export(index, asked) {
+            return error.to_errno();
+        }
+        // SAFETY: Same requirements.
+        unsafe {
+            bindings::vfio_pci_core_get_dmabuf_phys(core, provider, index, vector, ranges, count)
+        }
     }
 
     /// # Safety
