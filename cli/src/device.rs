@@ -2,6 +2,8 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use barlease::Bdf;
 use barlease::Device;
@@ -18,6 +20,9 @@ use crate::output::or_dash;
 use crate::output::print;
 use crate::output::table;
 
+/// How long to wait in silence.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Failure> {
     let pci = Pci::system();
     match command {
@@ -25,16 +30,33 @@ pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Fa
         DeviceCommand::Show { bdf: Some(bdf) } => show(&pci, bdf, output)?,
         DeviceCommand::Bind { bdf, driver } => {
             for bdf in bdf {
-                pci.bind(bdf, &driver)?;
+                patiently(bdf, || pci.bind(bdf, &driver))?;
             }
         }
         DeviceCommand::Unbind { bdf } => {
             for bdf in bdf {
-                pci.unbind(bdf)?;
+                patiently(bdf, || pci.unbind(bdf))?;
             }
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says what it is waiting for: a vfio driver lets go only when nobody has the device open.
+fn patiently(bdf: Bdf, work: impl FnOnce() -> barlease::Result<()>) -> barlease::Result<()> {
+    let (done, wait) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            if wait.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                eprintln!(
+                    "barlease: bind: {bdf}: waiting for its driver to let go (who has it open?)"
+                );
+            }
+        });
+        let answer = work();
+        drop(done);
+        answer
+    })
 }
 
 fn list(pci: &Pci, output: Output) -> Result<(), Failure> {

@@ -330,11 +330,14 @@ extern "C" fn foreign_handler(
     info: *mut libc::siginfo_t,
     _context: *mut libc::c_void,
 ) {
+    FOREIGN.fetch_add(1, Ordering::SeqCst);
     // SAFETY: the kernel passes a valid pointer.
     let info = unsafe { &*info };
+    if info.si_code != libc::BUS_ADRERR {
+        return;
+    }
     // SAFETY: a fault has an address.
     let address = unsafe { info.si_addr() } as usize & !4095;
-    FOREIGN.fetch_add(1, Ordering::SeqCst);
     // Heals the fault, so that the access can finish.
     // SAFETY: the page is that of the plain mapping in `chained_handler`.
     unsafe {
@@ -371,7 +374,50 @@ fn chained_handler() {
     assert_eq!(FOREIGN.load(Ordering::SeqCst), 1);
     plain.write(4096, 1u8).unwrap();
     assert_eq!(FOREIGN.load(Ordering::SeqCst), 2);
+
+    // Sent, with the address of a guarded mapping where a fault has its address.
+    let innocent = Fake::new();
+    let mapping = innocent.map();
+    send_with_address(mapping.as_ptr().addr());
+    assert_eq!(FOREIGN.load(Ordering::SeqCst), 3);
+    mapping.write(0, 5u64).unwrap();
+    assert_eq!(innocent.content(0), 5);
     std::process::exit(42);
+}
+
+/// Sends this thread a SIGBUS as `sigqueue` does.
+fn send_with_address(address: usize) {
+    #[repr(C)]
+    struct Info {
+        signal: i32,
+        errno: i32,
+        code: i32,
+        _padding: i32,
+        address: usize,
+        rest: [usize; 13],
+    }
+    const { assert!(size_of::<Info>() == size_of::<libc::siginfo_t>()) };
+    let info = Info {
+        signal: libc::SIGBUS,
+        errno: 0,
+        code: libc::SI_QUEUE,
+        _padding: 0,
+        address,
+        rest: [0; 13],
+    };
+    // SAFETY: `gettid` has no arguments.
+    let thread = unsafe { libc::gettid() };
+    // SAFETY: the kernel reads a `siginfo_t` through the pointer.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_rt_tgsigqueueinfo,
+            std::process::id(),
+            thread,
+            libc::SIGBUS,
+            &info,
+        )
+    };
+    assert_eq!(answer, 0);
 }
 
 /// Who ignores SIGBUS survives one that is sent, and dies of a fault.

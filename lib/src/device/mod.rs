@@ -48,7 +48,8 @@ const MAX_REGION_INFO: u32 = 1 << 20;
 /// An open PCI device.
 ///
 /// It owns the VFIO device: config space, BARs, reset, and the leases that it exports. Dropping it
-/// closes the device, and every lease of it is dead then. All threads may share it.
+/// closes the device, and every lease of it is dead then; mappings that were made with
+/// [`Device::map_region`] keep it open until they are dropped too. All threads may share it.
 ///
 /// # Examples
 ///
@@ -193,7 +194,8 @@ impl Device {
         ExportBuilder::new(self, region)
     }
 
-    /// Maps the bytes of `range` of a BAR through the device's own descriptor.
+    /// Maps the bytes of `range` of a BAR through the device's own descriptor. The mapping keeps
+    /// the device open.
     ///
     /// Errors: [`Error::Invalid`], [`Error::Io`].
     pub fn map_region(&self, index: u32, range: Range<u64>) -> Result<Mapping> {

@@ -7,8 +7,7 @@ use vfio_bindings::bindings::vfio;
 use super::caps::RegionCapability;
 
 /// What a region is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RegionKind {
     /// A BAR: 0 to 5.
@@ -52,6 +51,12 @@ impl fmt::Display for RegionKind {
             Self::Alias(bar) => f.pad(&format!("alias of bar{bar}")),
             Self::Other => f.pad("other"),
         }
+    }
+}
+
+impl serde::Serialize for RegionKind {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

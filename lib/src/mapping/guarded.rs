@@ -151,6 +151,7 @@ impl GuardedMapping {
     /// working. Does nothing if the mapping is not lost.
     ///
     /// `Ok` says that the lease is mapped; if it is still revoked the next access is lost again.
+    /// Not for signal handlers.
     ///
     /// Errors: [`Error::Dead`] if the lease is revoked for good; then the mapping stays lost.
     pub fn recover(&self) -> Result<()> {
