@@ -8,6 +8,7 @@
 //! - [`lease`]: the features of the contract;
 //! - [`map`]: mappings, and touching them without dying of it;
 //! - [`process`]: child processes;
+//! - [`race`]: threads that do one thing again and again;
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
 //! - [`errno`]: error numbers with their names.
 
@@ -24,6 +25,7 @@ pub mod observe;
 pub mod pci;
 #[expect(unsafe_code, reason = "fork, SCM_RIGHTS")]
 pub mod process;
+pub mod race;
 #[expect(unsafe_code, reason = "ioctls")]
 pub mod vfio;
 

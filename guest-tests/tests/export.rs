@@ -3,8 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    os::fd::{AsRawFd, OwnedFd},
-    sync::atomic::{AtomicBool, Ordering},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     thread,
 };
 
@@ -16,6 +15,7 @@ use barlease_guest_tests::{
     map::{How, Map, READ},
     observe,
     process::Child,
+    race,
     vfio::{CONFIG_REGION, Device, GET, ROM_REGION, SET, VGA_REGION},
 };
 
@@ -721,24 +721,19 @@ fn fds_appear_and_vanish_while_others_export() {
 fn an_fd_that_is_closed_before_the_ioctl_returns_is_no_harm() {
     let device = display();
     // In a process of its own: it closes fds by guessing their numbers.
-    let child = Child::start(&[std::os::fd::AsFd::as_fd(&device)], |_| {
-        let first = lease::duplicate(std::io::stdin()).as_raw_fd();
-        let done = AtomicBool::new(false);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    for fd in first..first + 3 {
-                        let _ = lease::close_number(fd);
-                    }
-                }
-            });
+    let child = Child::start(&[device.as_fd()], |_| {
+        // The lowest free number is the next that is given.
+        let next = lease::duplicate(std::io::stdin()).as_raw_fd();
+        let close = || {
+            let _ = lease::close_number(next);
+        };
+        race::meanwhile(&[&close], || {
             let mut stolen = 0;
             for _ in 0..2000 {
                 let mut payload = Request::new(FRAME_BUFFER, &[(0, PAGE)]).bytes();
-                let fd = device.feature(GET | 11, &mut payload).unwrap();
-                stolen += u32::from(lease::close_number(fd).is_err());
+                assert_eq!(device.feature(GET | 11, &mut payload), Ok(next));
+                stolen += u32::from(lease::close_number(next).is_err());
             }
-            done.store(true, Ordering::Relaxed);
             assert!(stolen > 0, "the race was never won");
         });
     });
