@@ -41,12 +41,20 @@ pub(crate) fn cargo(folder: &str) -> Command {
 pub(crate) fn guest_program(package: &str, program: &str) -> Result<PathBuf> {
     // That folder's settings link statically.
     let mut build = cargo("guest-tests");
-    build.args(["build", "--quiet", "--package", package, "--bin", program]);
+    build.args([
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        package,
+        "--bin",
+        program,
+    ]);
     let status = build.status().context("start cargo")?;
     if !status.success() {
         bail!("`{program}` does not build for guests");
     }
     Ok(target()
-        .join("x86_64-unknown-linux-gnu/debug")
+        .join("x86_64-unknown-linux-gnu/release")
         .join(program))
 }

@@ -3,6 +3,7 @@
 //! Only the command line is here; the work is done by the crate `barlease-lab`.
 
 mod checkout;
+mod demo;
 mod kmod;
 mod test;
 mod vm;
@@ -22,6 +23,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// See the main job: a frame buffer leased to other processes, and taken back
+    Demo(demo::Options),
     /// Run every check and every test, on the host and in guests.
     Test(test::Options),
     /// Build, check or format the kernel module.
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
 
 fn run(task: Task) -> Result<ExitCode> {
     match task {
+        Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Kmod(options) => kmod::run(&options),
         Task::Vm(task) => vm::run(task),
