@@ -21,12 +21,11 @@ use crate::plan::KernelPlan;
 use crate::report::Step;
 use crate::sysroot::{Sysroot, logged};
 
-/// `$1` the release. Only what configuration, scripts and `rust/` need is unpacked: no driver's code.
-const BUILD: &str = r#"
+/// Only what configuration, scripts and `rust/` need is unpacked: no driver's code.
+const UNPACK: &str = r#"
 set -eu
-release=$1
-headers=/usr/src/linux-headers-$release
-mkdir -p /work/src
+rm -rf /work/src
+mkdir /work/src
 cd /work/src
 archive=$(echo /work/usr/src/linux-source-*.tar.xz)
 top=$(basename "$archive" .tar.xz)
@@ -35,9 +34,21 @@ tar --extract --file "$archive" --strip-components=1 --no-same-owner \
     --exclude="$top/drivers/*.[cS]" --exclude="$top/drivers/gpu/drm/amd/include/*" \
     --exclude="$top/sound/*.[cS]" --exclude="$top/fs/*.[cS]" --exclude="$top/net/*.[cS]" \
     --exclude="$top/arch/*.dts*"
+touch /work/unpacked
+"#;
+
+/// `$1` the release. Goes on where it was interrupted: Kbuild trusts no file whose command it has not noted as done.
+const COMPILE: &str = r#"
+set -eu
+headers=/usr/src/linux-headers-$1
+cd /work/src
 cp "$headers/.config" "$headers/.kernelvariables" "$headers/Module.symvers" .
 make olddefconfig
-grep -qx CONFIG_RUST=y .config || { echo 'CONFIG_RUST did not survive: see scripts/rust_is_available.sh below'; make rustavailable; exit 1; }
+if ! grep -qx CONFIG_RUST=y .config; then
+    echo 'CONFIG_RUST did not survive the configuration:'
+    make rustavailable
+    exit 1
+fi
 make -j"$(nproc)" modules_prepare
 "#;
 
@@ -66,66 +77,93 @@ pub(crate) fn tarball(cache: &Cache, kernel: &KernelPlan) -> PathBuf {
     cache.path(format!("rust-overlay-{}.tar.zst", kernel.release))
 }
 
-/// Builds the tarball, from a `linux-source` package. `stamp` names what it is made from.
+/// Builds the tarball, from a `linux-source` package.
 pub(crate) fn build(
     cache: &Cache,
     sysroot: &Sysroot,
     kernel: &KernelPlan,
     source: &Path,
 ) -> Result<()> {
-    let work = cache.path("build").join(&kernel.release);
-    compile(cache, sysroot, kernel, source, &work)?;
-    guard(&work.join("src"), &kernel.release)?;
-
-    let step = Step::start(format!("packing the overlay of {}", kernel.release));
-    let mut command = sysroot.enter(&[(&work, "/work")])?;
-    command
-        .args(["sh", "-c", PACK, "pack"])
-        .arg(&kernel.release);
-    command::run(&mut command, "pack the Rust overlay")?;
-    let tarball = tarball(cache, kernel);
-    let new = unfinished(&tarball);
-    fs::rename(work.join("overlay.tar.zst"), &new)
-        .and_then(|()| fs::rename(&new, &tarball))
-        .with_context(|| format!("keep {}", tarball.display()))?;
-    cache::remove(&work)?;
-    step.done();
-    Ok(())
+    let work = Work {
+        folder: cache.path("build").join(&kernel.release),
+        log: cache.path(format!("rust-overlay-{}.log", kernel.release)),
+        sysroot,
+        release: &kernel.release,
+    };
+    work.unpack(source)?;
+    work.compile()?;
+    guard(&work.folder.join("src"), &kernel.release)?;
+    work.pack(&tarball(cache, kernel))?;
+    cache::remove(&work.folder)
 }
 
-/// Builds `rust/` in a work folder, unless an earlier run got that far with the same packages.
-fn compile(
-    cache: &Cache,
-    sysroot: &Sysroot,
-    kernel: &KernelPlan,
-    source: &Path,
-    work: &Path,
-) -> Result<()> {
-    let done = work.join("built-from");
-    let from = format!("{} with {}", source.display(), sysroot.path("").display());
-    if fs::read_to_string(&done).is_ok_and(|text| text == from) {
-        return Ok(());
-    }
-    cache::remove(work)?;
-    fs::create_dir_all(work).with_context(|| format!("make {}", work.display()))?;
-    let log = cache.path(format!("rust-overlay-{}.log", kernel.release));
+/// A build in progress; what was done is kept when it is interrupted.
+struct Work<'a> {
+    folder: PathBuf,
+    log: PathBuf,
+    sysroot: &'a Sysroot,
+    release: &'a str,
+}
 
-    Sysroot::at(work.to_owned()).unpack(&[source.to_owned()], &kernel.source.name)?;
-    let step = Step::start(format!(
-        "building the Rust parts that the headers of {} lack (some minutes, once)",
-        kernel.release
-    ));
-    let mut command = sysroot.enter(&[(work, "/work")])?;
-    command
-        .args(["sh", "-c", BUILD, "build"])
-        .arg(&kernel.release);
-    logged(
-        &mut command,
-        &log,
-        &format!("build rust/ of {}", kernel.release),
-    )?;
-    step.done();
-    cache::write(&done, from)
+impl Work<'_> {
+    fn unpack(&self, source: &Path) -> Result<()> {
+        let stamp = self.folder.join("made-from");
+        let from = format!(
+            "{} with {}",
+            source.display(),
+            self.sysroot.path("").display()
+        );
+        if fs::read_to_string(&stamp).is_ok_and(|text| text == from) && self.unpacked().exists() {
+            return Ok(());
+        }
+        cache::remove(&self.folder)?;
+        fs::create_dir_all(&self.folder)
+            .with_context(|| format!("make {}", self.folder.display()))?;
+        cache::write(&stamp, from)?;
+        let step = Step::start(format!("unpacking the source of {}", self.release));
+        let mut extract = command::tied("dpkg-deb");
+        extract.arg("--extract").arg(source).arg(&self.folder);
+        command::run(&mut extract, "unpack the source package")?;
+        self.run(UNPACK, "unpack the kernel's source")?;
+        step.done();
+        Ok(())
+    }
+
+    fn compile(&self) -> Result<()> {
+        let step = Step::start(format!(
+            "building the Rust parts that the headers of {} lack (some minutes, once)",
+            self.release
+        ));
+        let result = self.run(COMPILE, &format!("build rust/ of {}", self.release));
+        if result.is_err() {
+            // The next run begins with fresh sources.
+            cache::remove(&self.unpacked())?;
+        }
+        result?;
+        step.done();
+        Ok(())
+    }
+
+    fn pack(&self, tarball: &Path) -> Result<()> {
+        let step = Step::start(format!("packing the overlay of {}", self.release));
+        self.run(PACK, "pack the Rust overlay")?;
+        let new = unfinished(tarball);
+        fs::rename(self.folder.join("overlay.tar.zst"), &new)
+            .and_then(|()| fs::rename(&new, tarball))
+            .with_context(|| format!("keep {}", tarball.display()))?;
+        step.done();
+        Ok(())
+    }
+
+    fn unpacked(&self) -> PathBuf {
+        self.folder.join("unpacked")
+    }
+
+    fn run(&self, script: &str, what: &str) -> Result<()> {
+        let mut command = self.sysroot.enter(&[(&self.folder, "/work")])?;
+        command.args(["sh", "-c", script, "sh", self.release]);
+        logged(&mut command, &self.log, what)
+    }
 }
 
 /// Lays the tarball over the headers in the sysroot.
