@@ -139,6 +139,15 @@ impl Function {
         text.trim().to_owned()
     }
 
+    /// Lets it sleep (`auto`) or keeps it awake (`on`).
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    pub fn set_power_control(&self, control: &str) {
+        write(&self.path("power/control"), control).expect("power/control");
+    }
+
     /// Its runtime power-management status, such as `active` or `suspended`.
     ///
     /// # Panics

@@ -147,6 +147,20 @@ fn close_all_but(mut kept: Vec<RawFd>) {
     }
 }
 
+/// An eventfd that does not block.
+///
+/// # Panics
+///
+/// When there is no fd left.
+#[must_use]
+pub fn eventfd() -> OwnedFd {
+    // SAFETY: Makes a new fd.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+    assert!(fd >= 0, "eventfd: {}", io::Error::last_os_error());
+    // SAFETY: The fd is new and nobody else's.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
 fn pipe() -> (File, File) {
     let mut fds = [0; 2];
     // SAFETY: `fds` is valid for writes of two fds.

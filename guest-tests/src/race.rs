@@ -1,7 +1,7 @@
 //! Threads that do one thing again and again while a test does another.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
 };
 
@@ -38,5 +38,40 @@ struct Ends<'a>(&'a AtomicBool);
 impl Drop for Ends<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A time in which something must not work, for a thread that tries it all the time.
+///
+/// A try counts when it began and ended in the same time.
+#[derive(Debug, Default)]
+pub struct Window(AtomicU64);
+
+impl Window {
+    /// None has begun.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// From here until `body` is done, it must not work.
+    pub fn shut(&self, body: impl FnOnce()) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        body();
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Tries it; says whether it worked.
+    ///
+    /// # Panics
+    ///
+    /// When it worked and must not have.
+    pub fn check(&self, attempt: impl FnOnce() -> bool) -> bool {
+        let before = self.0.load(Ordering::SeqCst);
+        let worked = attempt();
+        let after = self.0.load(Ordering::SeqCst);
+        let shut = before % 2 == 1 && before == after;
+        assert!(!(worked && shut), "it worked when it must not");
+        worked
     }
 }

@@ -7,7 +7,7 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::fs::FileExt,
     },
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
 };
 
 use crate::{
@@ -433,6 +433,40 @@ impl Device {
     pub fn set_config(&self, offset: u64, bytes: &[u8]) {
         let written = self.write(CONFIG_REGION, offset, bytes);
         assert_eq!(written, Ok(bytes.len()), "config space {offset:#x}");
+    }
+
+    /// Writes config space from memory that another thread changes meanwhile.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work, or `len` is over 8.
+    pub fn write_config_shared(&self, offset: u64, bytes: &AtomicU64, len: usize) {
+        assert!(len <= size_of_val(bytes));
+        // SAFETY: The kernel reads `len` bytes of memory that is there and may change.
+        let written = unsafe { self.pwrite_config(offset, bytes.as_ptr().cast(), len) };
+        assert_eq!(written, Ok(len as isize), "config space {offset:#x}");
+    }
+
+    /// Writes config space from memory that is not there.
+    ///
+    /// # Errors
+    ///
+    /// That of the call.
+    pub fn write_config_from_nowhere(&self, offset: u64, len: usize) -> Answer<isize> {
+        let edge = crate::map::Edge::new();
+        let nowhere = edge.put(&[]);
+        // SAFETY: The kernel finds no memory.
+        unsafe { self.pwrite_config(offset, nowhere, len) }
+    }
+
+    /// # Safety
+    ///
+    /// The kernel must be allowed to read `len` bytes at `bytes`, if they are there.
+    unsafe fn pwrite_config(&self, offset: u64, bytes: *const u8, len: usize) -> Answer<isize> {
+        let at = u64::from(CONFIG_REGION) << 40 | offset;
+        let fd = self.file.as_raw_fd();
+        // SAFETY: By the caller.
+        answer(unsafe { libc::pwrite(fd, bytes.cast(), len, at as libc::off_t) })
     }
 
     /// COMMAND.
