@@ -150,3 +150,13 @@ pub use types::MemoryType;
 pub use types::Reasons;
 pub use types::State;
 pub use types::Status;
+
+/// The examples of README and tutorial compile.
+#[cfg(doctest)]
+mod examples {
+    #[doc = include_str!("../../README.md")]
+    struct Readme;
+
+    #[doc = include_str!("../../docs/tutorial.md")]
+    struct Tutorial;
+}
