@@ -80,6 +80,29 @@ impl Function {
         write(&self.path("reset"), "1")
     }
 
+    /// The port that it is behind.
+    ///
+    /// # Panics
+    ///
+    /// When it is on a root bus.
+    #[must_use]
+    pub fn port(&self) -> Self {
+        let path = fs::canonicalize(self.path("")).expect("a function");
+        let port = path.parent().and_then(Path::file_name).expect("a parent");
+        let bdf = port.to_string_lossy().into_owned();
+        assert!(!bdf.starts_with("pci"), "{} is behind no port", self.bdf);
+        Self { bdf }
+    }
+
+    /// Resets the bus behind it through sysfs.
+    ///
+    /// # Errors
+    ///
+    /// What the write gives.
+    pub fn reset_subordinate(&self) -> Answer<()> {
+        write(&self.path("reset_subordinate"), "1")
+    }
+
     /// Whether the kernel knows how to reset it.
     #[must_use]
     pub fn can_reset(&self) -> bool {
