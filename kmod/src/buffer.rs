@@ -16,7 +16,7 @@ use crate::{
         errno,
         idle::Idle,
         p2p::{Importer, Mapped, Run},
-        vma::{self, Fault, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
+        vma::{self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
     },
 };
 use kernel::{
@@ -310,10 +310,10 @@ impl Buffer {
         let segments = &self.contents.segments;
         let address = fault.address();
         let large = match fault.memory_type() {
-            MemoryType::Uncached => {
+            MemoryType::Uncached if HAS_PMD_ENTRIES => {
                 ranges::entry_for(segments, &mapping, address, PMD_ORDER, PAGE_SHIFT)
             }
-            MemoryType::WriteCombining => Err(Misfit::Order),
+            MemoryType::Uncached | MemoryType::WriteCombining => Err(Misfit::Order),
         };
         match (order, large) {
             (_, Err(Misfit::Outside)) => Outcome::SIGBUS,

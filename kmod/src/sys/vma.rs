@@ -15,6 +15,8 @@ use kernel::{
 
 /// Order of an entry of one level above pages (2 MiB on x86-64).
 pub(crate) const PMD_ORDER: u32 = bindings::PMD_ORDER;
+/// Whether entries of that order can be had for device memory.
+pub(crate) const HAS_PMD_ENTRIES: bool = cfg!(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP);
 
 /// Something whose pages are inserted by its fault handler.
 ///
@@ -114,7 +116,7 @@ impl Fault<'_> {
             // SAFETY: The VMA is that of the fault and was made by `NewVma::map_io`, which set
             // VM_PFNMAP; any frame may be inserted into such a VMA.
             Outcome(unsafe { bindings::vmf_insert_pfn(self.vma(), self.address() as usize, pfn) })
-        } else if order == PMD_ORDER && cfg!(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP) {
+        } else if order == PMD_ORDER && HAS_PMD_ENTRIES {
             // SAFETY: `vmf` is valid during the fault; the VMA has VM_PFNMAP (see above).
             Outcome(unsafe { bindings::vmf_insert_pfn_pmd(self.vmf, pfn, false) })
         } else {
