@@ -10,11 +10,14 @@
 //! - [`process`]: child processes;
 //! - [`race`]: threads that do one thing again and again;
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
+//! - [`importer`]: a device that does DMA to leases;
 //! - [`errno`]: error numbers with their names.
 
 // What a test looks at are bare system calls and memory that a kernel takes away: what is not safe about them is
 // in these modules, so that no test needs `unsafe`.
 pub mod errno;
+#[expect(unsafe_code, reason = "ioctls, delete_module")]
+pub mod importer;
 #[expect(unsafe_code, reason = "ioctls and fds by number")]
 pub mod lease;
 #[expect(unsafe_code, reason = "mmap, touches, the SIGBUS handler")]

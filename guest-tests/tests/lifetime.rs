@@ -1,0 +1,454 @@
+//! What ends when: fds, mappings, the open device, the binding, the module.
+#![cfg(barlease_guest)]
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    thread,
+    time::Duration,
+};
+
+use barlease_abi::FEATURE_DMA_BUF;
+use barlease_guest_tests::{
+    HUGE, PAGE,
+    errno::{EAGAIN, EBADF, ENODEV, Errno},
+    lease::{self, State},
+    map::{How, Map, Sigbus},
+    observe,
+    pci::{self, BARLEASE, Function, STOCK},
+    process::{Child, End},
+    vfio::{Device, GET, Group},
+};
+
+/// The frame buffer of the display: 64 MiB.
+const FRAME_BUFFER: u32 = 0;
+
+fn display() -> Device {
+    Device::open("display")
+}
+
+fn leased(device: &Device) -> (OwnedFd, Map) {
+    let fd = device.export(FRAME_BUFFER, &[(0, 2 * HUGE)]).unwrap();
+    let map = How::shared().align(HUGE).map(&fd, 0, 2 * HUGE).unwrap();
+    map.touch_all().unwrap();
+    (fd, map)
+}
+
+fn is_dead(fd: &OwnedFd, map: &Map) {
+    assert_eq!(map.read(0), Err(Sigbus));
+    assert_eq!(map.write(HUGE + PAGE, 1), Err(Sigbus));
+    assert_eq!(Map::new(fd, PAGE).map(drop), Err(ENODEV));
+}
+
+fn mmaps(function: &Function) -> Vec<String> {
+    let lines = observe::buffers(function);
+    lines
+        .iter()
+        .map(|line| line.get("state").to_owned())
+        .collect()
+}
+
+// ---- The device fd --------------------------------------------------------------------------------
+
+#[test]
+fn close_of_the_device_fd_is_the_end_of_its_buffers() {
+    let device = display();
+    let (fd, map) = leased(&device);
+    drop(device);
+    is_dead(&fd, &map);
+}
+
+#[test]
+fn a_buffer_of_an_earlier_open_is_enodev_to_a_new_one() {
+    let device = display();
+    let (fd, map) = leased(&device);
+    drop(device);
+    let device = display();
+    assert_eq!(device.status(&fd).map(drop), Err(ENODEV));
+    assert_eq!(device.revoke(&fd), Err(ENODEV));
+    is_dead(&fd, &map);
+    // The new one has its own, of the same range.
+    let (new, new_map) = leased(&device);
+    assert_eq!(device.state(&new), State::Ok);
+    new_map.write(0, 1).unwrap();
+    is_dead(&fd, &map);
+    assert_eq!(mmaps(device.function()), ["DEAD", "OK"]);
+    drop((fd, map));
+    observe::wait_for_buffers(device.function(), 1);
+}
+
+#[test]
+fn a_buffer_that_was_revoked_or_had_memory_off_is_dead_after_close() {
+    let device = display();
+    let (revoked, revoked_map) = leased(&device);
+    let (other, other_map) = leased(&device);
+    device.revoke(&revoked).unwrap();
+    device.set_memory(false);
+    drop(device);
+    is_dead(&revoked, &revoked_map);
+    is_dead(&other, &other_map);
+    let device = display();
+    is_dead(&other, &other_map);
+    device.set_memory(true);
+    is_dead(&other, &other_map);
+}
+
+#[test]
+fn a_duplicate_of_the_device_fd_keeps_it_open() {
+    let device = display();
+    let duplicate = lease::duplicate(&device);
+    let (_fd, map) = leased(&device);
+    drop(device);
+    map.write(0, 1).unwrap();
+    drop(duplicate);
+    assert_eq!(map.read(0), Err(Sigbus));
+}
+
+#[test]
+fn a_mapping_through_the_device_fd_keeps_it_open() {
+    let device = display();
+    let function = device.function().clone();
+    let (_fd, map) = leased(&device);
+    let mut bar = How::shared().map(&device, 0, 4 * PAGE).unwrap();
+    drop(device);
+    bar.write(PAGE, 8).unwrap();
+    assert_eq!(map.read(PAGE), Ok(8));
+    // As long as a part of it is left, in whatever process.
+    bar.unmap(0, 2 * PAGE);
+    let child = Child::start(&[], |link| {
+        link.expect(0);
+        bar.write(2 * PAGE, 9).unwrap();
+        link.send(1);
+        link.expect(2);
+    });
+    drop(bar);
+    child.link.send(0);
+    child.link.expect(1);
+    assert_eq!(map.read(2 * PAGE), Ok(9));
+    assert_eq!(mmaps(&function), ["OK", "OK"]);
+    child.link.send(2);
+    child.join();
+    assert_eq!(map.read(PAGE), Err(Sigbus));
+}
+
+#[test]
+fn the_owners_death_is_the_end_of_its_buffers() {
+    let function = Function::named("display");
+    function.bind(BARLEASE);
+    let mut owner = Child::start(&[], |link| {
+        let device = display();
+        let (fd, _map) = leased(&device);
+        link.send_fd(&fd);
+        link.expect(0);
+        // Without a word.
+        std::process::abort();
+    });
+    let fd = owner.link.receive_fd();
+    let map = Map::new(&fd, 2 * HUGE).unwrap();
+    map.touch_all().unwrap();
+    owner.link.send(0);
+    assert_eq!(owner.wait(), End::Signal(libc::SIGABRT));
+    is_dead(&fd, &map);
+}
+
+#[test]
+fn a_holders_death_is_no_matter_to_others() {
+    let device = display();
+    let (fd, map) = leased(&device);
+    let mut holder = Child::start(&[], |link| {
+        map.touch_all().unwrap();
+        link.send(0);
+        link.expect(1);
+        std::process::abort();
+    });
+    holder.link.expect(0);
+    holder.link.send(1);
+    assert_eq!(holder.wait(), End::Signal(libc::SIGABRT));
+    assert_eq!(device.state(&fd), State::Ok);
+    map.touch_all().unwrap();
+}
+
+#[test]
+fn an_open_and_close_without_leases_is_no_harm() {
+    for _ in 0..10 {
+        drop(display());
+    }
+}
+
+// ---- O_PATH ---------------------------------------------------------------------------------------
+
+/// A dma-buf whose file is gone and whose inode is not: an `O_PATH` descriptor holds it.
+fn path_of_closed(fd: OwnedFd) -> OwnedFd {
+    let path = lease::path_descriptor(fd.as_fd());
+    drop(fd);
+    // The file is given up at once, what it was is freed a little later.
+    thread::sleep(Duration::from_millis(100));
+    path
+}
+
+#[test]
+fn an_o_path_descriptor_outlives_the_buffer_and_the_device() {
+    let device = display();
+    let function = device.function().clone();
+    let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+    let path = path_of_closed(fd);
+    // What walks over all buffers finds it or not, but comes to no harm.
+    let _ = observe::buffers_text(&function);
+    device.set_memory(false);
+    device.set_memory(true);
+    drop(device);
+    let _ = observe::buffers_text(&function);
+    let device = display();
+    let _ = observe::buffers_text(&function);
+    drop(device);
+    drop(path);
+    observe::wait_for_buffers(&function, 0);
+}
+
+#[test]
+fn an_o_path_descriptor_of_a_mapped_buffer() {
+    let device = display();
+    let (fd, map) = leased(&device);
+    let path = path_of_closed(fd);
+    device.set_memory(false);
+    assert_eq!(map.read(0), Err(Sigbus));
+    device.set_memory(true);
+    map.touch_all().unwrap();
+    drop(device);
+    assert_eq!(map.read(0), Err(Sigbus));
+    drop(path);
+}
+
+#[test]
+fn an_o_path_descriptor_is_no_buffer() {
+    let device = display();
+    let (fd, map) = leased(&device);
+    let path = lease::path_descriptor(fd.as_fd());
+    assert_eq!(device.revoke(&path), Err(EBADF));
+    assert_eq!(device.status(&path).map(drop), Err(EBADF));
+    map.touch_all().unwrap();
+}
+
+#[test]
+fn many_o_path_descriptors_while_everything_closes() {
+    for round in 0..20 {
+        let device = display();
+        let paths: Vec<_> = (0..10)
+            .map(|page| {
+                let fd = device.export(FRAME_BUFFER, &[(page * PAGE, PAGE)]).unwrap();
+                let path = lease::path_descriptor(fd.as_fd());
+                drop(fd);
+                path
+            })
+            .collect();
+        if round % 2 == 0 {
+            drop(device);
+            drop(paths);
+        } else {
+            drop(paths);
+            drop(device);
+        }
+    }
+}
+
+// ---- The binding ----------------------------------------------------------------------------------
+
+#[test]
+fn fds_and_mappings_outlive_the_binding() {
+    let device = display();
+    let function = device.function().clone();
+    let (fd, map) = leased(&device);
+    drop(device);
+    function.unbind();
+    is_dead(&fd, &map);
+    assert_eq!(lease::size(&fd), 2 * HUGE);
+    assert!(observe::maps_line(map.address()).contains("barlease:"));
+    // Bound to another driver, and to ours again.
+    function.bind(STOCK);
+    is_dead(&fd, &map);
+    let stock = Group::open(&function).device(&function).unwrap();
+    is_dead(&fd, &map);
+    drop(stock);
+    function.bind(BARLEASE);
+    is_dead(&fd, &map);
+    let device = display();
+    assert_eq!(device.status(&fd).map(drop), Err(ENODEV));
+    assert_eq!(device.revoke(&fd), Err(ENODEV));
+    // The table of this binding never had them.
+    assert_eq!(observe::buffers(&function), []);
+    drop(fd);
+    drop(map);
+    let (_fd, map) = leased(&device);
+    map.write(0, 1).unwrap();
+}
+
+#[test]
+fn an_o_path_descriptor_outlives_the_binding() {
+    let device = display();
+    let function = device.function().clone();
+    let path = path_of_closed(device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap());
+    drop(device);
+    function.unbind();
+    function.bind(BARLEASE);
+    drop(path);
+}
+
+#[test]
+fn unbind_waits_until_the_device_is_closed() {
+    let device = display();
+    let function = device.function().clone();
+    let (fd, map) = leased(&device);
+    thread::scope(|scope| {
+        let unbinding = scope.spawn(|| function.unbind());
+        thread::sleep(Duration::from_millis(100));
+        assert!(!unbinding.is_finished());
+        map.write(0, 1).unwrap();
+        drop(device);
+    });
+    assert_eq!(function.driver(), None);
+    is_dead(&fd, &map);
+    function.bind(BARLEASE);
+}
+
+// ---- The module -----------------------------------------------------------------------------------
+
+/// Takes every function from our driver; what `f` does with the module ends with all as it was.
+fn with_module_idle(f: impl FnOnce()) {
+    let names = [
+        "display", "memory", "pair0", "pair1", "nvme", "edu", "testdev", "igb", "big",
+    ];
+    for name in names {
+        Function::named(name).unbind();
+    }
+    f();
+    assert!(pci::is_module_loaded());
+}
+
+#[test]
+fn the_module_stays_while_a_dma_buf_lives() {
+    with_module_idle(|| {
+        let device = display();
+        let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+        assert_eq!(pci::unload_module(), Err(EAGAIN));
+        drop(device);
+        Function::named("display").unbind();
+        assert_eq!(pci::unload_module(), Err(EAGAIN));
+        drop(fd);
+        pci::unload_module().unwrap();
+        pci::load_module("");
+    });
+}
+
+#[test]
+fn the_module_stays_while_a_mapping_lives() {
+    with_module_idle(|| {
+        let device = display();
+        let (fd, map) = leased(&device);
+        drop((fd, device));
+        Function::named("display").unbind();
+        assert_eq!(pci::unload_module(), Err(EAGAIN));
+        assert_eq!(map.read(0), Err(Sigbus));
+        drop(map);
+        pci::unload_module().unwrap();
+        pci::load_module("");
+    });
+}
+
+#[test]
+fn the_module_stays_while_an_o_path_descriptor_lives() {
+    with_module_idle(|| {
+        let device = display();
+        let path = path_of_closed(device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap());
+        drop(device);
+        Function::named("display").unbind();
+        assert_eq!(pci::unload_module(), Err(EAGAIN));
+        drop(path);
+        pci::unload_module().unwrap();
+        pci::load_module("");
+    });
+}
+
+#[test]
+fn the_module_goes_while_functions_are_bound() {
+    let function = Function::named("display");
+    function.bind(BARLEASE);
+    drop(leased(&display()));
+    // The last close may be given up a little after the call.
+    pci::unload_module().unwrap();
+    assert_eq!(function.driver(), None);
+    pci::load_module("");
+    leased(&display()).1.touch_all().unwrap();
+}
+
+#[test]
+fn the_module_stays_while_a_device_is_open() {
+    let device = display();
+    assert_eq!(pci::unload_module(), Err(EAGAIN));
+    device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+}
+
+#[test]
+fn the_module_tells_its_version() {
+    let version = pci::module_attribute("version").unwrap();
+    assert!(!version.is_empty());
+    assert_eq!(version, env!("CARGO_PKG_VERSION"));
+}
+
+/// The page of the MSI-X table, and its BAR.
+fn msix_table(device: &Device) -> (u32, u64) {
+    let capability = device.capability(0x11).expect("MSI-X");
+    let register = u32::from_le_bytes(device.config(capability + 4));
+    (register & 7, u64::from(register & !7) / PAGE * PAGE)
+}
+
+fn export_of_msix_table() -> Result<OwnedFd, Errno> {
+    let device = Device::open("nvme");
+    let (bar, page) = msix_table(&device);
+    device.export(bar, &[(page, PAGE)])
+}
+
+#[test]
+fn the_msix_table_is_exported_where_the_module_parameter_allows_it() {
+    let parameter = || pci::module_attribute("parameters/allow_msix_export").unwrap();
+    assert_eq!(parameter(), "N");
+    with_module_idle(|| {
+        pci::unload_module().unwrap();
+        pci::load_module("allow_msix_export=1");
+        assert_eq!(parameter(), "Y");
+        let device = Device::open("nvme");
+        let (bar, page) = msix_table(&device);
+        let fd = device.export(bar, &[(page, PAGE)]).unwrap();
+        Map::new(&fd, PAGE).unwrap().read(0).unwrap();
+        drop((fd, device));
+        Function::named("nvme").unbind();
+        pci::unload_module().unwrap();
+        pci::load_module("");
+    });
+    assert!(export_of_msix_table().is_err());
+}
+
+#[test]
+fn debugfs_has_a_folder_a_bound_function() {
+    let function = Function::named("display");
+    function.bind(BARLEASE);
+    assert_eq!(observe::buffers(&function), []);
+    function.unbind();
+    let folder = format!("/sys/kernel/debug/barlease/{}", function.bdf);
+    assert!(!std::path::Path::new(&folder).exists());
+    function.bind(BARLEASE);
+    assert_eq!(observe::buffers(&function), []);
+}
+
+#[test]
+fn a_function_bound_to_stock_vfio_pci_is_stocks() {
+    let function = Function::named("display");
+    function.bind(STOCK);
+    let device = Group::open(&function).device(&function).unwrap();
+    // Its buffers are not ours: they cannot be mapped.
+    let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+    assert!(Map::new(&fd, PAGE).is_err());
+    let features = [0xba00, 0xba04].map(|feature| device.probe(feature, 0));
+    assert!(features.iter().all(Result::is_err));
+    assert_eq!(device.probe(FEATURE_DMA_BUF, GET), Ok(()));
+    drop((fd, device));
+    function.bind(BARLEASE);
+}
