@@ -109,6 +109,25 @@ pub fn qmp(command: &str) -> io::Result<String> {
     }
 }
 
+/// Asks the server of a device of our own, such as `trapped`, and returns its reply. Request and reply are JSON; the requests
+/// are in the doc of `Server::ask` of `barlease-device`. `{"stray":[FROM,TO]}` is answered by the lab, with `{"count":N}`: how
+/// many accesses to these physical addresses QEMU has kept from all devices since it was started.
+///
+/// # Errors
+///
+/// `Other` with the host's reason.
+pub fn ask_device(name: &str, request_text: &str) -> io::Result<String> {
+    let name = quote(name);
+    let reply = request(&format!(
+        "{{\"device\":{{\"name\":{name},\"request\":{request_text}}}}}"
+    ))?;
+    if reply.trim_start().starts_with("{\"error\"") {
+        Err(refused(&reply))
+    } else {
+        Ok(reply)
+    }
+}
+
 fn refused(reply: &str) -> io::Error {
     let reason = string_member(reply, "error").unwrap_or_else(|| reply.trim().to_owned());
     io::Error::other(format!("the host refused: {reason}"))

@@ -62,6 +62,8 @@ pub mod prepare;
 #[cfg(feature = "host")]
 pub mod report;
 #[cfg(feature = "host")]
+mod served;
+#[cfg(feature = "host")]
 pub mod splat;
 #[cfg(feature = "host")]
 pub mod sysroot;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::bail;
+use barlease_device::Options;
 use serde::Serialize;
 
 /// A machine to boot.
@@ -33,6 +34,9 @@ pub struct Device {
     /// QEMU's arguments for it.
     #[serde(skip)]
     pub arguments: Vec<String>,
+    /// What it is like, when it is served by us.
+    #[serde(skip)]
+    pub served: Option<Options>,
 }
 
 impl Device {
@@ -44,6 +48,26 @@ impl Device {
             bdf: Some(bdf.to_owned()),
             about: about.to_owned(),
             arguments: vec!["-device".to_owned(), format!("{device},id={name}")],
+            served: None,
+        }
+    }
+
+    /// What stands for the address of its server in the arguments of a device that is served.
+    pub(crate) const SOCKET: &str = "\"SOCKET\"";
+
+    /// An endpoint of our own, alone behind the root port `bus`.
+    #[must_use]
+    pub fn served(name: &str, bdf: &str, about: &str, bus: &str, options: Options) -> Self {
+        let socket = Self::SOCKET;
+        let device = format!(
+            r#"{{"driver":"vfio-user-pci","id":"{name}","bus":"{bus}","addr":"00.0","socket":{socket}}}"#
+        );
+        Self {
+            name: name.to_owned(),
+            bdf: Some(bdf.to_owned()),
+            about: about.to_owned(),
+            arguments: vec!["-device".to_owned(), device],
+            served: Some(options),
         }
     }
 
@@ -60,6 +84,7 @@ impl Device {
             bdf: None,
             about: "root port".to_owned(),
             arguments: vec!["-device".to_owned(), port],
+            served: None,
         }
     }
 
@@ -124,11 +149,15 @@ pub enum Preset {
     Display,
     /// One device of each kind that behaves in its own way: the tests.
     Full,
+    /// Devices of our own, which say what reached them.
+    Device,
+    /// The same as `full` without page attributes, so without write-combining.
+    NoPat,
 }
 
 impl Preset {
     /// All presets.
-    pub const ALL: [Self; 2] = [Self::Display, Self::Full];
+    pub const ALL: [Self; 4] = [Self::Display, Self::Full, Self::Device, Self::NoPat];
 
     /// Its name.
     #[must_use]
@@ -136,6 +165,8 @@ impl Preset {
         match self {
             Self::Display => "display",
             Self::Full => "full",
+            Self::Device => "device",
+            Self::NoPat => "nopat",
         }
     }
 
@@ -145,6 +176,22 @@ impl Preset {
         match self {
             Self::Display => Machine::new(vec![display()]),
             Self::Full => Machine::new(full()),
+            Self::Device => Machine::new(own()),
+            Self::NoPat => Machine {
+                append: vec!["nopat".to_owned()],
+                ..Machine::new(full())
+            },
+        }
+    }
+
+    /// The machine that the tests in a binary are written for, by the name of the binary.
+    #[must_use]
+    pub fn of_tests(binary: &str) -> Self {
+        // Cargo adds `-` and a hash.
+        match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
+            "tph" | "witness" => Self::Device,
+            "nopat" => Self::NoPat,
+            _ => Self::Full,
         }
     }
 }
@@ -177,6 +224,41 @@ fn display() -> Device {
         "0000:00:02.0",
         "bochs-display: BAR0 is the frame buffer, 64 MiB; BAR2 its registers",
         device,
+    )
+}
+
+fn own() -> Vec<Device> {
+    let mapped = Options {
+        trapped: false,
+        ..Options::default()
+    };
+    vec![
+        Device::root_port("rp1", 3),
+        Device::served(
+            "trapped",
+            "0000:01:00.0",
+            "our own: BAR0 is 16 MiB of memory, every access to it is logged; steering tags, function-level reset, MSI-X in BAR2",
+            "rp1",
+            Options::default(),
+        ),
+        Device::root_port("rp2", 4),
+        Device::served(
+            "mapped",
+            "0000:02:00.0",
+            "our own: as the other, with a BAR0 that is mapped",
+            "rp2",
+            mapped,
+        ),
+        edu(),
+    ]
+}
+
+fn edu() -> Device {
+    Device::new(
+        "edu",
+        "0000:00:06.0",
+        "edu: a DMA engine, 32 bits",
+        "edu,bus=pcie.0,addr=06,dma_mask=0xffffffff",
     )
 }
 
@@ -216,12 +298,7 @@ fn full() -> Vec<Device> {
             "-blockdev",
             "driver=null-co,node-name=nvme-disk,size=67108864,read-zeroes=on",
         ]),
-        Device::new(
-            "edu",
-            "0000:00:06.0",
-            "edu: a DMA engine, 32 bits",
-            "edu,bus=pcie.0,addr=06,dma_mask=0xffffffff",
-        ),
+        edu(),
         Device::new(
             "testdev",
             "0000:00:07.0",
@@ -276,6 +353,13 @@ mod tests {
         assert_eq!("full".parse::<Preset>().unwrap(), Preset::Full);
         let text = "fully".parse::<Preset>().unwrap_err().to_string();
         assert!(text.contains("display, full"), "{text}");
+    }
+
+    #[test]
+    fn tests_are_run_on_the_machine_that_they_are_written_for() {
+        assert_eq!(Preset::of_tests("witness-0f2a"), Preset::Device);
+        assert_eq!(Preset::of_tests("witness"), Preset::Device);
+        assert_eq!(Preset::of_tests("memory_type-0f2a"), Preset::Full);
     }
 
     #[test]

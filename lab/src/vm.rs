@@ -43,6 +43,7 @@ use crate::machine::Machine;
 use crate::monitor::Monitor;
 use crate::prepare::Prepared;
 use crate::report::seconds;
+use crate::served::{self, Served};
 use crate::splat::{self, INIT_STARTED, Splat};
 use crate::terminal::RawTerminal;
 
@@ -313,6 +314,7 @@ impl<'a> Run<'a> {
             .screenshots
             .take()
             .unwrap_or_else(|| folder.join("screenshots"));
+        let image = self.prepared.kernel.image(&self.prepared.sysroot)?;
         let archive = folder.join("initramfs.cpio");
         self.write_archive(&archive)?;
         let mut output = std::mem::replace(&mut self.output, Output::Capture);
@@ -323,6 +325,7 @@ impl<'a> Run<'a> {
                 machine: &self.machine,
                 accel,
                 folder: &folder,
+                image: &image,
                 archive: &archive,
                 screenshots: &screenshots,
                 interactive: matches!(self.payload, Payload::Shell { .. }),
@@ -465,6 +468,7 @@ struct Guest<'a> {
     machine: &'a Machine,
     accel: Accel,
     folder: &'a Path,
+    image: &'a Path,
     archive: &'a Path,
     screenshots: &'a Path,
     interactive: bool,
@@ -489,7 +493,8 @@ struct Sockets {
 impl Guest<'_> {
     fn boot(&self, output: &mut Output) -> Result<Outcome> {
         let started = Instant::now();
-        let (mut child, sockets) = self.start()?;
+        let served = Served::start(self.machine, self.folder)?;
+        let (mut child, sockets) = self.start(&served)?;
         let progress = Arc::new(Mutex::new(Progress::default()));
         let terminal = if self.interactive {
             RawTerminal::take()?
@@ -498,7 +503,7 @@ impl Guest<'_> {
         };
         let captured = thread::scope(|scope| -> Result<_> {
             let copy = scope.spawn(|| copy_output(&sockets.payload, output));
-            scope.spawn(|| self.serve(&sockets, &progress));
+            scope.spawn(|| self.serve(&sockets, &served, &progress));
             let waited = self.wait(&mut child, &progress, started);
             if waited.is_err() {
                 let _ = child.kill();
@@ -522,13 +527,14 @@ impl Guest<'_> {
         self.folder.join("emulator.log")
     }
 
-    fn start(&self) -> Result<(Child, Sockets)> {
+    fn start(&self, served: &Served) -> Result<(Child, Sockets)> {
         let (payload, payload_end) = pair()?;
         let (control, control_end) = pair()?;
         let (monitor, monitor_end) = pair()?;
         let errors = fs::File::create(self.emulator_log())?;
         let child = self
             .emulator(&payload_end, &control_end, &monitor_end)
+            .args(served.arguments(self.machine))
             .stdin(Stdio::null())
             .stdout(errors.try_clone()?)
             .stderr(errors)
@@ -579,7 +585,7 @@ impl Guest<'_> {
         command.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
         command
             .arg("-kernel")
-            .arg(self.prepared.kernel.image())
+            .arg(self.image)
             .arg("-initrd")
             .arg(self.archive);
         command.args(["-append", &command_line(machine)]);
@@ -603,7 +609,9 @@ impl Guest<'_> {
         ] {
             command.args(["-device", &format!("isa-serial,chardev={id},{place}")]);
         }
-        command.args(machine.devices.iter().flat_map(|device| &device.arguments));
+        for device in &machine.devices {
+            command.args(served::arguments_of(device, self.folder));
+        }
         command
     }
 
@@ -682,7 +690,7 @@ impl Guest<'_> {
     }
 
     /// Answers the control channel until the guest is gone.
-    fn serve(&self, sockets: &Sockets, progress: &Mutex<Progress>) {
+    fn serve(&self, sockets: &Sockets, served: &Served, progress: &Mutex<Progress>) {
         let Ok(monitor) = sockets.monitor.try_clone() else {
             return;
         };
@@ -696,7 +704,7 @@ impl Guest<'_> {
             .is_ok_and(|length| length > 0)
         {
             if let Ok(message) = serde_json::from_slice(&line) {
-                let reply = self.answer(&message, &mut monitor, progress);
+                let reply = self.answer(&message, &mut monitor, served, progress);
                 if message.get("ready").is_some() && self.interactive {
                     forward_input(&sockets.payload);
                 }
@@ -712,6 +720,7 @@ impl Guest<'_> {
         &self,
         message: &Value,
         monitor: &mut Monitor,
+        served: &Served,
         progress: &Mutex<Progress>,
     ) -> Option<Value> {
         // Not held while QEMU works: whoever watches the time must not wait for it.
@@ -730,6 +739,9 @@ impl Guest<'_> {
                     .run(command)
                     .map_or_else(refusal, |value| json!({"return": value})),
             );
+        }
+        if let Some(request) = message.get("device") {
+            return Some(served.answer(request));
         }
         if let Some(name) = message.get("screenshot").and_then(Value::as_str) {
             let taken = self.screenshot(name, monitor);

@@ -258,9 +258,10 @@ fn test(options: &Test) -> Result<ExitCode> {
     }
     let choice = MachineChoice {
         kernel: KernelChoice { kernel: None },
-        preset: std::env::var("BARLEASE_PRESET")
-            .unwrap_or_else(|_| "full".to_owned())
-            .parse()?,
+        preset: match std::env::var("BARLEASE_PRESET") {
+            Ok(name) => name.parse()?,
+            Err(_) => Preset::of_tests(&file_stem(&options.binary)),
+        },
     };
     let prepared = choice.prepare()?;
     let place = in_lab(&options.binary)?;
@@ -271,6 +272,13 @@ fn test(options: &Test) -> Result<ExitCode> {
         .timeout(test_timeout()?)
         .command([place].into_iter().chain(options.arguments.iter().cloned()));
     finish(&with_environment(run).run()?)
+}
+
+fn file_stem(path: &Path) -> String {
+    path.file_stem()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// Whether the binary would only list its tests, or has none that fit: no guest is needed for that.

@@ -188,12 +188,13 @@ impl Device {
     }
 
     fn notice_end_of_reset(&mut self) {
-        if let Some(Reset::Until(end)) = self.in_reset
-            && end <= now()
-        {
-            self.in_reset = None;
-            let state = self.state();
-            self.log.add(end, What::ResetEnd, state);
+        match self.in_reset {
+            Some(Reset::Until(end)) if end <= now() => {
+                self.in_reset = None;
+                let state = self.state();
+                self.log.add(end, What::ResetEnd, state);
+            }
+            _ => {}
         }
     }
 
