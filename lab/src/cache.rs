@@ -178,7 +178,8 @@ pub fn unfinished(path: &Path) -> PathBuf {
 ///
 /// When it cannot be written.
 pub fn write(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
-    let new = unfinished(path);
+    // Two processes may write the same thing at once: the last one wins, neither is torn.
+    let new = unfinished(path).with_extension(std::process::id().to_string());
     fs::write(&new, content)
         .and_then(|()| fs::rename(&new, path))
         .with_context(|| format!("write {}", path.display()))
