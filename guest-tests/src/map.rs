@@ -88,20 +88,17 @@ impl How {
     /// That of mmap.
     pub fn map(self, fd: impl AsFd, offset: u64, len: u64) -> Answer<Map> {
         install();
-        let wanted = if self.align == PAGE && self.skew == 0 {
+        let anywhere = self.align == PAGE && self.skew == 0;
+        let place = if anywhere {
             0
         } else {
-            hole(len + self.align + self.skew, self.align) + self.skew as usize
+            reserve(len, self.align, self.skew)
         };
-        let fixed = if wanted == 0 {
-            0
-        } else {
-            libc::MAP_FIXED_NOREPLACE
-        };
-        // SAFETY: A new mapping replaces nothing.
+        let fixed = if anywhere { 0 } else { libc::MAP_FIXED };
+        // SAFETY: The new mapping replaces nothing, or what was reserved for it.
         let address = unsafe {
             libc::mmap(
-                ptr::without_provenance_mut(wanted),
+                ptr::without_provenance_mut(place),
                 len as usize,
                 self.protection,
                 self.flags | fixed,
@@ -110,20 +107,22 @@ impl How {
             )
         };
         if address == libc::MAP_FAILED {
+            // What was reserved stays, and is in nobody's way.
             return Err(Errno::last());
         }
         Ok(Map::at(address.addr(), len as usize))
     }
 }
 
-/// An aligned address with nothing mapped behind it for `len` bytes less the alignment.
-fn hole(len: u64, align: u64) -> usize {
-    let len = len as usize;
+/// Reserves `len` bytes of address space, `skew` bytes behind a multiple of `align`: to be replaced, so that no other
+/// thread gets in between.
+fn reserve(len: u64, align: u64, skew: u64) -> usize {
+    let all = (len.next_multiple_of(PAGE) + align + skew) as usize;
     // SAFETY: A new mapping replaces nothing.
     let address = unsafe {
         libc::mmap(
             ptr::null_mut(),
-            len,
+            all,
             libc::PROT_NONE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
             -1,
@@ -131,9 +130,16 @@ fn hole(len: u64, align: u64) -> usize {
         )
     };
     assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
-    // SAFETY: Just mapped, and known to nobody.
-    unsafe { libc::munmap(address, len) };
-    address.addr().next_multiple_of(align as usize)
+    let start = address.addr();
+    let place = start.next_multiple_of(align as usize) + skew as usize;
+    let end = place + len.next_multiple_of(PAGE) as usize;
+    for (from, to) in [(start, place), (end, start + all)] {
+        if from < to {
+            // SAFETY: Parts of what was just mapped, known to nobody.
+            unsafe { libc::munmap(ptr::without_provenance_mut(from), to - from) };
+        }
+    }
+    place
 }
 
 impl Map {
@@ -300,8 +306,8 @@ impl Map {
     ///
     /// That of mremap; it is where it was then.
     pub fn moved(mut self) -> Result<Self, (Self, Errno)> {
-        let wanted = hole(self.len as u64 + PAGE, PAGE);
-        // SAFETY: Our mapping, moved to where nothing is.
+        let wanted = reserve(self.len as u64, PAGE, 0);
+        // SAFETY: Our mapping, moved over what was reserved for it.
         let address = unsafe {
             libc::mremap(
                 ptr::with_exposed_provenance_mut(self.address),

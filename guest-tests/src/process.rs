@@ -105,6 +105,33 @@ impl Drop for Child {
     }
 }
 
+/// Runs `body` in a forked process, from whatever thread, and says whether it returned true.
+///
+/// `body` must not allocate or lock: another thread may hold the lock of what it needs.
+///
+/// # Panics
+///
+/// When the system has no process left.
+pub fn in_fork(body: impl FnOnce() -> bool) -> bool {
+    // SAFETY: The child runs `body`, which needs nothing of other threads, and ends.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0, "fork: {}", io::Error::last_os_error());
+    if pid == 0 {
+        let code = i32::from(!body());
+        // SAFETY: Ends the process; nothing of the parent's is flushed or dropped.
+        unsafe { libc::_exit(code) }
+    }
+    let mut status = 0;
+    // SAFETY: `status` is valid for writes.
+    let ended = unsafe { libc::waitpid(pid, &mut status, 0) };
+    assert_eq!(ended, pid);
+    assert!(
+        libc::WIFEXITED(status),
+        "a forked process died: {status:#x}"
+    );
+    libc::WEXITSTATUS(status) == 0
+}
+
 fn run_child(
     link: Link,
     mut reporter: File,
