@@ -373,6 +373,8 @@ impl Exporter for Buffer {
     }
 
     fn attach(&self) -> Result {
+        // Before the provider, which a device that was closed no longer has.
+        self.alive()?;
         drop(self.leases.providers().get(self.contents.bar)?);
         self.attachments.fetch_add(1, Relaxed);
         if self.state() == State::Ok {
