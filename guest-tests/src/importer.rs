@@ -404,20 +404,6 @@ impl Drop for Attachment {
     }
 }
 
-/// Requests that the helpers above never make.
-pub mod raw {
-    use super::{Answer, Importer};
-
-    /// Any request on any structure.
-    ///
-    /// # Errors
-    ///
-    /// That of the ioctl.
-    pub fn request<T>(importer: &Importer, number: u32, argument: &mut T) -> Answer<()> {
-        importer.request(number, argument)
-    }
-}
-
 /// The kernel's log from some moment on.
 #[derive(Debug)]
 pub struct KernelLog(File);

@@ -1,0 +1,653 @@
+//! Devices as lease holders: who may attach and map, and where the mapping leads.
+#![cfg(barlease_guest)]
+
+use std::{collections::HashMap, fs, os::fd::OwnedFd, path::Path};
+
+use barlease_guest_tests::{
+    PAGE,
+    errno::{EBUSY, EINVAL, ENODEV, ENXIO, EOPNOTSUPP},
+    importer::{
+        Attachment, EDU, Importer,
+        abi::{self, Entry},
+        check_that_nothing_is_left,
+    },
+    map::Map,
+    observe,
+    pci::{self, Function},
+    vfio::Device,
+};
+
+/// BAR2 of the memory device: 64 MiB.
+const BAR: u32 = 2;
+const BAR_LEN: u64 = 64 << 20;
+
+/// Most bytes of an entry of a scatter table.
+const MAX_ENTRY: u64 = u32::MAX as u64 + 1 - PAGE;
+
+fn memory() -> Device {
+    Device::open("memory")
+}
+
+fn attached(device: &Device, ranges: &[(u64, u64)]) -> (OwnedFd, Attachment) {
+    let fd = device.export(BAR, ranges).expect("an export");
+    let attachment = Importer::open().attach(&fd).expect("an attachment");
+    (fd, attachment)
+}
+
+fn mapped(device: &Device, ranges: &[(u64, u64)]) -> (OwnedFd, Attachment) {
+    let (fd, attachment) = attached(device, ranges);
+    attachment.map().expect("a mapping");
+    (fd, attachment)
+}
+
+/// Where each page of a buffer of these ranges is, as an offset in the BAR.
+fn pages(ranges: &[(u64, u64)]) -> Vec<u64> {
+    let page = |&(offset, length): &(u64, u64)| (offset..offset + length).step_by(PAGE as usize);
+    ranges.iter().flat_map(page).collect()
+}
+
+/// A sequence of numbers that look random, the same each time.
+fn numbers(seed: u64) -> impl Iterator<Item = u64> {
+    let mut state = seed;
+    std::iter::repeat_with(move || {
+        state = state
+            .wrapping_mul(0x5851_f42d_4c95_7f2d)
+            .wrapping_add(0x1405_7b7e_f767_814f);
+        state >> 33
+    })
+}
+
+/// Four bytes that tell where in the BAR they are, and in which round they were written.
+fn word(offset: u64, round: u32) -> u32 {
+    (offset as u32 / 4).wrapping_mul(0x9e37_79b1) ^ round.wrapping_mul(0x85eb_ca6b)
+}
+
+fn fill(bar: &Map, pages: impl IntoIterator<Item = u64>, round: u32) {
+    for page in pages {
+        for offset in (page..page + PAGE).step_by(4) {
+            bar.write(offset, word(offset, round)).expect("a BAR");
+        }
+    }
+}
+
+/// The bytes of a part of a buffer whose pages are those, as `fill` wrote them.
+fn expected(pages: &[u64], at: u64, length: usize, round: u32) -> Vec<u8> {
+    let byte = |at: u64| {
+        let offset = pages[(at / PAGE) as usize] + at % PAGE;
+        word(offset & !3, round).to_le_bytes()[(offset % 4) as usize]
+    };
+    (at..at + length as u64).map(byte).collect()
+}
+
+fn bytes_of(bar: &Map, page: u64) -> Vec<u8> {
+    let words = (page..page + PAGE).step_by(4);
+    words
+        .flat_map(|offset| bar.read(offset).expect("a BAR").to_le_bytes())
+        .collect()
+}
+
+// ---- Attach ---------------------------------------------------------------------------------------
+
+#[test]
+fn an_importer_that_cannot_do_peer_to_peer_is_refused() {
+    let device = memory();
+    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let answer = Importer::open().attach_as(&fd, abi::ATTACH_INVALIDATE);
+    assert_eq!(answer.unwrap_err(), EOPNOTSUPP);
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
+}
+
+#[test]
+fn an_importer_that_cannot_be_told_to_let_go_is_refused() {
+    let device = memory();
+    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let answer = Importer::open().attach_as(&fd, abi::ATTACH_P2P);
+    assert_eq!(answer.unwrap_err(), EOPNOTSUPP);
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
+}
+
+#[test]
+fn an_importer_of_the_old_kind_is_refused() {
+    let device = memory();
+    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let importer = Importer::open();
+    for flags in [abi::ATTACH_STATIC, 0] {
+        let answer = importer.attach_as(&fd, flags);
+        assert_eq!(answer.unwrap_err(), EOPNOTSUPP, "{flags}");
+    }
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
+}
+
+#[test]
+fn what_an_importer_cannot_do_comes_before_the_state_of_the_buffer() {
+    let device = memory();
+    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    device.set_memory(false);
+    let answer = Importer::open().attach_as(&fd, abi::ATTACH_P2P);
+    assert_eq!(answer.unwrap_err(), EOPNOTSUPP);
+    device.set_memory(true);
+}
+
+#[test]
+fn attaching_to_a_revoked_buffer_is_enodev_until_it_is_ok_again() {
+    let device = memory();
+    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let importer = Importer::open();
+    device.set_memory(false);
+    assert_eq!(importer.attach(&fd).unwrap_err(), ENODEV);
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
+    device.set_memory(true);
+    importer.attach(&fd).unwrap().map().unwrap();
+}
+
+#[test]
+fn attaching_to_a_buffer_after_revoke_is_enodev() {
+    let device = memory();
+    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    device.revoke(&fd).unwrap();
+    assert_eq!(Importer::open().attach(&fd).unwrap_err(), ENODEV);
+}
+
+#[test]
+fn attaching_to_a_buffer_after_the_close_of_its_device_is_enodev() {
+    let device = memory();
+    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    drop(device);
+    let importer = Importer::open();
+    assert_eq!(importer.attach(&fd).unwrap_err(), ENODEV);
+    let _device = memory();
+    assert_eq!(importer.attach(&fd).unwrap_err(), ENODEV);
+}
+
+#[test]
+fn attachments_are_counted() {
+    let device = memory();
+    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let other = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let importer = Importer::open();
+    let check = |number: u32| {
+        assert_eq!(device.status(&fd).unwrap().nr_attachments, number);
+        assert_eq!(device.status(&other).unwrap().nr_attachments, 0);
+        let lines = observe::buffers(device.function());
+        let mut columns: Vec<_> = lines.iter().map(|line| line.get("attachments")).collect();
+        columns.sort_unstable();
+        assert_eq!(columns, ["0", &number.to_string()]);
+    };
+    check(0);
+    let first = importer.attach(&fd).unwrap();
+    check(1);
+    let second = importer.attach(&fd).unwrap();
+    check(2);
+    first.map().unwrap();
+    check(2);
+    first.detach().unwrap();
+    check(1);
+    device.revoke(&fd).unwrap();
+    check(1);
+    drop(second);
+    check(0);
+}
+
+#[test]
+fn attaching_and_mapping_a_thousand_times_leaves_nothing() {
+    let device = memory();
+    let fd = device
+        .export(BAR, &[(8 * PAGE, PAGE), (0, 2 * PAGE)])
+        .unwrap();
+    let importer = Importer::open();
+    for _ in 0..1000 {
+        let attachment = importer.attach(&fd).unwrap();
+        attachment.map().unwrap();
+        attachment.unmap().unwrap();
+        attachment.map().unwrap();
+        attachment.detach().unwrap();
+    }
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
+    device.revoke(&fd).unwrap();
+}
+
+#[test]
+fn a_lease_holder_may_pin() {
+    let device = memory();
+    let (fd, attachment) = attached(&device, &[(0, PAGE)]);
+    attachment.pin().unwrap();
+    attachment.map().unwrap();
+    attachment.unmap().unwrap();
+    attachment.unpin().unwrap();
+    device.revoke(fd).unwrap();
+}
+
+// ---- Map ------------------------------------------------------------------------------------------
+
+#[test]
+fn mapping_a_revoked_buffer_is_enodev_until_it_is_ok_again() {
+    let device = memory();
+    let (_fd, attachment) = attached(&device, &[(0, PAGE)]);
+    device.set_memory(false);
+    assert_eq!(attachment.map(), Err(ENODEV));
+    device.set_memory(true);
+    attachment.map().unwrap();
+}
+
+#[test]
+fn mapping_a_buffer_after_revoke_is_enodev() {
+    let device = memory();
+    let (fd, attachment) = attached(&device, &[(0, PAGE)]);
+    device.revoke(&fd).unwrap();
+    assert_eq!(attachment.map(), Err(ENODEV));
+    device.set_memory(false);
+    device.set_memory(true);
+    assert_eq!(attachment.map(), Err(ENODEV));
+}
+
+#[test]
+fn mapping_a_buffer_after_the_close_of_its_device_is_enodev() {
+    let device = memory();
+    let (_fd, attachment) = attached(&device, &[(0, PAGE)]);
+    drop(device);
+    assert_eq!(attachment.map(), Err(ENODEV));
+    let _device = memory();
+    assert_eq!(attachment.map(), Err(ENODEV));
+}
+
+#[test]
+fn a_buffer_can_be_mapped_in_each_direction_and_by_several_importers() {
+    let device = memory();
+    let (fd, first) = mapped(&device, &[(0, PAGE)]);
+    let importer = Importer::open();
+    assert_eq!(first.map(), Err(EBUSY));
+    for direction in [abi::BIDIRECTIONAL, abi::TO_DEVICE, abi::FROM_DEVICE] {
+        let attachment = importer.attach(&fd).unwrap();
+        attachment.map_for(direction).unwrap();
+        attachment.unmap().unwrap();
+        attachment.map_for(direction).unwrap();
+    }
+    assert!(first.is_mapped());
+    assert_eq!(first.translate(0), Some(device.function().bar(BAR).0));
+    first.unmap().unwrap();
+    assert_eq!(first.unmap(), Err(ENXIO));
+    assert_eq!(first.translate(0), None);
+}
+
+/// A mapping for reading only: what edu writes must not land.
+#[test]
+fn a_mapping_that_is_for_reading_cannot_be_written_through() {
+    let device = memory();
+    let bar = Map::new(device.export(BAR, &[(0, PAGE)]).unwrap(), PAGE).unwrap();
+    fill(&bar, [0], 1);
+    let (_fd, attachment) = attached(&device, &[(0, PAGE)]);
+    attachment.map_for(abi::TO_DEVICE).unwrap();
+    let read = attachment.read(0, 256).unwrap();
+    assert_eq!(read, expected(&[0], 0, 256, 1));
+    attachment.write(0, &[0x55; 256]).unwrap();
+    assert_eq!(bytes_of(&bar, 0), expected(&[0], 0, PAGE as usize, 1));
+}
+
+// ---- Where the mapping leads ----------------------------------------------------------------------
+
+/// Checks each page of a mapping against where it must lead, and that the table is right: its
+/// entries add up, none is larger than can be, and together they are one run of addresses.
+fn check_translation(device: &Device, attachment: &Attachment, ranges: &[(u64, u64)]) {
+    let bar = device.function().bar(BAR).0;
+    let pages = pages(ranges);
+    for (index, page) in pages.iter().enumerate() {
+        let translated = attachment.translate(index as u64 * PAGE);
+        assert_eq!(translated, Some(bar + page), "page {index}");
+    }
+    let entries = attachment.entries();
+    let size: u64 = ranges.iter().map(|range| range.1).sum();
+    assert_eq!(entries.iter().map(|entry| entry.length).sum::<u64>(), size);
+    assert!(entries.iter().all(|entry| entry.length <= MAX_ENTRY));
+    for pair in entries.windows(2) {
+        assert_eq!(pair[0].address + pair[0].length, pair[1].address);
+    }
+}
+
+/// Checks that nothing but the mapping is left of it once it is undone.
+fn check_gone(attachment: &Attachment, ranges: &[(u64, u64)]) {
+    attachment.unmap().unwrap();
+    for index in 0..pages(ranges).len() {
+        assert_eq!(attachment.translate(index as u64 * PAGE), None, "{index}");
+    }
+}
+
+/// Sets of ranges: one; two and three out of order; overlapping; repeated; neighbours both ways.
+fn few() -> Vec<Vec<(u64, u64)>> {
+    vec![
+        vec![(0, PAGE)],
+        vec![(BAR_LEN - PAGE, PAGE)],
+        vec![(5 * PAGE, 7 * PAGE)],
+        vec![(0, PAGE), (4 * PAGE, PAGE)],
+        vec![(4 * PAGE, PAGE), (0, PAGE)],
+        vec![(9 * PAGE, 2 * PAGE), (BAR_LEN - PAGE, PAGE), (0, 3 * PAGE)],
+        vec![(0, 3 * PAGE), (PAGE, 3 * PAGE)],
+        vec![(3 * PAGE, PAGE), (3 * PAGE, PAGE), (3 * PAGE, PAGE)],
+        vec![(0, PAGE), (PAGE, PAGE), (2 * PAGE, 2 * PAGE)],
+        vec![(2 * PAGE, PAGE), (PAGE, PAGE), (0, PAGE)],
+        vec![(0, PAGE), (PAGE, PAGE), (8 * PAGE, PAGE), (9 * PAGE, PAGE)],
+        vec![(2 << 20, 4 << 20), (32 << 20, 2 << 20)],
+    ]
+}
+
+/// So many ranges of one to three pages anywhere.
+fn many(count: usize, seed: u64) -> Vec<(u64, u64)> {
+    let mut numbers = numbers(seed);
+    let mut ranges = Vec::new();
+    for _ in 0..count {
+        let length = 1 + numbers.next().unwrap() % 3;
+        let first = numbers.next().unwrap() % (BAR_LEN / PAGE - length);
+        ranges.push((first * PAGE, length * PAGE));
+    }
+    ranges
+}
+
+#[test]
+fn every_page_of_a_few_ranges_leads_where_it_must() {
+    let device = memory();
+    for ranges in few() {
+        let (_fd, attachment) = mapped(&device, &ranges);
+        check_translation(&device, &attachment, &ranges);
+        check_gone(&attachment, &ranges);
+        attachment.map().unwrap();
+        check_translation(&device, &attachment, &ranges);
+    }
+}
+
+#[test]
+fn every_page_of_many_ranges_leads_where_it_must() {
+    let device = memory();
+    for (count, seed) in [(2, 1), (3, 2), (64, 3), (64, 4), (4096, 5)] {
+        let ranges = many(count, seed);
+        let (_fd, attachment) = mapped(&device, &ranges);
+        check_translation(&device, &attachment, &ranges);
+        check_gone(&attachment, &ranges);
+    }
+}
+
+#[test]
+fn as_many_ranges_as_there_may_be_can_be_mapped() {
+    let device = memory();
+    // Each other page, from the end, over and over: no two touch.
+    let count = u64::from(barlease_abi::MAX_RANGES);
+    let pages = BAR_LEN / PAGE / 2;
+    let ranges: Vec<_> = (0..count)
+        .map(|index| ((pages - 1 - index % pages) * 2 * PAGE, PAGE))
+        .collect();
+    let (_fd, attachment) = mapped(&device, &ranges);
+    let bar = device.function().bar(BAR).0;
+    for index in (0..count).step_by(997).chain([0, count - 1]) {
+        let translated = attachment.translate(index * PAGE);
+        assert_eq!(translated, Some(bar + ranges[index as usize].0));
+    }
+    assert_eq!(attachment.entries()[0].length, count * PAGE);
+}
+
+#[test]
+fn a_bar_of_4_gib_is_mapped_in_entries_that_a_table_can_hold() {
+    const GIB: u64 = 1 << 30;
+    let device = Device::open("big");
+    let bar = device.function().bar(BAR).0;
+    let importer = Importer::open();
+    let _mask = importer.mask(64);
+    let sets: [&[(u64, u64)]; 4] = [
+        &[(0, 4 * GIB)],
+        &[(0, 4 * GIB - PAGE)],
+        &[(2 * GIB, 2 * GIB), (0, 2 * GIB)],
+        &[(0, 4 * GIB), (GIB, 3 * GIB), (0, PAGE)],
+    ];
+    for ranges in sets {
+        let fd = device.export(BAR, ranges).unwrap();
+        let attachment = importer.attach(&fd).unwrap();
+        attachment.map().unwrap();
+        let entries = attachment.entries();
+        let size: u64 = ranges.iter().map(|range| range.1).sum();
+        assert_eq!(entries.len() as u64, size.div_ceil(MAX_ENTRY), "{ranges:?}");
+        assert!(entries.iter().all(|entry| entry.length <= MAX_ENTRY));
+        assert_eq!(entries.iter().map(|entry| entry.length).sum::<u64>(), size);
+        let mut at = 0;
+        for &(offset, length) in ranges {
+            for inside in [0, length / 2, length - PAGE] {
+                let translated = attachment.translate(at + inside);
+                assert_eq!(translated, Some(bar + offset + inside));
+            }
+            at += length;
+        }
+        attachment.unmap().unwrap();
+        assert_eq!(attachment.translate(0), None);
+        assert_eq!(attachment.translate(size - PAGE), None);
+    }
+}
+
+#[test]
+fn what_does_not_fit_into_the_addresses_of_a_device_is_refused() {
+    let device = Device::open("big");
+    let importer = Importer::open();
+    for ranges in [
+        &[(0, 4 << 30)][..],
+        &[(0, 3 << 30), (0, PAGE), (0, 1 << 30)],
+    ] {
+        let fd = device.export(BAR, ranges).unwrap();
+        let attachment = importer.attach(&fd).unwrap();
+        assert!(attachment.map().is_err(), "{ranges:?}");
+        assert!(!attachment.is_mapped());
+        device.revoke(&fd).unwrap();
+    }
+}
+
+/// Lets a function be translated by its IOMMU (`DMA`) or not (`identity`) while nobody drives it.
+fn set_domain(function: &Function, domain: &str) {
+    function.unbind();
+    let path = format!("/sys/kernel/iommu_groups/{}/type", function.group());
+    pci::write(Path::new(&path), domain).expect("change the domain");
+    let now = fs::read_to_string(path).unwrap();
+    assert_eq!(now.trim(), domain);
+}
+
+struct Untranslated(Function);
+
+impl Untranslated {
+    fn new() -> Self {
+        let edu = Function::named(EDU);
+        set_domain(&edu, "identity");
+        Self(edu)
+    }
+}
+
+impl Drop for Untranslated {
+    fn drop(&mut self) {
+        set_domain(&self.0, "DMA");
+    }
+}
+
+#[test]
+fn a_device_without_translation_gets_an_entry_for_each_run_of_neighbours() {
+    let device = memory();
+    drop(Importer::open());
+    let _untranslated = Untranslated::new();
+    let importer = Importer::open();
+    let _mask = importer.mask(64);
+    let bar = device.function().bar(BAR).0;
+    let mut sets = few();
+    sets.push(many(64, 6));
+    sets.push(many(4096, 7));
+    for ranges in sets {
+        let fd = device.export(BAR, &ranges).unwrap();
+        let attachment = importer.attach(&fd).unwrap();
+        for _ in 0..2 {
+            attachment.map().unwrap();
+            let mut runs: Vec<Entry> = Vec::new();
+            for &(offset, length) in &ranges {
+                let address = bar + offset;
+                match runs.last_mut() {
+                    Some(last) if last.address + last.length == address => last.length += length,
+                    _ => runs.push(Entry { address, length }),
+                }
+            }
+            assert_eq!(attachment.entries(), runs);
+            attachment.unmap().unwrap();
+        }
+    }
+}
+
+// ---- Bytes ----------------------------------------------------------------------------------------
+
+#[test]
+fn edu_reads_and_writes_one_range() {
+    let device = memory();
+    let around = 16 * PAGE..24 * PAGE;
+    let bar = Map::new(device.export(BAR, &[(0, 32 * PAGE)]).unwrap(), 32 * PAGE).unwrap();
+    fill(&bar, around.clone().step_by(PAGE as usize), 1);
+    let ranges = [(18 * PAGE, 4 * PAGE)];
+    let (_fd, attachment) = mapped(&device, &ranges);
+    let pages = pages(&ranges);
+
+    for (at, length) in [
+        (0, PAGE as usize),
+        (PAGE / 2, PAGE as usize),
+        (3 * PAGE, PAGE as usize),
+        (1, 1),
+        (PAGE - 3, 7),
+    ] {
+        let read = attachment.read(at, length).unwrap();
+        assert_eq!(read, expected(&pages, at, length, 1), "{at:#x}");
+    }
+
+    // Across a page's end, and nothing around it.
+    let at = 2 * PAGE - 100;
+    attachment.write(at, &[0xA5; 200]).unwrap();
+    let mut after: Vec<u8> = Vec::new();
+    for page in around.clone().step_by(PAGE as usize) {
+        after.extend(bytes_of(&bar, page));
+    }
+    let all: Vec<_> = around.clone().step_by(PAGE as usize).collect();
+    let mut wanted = expected(&all, 0, after.len(), 1);
+    let from = (18 * PAGE + at - around.start) as usize;
+    wanted[from..from + 200].fill(0xA5);
+    assert!(after == wanted);
+
+    let pages_end = 4 * PAGE;
+    assert_eq!(attachment.read(pages_end - 1, 2), Err(EINVAL));
+}
+
+/// Lets edu read and write a page at each of these offsets, across the ends of ranges, and compares
+/// all bytes of the pages that it touches, and of those beside them in the BAR.
+fn check_bytes(ranges: &[(u64, u64)], transfers: &[u64]) {
+    let device = memory();
+    let bar = Map::new(device.export(BAR, &[(0, BAR_LEN)]).unwrap(), BAR_LEN).unwrap();
+    let (_fd, attachment) = mapped(&device, ranges);
+    let pages = pages(ranges);
+    // What is in the BAR: the pages that are touched, and those beside them.
+    let mut shadow: HashMap<u64, Vec<u8>> = HashMap::new();
+    for at in transfers.iter().flat_map(|&at| [at, at + PAGE - 1]) {
+        let page = pages[(at / PAGE) as usize];
+        let after = (page + PAGE).min(BAR_LEN - PAGE);
+        for near in [page.saturating_sub(PAGE), page, after] {
+            fill(&bar, [near], 2);
+            shadow.insert(near, expected(&[near], 0, PAGE as usize, 2));
+        }
+    }
+    let length = PAGE as usize;
+    for (round, &at) in transfers.iter().enumerate() {
+        let place = |at: u64| (pages[(at / PAGE) as usize], (at % PAGE) as usize);
+        let read = attachment.read(at, length).unwrap();
+        for (index, byte) in read.into_iter().enumerate() {
+            let (page, inside) = place(at + index as u64);
+            assert_eq!(
+                byte,
+                shadow[&page][inside],
+                "offset {:#x}",
+                at + index as u64
+            );
+        }
+        let written: Vec<u8> = numbers(round as u64 + 99)
+            .take(length)
+            .map(|number| number as u8)
+            .collect();
+        attachment.write(at, &written).unwrap();
+        for (index, &byte) in written.iter().enumerate() {
+            let (page, inside) = place(at + index as u64);
+            shadow.get_mut(&page).unwrap()[inside] = byte;
+        }
+    }
+    for (page, bytes) in shadow {
+        assert!(bytes_of(&bar, page) == bytes, "page {page:#x} of the BAR");
+    }
+}
+
+#[test]
+fn edu_reads_and_writes_two_and_three_ranges() {
+    let half = PAGE / 2;
+    check_bytes(&[(4 * PAGE, PAGE), (0, PAGE)], &[half]);
+    let three = [(9 * PAGE, PAGE), (BAR_LEN - PAGE, PAGE), (0, PAGE)];
+    check_bytes(&three, &[half, PAGE + half]);
+}
+
+#[test]
+fn edu_reads_and_writes_ranges_that_overlap_and_repeat() {
+    let ranges = [(PAGE, 2 * PAGE), (2 * PAGE, PAGE), (PAGE, PAGE)];
+    // Twice the same bytes of the BAR, at two places of the buffer.
+    check_bytes(&ranges, &[PAGE, 2 * PAGE, 3 * PAGE]);
+}
+
+#[test]
+fn edu_reads_and_writes_64_ranges() {
+    let ranges: Vec<_> = many(64, 8).iter().map(|range| (range.0, PAGE)).collect();
+    // Each second end of a range: both sides of it are touched.
+    let ends: Vec<_> = (0..32).map(|n| n * 2 * PAGE + PAGE / 2).collect();
+    check_bytes(&ranges, &ends[..8]);
+    check_bytes(&ranges, &[ends[31]]);
+}
+
+#[test]
+fn edu_reads_and_writes_4096_ranges() {
+    let ranges = many(4096, 9);
+    let size: u64 = ranges.iter().map(|range| range.1).sum();
+    let mut numbers = numbers(10);
+    let mut transfers: Vec<_> = (0..6)
+        .map(|_| numbers.next().unwrap() % (size / PAGE - 1) * PAGE + PAGE / 2)
+        .collect();
+    transfers.push(size - PAGE);
+    check_bytes(&ranges, &transfers);
+}
+
+// ---- Between processes, and the ends of things ----------------------------------------------------
+
+#[test]
+fn an_attachment_keeps_the_buffer_when_its_fd_is_closed() {
+    let device = memory();
+    let (fd, attachment) = mapped(&device, &[(0, PAGE), (2 * PAGE, PAGE)]);
+    drop(fd);
+    assert_eq!(observe::buffers(device.function()).len(), 1);
+    assert!(attachment.translate(PAGE).is_some());
+    drop(attachment);
+    observe::wait_for_buffers(device.function(), 0);
+}
+
+#[test]
+fn an_attachment_does_not_keep_the_device_open() {
+    let device = memory();
+    let (_fd, attachment) = mapped(&device, &[(0, PAGE)]);
+    let function = device.function().clone();
+    drop(device);
+    assert!(!attachment.is_mapped());
+    // Would wait for a device that is open.
+    function.unbind();
+    function.bind(pci::BARLEASE);
+    assert_eq!(attachment.map(), Err(ENODEV));
+}
+
+#[test]
+fn unbinding_the_importing_device_undoes_its_mappings() {
+    let device = memory();
+    let (fd, attachment) = mapped(&device, &[(0, PAGE), (2 * PAGE, PAGE)]);
+    Function::named(EDU).unbind();
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
+    assert_eq!(attachment.map(), Err(barlease_guest_tests::errno::ENOENT));
+    let attachment = Importer::open().attach(&fd).unwrap();
+    attachment.map().unwrap();
+}
+
+#[test]
+fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
+    check_that_nothing_is_left(&["memory", "big", "display"]);
+}
