@@ -1,0 +1,422 @@
+//! What is not ours is the core's, untouched: the same device with stock vfio-pci and with our driver.
+#![cfg(barlease_guest)]
+
+use std::{
+    fs::File,
+    io::Read,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use barlease_abi::{
+    FEATURE_ALIAS_REGION, FEATURE_DMA_BUF_MEMATTR, FEATURE_DMA_BUF_REVOKE, FEATURE_DMA_BUF_STATUS,
+    FEATURE_DMA_BUF_STOCK, FEATURE_DMA_BUF_TPH, REGION_CAP_ALIASABLE,
+};
+use barlease_guest_tests::{
+    PAGE,
+    errno::{Answer, EINVAL, ENOTTY, EOPNOTSUPP, Errno},
+    map::{How, Map, READ},
+    observe,
+    pci::{BARLEASE, STOCK},
+    process,
+    vfio::{
+        CONFIG_REGION, Device, GET, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, MSIX_IRQ,
+        PROBE, RegionInfo, SET,
+    },
+};
+
+/// Every device of the machine.
+const DEVICES: [&str; 8] = [
+    "display", "memory", "pair0", "nvme", "edu", "testdev", "igb", "big",
+];
+
+/// What `look` sees of a device, with stock vfio-pci and with our driver.
+fn both<T>(name: &str, look: impl Fn(&Device) -> T) -> [T; 2] {
+    [STOCK, BARLEASE].map(|driver| {
+        let device = Device::open_with(name, driver);
+        look(&device)
+    })
+}
+
+fn is_the_same<T: std::fmt::Debug + PartialEq>(what: &str, look: impl Fn(&Device) -> T) {
+    for name in DEVICES {
+        let [stock, ours] = both(name, &look);
+        assert_eq!(ours, stock, "{name}: {what}");
+    }
+}
+
+/// Without what our capabilities add.
+fn without_ours(info: RegionInfo) -> RegionInfo {
+    let mut capabilities = info.capabilities;
+    capabilities.retain(|(id, ..)| *id != REGION_CAP_ALIASABLE);
+    // VFIO_REGION_INFO_FLAG_CAPS
+    let flags = if capabilities.is_empty() {
+        info.flags & !8
+    } else {
+        info.flags
+    };
+    RegionInfo {
+        flags,
+        capabilities,
+        ..info
+    }
+}
+
+#[test]
+fn information_is_the_same() {
+    is_the_same("device, regions, interrupts", |device| {
+        let (_, regions, irqs) = device.info().unwrap();
+        let region = |index| device.region_info(index).map(without_ours);
+        let regions: Vec<_> = (0..regions + 2).map(region).collect();
+        let irqs: Vec<_> = (0..irqs + 2).map(|index| device.irq_info(index)).collect();
+        (device.info(), regions, irqs, device.hot_reset_info())
+    });
+}
+
+#[test]
+fn config_space_is_the_same() {
+    is_the_same("config space", |device| {
+        let size = device.function().config().len();
+        let mut bytes = vec![0; size];
+        let whole = device.read(CONFIG_REGION, 0, &mut bytes);
+        let mut pieces = Vec::new();
+        for (offset, len) in [
+            (0, 1),
+            (1, 1),
+            (2, 2),
+            (3, 5),
+            (0x0e, 1),
+            (0x33, 9),
+            (250, 12),
+        ] {
+            let mut piece = vec![0; len];
+            let read = device.read(CONFIG_REGION, offset, &mut piece);
+            pieces.push((read, piece));
+        }
+        let beyond = device.read(CONFIG_REGION, size as u64 - 2, &mut [0; 4]);
+        (whole, bytes, pieces, beyond)
+    });
+}
+
+#[test]
+fn config_writes_do_the_same() {
+    is_the_same("config writes", |device| {
+        let size = device.function().config().len() as u64;
+        let mut seen = Vec::new();
+        // Of any size and alignment, over registers of every kind, the value that is there and others.
+        for (offset, bytes) in [
+            (0x04, &[0x07, 0x04][..]),
+            (0x04, &[0x06]),
+            (0x03, &[0xff, 0x06, 0x01]),
+            (0x05, &[0x00]),
+            (0x0c, &[0x10, 0x20]),
+            (0x10, &[0xff; 8]),
+            (0x3c, &[0x0b, 0x01]),
+            (0x00, &[0xff; 4]),
+            (0x02, &[0xff, 0xff, 0x06, 0x00, 0xff, 0xff]),
+            (0x34, &[0x00]),
+        ] {
+            let written = device.write(CONFIG_REGION, offset, bytes);
+            let header: [u8; 64] = device.config(0);
+            seen.push((written, header.to_vec()));
+        }
+        let refused = [
+            device.write(CONFIG_REGION, size - 2, &[0; 4]),
+            device.write(CONFIG_REGION, size, &[0]),
+            device.write(CONFIG_REGION, 1 << 20, &[0]),
+            device.write(CONFIG_REGION, 0, &[]),
+        ];
+        (seen, refused)
+    });
+}
+
+#[test]
+fn bars_are_read_and_written_the_same() {
+    for (name, bar) in [("display", 0), ("memory", 2), ("testdev", 2), ("big", 2)] {
+        let [stock, ours] = both(name, |device| {
+            let size = device.region_info(bar).unwrap().size;
+            let mut seen = Vec::new();
+            for (offset, len) in [(0, 1), (1, 2), (4, 4), (8, 8), (3, 13), (size - 4, 4)] {
+                let bytes: Vec<_> = (0..len).map(|i| (offset as u8) ^ i).collect();
+                let written = device.write(bar, offset, &bytes);
+                let mut back = vec![0; bytes.len()];
+                let read = device.read(bar, offset, &mut back);
+                assert_eq!(back, bytes, "{name}: {offset:#x}");
+                seen.push((written, read));
+            }
+            seen.push((
+                device.write(bar, size - 2, &[0; 4]),
+                device.read(bar, size, &mut [0; 4]),
+            ));
+            seen
+        });
+        assert_eq!(ours, stock, "{name}");
+    }
+}
+
+#[test]
+fn what_is_no_memory_is_read_the_same() {
+    is_the_same("ROM, VGA, absent and beyond", |device| {
+        [1, 3, 6, 8, 9, 10, 200].map(|region| device.read(region, 0, &mut [0; 4]))
+    });
+}
+
+// ---- mmap of the device fd ------------------------------------------------------------------------
+
+fn errno(answer: Answer<Map>) -> Result<(), Errno> {
+    answer.map(drop)
+}
+
+#[test]
+fn what_may_be_mapped_is_the_same() {
+    is_the_same("mmap of the device fd", |device| {
+        let mut seen = Vec::new();
+        for region in 0..11 {
+            let size = device.region_info(region).map_or(0, |info| info.size);
+            let region = region_offset(region);
+            for (offset, len) in [
+                (0, PAGE),
+                (0, size),
+                (0, size + PAGE),
+                (PAGE, PAGE),
+                (size.saturating_sub(PAGE) & !(PAGE - 1), PAGE),
+                (size, PAGE),
+                (0, 100),
+                (1 << 39, PAGE),
+            ] {
+                for how in [
+                    How::shared(),
+                    How::shared().protection(READ),
+                    How::shared().private(),
+                    How::shared().private().protection(READ),
+                ] {
+                    seen.push((
+                        region,
+                        offset,
+                        len,
+                        errno(how.map(device, region + offset, len)),
+                    ));
+                }
+            }
+        }
+        seen
+    });
+}
+
+fn region_offset(region: u32) -> u64 {
+    u64::from(region) << 40
+}
+
+#[test]
+fn a_bar_smaller_than_a_page_is_mapped_as_with_stock() {
+    let [stock, ours] = both("memory", |device| {
+        assert_eq!(device.region_info(0).unwrap().size, 256);
+        // The mask of ivshmem's doorbell interrupts keeps what is written to it.
+        let map = How::shared().map(device, 0, PAGE)?;
+        map.write(0, 0).unwrap();
+        Ok::<_, Errno>((map.read(8).unwrap(), map.read(0).unwrap()))
+    });
+    assert_eq!(ours, stock);
+    assert!(ours.is_ok(), "{ours:?}");
+}
+
+#[test]
+fn a_bar_smaller_than_a_page_is_taken_away_and_given_back() {
+    let device = Device::open("memory");
+    let map = How::shared().map(&device, 0, PAGE).unwrap();
+    map.read(0).unwrap();
+    device.set_memory(false);
+    assert!(map.read(0).is_err());
+    device.set_memory(true);
+    map.read(0).unwrap();
+    device.function().reset().unwrap();
+    assert_eq!(observe::faults_of(|| map.touch_all().unwrap()), 1);
+}
+
+/// Protection, offset, path.
+fn line(map: &Map) -> [String; 3] {
+    let line = observe::maps_line(map.address());
+    let words: Vec<_> = line.split_whitespace().collect();
+    [words[1], words[2], words[5]].map(str::to_owned)
+}
+
+#[test]
+fn proc_maps_shows_offset_and_name_of_a_mapped_bar() {
+    let [stock, ours] = both("display", |device| {
+        let maps = [
+            How::shared().map(device, 0, 4 * PAGE),
+            How::shared().map(device, 3 * PAGE, PAGE),
+            How::shared().map(device, region_offset(2), PAGE),
+        ];
+        maps.map(|map| line(&map.unwrap()))
+    });
+    let bdf = Device::open("display").function().bdf.clone();
+    for ((stock, ours), bar) in stock.iter().zip(&ours).zip([0, 0, 2]) {
+        assert_eq!(ours[..2], stock[..2]);
+        assert!(
+            ours[2].ends_with(&format!("barlease:{bdf}/{bar}")),
+            "{ours:?}"
+        );
+    }
+}
+
+#[test]
+fn a_bar_mapping_loses_no_page_to_partial_munmap() {
+    let device = Device::open("display");
+    let mut map = How::shared().map(&device, 8 * PAGE, 8 * PAGE).unwrap();
+    for page in 0..16 {
+        device.write32(0, page * PAGE, 1000 + page as u32);
+    }
+    map.unmap(3 * PAGE, 2 * PAGE);
+    for page in [0, 1, 2, 5, 6, 7] {
+        assert_eq!(map.read(page * PAGE), Ok(1008 + page as u32));
+    }
+    let map = map_and_move(&device);
+    assert_eq!(map.read(PAGE), Ok(1003));
+}
+
+fn map_and_move(device: &Device) -> Map {
+    let map = How::shared().map(device, 2 * PAGE, 4 * PAGE).unwrap();
+    map.moved().unwrap()
+}
+
+// ---- Interrupts -----------------------------------------------------------------------------------
+
+fn count(event: &OwnedFd) -> Option<u64> {
+    let mut bytes = [0; 8];
+    let read = File::from(event.try_clone().unwrap()).read(&mut bytes);
+    read.ok().map(|_| u64::from_ne_bytes(bytes))
+}
+
+fn interrupts(device: &Device) -> Vec<Answer<()>> {
+    let (_, number) = device.irq_info(MSIX_IRQ).unwrap();
+    let events: Vec<_> = (0..number.min(3)).map(|_| process::eventfd()).collect();
+    let fds: Vec<_> = events.iter().map(AsRawFd::as_raw_fd).collect();
+    let eventfd = IRQ_DATA_EVENTFD | IRQ_ACTION_TRIGGER;
+    let none = IRQ_DATA_NONE | IRQ_ACTION_TRIGGER;
+    let used = fds.len() as u32;
+    let mut answers = vec![
+        device.set_irqs(MSIX_IRQ, eventfd, used, &fds),
+        // Makes the first two fire, for tests as this one.
+        device.set_irqs(MSIX_IRQ, none, 2, &[]),
+        device.set_irqs(
+            MSIX_IRQ,
+            eventfd,
+            number + 1,
+            &vec![-1; number as usize + 1],
+        ),
+        device.set_irqs(17, eventfd, 1, &fds[..1]),
+    ];
+    let fired: Vec<_> = events.iter().map(count).collect();
+    assert_eq!(fired, [Some(1), Some(1), None]);
+    answers.push(device.set_irqs(MSIX_IRQ, none, 0, &[]));
+    answers.push(device.set_irqs(MSIX_IRQ, none, 1, &[]));
+    answers
+}
+
+#[test]
+fn interrupts_are_set_and_unset_as_with_stock() {
+    for name in ["nvme", "igb"] {
+        let [stock, ours] = both(name, interrupts);
+        assert_eq!(ours, stock, "{name}");
+        assert_eq!(ours[0], Ok(()));
+        assert_eq!(ours[4], Ok(()));
+    }
+}
+
+#[test]
+fn interrupts_survive_that_memory_is_off() {
+    let device = Device::open("nvme");
+    let event = process::eventfd();
+    let eventfd = IRQ_DATA_EVENTFD | IRQ_ACTION_TRIGGER;
+    device.set_memory(false);
+    device
+        .set_irqs(MSIX_IRQ, eventfd, 1, &[event.as_raw_fd()])
+        .unwrap();
+    let none = IRQ_DATA_NONE | IRQ_ACTION_TRIGGER;
+    device.set_irqs(MSIX_IRQ, none, 1, &[]).unwrap();
+    assert_eq!(count(&event), Some(1));
+    device.set_irqs(MSIX_IRQ, none, 0, &[]).unwrap();
+    assert_eq!(device.command() & 2, 0);
+}
+
+// ---- Features -------------------------------------------------------------------------------------
+
+#[test]
+fn features_of_the_kernel_are_probed_the_same() {
+    is_the_same("PROBE", |device| {
+        let probe = |feature| {
+            [0, GET, SET].map(|operation| device.feature(PROBE | operation | feature, &mut []))
+        };
+        (0..16).map(probe).collect::<Vec<_>>()
+    });
+}
+
+#[test]
+fn an_unknown_feature_is_enotty() {
+    let device = Device::open("display");
+    for feature in [0x7fff, 0xb9ff, 0xba06, 0xba10, 0xbaff, 0xbb00, 0xffff] {
+        for operation in [PROBE, PROBE | GET, PROBE | SET, GET, SET] {
+            let answer = device.feature(operation | feature, &mut [0; 64]);
+            assert_eq!(answer, Err(ENOTTY), "{feature:#x} {operation:#x}");
+        }
+    }
+}
+
+#[test]
+fn stock_vfio_pci_has_none_of_the_private_features() {
+    let device = Device::open_with("display", STOCK);
+    for feature in [
+        FEATURE_DMA_BUF_REVOKE,
+        FEATURE_DMA_BUF_MEMATTR,
+        FEATURE_DMA_BUF_TPH,
+        FEATURE_ALIAS_REGION,
+        FEATURE_DMA_BUF_STATUS,
+        FEATURE_DMA_BUF_STOCK,
+    ] {
+        assert_eq!(device.probe(feature, 0), Err(ENOTTY), "{feature:#x}");
+    }
+    let function = device.function().clone();
+    drop(device);
+    function.bind(BARLEASE);
+}
+
+#[test]
+fn probe_is_truthful() {
+    let device = Device::open("display");
+    for (feature, operation) in [
+        (FEATURE_DMA_BUF_REVOKE, SET),
+        (FEATURE_DMA_BUF_MEMATTR, SET),
+        (FEATURE_DMA_BUF_TPH, SET),
+        (FEATURE_ALIAS_REGION, GET),
+        (FEATURE_DMA_BUF_STATUS, GET),
+        (FEATURE_DMA_BUF_STOCK, GET),
+    ] {
+        let probed = device.probe(feature, operation);
+        assert_eq!(device.probe(feature, 0), probed, "{feature:#x}");
+        // An empty payload is refused for itself only where there is something to refuse it.
+        let done = device.feature(operation | u32::from(feature), &mut []);
+        match probed {
+            Ok(()) => {
+                assert_eq!(done, Err(EINVAL), "{feature:#x}");
+                let other = GET | SET;
+                assert_eq!(device.probe(feature, other), Err(EINVAL), "{feature:#x}");
+            }
+            Err(errno) => {
+                assert!(
+                    [ENOTTY, EOPNOTSUPP].contains(&errno),
+                    "{feature:#x}: {errno:?}"
+                );
+                assert_eq!(done, Err(errno), "{feature:#x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_device_here_completes_tph() {
+    for name in DEVICES {
+        let device = Device::open(name);
+        let probed = device.probe(FEATURE_DMA_BUF_TPH, SET);
+        assert_eq!(probed, Err(EOPNOTSUPP), "{name}");
+    }
+}
