@@ -70,7 +70,15 @@ impl Apt {
         let keyring = keyring()?;
         let dir = cache.path("apt");
         let archives = cache.path("archives");
-        for folder in ["etc", "state/lists/partial", "cache", "dpkg"] {
+        let folders = [
+            "etc/apt.conf.d",
+            "etc/preferences.d",
+            "etc/trusted.gpg.d",
+            "state/lists/partial",
+            "cache",
+            "dpkg",
+        ];
+        for folder in folders {
             fs::create_dir_all(dir.join(folder))
                 .with_context(|| format!("make {}/{folder}", dir.display()))?;
         }
@@ -303,6 +311,8 @@ fn configuration(dir: &Path, archives: &Path, machine: &str) -> String {
          // A mirror may be behind on the Release file of a suite that nobody installs from.\n\
          Acquire::Check-Valid-Until \"false\";\n\
          Acquire::Languages \"none\";\n\
+         // Old lists are no substitute for those that were asked for.\n\
+         APT::Update::Error-Mode \"any\";\n\
          Acquire::Retries \"3\";\n",
         dir = dir.display(),
         archives = archives.display(),
