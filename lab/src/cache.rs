@@ -185,7 +185,7 @@ pub fn write(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
         .with_context(|| format!("write {}", path.display()))
 }
 
-/// Writes a value as JSON, as [`write`] does.
+/// Writes a value as JSON, as [`write()`] does.
 ///
 /// # Errors
 ///

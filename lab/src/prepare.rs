@@ -209,7 +209,7 @@ impl Maker {
         let (apt, mirror) = Apt::set_up(&self.cache)?;
         eprintln!(
             "Barlease's lab needs a Debian tool chain, an emulator and a kernel with its source: about 700 MB to \
-             download once, 3 GB on disk while it works.\n  from  {mirror}\n  into  {}  (BARLEASE_CACHE chooses another place)\n\
+             download where nothing is there yet, 3 GB on disk while it works.\n  from  {mirror}\n  into  {}  (BARLEASE_CACHE chooses another place)\n\
              Nothing is installed on this machine.",
             self.cache.path("").display()
         );

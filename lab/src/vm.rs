@@ -17,7 +17,7 @@
 //! # }
 //! ```
 //!
-//! A run fails, whatever the command said, when the kernel's log has a [splat](crate::splat), when the guest ends without
+//! A run fails, whatever the command said, when the kernel's log has a [splat], when the guest ends without
 //! a verdict, or when it takes too long. The log is kept and its path is part of the failure.
 
 use std::fmt;
@@ -940,6 +940,29 @@ mod tests {
     fn the_tail_begins_where_init_does() {
         assert!(since_init("boot\nbarlease-lab: init started\nmore\n").starts_with("barlease-lab"));
         assert_eq!(since_init("boot\n"), "boot\n");
+    }
+
+    #[test]
+    fn only_the_emulators_fault_is_tried_again() {
+        let failed = |log: &str| {
+            let splat = splat::scan(log).unwrap();
+            Err(Failure::Splat {
+                splat,
+                log: PathBuf::new(),
+            }
+            .into())
+        };
+        assert!(is_emulator_fault(&failed("Oops: int3: 0000 [#1]\n")));
+        assert!(!is_emulator_fault(&failed(
+            "barlease-lab: init started\nOops: int3: 0000 [#1]\n"
+        )));
+        assert!(!is_emulator_fault(&failed("Oops: 0002 [#1]\n")));
+        let late = Failure::Timeout {
+            limit: TIMEOUT,
+            tail: String::new(),
+            log: PathBuf::new(),
+        };
+        assert!(!is_emulator_fault(&Err(late.into())));
     }
 
     #[test]
