@@ -105,6 +105,21 @@ impl Drop for Child {
     }
 }
 
+/// Gives up the privileges of root in this process, for good.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn become_user(uid: u32) {
+    // SAFETY: Has no argument that is memory.
+    let groups = unsafe { libc::setgroups(0, std::ptr::null()) };
+    // SAFETY: As above.
+    let group = unsafe { libc::setresgid(uid, uid, uid) };
+    // SAFETY: As above.
+    let user = unsafe { libc::setresuid(uid, uid, uid) };
+    assert_eq!([groups, group, user], [0; 3]);
+}
+
 /// Runs `body` in a forked process, from whatever thread, and says whether it returned true.
 ///
 /// `body` must not allocate or lock: another thread may hold the lock of what it needs.

@@ -1,0 +1,517 @@
+//! The library on the real kernel: what a program sees that uses it as its documentation says.
+#![cfg(barlease_guest)]
+
+use std::{
+    os::{fd::AsFd, unix::net::UnixStream},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
+    thread,
+};
+
+use barlease::{
+    Backend, BarRange, Bdf, Device, Error, Lease, MapOptions, Reasons, RegionKind, State, pci::Pci,
+};
+use barlease_guest_tests::{
+    HUGE, PAGE, observe,
+    pci::{BARLEASE, Function, STOCK},
+    process::{self, Child, End},
+    race,
+};
+
+const FRAME_BUFFER: u32 = 0;
+const MEMORY_BIT: u16 = 2;
+
+fn bdf(name: &str) -> Bdf {
+    observe::mark_test();
+    Function::named(name).bdf.parse().unwrap()
+}
+
+fn open(name: &str) -> Device {
+    let bdf = bdf(name);
+    Pci::system().bind(bdf, BARLEASE).unwrap();
+    Device::open(bdf).unwrap()
+}
+
+fn display() -> Device {
+    open("display")
+}
+
+fn lease(device: &Device) -> Lease {
+    device
+        .export(FRAME_BUFFER)
+        .range(0, 2 * HUGE)
+        .export()
+        .unwrap()
+}
+
+fn set_memory(device: &Device, on: bool) {
+    let command = device.read_config_u16(4).unwrap() & !MEMORY_BIT;
+    let command = if on { command | MEMORY_BIT } else { command };
+    device.write_config_u16(4, command).unwrap();
+}
+
+/// What the device has at an offset of the frame buffer.
+fn seen(device: &Device, offset: u64) -> u32 {
+    let mut bytes = [0; 4];
+    device
+        .read_region(FRAME_BUFFER, offset, &mut bytes)
+        .unwrap();
+    u32::from_ne_bytes(bytes)
+}
+
+macro_rules! assert_error {
+    ($result:expr, $variant:ident) => {
+        match $result {
+            Err(Error::$variant { .. }) => {}
+            other => panic!("not {}: {other:?}", stringify!($variant)),
+        }
+    };
+}
+
+// ---- Devices --------------------------------------------------------------------------------------
+
+#[test]
+fn a_device_is_bound_and_unbound() {
+    let pci = Pci::system();
+    let bdf = bdf("display");
+    pci.unbind(bdf).unwrap();
+    assert_eq!(pci.device(bdf).unwrap().driver, None);
+    assert_error!(Device::open(bdf), NotBound);
+    pci.bind(bdf, BARLEASE).unwrap();
+    assert!(pci.device(bdf).unwrap().is_barlease());
+    pci.bind(bdf, BARLEASE).unwrap();
+    Device::open(bdf).unwrap();
+    // From one driver to another, and back to none.
+    pci.bind(bdf, STOCK).unwrap();
+    assert!(pci.device(bdf).unwrap().is_vfio());
+    assert!(!pci.device(bdf).unwrap().is_barlease());
+    pci.unbind(bdf).unwrap();
+    assert_eq!(pci.device(bdf).unwrap().driver_override, None);
+}
+
+#[test]
+fn every_device_of_the_machine_is_listed() {
+    let listed = Pci::system().devices().unwrap();
+    for device in barlease_lab::guest::devices().unwrap() {
+        let bdf: Bdf = device.bdf.parse().unwrap();
+        let found = listed.iter().find(|listed| listed.bdf == bdf);
+        assert!(found.unwrap().iommu_group.is_some(), "{bdf}");
+    }
+}
+
+#[test]
+fn errors_of_opening_say_what_is_in_the_way() {
+    assert_error!(Device::open("0000:7f:1f.7".parse().unwrap()), NoDevice);
+    let device = display();
+    assert_error!(Device::open(device.bdf()), Busy);
+}
+
+#[test]
+fn a_device_is_opened_by_its_group_where_there_is_no_iommufd() {
+    let device = display();
+    assert_eq!(device.backend(), Backend::Group);
+    assert_eq!(device.driver(), Some(BARLEASE));
+    // Dropped, it can be opened again at once.
+    let bdf = device.bdf();
+    drop(device);
+    Device::open(bdf).unwrap();
+}
+
+#[test]
+fn regions_are_those_of_the_device() {
+    let device = open("memory");
+    let regions = device.regions().unwrap();
+    let bars: Vec<_> = regions
+        .iter()
+        .filter(|region| region.is_bar() && region.size > 0)
+        .map(|region| (region.index, region.size))
+        .collect();
+    assert_eq!(bars, [(0, 256), (2, 64 << 20)]);
+    assert!(
+        regions
+            .iter()
+            .any(|region| region.kind == RegionKind::Config)
+    );
+}
+
+#[test]
+fn features_are_those_of_the_driver() {
+    let features = display().features().unwrap();
+    assert!(features.dma_buf && features.revoke && features.status);
+    // No device here completes TPH.
+    assert!(!features.tph);
+    let bdf = bdf("display");
+    Pci::system().bind(bdf, STOCK).unwrap();
+    let stock = Device::open(bdf).unwrap();
+    let features = stock.features().unwrap();
+    assert!(features.dma_buf);
+    assert!(!features.revoke && !features.status && !features.memory_type);
+}
+
+#[test]
+fn what_stock_vfio_pci_cannot_do_is_unsupported() {
+    let bdf = bdf("display");
+    Pci::system().bind(bdf, STOCK).unwrap();
+    let device = Device::open(bdf).unwrap();
+    let lease = lease(&device);
+    assert_error!(device.revoke(&lease), Unsupported);
+    assert_error!(device.status(&lease), Unsupported);
+    assert_error!(lease.map(), Unsupported);
+    let text = device.revoke(&lease).unwrap_err().report().to_string();
+    assert!(text.contains(BARLEASE), "{text}");
+}
+
+// ---- Leases ---------------------------------------------------------------------------------------
+
+#[test]
+fn a_lease_is_mapped_where_large_entries_are_possible() {
+    let device = display();
+    let lease = lease(&device);
+    let mapping = lease.map().unwrap();
+    assert_eq!(mapping.len() as u64, 2 * HUGE);
+    assert_eq!(mapping.as_ptr().addr() as u64 % HUGE, 0);
+    let guarded = lease.map_guarded().unwrap();
+    assert_eq!(guarded.as_ptr().addr() as u64 % HUGE, 0);
+}
+
+#[test]
+fn values_of_each_width_reach_the_device() {
+    let device = display();
+    let mapping = lease(&device).map().unwrap();
+    mapping.write(0, 0x1122_3344_5566_7788u64).unwrap();
+    assert_eq!(seen(&device, 0), 0x5566_7788);
+    mapping.write(4, 0xaabbu16).unwrap();
+    mapping.write(6, 0xccu8).unwrap();
+    assert_eq!(seen(&device, 4), 0x11cc_aabb);
+    assert_eq!(mapping.register::<u32>(4).unwrap().read(), 0x11cc_aabb);
+    let text = b"a longer text than one access";
+    mapping.copy_from(3, text).unwrap();
+    let mut back = [0; 29];
+    mapping.copy_to(3, &mut back).unwrap();
+    assert_eq!(&back, text);
+    mapping.fill(8..20, 0x5a).unwrap();
+    assert_eq!(seen(&device, 12), 0x5a5a_5a5a);
+    assert_error!(mapping.write(2, 1u32), Misaligned);
+    assert_error!(mapping.read::<u32>(2 * HUGE as usize), OutOfBounds);
+}
+
+#[test]
+fn a_lease_of_several_ranges_is_their_concatenation() {
+    let device = display();
+    let lease = device
+        .export(FRAME_BUFFER)
+        .range(8 * PAGE, PAGE)
+        .ranges([BarRange {
+            offset: 0,
+            length: 2 * PAGE,
+        }])
+        .export()
+        .unwrap();
+    assert_eq!(lease.size(), 3 * PAGE);
+    let mapping = lease.map_range(PAGE..3 * PAGE).unwrap();
+    mapping.write(PAGE as usize, 0x1234u32).unwrap();
+    assert_eq!(seen(&device, PAGE), 0x1234);
+    let status = device.status(&lease).unwrap();
+    assert_eq!(
+        (status.nr_ranges, status.size, status.region),
+        (2, 3 * PAGE, 0)
+    );
+}
+
+#[test]
+fn a_read_only_lease_is_mapped_for_reading() {
+    let device = display();
+    let lease = device
+        .export(FRAME_BUFFER)
+        .range(0, PAGE)
+        .read_only()
+        .export()
+        .unwrap();
+    assert!(!lease.is_writable());
+    device
+        .write_region(FRAME_BUFFER, 0, &7u32.to_ne_bytes())
+        .unwrap();
+    for mapping in [
+        lease.map().unwrap(),
+        MapOptions::new().read_only().map(&lease).unwrap(),
+    ] {
+        assert_eq!(mapping.read::<u32>(0).unwrap(), 7);
+        assert_error!(mapping.write(0, 1u32), ReadOnly);
+    }
+    assert_error!(lease.map_guarded().unwrap().write(0, 1u32), ReadOnly);
+}
+
+#[test]
+fn errors_of_exporting_say_what_is_wrong() {
+    let device = display();
+    let export = |offset, length| device.export(FRAME_BUFFER).range(offset, length).export();
+    assert_eq!(export(0, 0).unwrap_err().errno(), Some(libc::EINVAL));
+    assert_eq!(
+        export(64 << 20, PAGE).unwrap_err().errno(),
+        Some(libc::EINVAL)
+    );
+    let absent = device.export(1).range(0, PAGE).export();
+    assert_eq!(absent.unwrap_err().errno(), Some(libc::ENODEV));
+    let nvme = open("nvme");
+    // All of it has the MSI-X table in it.
+    assert_error!(nvme.export(0).export(), Denied);
+}
+
+#[test]
+fn a_lease_shows_its_name() {
+    let device = display();
+    let lease = lease(&device);
+    lease.set_name("left half").unwrap();
+    let text = observe::buffers_text(&Function::named("display"));
+    assert!(text.contains("left\\x20half"), "{text}");
+    assert_error!(lease.set_name(&"x".repeat(32)), Invalid);
+}
+
+// ---- Revocation -----------------------------------------------------------------------------------
+
+#[test]
+fn a_guarded_access_after_revocation_is_an_error() {
+    let device = display();
+    let lease = lease(&device);
+    let mapping = lease.map_guarded().unwrap();
+    mapping.write(PAGE as usize, 0x600du32).unwrap();
+    assert_eq!(seen(&device, PAGE), 0x600d);
+    device.revoke(&lease).unwrap();
+    assert_eq!(device.status(&lease).unwrap().state, State::Dead);
+    assert_error!(mapping.read::<u32>(0), Revoked);
+    assert_error!(mapping.write(0, 1u8), Revoked);
+    assert_error!(mapping.copy_from(0, &[1; 100]), Revoked);
+    assert_error!(mapping.copy_to(0, &mut [0; 100]), Revoked);
+    assert_error!(mapping.fill(0..100, 1), Revoked);
+    assert!(mapping.is_lost());
+    assert_error!(mapping.recover(), Dead);
+    assert_error!(mapping.read::<u32>(0), Revoked);
+    assert_error!(lease.map(), Dead);
+    assert_error!(device.revoke(&lease), Dead);
+    // Somebody else has the range at once.
+    let other = self::lease(&device).map_guarded().unwrap();
+    assert_eq!(other.read::<u32>(PAGE as usize).unwrap(), 0x600d);
+}
+
+#[test]
+fn a_guarded_mapping_recovers_when_memory_is_back() {
+    let device = display();
+    let lease = lease(&device);
+    let mapping = lease.map_guarded().unwrap();
+    let register = mapping.register::<u32>(8).unwrap();
+    register.write(5).unwrap();
+    for _ in 0..3 {
+        set_memory(&device, false);
+        let status = device.status(&lease).unwrap();
+        assert_eq!(
+            (status.state, status.reasons),
+            (State::Revoked, Reasons::MEMORY_OFF)
+        );
+        assert_error!(register.read(), Revoked);
+        mapping.recover().unwrap();
+        assert_error!(register.read(), Revoked);
+        set_memory(&device, true);
+        mapping.recover().unwrap();
+        assert_eq!(register.read().unwrap(), 5);
+    }
+}
+
+#[test]
+fn a_guarded_mapping_that_nobody_touched_meanwhile_notices_nothing() {
+    let device = display();
+    let mapping = lease(&device).map_guarded().unwrap();
+    mapping.write(0, 3u32).unwrap();
+    set_memory(&device, false);
+    set_memory(&device, true);
+    assert!(!mapping.is_lost());
+    assert_eq!(mapping.read::<u32>(0).unwrap(), 3);
+}
+
+#[test]
+fn a_plain_access_after_revocation_ends_the_process() {
+    let device = display();
+    let lease = lease(&device);
+    let mapping = lease.map().unwrap();
+    device.revoke(&lease).unwrap();
+    let mut child = Child::start(&[], |_| {
+        let _ = mapping.read::<u32>(0);
+    });
+    assert_eq!(child.wait(), End::Signal(libc::SIGBUS));
+}
+
+#[test]
+fn the_guard_does_not_save_who_it_does_not_know() {
+    let device = display();
+    let lease = lease(&device);
+    let plain = lease.map().unwrap();
+    let guarded = lease.map_guarded().unwrap();
+    device.revoke(&lease).unwrap();
+    assert_error!(guarded.read::<u32>(0), Revoked);
+    let mut child = Child::start(&[], |_| {
+        let _ = plain.read::<u32>(0);
+    });
+    assert_eq!(child.wait(), End::Signal(libc::SIGBUS));
+}
+
+#[test]
+fn threads_that_draw_while_they_are_revoked_all_get_an_error() {
+    let device = display();
+    for _ in 0..10 {
+        let lease = lease(&device);
+        let mapping = lease.map_guarded().unwrap();
+        let running = AtomicU32::new(0);
+        thread::scope(|scope| {
+            for thread in 0..4usize {
+                let (mapping, running) = (&mapping, &running);
+                scope.spawn(move || {
+                    let mut begun = false;
+                    let error = (0..).find_map(|step: usize| {
+                        let at = (step * 4096 + thread * 64) % mapping.len();
+                        let answer = match step % 3 {
+                            0 => mapping.write(at, step as u32),
+                            1 => mapping.read::<u32>(at).map(drop),
+                            _ => mapping.fill(at..at + 64, 9),
+                        };
+                        if !std::mem::replace(&mut begun, true) {
+                            running.fetch_add(1, Ordering::Relaxed);
+                        }
+                        answer.err()
+                    });
+                    assert!(matches!(error, Some(Error::Revoked { .. })), "{error:?}");
+                });
+            }
+            while running.load(Ordering::Relaxed) < 4 {
+                thread::yield_now();
+            }
+            device.revoke(&lease).unwrap();
+        });
+    }
+}
+
+#[test]
+fn threads_that_recover_while_memory_comes_and_goes() {
+    let device = display();
+    let lease = lease(&device);
+    let mapping = lease.map_guarded().unwrap();
+    let lost = AtomicU32::new(0);
+    let draw = || {
+        if mapping.write(PAGE as usize, 1u32).is_err() {
+            lost.fetch_add(1, Ordering::Relaxed);
+            mapping.recover().unwrap();
+        }
+    };
+    race::meanwhile(&[&draw, &draw, &draw], || {
+        for _ in 0..100 {
+            set_memory(&device, false);
+            thread::yield_now();
+            set_memory(&device, true);
+        }
+    });
+    assert!(lost.into_inner() > 0);
+    mapping.recover().unwrap();
+    mapping.write(0, 1u32).unwrap();
+}
+
+#[test]
+fn a_lease_of_another_device_or_of_no_device_is_told_apart() {
+    let device = display();
+    let other = open("testdev");
+    let lease = lease(&device);
+    assert_error!(other.revoke(&lease), WrongDevice);
+    assert_error!(other.status(&lease), WrongDevice);
+    let file = Lease::from_fd(std::fs::File::open("/lab/devices").unwrap()).unwrap();
+    assert_error!(device.revoke(&file), NotALease);
+    // Of an earlier open.
+    let bdf = device.bdf();
+    drop(device);
+    let device = Device::open(bdf).unwrap();
+    assert_error!(device.revoke(&lease), WrongDevice);
+    assert_error!(lease.map(), Dead);
+}
+
+// ---- Another process ------------------------------------------------------------------------------
+
+#[test]
+fn an_unprivileged_holder_draws_until_it_is_revoked_and_lives_on() {
+    let device = display();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let holder = Child::start(&[theirs.as_fd()], |link| {
+        process::become_user(1001);
+        let lease = Lease::receive(&theirs).unwrap();
+        let info = lease.info().unwrap();
+        assert_eq!((info.region, info.size), (FRAME_BUFFER, 2 * HUGE));
+        assert_eq!(
+            info.ranges,
+            [BarRange {
+                offset: 0,
+                length: 2 * HUGE
+            }]
+        );
+        let mapping = lease.map_guarded().unwrap();
+        mapping.write(0, 0xd4a3u32).unwrap();
+        link.send(0);
+        let error = loop {
+            if let Err(error) = mapping.fill(0..mapping.len(), 0x11) {
+                break error;
+            }
+        };
+        assert!(matches!(error, Error::Revoked { .. }), "{error:?}");
+        assert_error!(lease.map(), Dead);
+        link.send(1);
+        // It lives on, with another.
+        let mapping = Lease::receive(&theirs).unwrap().map().unwrap();
+        mapping.write(4, 0xa9a1u32).unwrap();
+        link.send(2);
+    });
+    let lease = lease(&device);
+    lease.send(&ours).unwrap();
+    holder.link.expect(0);
+    device.revoke(&lease).unwrap();
+    holder.link.expect(1);
+    self::lease(&device).send(&ours).unwrap();
+    holder.link.expect(2);
+    assert_eq!(seen(&device, 4), 0xa9a1);
+    holder.join();
+}
+
+#[test]
+fn the_owners_death_is_an_error_to_a_guarded_holder() {
+    Pci::system().bind(bdf("display"), BARLEASE).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut owner = Child::start(&[theirs.as_fd()], |link| {
+        let device = Device::open(bdf("display")).unwrap();
+        lease(&device).send(&theirs).unwrap();
+        link.expect(0);
+        std::process::abort();
+    });
+    let lease = Lease::receive(&ours).unwrap();
+    let mapping = lease.map_guarded().unwrap();
+    mapping.write(0, 1u32).unwrap();
+    owner.link.send(0);
+    assert_eq!(owner.wait(), End::Signal(libc::SIGABRT));
+    assert_error!(mapping.write(0, 1u32), Revoked);
+    assert_error!(mapping.recover(), Dead);
+}
+
+#[test]
+fn a_region_is_mapped_guarded_too() {
+    let device = open("memory");
+    let mapping = device.map_region_guarded(2, 0..HUGE).unwrap();
+    mapping.write(8, 8u32).unwrap();
+    let stop = AtomicBool::new(false);
+    let lost = AtomicU32::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                if mapping.read::<u32>(8).is_err() {
+                    lost.fetch_add(1, Ordering::Relaxed);
+                    mapping.recover().unwrap();
+                }
+            }
+        });
+        device.reset().unwrap();
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(lost.into_inner() > 0, "the reset was not noticed");
+    mapping.recover().unwrap();
+    assert_eq!(mapping.read::<u32>(8).unwrap(), 8);
+}
