@@ -6,15 +6,20 @@
 //! - [`pci`]: functions, drivers, resets, through sysfs;
 //! - [`vfio`]: groups, devices and their ioctls;
 //! - [`lease`]: the features of the contract;
+//! - [`attributes`]: those that change how memory is reached;
 //! - [`map`]: mappings, and touching them without dying of it;
 //! - [`process`]: child processes;
 //! - [`race`]: threads that do one thing again and again;
+//! - [`probe`]: page-table entries, read back;
+//! - [`witness`]: devices that tell what has reached them;
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
 //! - [`importer`]: a device that does DMA to leases;
 //! - [`errno`]: error numbers with their names.
 
 // What a test looks at are bare system calls and memory that a kernel takes away: what is not safe about them is
 // in these modules, so that no test needs `unsafe`.
+#[expect(unsafe_code, reason = "an ioctl, fds by number")]
+pub mod attributes;
 pub mod errno;
 #[expect(unsafe_code, reason = "ioctls, delete_module")]
 pub mod importer;
@@ -26,11 +31,13 @@ pub mod map;
 pub mod observe;
 #[expect(unsafe_code, reason = "delete_module")]
 pub mod pci;
+pub mod probe;
 #[expect(unsafe_code, reason = "fork, SCM_RIGHTS")]
 pub mod process;
 pub mod race;
 #[expect(unsafe_code, reason = "ioctls")]
 pub mod vfio;
+pub mod witness;
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;

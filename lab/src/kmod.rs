@@ -205,7 +205,7 @@ impl Work<'_> {
             "sh",
             "-c",
             // The importer that tests use is linked against the module's symbols.
-            "exec 2>&1; make -C /work/kmod \"$@\" && make -C /work/kmod/importer \"$@\"",
+            "exec 2>&1; make -C /work/kmod \"$@\" && make -C /work/kmod/importer \"$@\" && make -C /work/kmod/probe \"$@\"",
             "make",
             &format!("-j{jobs}"),
         ]);

@@ -149,9 +149,9 @@ pub enum Preset {
     Display,
     /// One device of each kind that behaves in its own way: the tests.
     Full,
-    /// Devices of our own, which say what reached them.
+    /// The same with devices of our own, which say what reached them.
     Device,
-    /// The same as `full` without page attributes, so without write-combining.
+    /// As `full` without page attributes, so without write-combining.
     NoPat,
 }
 
@@ -232,25 +232,26 @@ fn own() -> Vec<Device> {
         trapped: false,
         ..Options::default()
     };
-    vec![
-        Device::root_port("rp1", 3),
+    let mut devices = full();
+    devices.extend([
+        Device::root_port("rp5", 10),
         Device::served(
             "trapped",
-            "0000:01:00.0",
+            "0000:05:00.0",
             "our own: BAR0 is 16 MiB of memory, every access to it is logged; steering tags, function-level reset, MSI-X in BAR2",
-            "rp1",
+            "rp5",
             Options::default(),
         ),
-        Device::root_port("rp2", 4),
+        Device::root_port("rp6", 11),
         Device::served(
             "mapped",
-            "0000:02:00.0",
+            "0000:06:00.0",
             "our own: as the other, with a BAR0 that is mapped",
-            "rp2",
+            "rp6",
             mapped,
         ),
-        edu(),
-    ]
+    ]);
+    devices
 }
 
 fn edu() -> Device {

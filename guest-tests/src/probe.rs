@@ -1,0 +1,107 @@
+//! What page-table entries really are, read back by the module `barlease_probe` (`kmod/probe`).
+
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    path::Path,
+    process::Command,
+    sync::{Mutex, PoisonError},
+};
+
+use crate::{
+    errno::{Answer, ENOENT, Errno},
+    map::Map,
+};
+
+const DEVICE: &str = "/dev/barlease_probe";
+
+/// How the CPU treats memory behind an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryType {
+    /// UC.
+    StrongUncached,
+    /// UC-: what an uncached mapping has.
+    Uncached,
+    /// WC.
+    WriteCombining,
+    /// WB.
+    WriteBack,
+    /// Another one, by its number in the PAT register.
+    Other(u32),
+}
+
+/// A page-table entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Physical address of the page at the address that was asked for.
+    pub physical: u64,
+    /// Bytes that the entry maps.
+    pub size: u64,
+    /// What the CPU makes of it.
+    pub memory_type: MemoryType,
+    /// Whether it can be written to.
+    pub writable: bool,
+    /// Whether it is marked as one of no ordinary memory.
+    pub special: bool,
+}
+
+fn device() -> File {
+    static LOADING: Mutex<()> = Mutex::new(());
+    let _one = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+    if !Path::new(DEVICE).exists() {
+        let status = Command::new("insmod")
+            .arg("/lib/modules/barlease_probe.ko")
+            .status();
+        assert!(status.expect("insmod").success());
+    }
+    File::open(DEVICE).expect("the probe")
+}
+
+/// The entry at an address of this process; `None` when there is none yet, or one of ordinary memory.
+///
+/// # Panics
+///
+/// When nothing is mapped there.
+#[must_use]
+pub fn entry_at(address: usize) -> Option<Entry> {
+    match read(address) {
+        Ok(entry) => Some(entry),
+        Err(ENOENT) => None,
+        Err(errno) => panic!("probe {address:#x}: {errno:?}"),
+    }
+}
+
+/// The entry at an offset of a mapping.
+#[must_use]
+pub fn entry(map: &Map, offset: u64) -> Option<Entry> {
+    entry_at(map.address() + offset as usize)
+}
+
+/// The memory type at an offset of a mapping, where there is an entry.
+#[must_use]
+pub fn memory_type(map: &Map, offset: u64) -> Option<MemoryType> {
+    entry(map, offset).map(|entry| entry.memory_type)
+}
+
+fn read(address: usize) -> Answer<Entry> {
+    // As struct probe_entry of kmod/probe.
+    let mut bytes = [0; 32];
+    let read = device().read_at(&mut bytes, address as u64);
+    let length = read.map_err(|error| Errno::of(&error))?;
+    assert_eq!(length, bytes.len());
+    let long = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    let (memory_type, flags) = (long(24) as u32, (long(24) >> 32) as u32);
+    Ok(Entry {
+        physical: long(0) * crate::PAGE,
+        size: long(16),
+        memory_type: match memory_type {
+            0 => MemoryType::StrongUncached,
+            1 => MemoryType::WriteCombining,
+            6 => MemoryType::WriteBack,
+            7 => MemoryType::Uncached,
+            other => MemoryType::Other(other),
+        },
+        writable: flags & 1 != 0,
+        special: flags & 2 != 0,
+    })
+}

@@ -1,0 +1,81 @@
+//! Where write-combining cannot be real it is refused. Run on the machine `nopat`.
+#![cfg(barlease_guest)]
+
+use std::fs;
+
+use barlease_abi::{
+    ALIAS_WC, FEATURE_ALIAS_REGION, FEATURE_DMA_BUF_MEMATTR, MEMATTR_NC, MEMATTR_WC,
+    REGION_CAP_ALIASABLE,
+};
+use barlease_guest_tests::{
+    HUGE, PAGE,
+    errno::{EBADF, EOPNOTSUPP},
+    lease::no_such_fd,
+    map::How,
+    probe::{self, MemoryType},
+    vfio::{Device, GET, SET},
+};
+
+#[test]
+fn the_kernel_was_told_so() {
+    let line = fs::read_to_string("/proc/cmdline").unwrap();
+    assert!(
+        line.split_whitespace().any(|word| word == "nopat"),
+        "{line}"
+    );
+}
+
+#[test]
+fn write_combining_is_refused_before_the_fd_is_looked_at() {
+    let device = Device::open("display");
+    let fd = device.export(0, &[(0, PAGE)]).unwrap();
+    assert_eq!(device.memattr(&fd, MEMATTR_WC), Err(EOPNOTSUPP));
+    assert_eq!(
+        device.memattr_number(no_such_fd(), MEMATTR_WC),
+        Err(EOPNOTSUPP)
+    );
+    assert_eq!(device.memattr_number(no_such_fd(), MEMATTR_NC), Err(EBADF));
+    assert_eq!(device.memattr(&fd, MEMATTR_NC), Ok(()));
+    assert_eq!(device.status(&fd).unwrap().memattr, MEMATTR_NC);
+    // The feature itself is there: the other attribute can be set.
+    assert_eq!(device.probe(FEATURE_DMA_BUF_MEMATTR, SET), Ok(()));
+}
+
+#[test]
+fn aliases_are_refused_and_probe_says_so() {
+    let device = Device::open("display");
+    assert_eq!(device.probe(FEATURE_ALIAS_REGION, GET), Err(EOPNOTSUPP));
+    for (region, flags) in [(0, ALIAS_WC), (0, 0), (99, ALIAS_WC), (0, 2)] {
+        assert_eq!(
+            device.alias(region, flags),
+            Err(EOPNOTSUPP),
+            "{region} {flags}"
+        );
+    }
+}
+
+#[test]
+fn no_bar_says_that_it_can_be_aliased_write_combining() {
+    let device = Device::open("display");
+    let info = device.region_info(0).unwrap();
+    for (id, _, payload) in info.capabilities {
+        if id == REGION_CAP_ALIASABLE {
+            assert_eq!(payload[..4], [0; 4], "supported_mapping_flags");
+        }
+    }
+}
+
+#[test]
+fn mappings_are_uncached() {
+    let device = Device::open("display");
+    let fd = device.export(0, &[(0, HUGE)]).unwrap();
+    for skew in [0, PAGE] {
+        let map = How::shared()
+            .align(HUGE)
+            .skew(skew)
+            .map(&fd, 0, HUGE)
+            .unwrap();
+        map.touch_all().unwrap();
+        assert_eq!(probe::memory_type(&map, 0), Some(MemoryType::Uncached));
+    }
+}

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Reads page-table entries back, for tests of what the CPU really does with a
+ * mapping of device memory.
+ *
+ * A read of struct probe_entry from /dev/barlease_probe at the position A says
+ * what the page-table entry of the calling process at its address A is. Reading
+ * does not fault anything in. EFAULT: no mapping there, ENOENT: no entry, or
+ * one of ordinary memory; EINVAL: less than a whole structure was asked for.
+ */
+
+#include <linux/fs.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/uaccess.h>
+
+#include <asm/msr.h>
+
+/* guest-tests/src/probe.rs has the same. */
+struct probe_entry {
+	__u64 pfn;
+	__u64 pgprot;
+	/* Bytes that the entry maps. */
+	__u64 size;
+	/* As in the PAT register: 0 UC, 1 WC, 4 WT, 5 WP, 6 WB, 7 UC-. */
+	__u32 memory_type;
+	/* Bit 0: can be written to. Bit 1: special. */
+	__u32 flags;
+};
+
+/* What the CPU makes of the three bits of an entry, by the CPU's own table. */
+static u32 memory_type(u64 prot, bool large)
+{
+	u64 pat;
+	u32 index = 0;
+
+	rdmsrq(MSR_IA32_CR_PAT, pat);
+	if (prot & _PAGE_PWT)
+		index |= 1;
+	if (prot & _PAGE_PCD)
+		index |= 2;
+	if (prot & (large ? _PAGE_PAT_LARGE : _PAGE_PAT))
+		index |= 4;
+	return (pat >> (8 * index)) & 7;
+}
+
+static int look(unsigned long address, struct probe_entry *entry)
+{
+	struct follow_pfnmap_args args = { .address = address };
+	struct mm_struct *mm = current->mm;
+	int ret = -EFAULT;
+
+	mmap_read_lock(mm);
+	args.vma = find_vma_intersection(mm, address, address + 1);
+	if (!args.vma)
+		goto unlock;
+	ret = -ENOENT;
+	if (follow_pfnmap_start(&args))
+		goto unlock;
+	entry->pfn = args.pfn;
+	entry->pgprot = pgprot_val(args.pgprot);
+	entry->size = ~args.addr_mask + 1;
+	entry->memory_type = memory_type(entry->pgprot,
+					 entry->size != PAGE_SIZE);
+	entry->flags = args.writable | args.special << 1;
+	follow_pfnmap_end(&args);
+	ret = 0;
+unlock:
+	mmap_read_unlock(mm);
+	return ret;
+}
+
+static ssize_t probe_read(struct file *file, char __user *buffer, size_t size,
+			  loff_t *position)
+{
+	struct probe_entry entry = {};
+	int ret;
+
+	if (size < sizeof(entry))
+		return -EINVAL;
+	ret = look(*position, &entry);
+	if (ret)
+		return ret;
+	if (copy_to_user(buffer, &entry, sizeof(entry)))
+		return -EFAULT;
+	return sizeof(entry);
+}
+
+static const struct file_operations probe_fops = {
+	.owner = THIS_MODULE,
+	.read = probe_read,
+};
+
+static struct miscdevice probe_device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = "barlease_probe",
+	.fops = &probe_fops,
+	.mode = 0444,
+};
+module_misc_device(probe_device);
+
+MODULE_DESCRIPTION("Reads page-table entries back, for tests");
+MODULE_LICENSE("GPL");
