@@ -1,0 +1,436 @@
+//! Devices as lease holders: what takes a buffer away takes it from devices too, before it returns.
+#![cfg(barlease_guest)]
+
+use std::os::fd::OwnedFd;
+
+use barlease_guest_tests::{
+    PAGE,
+    errno::ENODEV,
+    importer::{
+        Attachment, EDU, Importer, KernelLog,
+        abi::{FROM_DEVICE, TO_DEVICE},
+        check_that_nothing_is_left,
+    },
+    lease::State,
+    map::{Map, Sigbus},
+    pci::{BARLEASE, Function},
+    race,
+    vfio::{COMMAND_MASTER, Device, Group, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
+};
+
+/// The BAR that is memory, in all devices that are used here.
+const BAR: u32 = 2;
+
+/// Where the leases are in the BAR.
+const PLACE: u64 = 16 * PAGE;
+
+/// A mapping of one range goes through the kernel's own helper, one of several through ours.
+const SHAPES: [&[(u64, u64)]; 2] = [&[(PLACE, 2 * PAGE)], &[(PLACE + PAGE, PAGE), (PLACE, PAGE)]];
+
+/// What the CPU writes.
+const PATTERN: u32 = 0x600d_f00d;
+/// What edu writes.
+const INTRUDER: u8 = 0x66;
+/// Bytes that are moved.
+const LENGTH: usize = 512;
+
+/// A lease that edu has mapped, with a pattern in it.
+struct Scene {
+    device: Device,
+    fd: OwnedFd,
+    attachment: Attachment,
+}
+
+fn open(name: &str) -> Device {
+    let device = Device::open(name);
+    if name == "nvme" {
+        enable_cmb(&device);
+    }
+    device
+}
+
+/// An NVMe controller's memory buffer is there once it is switched on (NVMe 1.4, 3.1.13: CMBMSC).
+fn enable_cmb(device: &Device) {
+    device.write32(0, 0x50, 1);
+}
+
+impl Scene {
+    fn new(device: Device, ranges: &[(u64, u64)]) -> Self {
+        let fd = device.export(BAR, ranges).expect("an export");
+        let attachment = Importer::open().attach(&fd).expect("an attachment");
+        attachment.map().expect("a mapping");
+        let scene = Self {
+            device,
+            fd,
+            attachment,
+        };
+        fill(&scene.device);
+        assert_eq!(scene.attachment.read(0, LENGTH).unwrap(), pattern());
+        scene
+    }
+
+    /// Checks that edu has nothing any more, and cannot get at anything.
+    fn is_taken_away(&self) {
+        let status = self.attachment.status();
+        assert_eq!((status.mapped, status.interruptions), (0, 1));
+        for at in [0, PAGE, 2 * PAGE - 1] {
+            assert_eq!(self.attachment.translate(at), None, "offset {at:#x}");
+        }
+        assert_eq!(self.attachment.map(), Err(ENODEV));
+        self.tries_to_intrude();
+    }
+
+    /// Lets edu use the addresses that it had.
+    fn tries_to_intrude(&self) {
+        self.attachment.write_stale(0, &[INTRUDER; LENGTH]);
+        let read = self.attachment.read_stale(0, LENGTH);
+        assert!(read.chunks(4).all(|word| word != PATTERN.to_le_bytes()));
+    }
+
+    /// Checks that what edu tried did not land, not even now that the memory is there again, and
+    /// that it can map again.
+    fn is_given_back(&self) {
+        assert_eq!(self.device.state(&self.fd), State::Ok);
+        check_pattern(&self.device);
+        self.tries_to_intrude();
+        check_pattern(&self.device);
+        self.attachment.map().expect("mapped again");
+        let bytes = [0x77; LENGTH];
+        self.attachment.write(PAGE, &bytes).unwrap();
+        assert_eq!(self.attachment.read(PAGE, LENGTH).unwrap(), bytes);
+        assert_eq!(self.attachment.status().interruptions, 1);
+    }
+}
+
+fn pattern() -> Vec<u8> {
+    PATTERN.to_le_bytes().repeat(LENGTH / 4)
+}
+
+fn bar(device: &Device) -> Map {
+    Map::new(device.export(BAR, &[(PLACE, 2 * PAGE)]).unwrap(), 2 * PAGE).unwrap()
+}
+
+fn fill(device: &Device) {
+    let bar = bar(device);
+    for offset in (0..2 * PAGE).step_by(4) {
+        bar.write(offset, PATTERN).unwrap();
+    }
+}
+
+fn check_pattern(device: &Device) {
+    let bar = bar(device);
+    for offset in (0..2 * PAGE).step_by(4) {
+        assert_eq!(bar.read(offset), Ok(PATTERN), "offset {offset:#x}");
+    }
+}
+
+/// An event that takes away, and what gives back.
+fn check(name: &str, event: impl Fn(&Device), undo: impl Fn(&Device)) {
+    for ranges in SHAPES {
+        let scene = Scene::new(open(name), ranges);
+        event(&scene.device);
+        scene.is_taken_away();
+        undo(&scene.device);
+        scene.is_given_back();
+    }
+}
+
+/// An event that is over when it returns.
+fn check_passing(name: &str, event: impl Fn(&Device)) {
+    for ranges in SHAPES {
+        let scene = Scene::new(open(name), ranges);
+        event(&scene.device);
+        if name == "nvme" {
+            enable_cmb(&scene.device);
+        }
+        let status = scene.attachment.status();
+        assert_eq!((status.mapped, status.interruptions), (0, 1));
+        scene.is_given_back();
+    }
+}
+
+#[test]
+fn revoke_takes_away_from_devices_for_good() {
+    for ranges in SHAPES {
+        let scene = Scene::new(open("memory"), ranges);
+        scene.device.revoke(&scene.fd).unwrap();
+        scene.is_taken_away();
+        check_pattern(&scene.device);
+        scene.device.set_memory(false);
+        scene.device.set_memory(true);
+        assert_eq!(scene.attachment.map(), Err(ENODEV));
+        scene.tries_to_intrude();
+        check_pattern(&scene.device);
+    }
+}
+
+#[test]
+fn revoke_leaves_other_buffers_of_the_same_range_mapped() {
+    let scene = Scene::new(open("memory"), SHAPES[1]);
+    let other = scene.device.export(BAR, SHAPES[1]).unwrap();
+    scene.device.revoke(&other).unwrap();
+    let status = scene.attachment.status();
+    assert_eq!((status.mapped, status.invalidations), (1, 0));
+    let other = scene.device.export(BAR, SHAPES[1]).unwrap();
+    let attachment = Importer::open().attach(&other).unwrap();
+    attachment.map().unwrap();
+    scene.device.revoke(&scene.fd).unwrap();
+    assert!(attachment.is_mapped());
+    attachment.write(0, &[3; LENGTH]).unwrap();
+    assert_eq!(attachment.read(0, LENGTH).unwrap(), [3; LENGTH]);
+}
+
+#[test]
+fn memory_off_takes_away_from_devices_until_it_is_on() {
+    check(
+        "memory",
+        |device| device.set_memory(false),
+        |device| device.set_memory(true),
+    );
+}
+
+#[test]
+fn blocked_dma_is_a_fault_in_the_log() {
+    let scene = Scene::new(open("memory"), SHAPES[1]);
+    let function = Function::named(EDU);
+    let mut log = KernelLog::from_now();
+    scene.device.revoke(&scene.fd).unwrap();
+    scene.tries_to_intrude();
+    let lines = log.lines();
+    let (_, slot) = function.bdf.split_once(':').unwrap();
+    for kind in ["DMA Write", "DMA Read"] {
+        let fault = |line: &&String| line.contains(kind) && line.contains(slot);
+        assert!(lines.iter().any(|line| fault(&line)), "{kind}: {lines:?}");
+    }
+}
+
+#[test]
+fn d3hot_takes_away_from_devices_until_d0() {
+    check(
+        "nvme",
+        |device| device.set_power_state(3),
+        |device| {
+            device.set_power_state(0);
+            device.set_memory(true);
+            enable_cmb(device);
+        },
+    );
+}
+
+#[test]
+fn low_power_takes_away_from_devices_until_its_exit() {
+    check(
+        "nvme",
+        |device| {
+            device.feature(SET | LOW_POWER_ENTRY, &mut []).unwrap();
+        },
+        |device| {
+            device.feature(SET | LOW_POWER_EXIT, &mut []).unwrap();
+            enable_cmb(device);
+        },
+    );
+}
+
+#[test]
+fn a_reset_by_ioctl_takes_away_from_devices() {
+    check_passing("memory", |device| device.reset().unwrap());
+}
+
+#[test]
+fn a_reset_through_sysfs_takes_away_from_devices() {
+    check_passing("memory", |device| device.function().reset().unwrap());
+}
+
+#[test]
+fn a_reset_through_config_space_takes_away_from_devices() {
+    check_passing("nvme", |device| {
+        let control = device.capability(0x10).expect("PCI Express") + 8;
+        let before = u16::from_le_bytes(device.config(control));
+        device.set_config(control, &(before | 0x8000).to_le_bytes());
+    });
+}
+
+#[test]
+fn a_hot_reset_by_another_function_takes_away_from_devices() {
+    for ranges in SHAPES {
+        let functions = ["pair0", "pair1"].map(Function::named);
+        functions
+            .iter()
+            .for_each(|function| function.bind(BARLEASE));
+        let group = Group::open(&functions[0]);
+        let [device, other] = functions.map(|function| group.device(&function).unwrap());
+        let scene = Scene::new(device, ranges);
+        other.hot_reset(&[&group]).unwrap();
+        let status = scene.attachment.status();
+        assert_eq!((status.mapped, status.interruptions), (0, 1));
+        scene.is_given_back();
+    }
+}
+
+#[test]
+fn the_close_of_the_device_takes_away_from_devices_for_good() {
+    for ranges in SHAPES {
+        let Scene {
+            device,
+            fd,
+            attachment,
+        } = Scene::new(open("memory"), ranges);
+        drop(device);
+        let status = attachment.status();
+        assert_eq!((status.mapped, status.interruptions), (0, 1));
+        let device = open("memory");
+        let scene = Scene {
+            device,
+            fd,
+            attachment,
+        };
+        scene.is_taken_away();
+        check_pattern(&scene.device);
+    }
+}
+
+#[test]
+fn an_event_takes_from_all_importers_of_all_buffers() {
+    let device = open("memory");
+    let importer = Importer::open();
+    let fds: Vec<_> = (0..8)
+        .map(|n| device.export(BAR, &[(n * PAGE, PAGE), (0, PAGE)]).unwrap())
+        .collect();
+    let attachments: Vec<_> = fds
+        .iter()
+        .flat_map(|fd| [importer.attach(fd).unwrap(), importer.attach(fd).unwrap()])
+        .collect();
+    for (round, attachment) in attachments.iter().enumerate() {
+        attachment
+            .map_for([TO_DEVICE, FROM_DEVICE][round % 2])
+            .unwrap();
+    }
+    device.set_memory(false);
+    for attachment in &attachments {
+        let status = attachment.status();
+        assert_eq!((status.mapped, status.interruptions), (0, 1));
+        assert_eq!(attachment.translate(PAGE), None);
+    }
+    device.set_memory(true);
+    for attachment in &attachments {
+        attachment.map().unwrap();
+    }
+}
+
+#[test]
+fn an_importer_without_a_mapping_is_not_told() {
+    let device = open("memory");
+    let fd = device.export(BAR, SHAPES[1]).unwrap();
+    let attachment = Importer::open().attach(&fd).unwrap();
+    device.set_memory(false);
+    device.set_memory(true);
+    device.revoke(&fd).unwrap();
+    assert_eq!(attachment.status().invalidations, 0);
+}
+
+#[test]
+fn a_pinned_importer_is_told_and_lets_go() {
+    let device = open("memory");
+    let fd = device.export(BAR, SHAPES[1]).unwrap();
+    let attachment = Importer::open().attach(&fd).unwrap();
+    attachment.pin().unwrap();
+    attachment.map().unwrap();
+    device.revoke(&fd).unwrap();
+    let status = attachment.status();
+    assert_eq!((status.mapped, status.interruptions), (0, 1));
+    attachment.unpin().unwrap();
+}
+
+/// Whatever of the two comes first: when the memory is off, nobody has a mapping.
+#[test]
+fn no_mapping_is_left_when_mapping_and_memory_off_race() {
+    let device = open("memory");
+    let fds = SHAPES.map(|ranges| device.export(BAR, ranges).unwrap());
+    let importer = Importer::open();
+    let attachments = [0, 1].map(|n| importer.attach(&fds[n]).unwrap());
+    let window = race::Window::new();
+    let [first, second] = [0, 1].map(|n| {
+        let (attachment, window) = (&attachments[n], &window);
+        move || {
+            // EBUSY is a mapping, too; ENODEV is none.
+            window.check(|| attachment.map() != Err(ENODEV));
+        }
+    });
+    let mut mapped = 0;
+    race::meanwhile(&[&first, &second], || {
+        for _ in 0..300 {
+            device.set_memory(false);
+            window.shut(|| {
+                for attachment in &attachments {
+                    assert!(!attachment.is_mapped());
+                }
+            });
+            device.set_memory(true);
+            mapped += usize::from(attachments.iter().any(Attachment::is_mapped));
+        }
+    });
+    assert!(mapped > 0, "the race never took place");
+    for attachment in &attachments {
+        assert!(attachment.status().interruptions > 0);
+    }
+}
+
+#[test]
+fn no_mapping_is_left_when_mapping_and_revoke_race() {
+    let device = open("memory");
+    let importer = Importer::open();
+    let mut interrupted = 0;
+    for round in 0..200 {
+        let fd = device.export(BAR, SHAPES[round % 2]).unwrap();
+        let attachment = importer.attach(&fd).unwrap();
+        let maps = || {
+            let _ = attachment.map();
+        };
+        race::meanwhile(&[&maps], || {
+            if round % 4 > 1 {
+                std::thread::yield_now();
+            }
+            device.revoke(&fd).unwrap();
+            assert!(!attachment.is_mapped());
+        });
+        assert!(!attachment.is_mapped());
+        interrupted += attachment.status().interruptions;
+    }
+    assert!(interrupted > 0, "the race never took place");
+}
+
+#[test]
+fn a_command_write_that_leaves_memory_on_ends_with_a_mapping_that_works() {
+    let scene = Scene::new(open("memory"), SHAPES[1]);
+    let command = scene.device.command();
+    scene.device.set_command(command ^ COMMAND_MASTER);
+    scene.device.set_command(command);
+    // Taken away or not: it can be had again.
+    if !scene.attachment.is_mapped() {
+        scene.attachment.map().unwrap();
+    }
+    scene.attachment.write(0, &[9; LENGTH]).unwrap();
+    assert_eq!(scene.attachment.read(0, LENGTH).unwrap(), [9; LENGTH]);
+}
+
+/// Both sides, always together.
+#[test]
+fn what_is_taken_from_devices_is_taken_from_processes() {
+    let scene = Scene::new(open("memory"), SHAPES[1]);
+    let map = Map::new(&scene.fd, 2 * PAGE).unwrap();
+    map.touch_all().unwrap();
+    scene.device.set_memory(false);
+    assert_eq!(map.read(0), Err(Sigbus));
+    assert!(!scene.attachment.is_mapped());
+    scene.device.set_memory(true);
+    assert!(map.read(0).is_ok());
+    scene.attachment.map().unwrap();
+    scene.device.revoke(&scene.fd).unwrap();
+    assert_eq!(map.read(0), Err(Sigbus));
+    assert!(!scene.attachment.is_mapped());
+}
+
+#[test]
+fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
+    check_that_nothing_is_left(&["memory", "nvme", "pair0", "pair1"]);
+}
