@@ -4,6 +4,7 @@
 
 mod checkout;
 mod demo;
+mod dist;
 mod kmod;
 mod test;
 mod vm;
@@ -29,6 +30,8 @@ enum Task {
     Test(test::Options),
     /// Build, check or format the kernel module.
     Kmod(kmod::Options),
+    /// Make packages: the command, the module for DKMS, what Debian's kernel headers lack
+    Dist(dist::Options),
     /// Prepare and run guests.
     #[command(subcommand)]
     Vm(vm::Task),
@@ -63,6 +66,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Kmod(options) => kmod::run(&options),
+        Task::Dist(options) => dist::run(&options),
         Task::Vm(task) => vm::run(task),
     }
 }

@@ -1,0 +1,266 @@
+//! `cargo xtask dist`: packages for a user's own host.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`stage`] | a folder that becomes a package: files, modes, one time stamp for all |
+//! | [`deb`] | Debian packages, by `dpkg-deb` |
+//! | [`command`] | the command: static binary, manual pages, completions, licences of what is linked in |
+//! | [`contents`] | what goes where in each package |
+//! | [`verify`] | builds, loads and uses what was packaged |
+//!
+//! # Why `dpkg-deb`
+//!
+//! `cargo-deb` packages what cargo builds, which is one of the three packages here; the others hold the sources of a
+//! kernel module and files that the kernel's build made. It would also have to be installed first. `dpkg-deb` is on every
+//! Debian machine (the lab needs it anyway), honours `SOURCE_DATE_EPOCH`, sorts, and sets the owner; what is left to do
+//! for us is a control file from a template in `dist/debian/`.
+
+mod command;
+mod contents;
+mod deb;
+mod stage;
+mod verify;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use barlease_lab::prepare::{Prepared, Request, prepare};
+use barlease_lab::report::{megabytes, seconds};
+use clap::{Args, ValueEnum};
+
+use crate::{KernelChoice, checkout};
+
+/// The version of everything in the workspace.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+#[derive(Args, Debug)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    kernel: KernelChoice,
+    /// What to make [default: all]
+    what: Vec<What>,
+    /// Only say what there is to make
+    #[arg(long)]
+    list: bool,
+    /// Then build the module from its package, load it in a guest, and use it with the packaged command
+    #[arg(long, conflicts_with_all = ["list", "what"])]
+    verify: bool,
+}
+
+/// A thing that can be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum What {
+    /// barlease: the command, its manual pages and completions, the C header
+    Command,
+    /// barlease-dkms: the module's sources, built by DKMS for each kernel
+    Dkms,
+    /// barlease-rust-overlay-<kernel>: what Debian's headers of a kernel lack for modules in Rust
+    Overlay,
+    /// barlease-<version>.tar.zst: the same as the first two, for other distributions
+    Tarball,
+}
+
+impl What {
+    /// What it is, from its own help.
+    fn about(self) -> String {
+        let value = self.to_possible_value();
+        value
+            .and_then(|value| value.get_help().map(ToString::to_string))
+            .unwrap_or_default()
+    }
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    if options.list {
+        list();
+        return Ok(ExitCode::SUCCESS);
+    }
+    let start = Instant::now();
+    let all = What::value_variants();
+    let what = if options.what.is_empty() {
+        all
+    } else {
+        &options.what
+    };
+    let maker = Maker::new(what, &options.kernel)?;
+    for thing in all.iter().filter(|thing| what.contains(thing)) {
+        for file in maker.make(*thing)? {
+            let size = fs::metadata(&file).map_or(0, |meta| meta.len());
+            println!("{}  {}", file.display(), shown(size));
+        }
+    }
+    if options.verify {
+        verify::run(&maker)?;
+    }
+    eprintln!("done after {}", seconds(start.elapsed()));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list() {
+    for thing in What::value_variants() {
+        if let Some(value) = thing.to_possible_value() {
+            println!("{:8}  {}", value.get_name(), thing.about());
+        }
+    }
+    println!("into {}", folder().display());
+}
+
+fn shown(size: u64) -> String {
+    if size < 1_000_000 {
+        return format!("{} kB", size.div_ceil(1000));
+    }
+    megabytes(size)
+}
+
+/// Where packages go.
+fn folder() -> PathBuf {
+    checkout::target().join("dist")
+}
+
+/// Makes packages.
+struct Maker {
+    out: PathBuf,
+    /// Seconds since 1970 that every file in a package carries.
+    epoch: u64,
+    command: Option<command::Built>,
+    /// Tool chain, kernel and overlay; only the overlay's package needs them.
+    prepared: Option<Prepared>,
+}
+
+impl Maker {
+    fn new(what: &[What], kernel: &KernelChoice) -> Result<Self> {
+        need("dpkg-deb", "dpkg")?;
+        need("zstd", "zstd")?;
+        let out = folder();
+        fs::create_dir_all(&out).with_context(|| format!("make {}", out.display()))?;
+        let with = |thing| what.contains(&thing);
+        let command = if with(What::Command) || with(What::Tarball) {
+            Some(command::build(&out.join("command"))?)
+        } else {
+            None
+        };
+        let prepared = if with(What::Overlay) {
+            Some(prepare(&Request {
+                kernel: kernel.kernel.clone(),
+                update: false,
+            })?)
+        } else {
+            None
+        };
+        Ok(Self {
+            epoch: epoch()?,
+            out,
+            command,
+            prepared,
+        })
+    }
+
+    fn make(&self, what: What) -> Result<Vec<PathBuf>> {
+        let made = match what {
+            What::Command => contents::command(self)?,
+            What::Dkms => contents::dkms(self)?,
+            What::Overlay => contents::overlay(self)?,
+            What::Tarball => contents::tarball(self)?,
+        };
+        Ok(vec![made])
+    }
+
+    fn command(&self) -> Result<&command::Built> {
+        self.command.as_ref().context("the command is not built")
+    }
+
+    fn prepared(&self) -> Result<&Prepared> {
+        self.prepared.as_ref().context("no kernel is prepared")
+    }
+}
+
+/// `SOURCE_DATE_EPOCH`, or the time of the last commit, so that the same sources give the same packages.
+fn epoch() -> Result<u64> {
+    if let Ok(text) = std::env::var("SOURCE_DATE_EPOCH") {
+        return text
+            .trim()
+            .parse()
+            .with_context(|| format!("SOURCE_DATE_EPOCH is seconds since 1970, not `{text}`"));
+    }
+    let mut git = Command::new("git");
+    git.current_dir(checkout::top())
+        .args(["log", "-1", "--format=%ct"]);
+    let text = output(&mut git, "ask git for the time of the last commit")
+        .context("outside of a git checkout set SOURCE_DATE_EPOCH")?;
+    text.trim()
+        .parse()
+        .context("git prints the time of a commit in seconds")
+}
+
+/// Fails with the remedy when a program is missing.
+fn need(program: &str, package: &str) -> Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if std::env::split_paths(&path).any(|folder| folder.join(program).is_file()) {
+        return Ok(());
+    }
+    bail!("`{program}` is not installed: apt-get install {package}")
+}
+
+/// Runs a command and returns what it printed; on failure says what it said.
+fn output(command: &mut Command, what: &str) -> Result<String> {
+    let done = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{what}: start {}", command.get_program().to_string_lossy()))?;
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    if !done.status.success() {
+        let said = String::from_utf8_lossy(&done.stderr);
+        bail!("{what}: {}\n{text}{said}", done.status);
+    }
+    Ok(text)
+}
+
+/// Fills the words `@NAME@` of a template in `dist/`.
+fn fill(template: &Path, words: &[(&str, &str)]) -> Result<String> {
+    let path = checkout::top().join("dist").join(template);
+    let mut text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    for (name, value) in words {
+        text = text.replace(&format!("@{name}@"), value);
+    }
+    match unfilled(&text) {
+        Some(word) => bail!("{}: nobody fills in {word}", path.display()),
+        None => Ok(text),
+    }
+}
+
+/// The first word `@NAME@` in a text.
+fn unfilled(text: &str) -> Option<&str> {
+    let is_name =
+        |word: &&str| !word.is_empty() && word.chars().all(|c| c.is_ascii_uppercase() || c == '_');
+    text.split('@').skip(1).step_by(2).find(is_name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forgotten_word_is_found() {
+        assert_eq!(unfilled("Version: @VERSION@\n"), Some("VERSION"));
+        assert_eq!(unfilled("@leases soft\n@leases hard\n"), None);
+        assert_eq!(unfilled("Version: 1\n"), None);
+    }
+
+    #[test]
+    fn each_thing_says_what_it_is() {
+        for thing in What::value_variants() {
+            assert!(!thing.about().is_empty(), "{thing:?}");
+        }
+    }
+
+    #[test]
+    fn the_module_has_the_version_of_the_workspace() {
+        let path = checkout::top().join("kmod/src/sys/helpers.c");
+        let text = fs::read_to_string(path).unwrap();
+        let line = format!("MODULE_VERSION(\"{VERSION}\");");
+        assert!(text.contains(&line), "no {line} in helpers.c");
+    }
+}
