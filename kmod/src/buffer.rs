@@ -12,7 +12,7 @@ use crate::{
         tph::Tph,
     },
     sys::{
-        dma_buf::{DmaBuf, Exporter, Live, LiveGuard, MappedInode, NAME_LEN, Operations},
+        dma_buf::{DmaBuf, Exporter, Fence, Live, MappedInode, NAME_LEN, Operations},
         errno,
         idle::Idle,
         p2p::{Importer, Mapped, Run},
@@ -66,7 +66,7 @@ pub(crate) struct Buffer {
     attachments: Atomic<i64>,
     inode: SetOnce<MappedInode>,
     ticket: SetOnce<Ticket>,
-    /// Held while it is drained; its release takes it first.
+    /// Locked by what looks at the dma-buf; its release locks it first.
     #[pin]
     live: Live<Guarded>,
     /// Idle while no importer has a mapping; changed with `Guarded::mappings`.
@@ -219,7 +219,7 @@ impl Buffer {
         self.vmas.load(Relaxed)
     }
 
-    /// Its name, filled up with NUL; `None` while it is being drained.
+    /// Its name, filled up with NUL; `None` while somebody else looks at the dma-buf.
     pub(crate) fn name(&self) -> Option<[u8; NAME_LEN]> {
         self.live.try_lock().map(|live| live.name())
     }
@@ -257,16 +257,24 @@ impl Buffer {
         if !self.is_attached() {
             return;
         }
-        let live = self.live.lock();
-        while !live.wait_for_fences(PATIENCE_MS) {
-            self.complain(&live, "to end its work");
+        // `live` is not locked meanwhile: an event has other importers to tell, and must not wait
+        // for this one before it does.
+        while let Some(fence) = self.pending_fence() {
+            if !fence.wait(PATIENCE_MS) {
+                self.complain("to end its work");
+            }
         }
         while !self.unmapped.wait(PATIENCE_MS) {
-            self.complain(&live, "to undo its mapping");
+            self.complain("to undo its mapping");
         }
     }
 
-    fn complain(&self, live: &LiveGuard<'_>, what: &str) {
+    fn pending_fence(&self) -> Option<Fence> {
+        self.live.lock().pending_fence()
+    }
+
+    fn complain(&self, what: &str) {
+        let live = self.live.lock();
         let (bdf, bar, size) = (self.leases.bdf(), self.contents.bar, self.contents.size);
         let name = live.name();
         let name = BStr::from_bytes(name.split(|&byte| byte == 0).next().unwrap_or(&[]));

@@ -7,8 +7,8 @@
 //! From the outermost to the innermost:
 //!
 //! 1. the core's `memory_lock`, often held when we are called;
-//! 2. [`Buffer::live`](crate::buffer::Buffer), one a buffer: what its drain and its release exclude
-//!    each other with;
+//! 2. [`Buffer::live`](crate::buffer::Buffer), one a buffer: what looks at its dma-buf and its
+//!    release exclude each other with. Not held while importers are waited for;
 //! 3. the reservation lock of a dma-buf, often held by importers when we are called;
 //! 4. [`Leases::table`], to add, remove and look up buffers only: never held across a drain, a copy
 //!    from or to user memory, or a fault;

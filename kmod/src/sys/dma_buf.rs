@@ -385,18 +385,15 @@ impl LiveGuard<'_> {
         });
     }
 
-    /// Waits until all fences have signalled, or `milliseconds`: whether they have. Cannot be
-    /// interrupted.
-    pub(crate) fn wait_for_fences(&self, milliseconds: u32) -> bool {
-        let Some(dmabuf) = &*self.0 else {
-            return true;
-        };
+    /// A fence that has not signalled: some importer still uses the dma-buf.
+    pub(crate) fn pending_fence(&self) -> Option<Fence> {
+        let dmabuf = self.0.as_ref()?;
         // SAFETY: The dma-buf is not released while this is locked.
         let resv = unsafe { dmabuf.0.as_ref().resv };
-        let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
-        let timeout = msecs_to_jiffies(milliseconds);
         // SAFETY: As above.
-        unsafe { bindings::dma_resv_wait_timeout(resv, usage, false, timeout) != 0 }
+        let fence = unsafe { bindings::bl_pending_fence(resv) };
+        // INVARIANT: `bl_pending_fence` returned a reference.
+        NonNull::new(fence).map(Fence)
     }
 
     /// Calls `f` with the name of the device of each importer.
@@ -431,6 +428,30 @@ impl LiveGuard<'_> {
         f(dmabuf);
         // SAFETY: Locked above.
         unsafe { bindings::dma_resv_unlock(resv) };
+    }
+}
+
+/// A reference to a fence.
+///
+/// # Invariants
+///
+/// The pointer is valid and owns a reference.
+pub(crate) struct Fence(NonNull<bindings::dma_fence>);
+
+impl Fence {
+    /// Waits until it has signalled, or `milliseconds`: whether it has. Cannot be interrupted.
+    pub(crate) fn wait(&self, milliseconds: u32) -> bool {
+        // CAST: So many milliseconds are fewer jiffies than a `long` holds.
+        let timeout = msecs_to_jiffies(milliseconds) as c_long;
+        // SAFETY: By the type invariant the fence is valid.
+        unsafe { bindings::dma_fence_wait_timeout(self.0.as_ptr(), false, timeout) != 0 }
+    }
+}
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant there is a reference to give back.
+        unsafe { bindings::bl_dma_fence_put(self.0.as_ptr()) };
     }
 }
 

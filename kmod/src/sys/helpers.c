@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
+#include <linux/dma-fence.h>
+#include <linux/dma-resv.h>
 #include <linux/err.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -49,6 +51,26 @@ void bl_dma_buf_name(struct dma_buf *dmabuf, char *name)
 	spin_lock(&dmabuf->name_lock);
 	strscpy_pad(name, dmabuf->name ?: "", DMA_BUF_NAME_LEN);
 	spin_unlock(&dmabuf->name_lock);
+}
+
+/* A reference to a fence that has not signalled, or NULL. */
+struct dma_fence *bl_pending_fence(struct dma_resv *resv)
+{
+	struct dma_resv_iter cursor;
+	struct dma_fence *fence;
+
+	dma_resv_iter_begin(&cursor, resv, DMA_RESV_USAGE_BOOKKEEP);
+	dma_resv_for_each_fence_unlocked(&cursor, fence) {
+		dma_fence_get(fence);
+		break;
+	}
+	dma_resv_iter_end(&cursor);
+	return fence;
+}
+
+void bl_dma_fence_put(struct dma_fence *fence)
+{
+	dma_fence_put(fence);
 }
 
 bool bl_vma_may_share(const struct vm_area_struct *vma)

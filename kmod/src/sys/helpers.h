@@ -21,6 +21,8 @@ void bl_ratelimit_init(struct ratelimit_state *state);
 const char *bl_pci_name(const struct pci_dev *pdev);
 bool bl_iomapped(const void __iomem *address);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
+struct dma_fence *bl_pending_fence(struct dma_resv *resv);
+void bl_dma_fence_put(struct dma_fence *fence);
 bool bl_vma_may_share(const struct vm_area_struct *vma);
 void bl_vma_set_io(struct vm_area_struct *vma, bool write_combining);
 bool bl_write_combining_is_real(void);
