@@ -1,0 +1,463 @@
+//! Devices as lease holders: importers that take their time, and who waits for them.
+#![cfg(barlease_guest)]
+
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    thread,
+    time::{Duration, Instant},
+};
+
+use barlease_abi::REASON_MEMORY_OFF;
+use barlease_guest_tests::{
+    PAGE,
+    errno::{Answer, ENODEV},
+    importer::{Attachment, EDU, Importer, KernelLog, check_that_nothing_is_left},
+    lease::{self, State},
+    map::{How, Map, Sigbus},
+    observe,
+    pci::Function,
+    process::Child,
+    vfio::{CONFIG_REGION, Device},
+};
+
+/// BAR2 of the memory device.
+const BAR: u32 = 2;
+
+/// A mapping of one range goes through the kernel's own helper, one of several through ours.
+const ONE: &[(u64, u64)] = &[(0, 2 * PAGE)];
+const TWO: &[(u64, u64)] = &[(8 * PAGE, PAGE), (4 * PAGE, PAGE)];
+
+/// "At once", on a slow machine.
+const AT_ONCE: Duration = Duration::from_millis(700);
+
+const fn ms(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds)
+}
+
+fn open() -> Device {
+    Device::open("memory")
+}
+
+/// A lease that an importer has mapped that does not let go.
+fn held(device: &Device, ranges: &[(u64, u64)]) -> (OwnedFd, Attachment) {
+    let fd = device.export(BAR, ranges).expect("an export");
+    let attachment = Importer::open().attach(&fd).expect("an attachment");
+    attachment.hold(true);
+    attachment.map().expect("a mapping");
+    (fd, attachment)
+}
+
+/// How long something takes.
+fn time<R>(what: impl FnOnce() -> R) -> (R, Duration) {
+    let started = Instant::now();
+    let result = what();
+    (result, started.elapsed())
+}
+
+fn at_once<R>(name: &str, what: impl FnOnce() -> R) -> R {
+    let (result, taken) = time(what);
+    assert!(taken < AT_ONCE, "{name} took {taken:?}");
+    result
+}
+
+/// Lets go after `hold` from when it is told to.
+fn lets_go_after(attachment: &Attachment, hold: Duration) {
+    attachment.wait_for_interruption();
+    thread::sleep(hold);
+    attachment.unmap().expect("a mapping to undo");
+}
+
+/// Runs `wait` in a thread, which must not come back before `meanwhile` is done and must then come
+/// back at once.
+fn waits_for<R: Send>(wait: impl FnOnce() -> R + Send, meanwhile: impl FnOnce()) -> R {
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| (wait(), Instant::now()));
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(meanwhile));
+        let let_go = Instant::now();
+        if let Err(panic) = done {
+            std::panic::resume_unwind(panic);
+        }
+        let (result, came_back) = waiting.join().expect("the one who waits");
+        // The last step of `meanwhile` is what it waits for.
+        let late = came_back.saturating_duration_since(let_go);
+        assert!(late < AT_ONCE, "came back {late:?} late");
+        result
+    })
+}
+
+#[test]
+fn revoke_waits_for_a_slow_importer_warns_and_keeps_nobody_else_waiting() {
+    let device = open();
+    let (fd, slow) = held(&device, TWO);
+    lease::set_name(&fd, "the-slow-one").unwrap();
+    let map = Map::new(&fd, 2 * PAGE).unwrap();
+    map.touch_all().unwrap();
+    let second = device.export(BAR, ONE).unwrap();
+    let second_map = Map::new(&second, 2 * PAGE).unwrap();
+    let third = device.export(BAR, TWO).unwrap();
+    let quick = Importer::open().attach(&third).unwrap();
+    quick.map().unwrap();
+    let mut log = KernelLog::from_now();
+    let started = Instant::now();
+
+    let answer = waits_for(
+        || device.revoke(&fd),
+        || {
+            slow.wait_for_interruption();
+            assert_eq!(device.state(&fd), State::Dead);
+            at_once("a touch of the buffer", || {
+                assert_eq!(map.read(0), Err(Sigbus));
+            });
+            at_once("attach and map of the buffer", || {
+                let answer = Importer::open().attach(&fd);
+                assert_eq!(answer.unwrap_err(), ENODEV);
+            });
+            at_once("a fault of another", || second_map.touch_all().unwrap());
+            at_once("an export", || {
+                let fd = device.export(BAR, TWO).unwrap();
+                Map::new(&fd, 2 * PAGE).unwrap().touch_all().unwrap();
+                let attachment = Importer::open().attach(&fd).unwrap();
+                attachment.map().unwrap();
+                attachment.detach().unwrap();
+            });
+            at_once("REVOKE of another with an importer", || {
+                device.revoke(&third).unwrap();
+                assert!(!quick.is_mapped());
+            });
+            at_once("REVOKE of another without one", || {
+                device.revoke(&second).unwrap();
+            });
+            at_once("mmap of the BAR", || {
+                let map = How::shared().map(&device, u64::from(BAR) << 40, PAGE);
+                map.unwrap().touch_all().unwrap();
+            });
+            at_once("config space", || device.command());
+            at_once("debugfs", || {
+                assert!(observe::buffers(device.function()).len() >= 3);
+            });
+            at_once("the end of a buffer", || drop(second));
+            assert!(slow.is_mapped());
+            assert!(!lines_of(&mut log, "the-slow-one"));
+            thread::sleep(ms(10_500).saturating_sub(started.elapsed()));
+            assert!(slow.is_mapped());
+            slow.unmap().unwrap();
+        },
+    );
+    assert_eq!(answer, Ok(()));
+    assert!(started.elapsed() > ms(10_400));
+    assert!(lines_of(&mut log, "the-slow-one"), "no warning came");
+}
+
+/// Whether there is a warning that names the device, the buffer and the importer.
+fn lines_of(log: &mut KernelLog, name: &str) -> bool {
+    let [device, importer] = ["memory", EDU].map(|name| Function::named(name).bdf);
+    log.lines().iter().any(|line| {
+        [device.as_str(), name, importer.as_str()]
+            .iter()
+            .all(|word| line.contains(word))
+    })
+}
+
+#[test]
+fn every_event_waits_for_a_slow_importer() {
+    let events: [(&str, fn(&Device)); 4] = [
+        ("memory off", |device| device.set_memory(false)),
+        ("a reset by ioctl", |device| device.reset().unwrap()),
+        ("a reset through sysfs", |device| {
+            device.function().reset().unwrap()
+        }),
+        ("the same again", |device| device.set_memory(false)),
+    ];
+    for ((name, event), ranges) in events.into_iter().zip([ONE, TWO, ONE, TWO]) {
+        let device = open();
+        let (_fd, slow) = held(&device, ranges);
+        let (_, taken) = time(|| waits_for(|| event(&device), || lets_go_after(&slow, ms(800))));
+        assert!(taken >= ms(800), "{name} took {taken:?}");
+        device.set_memory(true);
+    }
+}
+
+#[test]
+fn the_close_of_the_device_waits_for_a_slow_importer() {
+    let device = open();
+    let (_fd, slow) = held(&device, TWO);
+    waits_for(|| drop(device), || lets_go_after(&slow, ms(800)));
+    assert_eq!(slow.map(), Err(ENODEV));
+}
+
+#[test]
+fn an_event_costs_the_slowest_importer_and_not_the_sum() {
+    let device = open();
+    let (_fd1, first) = held(&device, ONE);
+    let (_fd2, second) = held(&device, TWO);
+    let fd3 = device.export(BAR, ONE).unwrap();
+    let map3 = Map::new(&fd3, 2 * PAGE).unwrap();
+    map3.touch_all().unwrap();
+    let (_, taken) = time(|| {
+        thread::scope(|scope| {
+            scope.spawn(|| device.set_memory(false));
+            scope.spawn(|| lets_go_after(&first, ms(2000)));
+            scope.spawn(|| lets_go_after(&second, ms(2000)));
+            first.wait_for_interruption();
+            // Neither memory nor time for anybody else.
+            at_once("a touch of another buffer", || {
+                assert_eq!(map3.read(0), Err(Sigbus));
+            });
+            at_once("an export", || device.export(BAR, ONE).unwrap());
+            at_once("REVOKE of a buffer without importers", || {
+                device.revoke(&fd3).unwrap();
+            });
+        });
+    });
+    assert!((ms(2000)..ms(3000)).contains(&taken), "took {taken:?}");
+    device.set_memory(true);
+}
+
+#[test]
+fn an_event_does_not_wait_for_a_revocation_before_it_tells_the_others() {
+    let device = open();
+    let (fd1, first) = held(&device, ONE);
+    let (_fd2, second) = held(&device, TWO);
+    let (_, taken) = time(|| {
+        thread::scope(|scope| {
+            scope.spawn(|| device.revoke(&fd1).unwrap());
+            first.wait_for_interruption();
+            scope.spawn(|| device.set_memory(false));
+            scope.spawn(|| lets_go_after(&first, ms(2000)));
+            scope.spawn(|| lets_go_after(&second, ms(2000)));
+        });
+    });
+    assert!((ms(2000)..ms(3000)).contains(&taken), "took {taken:?}");
+    device.set_memory(true);
+}
+
+#[test]
+fn revoke_of_a_revoked_buffer_does_not_wait_a_second_time() {
+    let device = open();
+    let (fd, slow) = held(&device, TWO);
+    waits_for(
+        || device.set_memory(false),
+        || lets_go_after(&slow, ms(500)),
+    );
+    assert_eq!(device.state(&fd), State::Revoked(REASON_MEMORY_OFF));
+    at_once("REVOKE", || device.revoke(&fd).unwrap());
+    assert_eq!(slow.status().invalidations, 1);
+    device.set_memory(true);
+    assert_eq!(device.state(&fd), State::Dead);
+    assert_eq!(slow.map(), Err(ENODEV));
+}
+
+#[test]
+fn revoke_during_an_event_waits_for_the_same_importer_and_no_longer() {
+    let device = open();
+    let (fd, slow) = held(&device, TWO);
+    let (_, taken) = time(|| {
+        thread::scope(|scope| {
+            scope.spawn(|| device.set_memory(false));
+            slow.wait_for_interruption();
+            let revoke = scope.spawn(|| device.revoke(&fd));
+            thread::sleep(ms(1000));
+            assert!(!revoke.is_finished());
+            slow.unmap().unwrap();
+            assert_eq!(revoke.join().unwrap(), Ok(()));
+        });
+    });
+    assert!((ms(1000)..ms(2000)).contains(&taken), "took {taken:?}");
+    device.set_memory(true);
+}
+
+#[test]
+fn the_death_of_the_importing_process_lets_go() {
+    let device = open();
+    drop(Importer::open());
+    let fd = device.export(BAR, TWO).unwrap();
+    let child = Child::start(&[fd.as_fd()], |link| {
+        let attachment = Importer::open().attach(&fd).unwrap();
+        attachment.hold(true);
+        attachment.fence().unwrap();
+        attachment.map().unwrap();
+        link.send(1);
+        let _ = link.receive();
+    });
+    child.link.expect(1);
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 1);
+    let answer = waits_for(
+        || device.revoke(&fd),
+        || {
+            thread::sleep(ms(500));
+            drop(child);
+        },
+    );
+    assert_eq!(answer, Ok(()));
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
+}
+
+#[test]
+fn the_revoking_process_cannot_be_killed_out_of_its_wait() {
+    let device = open();
+    let (fd, slow) = held(&device, ONE);
+    let child = Child::start(&[device.as_fd(), fd.as_fd()], |_| {
+        device.revoke(&fd).unwrap();
+    });
+    slow.wait_for_interruption();
+    waits_for(
+        || drop(child),
+        || {
+            thread::sleep(ms(500));
+            assert_eq!(device.state(&fd), State::Dead);
+            slow.unmap().unwrap();
+        },
+    );
+}
+
+#[test]
+fn closing_the_importer_lets_go() {
+    let device = open();
+    let (fd, slow) = held(&device, TWO);
+    waits_for(
+        || device.revoke(&fd),
+        || {
+            slow.wait_for_interruption();
+            thread::sleep(ms(300));
+            drop(slow);
+        },
+    )
+    .unwrap();
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
+}
+
+#[test]
+fn unbinding_the_importing_device_lets_go() {
+    let device = open();
+    let (fd, slow) = held(&device, TWO);
+    waits_for(
+        || device.revoke(&fd),
+        || {
+            slow.wait_for_interruption();
+            thread::sleep(ms(300));
+            Function::named(EDU).unbind();
+        },
+    )
+    .unwrap();
+}
+
+// ---- Fences ---------------------------------------------------------------------------------------
+
+#[test]
+fn revoke_waits_for_a_fence_that_signals_late() {
+    let device = open();
+    let fd = device.export(BAR, TWO).unwrap();
+    let attachment = Importer::open().attach(&fd).unwrap();
+    attachment.map().unwrap();
+    attachment.fence().unwrap();
+    let answer = waits_for(
+        || device.revoke(&fd),
+        || {
+            attachment.wait_for_interruption();
+            assert!(!attachment.is_mapped());
+            thread::sleep(ms(800));
+            assert_eq!(device.state(&fd), State::Dead);
+            attachment.signal().unwrap();
+        },
+    );
+    assert_eq!(answer, Ok(()));
+}
+
+#[test]
+fn an_event_waits_for_the_latest_of_fences_and_mappings() {
+    let device = open();
+    let (_fd, slow) = held(&device, ONE);
+    slow.fence().unwrap();
+    waits_for(
+        || device.set_memory(false),
+        || {
+            lets_go_after(&slow, ms(400));
+            thread::sleep(ms(400));
+            slow.signal().unwrap();
+        },
+    );
+    device.set_memory(true);
+    slow.map().unwrap();
+    slow.fence().unwrap();
+    waits_for(
+        || device.set_memory(false),
+        || {
+            thread::sleep(ms(400));
+            slow.signal().unwrap();
+            thread::sleep(ms(400));
+            slow.unmap().unwrap();
+        },
+    );
+    device.set_memory(true);
+}
+
+#[test]
+fn an_event_does_not_wait_for_a_fence_of_one_revocation_before_it_tells_the_others() {
+    let device = open();
+    let fd1 = device.export(BAR, ONE).unwrap();
+    let first = Importer::open().attach(&fd1).unwrap();
+    first.map().unwrap();
+    first.fence().unwrap();
+    let (_fd2, second) = held(&device, TWO);
+    thread::scope(|scope| {
+        scope.spawn(|| device.revoke(&fd1).unwrap());
+        first.wait_for_interruption();
+        scope.spawn(|| device.set_memory(false));
+        // Told although the fence of the first is still pending.
+        let told = std::panic::catch_unwind(|| second.wait_for_interruption());
+        first.signal().unwrap();
+        second.unmap().unwrap();
+        assert!(told.is_ok());
+    });
+    device.set_memory(true);
+}
+
+#[test]
+fn a_signalled_fence_is_not_waited_for() {
+    let device = open();
+    let fd = device.export(BAR, ONE).unwrap();
+    let attachment = Importer::open().attach(&fd).unwrap();
+    for _ in 0..100 {
+        attachment.fence().unwrap();
+        attachment.signal().unwrap();
+    }
+    attachment.map().unwrap();
+    at_once("REVOKE", || device.revoke(&fd).unwrap());
+}
+
+// ---- Nothing is waited for that need not be -------------------------------------------------------
+
+#[test]
+fn other_config_writes_do_not_wait_for_importers() {
+    let device = open();
+    let (_fd, slow) = held(&device, ONE);
+    at_once("a write to the latency timer", || {
+        let _: Answer<usize> = device.write(CONFIG_REGION, 0x0d, &[0]);
+    });
+    assert_eq!(slow.status().invalidations, 0);
+    slow.unmap().unwrap();
+}
+
+#[test]
+fn another_device_does_not_wait() {
+    let device = open();
+    let other = Device::open("display");
+    let fd = other.export(0, TWO).unwrap();
+    let (_fd, slow) = held(&device, ONE);
+    waits_for(
+        || device.set_memory(false),
+        || {
+            slow.wait_for_interruption();
+            at_once("memory off of another device", || other.set_memory(false));
+            at_once("memory on of another device", || other.set_memory(true));
+            at_once("REVOKE on another device", || other.revoke(&fd).unwrap());
+            slow.unmap().unwrap();
+        },
+    );
+    device.set_memory(true);
+}
+
+#[test]
+fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
+    check_that_nothing_is_left(&["memory", "display"]);
+}
