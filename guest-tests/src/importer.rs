@@ -4,7 +4,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::Read,
     os::{
-        fd::{AsFd, AsRawFd},
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::fs::OpenOptionsExt,
     },
     path::Path,
@@ -16,8 +16,10 @@ use std::{
 
 use crate::{
     errno::{Answer, Errno, answer},
+    lease::Request,
     observe,
     pci::{self, Function},
+    vfio::{Device, GET},
 };
 
 #[path = "../../kmod/importer/abi.rs"]
@@ -402,6 +404,18 @@ impl Drop for Attachment {
         // What was detached already is not there any more.
         let _ = self.target(abi::DETACH, 0);
     }
+}
+
+/// An export by the kernel's own exporter (`BARLEASE_FEATURE_DMA_BUF_STOCK`).
+///
+/// # Errors
+///
+/// That of the ioctl.
+pub fn stock(device: &Device, request: &Request) -> Answer<OwnedFd> {
+    let feature = GET | u32::from(barlease_abi::FEATURE_DMA_BUF_STOCK);
+    let fd = device.feature(feature, &mut request.bytes())?;
+    // SAFETY: The fd is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// The kernel's log from some moment on.
