@@ -267,6 +267,27 @@ impl Map {
         crate::errno::answer(unsafe { libc::read(zero.as_raw_fd(), place, 4) })
     }
 
+    /// Has the kernel copy four bytes of it as a debugger does: pages that can be pinned only.
+    ///
+    /// # Errors
+    ///
+    /// That of the system call.
+    pub fn copied_by_pinning(&self) -> Answer<isize> {
+        let mut target = 0u32;
+        let local = libc::iovec {
+            iov_base: (&raw mut target).cast(),
+            iov_len: 4,
+        };
+        let remote = libc::iovec {
+            iov_base: ptr::with_exposed_provenance_mut(self.byte(0)),
+            iov_len: 4,
+        };
+        // SAFETY: Has no argument.
+        let this = unsafe { libc::getpid() };
+        // SAFETY: The kernel writes four bytes to `target`.
+        crate::errno::answer(unsafe { libc::process_vm_readv(this, &local, 1, &remote, 1, 0) })
+    }
+
     /// Unmaps a part.
     ///
     /// # Panics
@@ -359,6 +380,10 @@ impl Edge {
         let mut map = Map::anonymous(2 * PAGE);
         map.unmap(PAGE, PAGE);
         Self(map)
+    }
+
+    pub(crate) fn make_read_only(&self) {
+        self.0.protect(0, PAGE, READ).expect("protect a page");
     }
 
     /// Puts bytes so that the page ends with them; says where.

@@ -3,10 +3,8 @@
 use std::{
     cell::RefCell,
     fs::{self, File},
-    io::{Read, Write},
-    mem,
-    os::fd::AsFd,
-    thread,
+    io::Read,
+    mem, thread,
     time::{Duration, Instant},
 };
 
@@ -149,6 +147,18 @@ pub fn page_tables() -> u64 {
         .expect("VmPTE")
 }
 
+/// The kernel's log.
+///
+/// # Panics
+///
+/// When it cannot be read.
+#[must_use]
+pub fn kernel_log() -> String {
+    let output = std::process::Command::new("dmesg").output();
+    let output = output.expect("dmesg").stdout;
+    String::from_utf8_lossy(&output).into_owned()
+}
+
 /// Random bytes.
 ///
 /// # Panics
@@ -162,12 +172,17 @@ pub fn random() -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-/// Writes to an fd, through a file of std.
+/// Has the system go to sleep as far as to freeze all processes, for a second. False where the kernel cannot.
 ///
 /// # Panics
 ///
-/// When that does not work.
-pub fn write_fd(fd: impl AsFd, bytes: &[u8]) {
-    let mut file = File::from(crate::lease::duplicate(fd));
-    file.write_all(bytes).expect("write");
+/// When it can and does not.
+pub fn pretend_to_sleep() -> bool {
+    if fs::write("/sys/power/pm_test", "freezer").is_err() {
+        return false;
+    }
+    let _ = fs::write("/sys/module/suspend/parameters/pm_test_delay", "1");
+    fs::write("/sys/power/state", "mem").expect("sleep");
+    fs::write("/sys/power/pm_test", "none").expect("no test of sleep");
+    true
 }

@@ -80,6 +80,16 @@ impl Function {
         write(&self.path("reset"), "1")
     }
 
+    /// Takes it from the bus, as if it were pulled out. [`rescan`] finds it again.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    pub fn remove(&self) {
+        write(&self.path("remove"), "1").expect("remove");
+        assert!(!self.path("").exists());
+    }
+
     /// The port that it is behind.
     ///
     /// # Panics
@@ -190,6 +200,15 @@ impl Function {
 /// That of opening or writing.
 pub fn write(path: &Path, text: &str) -> Answer<()> {
     fs::write(path, text).map_err(|error| Errno::of(&error))
+}
+
+/// Looks for functions that are not known.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn rescan() {
+    write(Path::new("/sys/bus/pci/rescan"), "1").expect("rescan");
 }
 
 /// Loads our module with these parameters.

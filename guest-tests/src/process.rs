@@ -1,7 +1,6 @@
 //! Child processes that run a function, and the link to them.
 
 use std::{
-    any::Any,
     fs::File,
     io::{self, Read, Write},
     mem,
@@ -100,7 +99,12 @@ impl Drop for Child {
         if !self.reaped {
             // SAFETY: It was not waited for, so the id is still its own.
             unsafe { libc::kill(self.pid, libc::SIGKILL) };
-            self.wait();
+            let end = self.wait();
+            let mut text = String::new();
+            let _ = self.report.read_to_string(&mut text);
+            if !text.is_empty() || end != End::Signal(libc::SIGKILL) {
+                eprintln!("a child process failed ({end:?}): {text}");
+            }
         }
     }
 }
@@ -147,33 +151,20 @@ pub fn in_fork(body: impl FnOnce() -> bool) -> bool {
     libc::WEXITSTATUS(status) == 0
 }
 
-fn run_child(
-    link: Link,
-    mut reporter: File,
-    keep: &[BorrowedFd<'_>],
-    body: impl FnOnce(&Link),
-) -> ! {
+fn run_child(link: Link, reporter: File, keep: &[BorrowedFd<'_>], body: impl FnOnce(&Link)) -> ! {
     // SAFETY: Only asks for a signal when the parent is gone.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     let mut kept: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
     kept.extend([0, 1, 2, link.0.as_raw_fd(), reporter.as_raw_fd()]);
     close_all_but(kept);
-    panic::set_hook(Box::new(|_| {}));
-    let code = match panic::catch_unwind(AssertUnwindSafe(|| body(&link))) {
-        Ok(()) => 0,
-        Err(payload) => {
-            let _ = reporter.write_all(message(payload.as_ref()).as_bytes());
-            101
-        }
-    };
+    // Of any thread.
+    panic::set_hook(Box::new(move |panic| {
+        let _ = writeln!(&reporter, "{panic}");
+    }));
+    let ended = panic::catch_unwind(AssertUnwindSafe(|| body(&link)));
+    let code = if ended.is_ok() { 0 } else { 101 };
     // SAFETY: Ends the process; nothing of the parent's is flushed or dropped.
     unsafe { libc::_exit(code) }
-}
-
-fn message(payload: &(dyn Any + Send)) -> &str {
-    let text = payload.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| payload.downcast_ref::<&str>().copied())
-        .unwrap_or("a panic")
 }
 
 /// Closes what the parent's variables own: they are never dropped here.

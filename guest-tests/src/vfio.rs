@@ -367,6 +367,24 @@ impl Device {
         answer(result)
     }
 
+    /// The same with a payload that can be read and not written.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn feature_read_only(&self, flags: u32, payload: &[u8]) -> Answer<i32> {
+        let edge = crate::map::Edge::new();
+        let mut argument = vec![0u8; 8];
+        argument[..4].copy_from_slice(&(8 + payload.len() as u32).to_ne_bytes());
+        argument[4..].copy_from_slice(&flags.to_ne_bytes());
+        argument.extend_from_slice(payload);
+        let address = edge.put(&argument);
+        edge.make_read_only();
+        // SAFETY: The kernel finds the argument and cannot write.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FEATURE, address) };
+        answer(result)
+    }
+
     /// Reads from a region.
     ///
     /// # Errors

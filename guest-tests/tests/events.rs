@@ -782,6 +782,22 @@ fn revoke_in_low_power_is_for_good() {
     leased.is_dead();
 }
 
+#[test]
+fn system_sleep_takes_away_and_wake_up_gives_back() {
+    let leased = leased("display");
+    // Up to where processes are frozen, and back.
+    if !observe::pretend_to_sleep() {
+        return;
+    }
+    assert!(leased.faults() > 0, "nothing was taken away");
+    leased.is(State::Ok);
+    leased.device.set_memory(false);
+    observe::pretend_to_sleep();
+    leased.is(MEMORY_OFF);
+    leased.device.set_memory(true);
+    leased.is(State::Ok);
+}
+
 impl Leased {
     fn is_dead(&self) {
         assert_eq!(self.state(), State::Dead);

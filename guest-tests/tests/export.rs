@@ -369,6 +369,26 @@ fn what_is_refused_leaves_nothing() {
     assert_eq!(observe::buffers(device.function()), []);
 }
 
+#[test]
+fn a_burst_of_refusals_leaves_few_lines_in_the_log() {
+    let device = display();
+    let mark = format!("refusals {}", observe::random());
+    observe::mark(&mark);
+    for _ in 0..1000 {
+        let _ = refused(device.export(FRAME_BUFFER, &[(FRAME_BUFFER_LEN, PAGE)]));
+    }
+    let log = observe::kernel_log();
+    let (_, since) = log.split_once(&mark).unwrap();
+    let lines: Vec<_> = since
+        .lines()
+        .filter(|line| line.contains("refused"))
+        .collect();
+    // What other tests have used up of the limit is gone after a while; 10 lines in 5 s is the kernel's default.
+    assert!(lines.len() <= 20, "{} lines", lines.len());
+    let bdf = &device.function().bdf;
+    assert!(lines.iter().all(|line| line.contains(bdf)), "{lines:?}");
+}
+
 fn open_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }

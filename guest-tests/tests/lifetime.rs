@@ -309,6 +309,25 @@ fn unbind_waits_until_the_device_is_closed() {
     function.bind(BARLEASE);
 }
 
+#[test]
+fn fds_and_mappings_outlive_the_device() {
+    let function = Function::named("testdev");
+    let device = Device::open("testdev");
+    let fd = device.export(2, &[(0, 2 * HUGE)]).unwrap();
+    let map = Map::new(&fd, 2 * HUGE).unwrap();
+    map.touch_all().unwrap();
+    drop(device);
+    function.remove();
+    is_dead(&fd, &map);
+    assert_eq!(lease::size(&fd), 2 * HUGE);
+    pci::rescan();
+    function.bind(BARLEASE);
+    is_dead(&fd, &map);
+    let device = Device::open("testdev");
+    assert_eq!(device.revoke(&fd), Err(ENODEV));
+    device.export(2, &[(0, PAGE)]).unwrap();
+}
+
 // ---- The module -----------------------------------------------------------------------------------
 
 /// Takes every function from our driver; what `f` does with the module ends with all as it was.

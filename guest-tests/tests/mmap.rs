@@ -179,6 +179,16 @@ fn the_kernel_gets_efault_where_a_process_gets_sigbus() {
     assert_eq!(map.receive_zeros(), Ok(4));
 }
 
+#[test]
+fn nobody_pins_pages_of_a_mapping() {
+    let device = display();
+    let fd = device.export(FRAME_BUFFER, &[(0, HUGE)]).unwrap();
+    let map = How::shared().align(HUGE).map(&fd, 0, HUGE).unwrap();
+    map.touch_all().unwrap();
+    assert_eq!(Map::anonymous(PAGE).copied_by_pinning(), Ok(4));
+    assert_eq!(map.copied_by_pinning(), Err(EFAULT));
+}
+
 // ---- What a mapping shows -------------------------------------------------------------------------
 
 #[test]

@@ -112,6 +112,17 @@ fn a_payload_that_is_not_there_is_efault_and_does_nothing() {
 }
 
 #[test]
+fn a_status_that_cannot_be_written_is_efault() {
+    let device = display();
+    let fd = export(&device);
+    let mut payload = [0; size_of::<DmaBufStatus>()];
+    payload[..4].copy_from_slice(&fd.as_raw_fd().to_ne_bytes());
+    let answer = device.feature_read_only(GET | STATUS, &payload);
+    assert_eq!(answer, Err(EFAULT));
+    assert_eq!(device.state(&fd), State::Ok);
+}
+
+#[test]
 fn a_larger_argsz_is_fine() {
     let device = display();
     let fd = export(&device);

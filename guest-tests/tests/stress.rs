@@ -115,16 +115,30 @@ fn forks_and_writes(_: &OwnedFd, map: &Map, dice: &mut Dice) -> Result<(), Sigbu
         dice,
     )?;
     let page = dice.page();
-    if process::in_fork(|| map.write(page * PAGE, MARK).is_ok()) {
+    // Long enough for what the fork copied to be missed by who takes it away.
+    let write = |step| map.write((page + step) % PAGES * PAGE, MARK).is_ok();
+    if process::in_fork(|| (0..5000).all(write)) {
         Ok(())
     } else {
         Err(Sigbus)
     }
 }
 
+/// What a holder and the grantor tell each other.
+mod say {
+    pub(crate) const END: u64 = 0;
+    pub(crate) const TAKE: u64 = 1;
+    pub(crate) const ATTACKING: u64 = 2;
+    pub(crate) const GONE: u64 = 3;
+    pub(crate) const SEEN_GONE: u64 = 4;
+}
+
 /// A holder: one thread an attack, on each buffer that it is sent.
+///
+/// They go on while it is taken away, and then some more: from the moment on at which the grantor's call has returned,
+/// each attempt ends in SIGBUS.
 fn hold(link: &Link, skew: u64, attacks: &[Attack]) {
-    while link.receive() == 1 {
+    while link.receive() == say::TAKE {
         let fd = link.receive_fd();
         let map = How::shared()
             .align(HUGE)
@@ -132,26 +146,33 @@ fn hold(link: &Link, skew: u64, attacks: &[Attack]) {
             .map(&fd, 0, LEN)
             .unwrap();
         let begun = AtomicU32::new(0);
+        let gone = AtomicBool::new(false);
         thread::scope(|scope| {
             for (number, attack) in attacks.iter().enumerate() {
-                let (fd, map, begun) = (&fd, &map, &begun);
+                let (fd, map, begun, gone) = (&fd, &map, &begun, &gone);
                 scope.spawn(move || {
                     let mut dice = Dice(number as u64);
                     attack(fd, map, &mut dice).unwrap();
                     begun.fetch_add(1, Ordering::Relaxed);
-                    while attack(fd, map, &mut dice).is_ok() {}
-                    // And it stays so.
-                    for _ in 0..100 {
-                        assert_eq!(attack(fd, map, &mut dice), Err(Sigbus));
+                    let mut refused = 0;
+                    while refused < 30 {
+                        let is_gone = gone.load(Ordering::SeqCst);
+                        let answer = attack(fd, map, &mut dice);
+                        if is_gone {
+                            assert_eq!(answer, Err(Sigbus));
+                            refused += 1;
+                        }
                     }
                 });
             }
             while begun.load(Ordering::Relaxed) < attacks.len() as u32 {
                 thread::yield_now();
             }
-            link.send(2);
+            link.send(say::ATTACKING);
+            link.expect(say::GONE);
+            gone.store(true, Ordering::SeqCst);
         });
-        link.send(3);
+        link.send(say::SEEN_GONE);
     }
 }
 
@@ -162,13 +183,15 @@ fn nobody_writes_after(holders: &[Child], rounds: u64, take: impl Fn(Device, &Ow
     for round in 0..rounds {
         let fd = device.export(FRAME_BUFFER, &[(0, LEN)]).unwrap();
         for holder in holders {
-            holder.link.send(1);
+            holder.link.send(say::TAKE);
             holder.link.send_fd(&fd);
         }
-        holders.iter().for_each(|holder| holder.link.expect(2));
+        let all = || holders.iter().map(|holder| &holder.link);
+        all().for_each(|link| link.expect(say::ATTACKING));
         thread::sleep(Duration::from_millis(3 + 7 * (round % 3)));
 
         device = take(device, &fd);
+        all().for_each(|link| link.send(say::GONE));
         let own = device.export(FRAME_BUFFER, &[(0, LEN)]).unwrap();
         let own = How::shared().align(HUGE).map(&own, 0, LEN).unwrap();
         for page in 0..PAGES {
@@ -180,9 +203,11 @@ fn nobody_writes_after(holders: &[Child], rounds: u64, take: impl Fn(Device, &Ow
                 assert_eq!(seen, Ok(PATTERN), "round {round}, page {page}");
             }
         });
-        holders.iter().for_each(|holder| holder.link.expect(3));
+        all().for_each(|link| link.expect(say::SEEN_GONE));
     }
-    holders.iter().for_each(|holder| holder.link.send(0));
+    for holder in holders {
+        holder.link.send(say::END);
+    }
 }
 
 fn revoke(device: Device, fd: &OwnedFd) -> Device {
@@ -326,6 +351,20 @@ fn exports_and_closes_race_with_everything_that_walks_over_buffers() {
 
 // ---- Events against holders -----------------------------------------------------------------------
 
+/// Reads what the device has there. A read that comes through while memory is off reaches nothing and gives something
+/// else; then it does not matter whether the call had returned.
+fn reads_magic(map: &Map, offset: u64) -> bool {
+    match map.read(offset) {
+        Ok(seen) => {
+            assert_eq!(seen, MAGIC, "a touch reached a device that does not answer");
+            true
+        }
+        Err(Sigbus) => false,
+    }
+}
+
+const MAGIC: u32 = 0x3a61_c000;
+
 #[test]
 fn nobody_touches_while_memory_is_off() {
     let device = display();
@@ -339,11 +378,14 @@ fn nobody_touches_while_memory_is_off() {
             .unwrap(),
         How::shared().align(HUGE).map(&device, 0, LEN).unwrap(),
     ];
+    for page in 0..PAGES {
+        maps[0].write(page * PAGE, MAGIC).unwrap();
+    }
     let window = Window::new();
     let worked = AtomicU32::new(0);
     let touch = |map: &Map| {
         for page in (0..PAGES).step_by(37) {
-            if window.check(|| map.write(page * PAGE, 1).is_ok()) {
+            if window.check(|| reads_magic(map, page * PAGE)) {
                 worked.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -351,7 +393,7 @@ fn nobody_touches_while_memory_is_off() {
     let [one, two, three] = &maps;
     let anew = || {
         if let Ok(map) = Map::new(&fd, LEN) {
-            window.check(|| map.read(0).is_ok());
+            window.check(|| reads_magic(&map, 0));
         }
     };
     let mut rounds = 0;
@@ -381,8 +423,9 @@ fn nobody_touches_in_low_power() {
     device.write32(0, 0x50, 1);
     let fd = device.export(2, &[(0, LEN)]).unwrap();
     let map = How::shared().align(HUGE).map(&fd, 0, LEN).unwrap();
+    map.write(PAGE, MAGIC).unwrap();
     let window = Window::new();
-    let touch = || race::whatever(window.check(|| map.read(PAGE).is_ok()));
+    let touch = || race::whatever(window.check(|| reads_magic(&map, PAGE)));
     race::meanwhile(&[&touch, &touch], || {
         for_a_while(800, || {
             device.feature(SET | LOW_POWER_ENTRY, &mut []).unwrap();
@@ -402,7 +445,8 @@ fn resets_race_with_command_writes_revocations_and_exports() {
     let device = Device::open("memory");
     let fd = device.export(2, &[(0, LEN)]).unwrap();
     let map = Map::new(&fd, LEN).unwrap();
-    let touch = || race::whatever(map.read(PAGE));
+    map.write(PAGE, MAGIC).unwrap();
+    let touch = || race::whatever(reads_magic(&map, PAGE));
     let command = || {
         // While a reset is on, a write may be refused or lost: what counts is that it does no harm.
         let _ = device.write(7, 4, &[4]);
