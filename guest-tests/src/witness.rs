@@ -1,6 +1,6 @@
 //! Devices of our own (`lab/device`), asked what has reached them.
 
-use std::{fs, path::PathBuf};
+use std::{fs, os::unix::fs::FileExt, path::PathBuf};
 
 use barlease_lab::guest;
 use serde_json::{Value, json};
@@ -54,10 +54,19 @@ impl Witness {
         number(&self.ask(&json!({"mark": text})), "seq")
     }
 
+    /// Asks about the past: of what has been written until now nothing is on its way any more.
+    fn look(self, request: &Value) -> Value {
+        // The emulator does not wait until a write has arrived. It does for a read, which comes behind all writes.
+        let function = Function::named(self.0);
+        let config = fs::File::open(sysfs(&function, "config")).expect("config space");
+        config.read_exact_at(&mut [0; 4], 0).expect("config space");
+        self.ask(request)
+    }
+
     /// How many entries of the log fit.
     #[must_use]
     pub fn count(self, query: &Value) -> u64 {
-        number(&self.ask(&json!({"query": query})), "count")
+        number(&self.look(&json!({"query": query})), "count")
     }
 
     /// The first entry that fits.
@@ -67,7 +76,7 @@ impl Witness {
     /// When none does.
     #[must_use]
     pub fn first(self, query: &Value) -> Value {
-        let mut reply = self.ask(&json!({"query": query}));
+        let mut reply = self.look(&json!({"query": query}));
         match reply["entries"].get_mut(0) {
             Some(entry) => entry.take(),
             None => panic!("no entry fits {query}"),
@@ -87,7 +96,7 @@ impl Witness {
     ///
     /// When one does.
     pub fn assert_none(self, query: &Value) {
-        let reply = self.ask(&json!({"query": query}));
+        let reply = self.look(&json!({"query": query}));
         assert_eq!(reply["count"], 0, "{query}: {:#}", reply["entries"]);
     }
 
@@ -95,7 +104,7 @@ impl Witness {
     #[must_use]
     pub fn stray(self, start: u64, length: u64) -> u64 {
         number(
-            &self.ask(&json!({"stray": [start, start + length]})),
+            &self.look(&json!({"stray": [start, start + length]})),
             "count",
         )
     }
@@ -107,13 +116,10 @@ fn number(object: &Value, member: &str) -> u64 {
         .unwrap_or_else(|| panic!("no number `{member}` in {object}"))
 }
 
-/// The file in sysfs through which a BAR of a function is mapped.
+/// A file of a function in sysfs.
 #[must_use]
-pub fn resource(function: &Function, bar: u32) -> PathBuf {
-    PathBuf::from(format!(
-        "/sys/bus/pci/devices/{}/resource{bar}",
-        function.bdf
-    ))
+pub fn sysfs(function: &Function, file: &str) -> PathBuf {
+    PathBuf::from(format!("/sys/bus/pci/devices/{}/{file}", function.bdf))
 }
 
 /// Chooses how the kernel resets a function, such as `flr` or `bus`.
@@ -122,6 +128,5 @@ pub fn resource(function: &Function, bar: u32) -> PathBuf {
 ///
 /// When the kernel cannot do that.
 pub fn set_reset_method(function: &Function, method: &str) {
-    let path = format!("/sys/bus/pci/devices/{}/reset_method", function.bdf);
-    fs::write(&path, method).unwrap_or_else(|error| panic!("{method} to {path}: {error}"));
+    fs::write(sysfs(function, "reset_method"), method).expect("choose how to reset");
 }

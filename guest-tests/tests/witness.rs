@@ -1,0 +1,538 @@
+//! What the device saw: its own log says that nothing reached its memory when nothing may. Run on the machine `device`.
+//!
+//! An access that is made while the device's decoding is off, or in D3hot, does not get to the device: the emulator keeps
+//! it, and counts it. There must be none of these either.
+#![cfg(barlease_guest)]
+
+use std::{
+    fs::File,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    path::Path,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use barlease_abi::{ALIAS_WC, MEMATTR_WC, REASON_RESET};
+use barlease_guest_tests::{
+    HUGE, PAGE,
+    importer::Importer,
+    lease::State,
+    map::{How, Map, Sigbus},
+    pci::{BARLEASE, Function},
+    race::{meanwhile, whatever},
+    vfio::{COMMAND, Device, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
+    witness::{self, MARK, Witness},
+};
+use serde_json::json;
+
+/// BAR0: memory, every access to which is in the log.
+const MEMORY: u32 = 0;
+const MEMORY_LEN: u64 = 16 << 20;
+/// BAR2: registers.
+const REGISTERS: u32 = 2;
+
+/// The device and all ways that a process has to its memory.
+struct Setup {
+    witness: Witness,
+    stray: u64,
+    device: Device,
+    /// Leases: uncached, and write-combining.
+    leases: [OwnedFd; 2],
+    /// Mappings: of the leases, of the BAR, of its alias.
+    maps: [Map; 4],
+}
+
+fn setup() -> Setup {
+    let witness = Witness::new("trapped");
+    let device = Device::open("trapped");
+    let lease = |memattr| {
+        let fd = device.export(MEMORY, &[(0, 2 * HUGE)]).unwrap();
+        device.memattr(&fd, memattr).unwrap();
+        fd
+    };
+    let leases = [lease(0), lease(MEMATTR_WC)];
+    let alias = device.alias(MEMORY, ALIAS_WC).unwrap();
+    let how = How::shared().align(HUGE);
+    let bar = |region: u32| {
+        let offset = u64::from(region) << 40;
+        how.map(device.as_fd(), offset, 2 * HUGE).unwrap()
+    };
+    let maps = [
+        how.map(&leases[0], 0, 2 * HUGE).unwrap(),
+        how.skew(PAGE).map(&leases[1], 0, 2 * HUGE).unwrap(),
+        bar(MEMORY),
+        bar(alias),
+    ];
+    // Opening resets.
+    witness.clear();
+    Setup {
+        witness,
+        stray: stray(witness, device.function()),
+        device,
+        leases,
+        maps,
+    }
+}
+
+fn stray(witness: Witness, function: &Function) -> u64 {
+    let (start, length) = function.bar(MEMORY);
+    assert_eq!(length, MEMORY_LEN);
+    witness.stray(start, length)
+}
+
+/// Writes here and there, whatever comes of it.
+fn scribble(map: &Map, value: u32) {
+    for at in [0, 4, PAGE, 7 * PAGE, HUGE, 2 * HUGE - PAGE] {
+        let _ = map.write(at, value);
+    }
+    let _ = map.read(HUGE + PAGE);
+}
+
+impl Setup {
+    /// Runs `body` while threads write through all mappings, all the time.
+    fn while_all_write<R>(&self, body: impl FnOnce() -> R) -> R {
+        let [lease, combining, bar, alias] = &self.maps;
+        let first = || scribble(lease, 1);
+        let second = || scribble(combining, 2);
+        let third = || scribble(bar, 3);
+        let fourth = || scribble(alias, 4);
+        meanwhile(&[&first, &second, &third, &fourth], body)
+    }
+
+    /// Waits until so many more accesses have reached the memory.
+    fn wait_for_accesses(&self, number: u64) {
+        let end = Instant::now() + Duration::from_secs(20);
+        let query = json!({"region": MEMORY});
+        let wanted = self.witness.count(&query) + number;
+        while self.witness.count(&query) < wanted {
+            assert!(Instant::now() < end, "nothing reaches the device");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Asserts that the memory was reached only when it may be, and that it was reached.
+    #[track_caller]
+    fn assert_never_when_it_must_not(&self) {
+        let region = MEMORY;
+        assert!(self.witness.count(&json!({"region": region})) > 0);
+        self.witness
+            .assert_none(&json!({"region": region, "memory": false}));
+        self.witness
+            .assert_none(&json!({"region": region, "power": 3}));
+        self.witness
+            .assert_none(&json!({"region": region, "reset": true}));
+        let stray = stray(self.witness, self.device.function());
+        assert_eq!(stray, self.stray, "accesses that the emulator kept");
+    }
+
+    /// How often that has happened.
+    fn entries(&self, kind: &str) -> u64 {
+        self.witness.count(&json!({"kind": kind}))
+    }
+}
+
+/// Marks a place in the log, in order with the accesses of all threads before and after it.
+fn mark(device: &Device) -> u32 {
+    static LAST: AtomicU32 = AtomicU32::new(0);
+    let value = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+    device.write32(REGISTERS, MARK, value);
+    value
+}
+
+// ---- The witness itself ---------------------------------------------------------------------------
+
+#[test]
+fn the_witness_sees_every_access_in_order() {
+    let Setup {
+        witness,
+        device,
+        maps,
+        ..
+    } = setup();
+    let [lease, _, bar, _] = &maps;
+    lease.write(3 * PAGE, 0x1111_2222).unwrap();
+    let value = mark(&device);
+    bar.write(HUGE + 8, 0x3333_4444).unwrap();
+    assert_eq!(lease.read(HUGE + 8), Ok(0x3333_4444));
+    let place = witness.place_of_mark(value);
+    let before = witness.first(&json!({"region": MEMORY, "before": place}));
+    assert_eq!(before["offset"], 3 * PAGE);
+    assert_eq!(before["value"], 0x1111_2222);
+    assert_eq!(before["size"], 4);
+    assert_eq!(before["op"], "write");
+    assert_eq!(before["state"]["memory"], true);
+    let after = json!({"region": MEMORY, "after": place, "offset": HUGE + 8, "value": 0x3333_4444});
+    assert_eq!(witness.count(&after), 2);
+    assert_eq!(witness.count(&json!({"region": MEMORY})), 3);
+    // As does what is read through the device fd.
+    assert_eq!(device.read32(MEMORY, 3 * PAGE), 0x1111_2222);
+    let read = json!({"region": MEMORY, "op": "read", "offset": 3 * PAGE});
+    assert_eq!(witness.count(&read), 1);
+}
+
+#[test]
+fn the_witness_sees_what_the_emulator_keeps_and_what_comes_during_a_reset() {
+    /// Device Control of our own device.
+    const DEVICE_CONTROL: u64 = 0x58;
+    let witness = Witness::new("trapped");
+    let function = Function::named("trapped");
+    // Nothing of ours takes anything away here.
+    function.unbind();
+    let open = |path: &Path| File::options().read(true).write(true).open(path).unwrap();
+    let config = open(&witness::sysfs(&function, "config"));
+    let command = |value: u8| config.write_all_at(&[value, 0], COMMAND).unwrap();
+    let map = Map::new(open(&witness::sysfs(&function, "resource0")), PAGE).unwrap();
+    let reached = || witness.count(&json!({"region": MEMORY}));
+    command(2);
+    map.write(0, 5).unwrap();
+    assert_eq!(reached(), 1);
+    let before = stray(witness, &function);
+    command(0);
+    map.write(0, 6).unwrap();
+    assert_ne!(map.read(0), Ok(5));
+    assert_eq!(stray(witness, &function), before + 2);
+    assert_eq!(reached(), 1);
+    command(2);
+    assert_eq!(map.read(0), Ok(5));
+    witness.set(&json!({"reset_fails": true}));
+    config.write_all_at(&[0x10, 0xa8], DEVICE_CONTROL).unwrap();
+    map.write(0, 7).unwrap();
+    assert_eq!(witness.count(&json!({"region": MEMORY, "reset": true})), 1);
+    witness.set(&json!({"reset_fails": false}));
+    command(2);
+    assert_eq!(map.read(0), Ok(5));
+    command(0);
+    function.bind(BARLEASE);
+}
+
+// ---- Revocation -----------------------------------------------------------------------------------
+
+#[test]
+fn nothing_reaches_the_device_after_a_revocation_has_returned() {
+    let witness = Witness::new("trapped");
+    let device = Device::open("trapped");
+    let offset = 4 * HUGE;
+    for round in 0..24 {
+        let fd = device.export(MEMORY, &[(offset, HUGE)]).unwrap();
+        device.memattr(&fd, round % 2).unwrap();
+        let skew = PAGE * u64::from(round / 2 % 2);
+        let map = How::shared()
+            .align(HUGE)
+            .skew(skew)
+            .map(&fd, 0, HUGE)
+            .unwrap();
+        // Another lease of the same range, which stays.
+        let other = device.export(MEMORY, &[(offset, HUGE)]).unwrap();
+        let other = How::shared().align(HUGE).map(&other, 0, HUGE).unwrap();
+        let write = || {
+            for at in [0, 4, PAGE, HUGE - PAGE] {
+                let _ = map.write(at, 100 + round);
+            }
+        };
+        let stay = || other.write(8, 99).unwrap();
+        let written = json!({"region": MEMORY, "value": 100 + round});
+        let value = meanwhile(&[&write, &write, &write, &stay], || {
+            while witness.count(&written) == 0 {}
+            thread::sleep(Duration::from_millis(u64::from(round % 5)));
+            device.revoke(&fd).unwrap();
+            let value = mark(&device);
+            thread::sleep(Duration::from_millis(10));
+            value
+        });
+        let place = witness.place_of_mark(value);
+        witness.assert_none(&json!({"region": MEMORY, "value": 100 + round, "after": place}));
+        // The others were at it the whole time.
+        let stayed = json!({"region": MEMORY, "value": 99, "after": place});
+        assert!(witness.count(&stayed) > 0, "round {round}");
+        witness.clear();
+    }
+}
+
+#[test]
+fn no_transfer_of_a_peer_reaches_the_device_after_a_revocation_has_returned() {
+    let witness = Witness::new("trapped");
+    let device = Device::open("trapped");
+    let importer = Importer::open();
+    let fd = device.export(MEMORY, &[(HUGE, HUGE)]).unwrap();
+    let attachment = importer.attach(&fd).unwrap();
+    attachment.map().unwrap();
+    attachment.write(64, &[0x77; 64]).unwrap();
+    let in_place = json!({"region": MEMORY, "op": "write"});
+    assert!(witness.count(&in_place) > 0);
+    let first = witness.first(&in_place);
+    assert_eq!(first["offset"], HUGE + 64);
+    device.revoke(&fd).unwrap();
+    let place = witness.place_of_mark(mark(&device));
+    // Where it was mapped before.
+    attachment.write_stale(64, &[0x88; 64]);
+    let _ = attachment.read_stale(64, 64);
+    assert!(attachment.write(64, &[0x99; 64]).is_err());
+    witness.assert_none(&json!({"region": MEMORY, "after": place}));
+}
+
+// ---- Memory off, low power ------------------------------------------------------------------------
+
+#[test]
+fn nothing_reaches_the_device_while_decoding_is_off() {
+    let setup = setup();
+    setup.while_all_write(|| {
+        setup.wait_for_accesses(20);
+        for round in 0..30 {
+            setup.device.set_memory(false);
+            thread::sleep(Duration::from_micros(300 * (round % 5)));
+            setup.device.set_memory(true);
+            thread::sleep(Duration::from_millis(1));
+        }
+        setup.wait_for_accesses(20);
+    });
+    setup.assert_never_when_it_must_not();
+}
+
+#[test]
+fn nothing_reaches_the_device_in_d3hot() {
+    let setup = setup();
+    setup.while_all_write(|| {
+        for _ in 0..5 {
+            setup.wait_for_accesses(10);
+            setup.device.set_power_state(3);
+            assert_eq!(setup.device.power_state(), 3);
+            thread::sleep(Duration::from_millis(5));
+            setup.device.set_power_state(0);
+        }
+        setup.wait_for_accesses(10);
+    });
+    assert!(setup.witness.count(&json!({"region": 7, "power": 3})) > 0);
+    setup.assert_never_when_it_must_not();
+}
+
+#[test]
+fn nothing_reaches_the_device_in_low_power() {
+    let setup = setup();
+    setup.while_all_write(|| {
+        for _ in 0..3 {
+            setup.wait_for_accesses(10);
+            assert_eq!(setup.device.feature(SET | LOW_POWER_ENTRY, &mut []), Ok(0));
+            let end = Instant::now() + Duration::from_secs(5);
+            while setup.device.function().runtime_status() != "suspended" {
+                assert!(Instant::now() < end, "it does not sleep");
+                thread::sleep(Duration::from_millis(5));
+            }
+            thread::sleep(Duration::from_millis(5));
+            assert_eq!(setup.device.feature(SET | LOW_POWER_EXIT, &mut []), Ok(0));
+        }
+        setup.wait_for_accesses(10);
+    });
+    assert!(setup.witness.count(&json!({"region": 7, "power": 3})) > 0);
+    setup.assert_never_when_it_must_not();
+}
+
+// ---- Resets ---------------------------------------------------------------------------------------
+
+/// Runs a reset that takes the device a while, with threads that write all the time.
+fn during(reset: impl Fn(&Device), by: &str) {
+    let setup = setup();
+    setup.witness.set(&json!({"reset_ms": 250}));
+    setup.while_all_write(|| {
+        for _ in 0..2 {
+            setup.wait_for_accesses(10);
+            reset(&setup.device);
+        }
+        setup.wait_for_accesses(10);
+    });
+    let begun = setup.witness.first(&json!({"kind": "reset_begin"}));
+    assert_eq!(begun["by"], by);
+    assert!(setup.entries("reset_begin") >= 2);
+    assert_eq!(setup.entries("reset_begin"), setup.entries("reset_end"));
+    setup.assert_never_when_it_must_not();
+    assert_eq!(setup.device.state(&setup.leases[0]), State::Ok);
+}
+
+#[test]
+fn nothing_reaches_the_device_during_a_reset_by_ioctl() {
+    during(|device| device.reset().unwrap(), "function");
+}
+
+#[test]
+fn nothing_reaches_the_device_during_a_function_level_reset_through_config_space() {
+    during(
+        |device| {
+            let at = device.capability(0x10).unwrap() + 8;
+            let control = u16::from_le_bytes(device.config(at));
+            device.set_config(at, &(control | 0x8000).to_le_bytes());
+        },
+        "function",
+    );
+}
+
+#[test]
+fn nothing_reaches_the_device_during_a_function_level_reset_through_sysfs() {
+    witness::set_reset_method(&Function::named("trapped"), "flr");
+    during(|device| device.function().reset().unwrap(), "function");
+    witness::set_reset_method(&Function::named("trapped"), "default");
+}
+
+#[test]
+fn nothing_reaches_the_device_during_a_bus_reset_through_sysfs() {
+    witness::set_reset_method(&Function::named("trapped"), "bus");
+    during(|device| device.function().reset().unwrap(), "bus");
+    witness::set_reset_method(&Function::named("trapped"), "default");
+}
+
+#[test]
+fn nothing_reaches_the_device_during_a_hot_reset() {
+    during(|device| device.hot_reset(&[device.group()]).unwrap(), "bus");
+}
+
+#[test]
+fn a_reset_that_does_not_end_keeps_everything_away_until_it_does() {
+    let setup = setup();
+    setup.witness.set(&json!({"reset_fails": true}));
+    setup.while_all_write(|| {
+        setup.wait_for_accesses(10);
+        thread::scope(|scope| {
+            let resetting = scope.spawn(|| setup.device.function().reset());
+            thread::sleep(Duration::from_millis(1500));
+            assert!(!resetting.is_finished());
+            // What holds the memory is told, without waiting for the device.
+            for lease in &setup.leases {
+                let State::Revoked(reasons) = setup.device.state(lease) else {
+                    panic!("{:?}", setup.device.state(lease));
+                };
+                assert_eq!(reasons & REASON_RESET, REASON_RESET);
+            }
+            for map in &setup.maps {
+                assert_eq!(map.read(0), Err(Sigbus));
+            }
+            // A lease can be revoked for good, meanwhile.
+            setup.device.revoke(&setup.leases[1]).unwrap();
+            setup.witness.set(&json!({"reset_fails": false}));
+            resetting.join().unwrap().unwrap();
+        });
+        setup.wait_for_accesses(10);
+    });
+    assert_eq!(setup.maps[1].read(0), Err(Sigbus));
+    setup.assert_never_when_it_must_not();
+}
+
+// ---- The end --------------------------------------------------------------------------------------
+
+/// Gives up the device while threads write through leases of it.
+fn after(give_up: impl Fn(&Function)) {
+    let witness = Witness::new("trapped");
+    let device = Device::open("trapped");
+    let function = device.function().clone();
+    let before = stray(witness, &function);
+    let maps = [0, MEMATTR_WC].map(|memattr| {
+        let fd = device.export(MEMORY, &[(0, 2 * HUGE)]).unwrap();
+        device.memattr(&fd, memattr).unwrap();
+        How::shared().align(HUGE).map(&fd, 0, 2 * HUGE).unwrap()
+    });
+    let [first, second] = &maps;
+    let (first, second) = (|| scribble(first, 1), || scribble(second, 2));
+    meanwhile(&[&first, &second, &first], || {
+        thread::sleep(Duration::from_millis(20));
+        drop(device);
+        give_up(&function);
+        let place = witness.mark("given up");
+        thread::sleep(Duration::from_millis(50));
+        assert!(witness.count(&json!({"region": MEMORY, "before": place})) > 0);
+        witness.assert_none(&json!({"region": MEMORY, "after": place}));
+    });
+    witness.assert_none(&json!({"region": MEMORY, "memory": false}));
+    witness.assert_none(&json!({"region": MEMORY, "power": 3}));
+    witness.assert_none(&json!({"region": MEMORY, "reset": true}));
+    assert_eq!(
+        stray(witness, &function),
+        before,
+        "accesses that the emulator kept"
+    );
+    for map in &maps {
+        assert_eq!(map.read(0), Err(Sigbus));
+    }
+}
+
+#[test]
+fn nothing_reaches_the_device_after_close() {
+    after(|_| {});
+}
+
+#[test]
+fn nothing_reaches_the_device_after_it_was_unbound() {
+    after(Function::unbind);
+}
+
+#[test]
+fn nothing_reaches_the_device_after_it_was_opened_again() {
+    after(|function| drop(Device::open_with("trapped", &function.driver().unwrap())));
+}
+
+#[test]
+fn a_device_that_is_gone_without_a_word_gives_up_its_leases() {
+    let setup = setup();
+    setup.while_all_write(|| {
+        setup.wait_for_accesses(10);
+        // Reads as ones from here on, config space too.
+        setup.witness.set(&json!({"dead": true}));
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(setup.device.read32(MEMORY, 0), u32::MAX);
+        setup.device.revoke(&setup.leases[0]).unwrap();
+        assert_eq!(setup.maps[0].read(0), Err(Sigbus));
+    });
+    assert_eq!(setup.device.state(&setup.leases[0]), State::Dead);
+    let Setup {
+        witness, device, ..
+    } = setup;
+    drop(setup.maps);
+    drop(device);
+    witness.set(&json!({"dead": false}));
+    let function = Function::named("trapped");
+    function.unbind();
+    function.bind(BARLEASE);
+    let device = Device::open("trapped");
+    let fd = device.export(MEMORY, &[(0, PAGE)]).unwrap();
+    Map::new(&fd, PAGE).unwrap().read(0).unwrap();
+}
+
+// ---- All at once ----------------------------------------------------------------------------------
+
+#[test]
+fn nothing_reaches_the_device_when_it_must_not_whatever_happens_at_once() {
+    let setup = setup();
+    setup.witness.set(&json!({"reset_ms": 20}));
+    let device = &setup.device;
+    setup.while_all_write(|| {
+        setup.wait_for_accesses(10);
+        let toggle = || {
+            device.set_memory(false);
+            device.set_memory(true);
+        };
+        let reset = || whatever(device.reset());
+        let sysfs = || whatever(device.function().reset());
+        let sleep = || {
+            device.set_power_state(3);
+            device.set_power_state(0);
+        };
+        meanwhile(&[&toggle, &reset, &sysfs, &sleep], || {
+            let end = Instant::now() + Duration::from_secs(5);
+            while Instant::now() < end {
+                let fd = device.export(MEMORY, &[(0, PAGE)]).unwrap();
+                let map = Map::new(&fd, PAGE).unwrap();
+                let _ = map.write(0, 5);
+                device.revoke(&fd).unwrap();
+                assert_eq!(map.write(0, 6), Err(Sigbus));
+            }
+        });
+        // Whoever was last, the device is on.
+        device.set_power_state(0);
+        device.set_memory(true);
+        setup.wait_for_accesses(10);
+    });
+    setup.assert_never_when_it_must_not();
+    setup
+        .witness
+        .assert_none(&json!({"region": MEMORY, "value": 6}));
+}
