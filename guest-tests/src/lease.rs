@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io::{Seek, SeekFrom},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    sync::atomic::AtomicU32,
 };
 
 use barlease_abi::{
@@ -110,6 +111,17 @@ impl Device {
     /// That of the ioctl.
     pub fn request(&self, request: &Request) -> Answer<OwnedFd> {
         let fd = self.feature(GET | u32::from(FEATURE_DMA_BUF), &mut request.bytes())?;
+        // SAFETY: The fd is new and nobody else's.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// Feature 11 with a request that another thread changes meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn request_shared(&self, payload: &[AtomicU32]) -> Answer<OwnedFd> {
+        let fd = self.feature_shared(GET | u32::from(FEATURE_DMA_BUF), payload)?;
         // SAFETY: The fd is new and nobody else's.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }

@@ -7,7 +7,10 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::fs::FileExt,
     },
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
 };
 
 use crate::{
@@ -363,6 +366,30 @@ impl Device {
         argument.extend_from_slice(readable);
         let address = edge.put(&argument);
         // SAFETY: The kernel finds the argument and then no memory: it cannot write elsewhere.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FEATURE, address) };
+        answer(result)
+    }
+
+    /// The same with memory that another thread changes meanwhile. It begins with two words for the header, which are
+    /// filled in here.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    ///
+    /// # Panics
+    ///
+    /// When there are no words behind them.
+    pub fn feature_shared(&self, flags: u32, payload: &[AtomicU32]) -> Answer<i32> {
+        let [argsz, its_flags, rest @ ..] = payload else {
+            panic!("no place for the header");
+        };
+        argsz.store(size_of_val(payload) as u32, Ordering::Relaxed);
+        its_flags.store(flags, Ordering::Relaxed);
+        assert!(!rest.is_empty());
+        let address = payload.as_ptr();
+        // SAFETY: The kernel reads and writes at most `argsz` bytes of memory that is there and may
+        // change.
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FEATURE, address) };
         answer(result)
     }

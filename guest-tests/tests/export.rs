@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeSet,
     os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
 };
 
@@ -391,6 +392,53 @@ fn a_burst_of_refusals_leaves_few_lines_in_the_log() {
 
 fn open_fds() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn a_process_that_races_its_own_request_gains_nothing() {
+    let device = display();
+    device.write32(FRAME_BUFFER, 0, 0x5afe);
+    let request = Request::new(FRAME_BUFFER, &[(0, PAGE)]).bytes();
+    let payload: Vec<_> = [0; 8]
+        .iter()
+        .chain(&request)
+        .copied()
+        .collect::<Vec<u8>>()
+        .chunks(4)
+        .map(|word| AtomicU32::new(u32::from_ne_bytes(word.try_into().unwrap())))
+        .collect();
+    // The number of ranges, of which one is there; the offset; the length.
+    let (number, offset, length) = (&payload[5], &payload[6], &payload[8]);
+    let flip = || {
+        for (word, good, bad) in [
+            (offset, 0, FRAME_BUFFER_LEN as u32),
+            (length, PAGE as u32, 1 << 30),
+            (number, 1, MAX_RANGES),
+        ] {
+            word.store(bad, Ordering::Relaxed);
+            word.store(good, Ordering::Relaxed);
+        }
+    };
+    let [mut exported, mut refused] = [0; 2];
+    race::meanwhile(&[&flip], || {
+        for _ in 0..4000 {
+            match device.request_shared(&payload) {
+                Ok(fd) => {
+                    exported += 1;
+                    assert_eq!(lease::size(&fd), PAGE);
+                    assert_eq!(Map::new(&fd, PAGE).unwrap().read(0), Ok(0x5afe));
+                }
+                Err(errno) => {
+                    refused += 1;
+                    assert_eq!(errno, EINVAL);
+                }
+            }
+        }
+    });
+    assert!(
+        exported > 0 && refused > 0,
+        "{exported} exported, {refused} refused"
+    );
 }
 
 // ---- MSI-X ----------------------------------------------------------------------------------------

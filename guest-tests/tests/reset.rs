@@ -148,6 +148,25 @@ fn vfio_reset_with_memory_off_gives_nothing_back() {
 }
 
 #[test]
+fn vfio_reset_in_d3hot_wakes_the_device() {
+    let (device, leased) = open("nvme");
+    device.set_power_state(3);
+    device.reset().unwrap();
+    assert_eq!(device.function().power_state(), "D0");
+    leased.is(&device, State::Ok);
+}
+
+#[test]
+fn vfio_reset_in_low_power_gives_nothing_back() {
+    let (device, leased) = open("nvme");
+    device.feature(SET | LOW_POWER_ENTRY, &mut []).unwrap();
+    device.reset().unwrap();
+    leased.is(&device, State::Revoked(REASON_LOW_POWER));
+    device.feature(SET | LOW_POWER_EXIT, &mut []).unwrap();
+    leased.is(&device, State::Ok);
+}
+
+#[test]
 fn vfio_reset_of_igb_takes_its_registers_away() {
     let device = Device::open("igb");
     let fd = device.export(0, &[(0, PAGE)]).unwrap();
@@ -292,6 +311,11 @@ fn a_buffer_exported_during_a_reset_is_ok_after_it() {
             exported.fetch_add(1, Ordering::Relaxed);
         }
         let _ = map.read(0);
+        // A BAR is mapped meanwhile as with stock.
+        let bar = How::shared()
+            .map(&device, u64::from(BAR) << 40, PAGE)
+            .unwrap();
+        let _ = bar.read(0);
     };
     race::meanwhile(&[&export], || device.function().reset().unwrap());
     assert!(exported.into_inner() > 0, "none was born in the reset");
