@@ -21,6 +21,9 @@ use barlease_guest_tests::{
 const BAR: u32 = 2;
 const BAR_LEN: u64 = 64 << 20;
 
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
 /// Most bytes of an entry of a scatter table.
 const MAX_ENTRY: u64 = u32::MAX as u64 + 1 - PAGE;
 
@@ -384,7 +387,6 @@ fn as_many_ranges_as_there_may_be_can_be_mapped() {
 
 #[test]
 fn a_bar_of_4_gib_is_mapped_in_entries_that_a_table_can_hold() {
-    const GIB: u64 = 1 << 30;
     let device = Device::open("big");
     let bar = device.function().bar(BAR).0;
     let importer = Importer::open();
@@ -419,19 +421,75 @@ fn a_bar_of_4_gib_is_mapped_in_entries_that_a_table_can_hold() {
 }
 
 #[test]
-fn what_does_not_fit_into_the_addresses_of_a_device_is_refused() {
+fn what_does_not_fit_into_the_addresses_of_a_device_is_refused_and_leaves_nothing() {
     let device = Device::open("big");
     let importer = Importer::open();
     for ranges in [
-        &[(0, 4 << 30)][..],
-        &[(0, 3 << 30), (0, PAGE), (0, 1 << 30)],
+        &[(0, 4 * GIB)][..],
+        // The first two fit.
+        &[(0, 512 * MIB), (2 * GIB, 256 * MIB), (0, 4 * GIB)],
     ] {
         let fd = device.export(BAR, ranges).unwrap();
         let attachment = importer.attach(&fd).unwrap();
-        assert!(attachment.map().is_err(), "{ranges:?}");
-        assert!(!attachment.is_mapped());
+        for _ in 0..8 {
+            assert!(attachment.map().is_err(), "{ranges:?}");
+            assert!(!attachment.is_mapped());
+        }
+        // Nor would this fit if something were left.
+        let fd = device.export(BAR, IN_PIECES).unwrap();
+        importer.attach(&fd).unwrap().map().unwrap();
         device.revoke(&fd).unwrap();
     }
+}
+
+/// Ranges that have no place together among the addresses that edu has, of which the windows of the
+/// host bridge take most: 1 GiB would be needed at a multiple of that. Each for itself has one.
+const IN_PIECES: &[(u64, u64)] = &[
+    (2 * GIB, 512 * MIB),
+    (GIB, 128 * MIB),
+    (GIB + 128 * MIB, 128 * MIB),
+    (7 * PAGE, PAGE),
+    (3 * PAGE, 2 * PAGE),
+];
+
+#[test]
+fn what_does_not_fit_in_one_piece_is_mapped_in_several() {
+    let device = Device::open("big");
+    let bar = device.function().bar(BAR).0;
+    let importer = Importer::open();
+    let fd = device.export(BAR, IN_PIECES).unwrap();
+    let attachment = importer.attach(&fd).unwrap();
+    for _ in 0..3 {
+        attachment.map().unwrap();
+        let lengths: Vec<_> = attachment.entries().iter().map(|it| it.length).collect();
+        // Neighbours are one.
+        assert_eq!(lengths, [512 * MIB, 256 * MIB, PAGE, 2 * PAGE]);
+        let mut places = Vec::new();
+        let mut at = 0;
+        for &(offset, length) in IN_PIECES {
+            for inside in [0, length / 2 & !(PAGE - 1), length - PAGE] {
+                let translated = attachment.translate(at + inside);
+                assert_eq!(translated, Some(bar + offset + inside));
+                places.push(at + inside);
+            }
+            at += length;
+        }
+        attachment.unmap().unwrap();
+        for place in places {
+            assert_eq!(attachment.translate(place), None, "{place:#x}");
+        }
+    }
+    // Bytes, from the end of a piece into the next.
+    attachment.map().unwrap();
+    let map = Map::new(device.export(BAR, &[(0, 16 * PAGE)]).unwrap(), 16 * PAGE).unwrap();
+    fill(&map, [3 * PAGE, 4 * PAGE, 7 * PAGE], 5);
+    let pages = [7 * PAGE, 3 * PAGE, 4 * PAGE];
+    let tail: u64 = IN_PIECES[..3].iter().map(|range| range.1).sum();
+    let read = attachment.read(tail + PAGE / 2, PAGE as usize).unwrap();
+    assert_eq!(read, expected(&pages, PAGE / 2, PAGE as usize, 5));
+    attachment.write(tail + PAGE - 8, &[0x5A; 16]).unwrap();
+    assert_eq!(bytes_of(&map, 7 * PAGE)[4088..], [0x5A; 8]);
+    assert_eq!(bytes_of(&map, 3 * PAGE)[..8], [0x5A; 8]);
 }
 
 /// Lets a function be translated by its IOMMU (`DMA`) or not (`identity`) while nobody drives it.
@@ -459,32 +517,51 @@ impl Drop for Untranslated {
     }
 }
 
+/// Entries for each run of neighbours, those that are too long in parts.
+fn runs(bar: u64, ranges: &[(u64, u64)]) -> Vec<Entry> {
+    let mut runs: Vec<Entry> = Vec::new();
+    for &(offset, length) in ranges {
+        let address = bar + offset;
+        match runs.last_mut() {
+            Some(last) if last.address + last.length == address => last.length += length,
+            _ => runs.push(Entry { address, length }),
+        }
+    }
+    let parts = |run: Entry| {
+        let starts = (0..run.length).step_by(MAX_ENTRY as usize);
+        starts.map(move |start| Entry {
+            address: run.address + start,
+            length: MAX_ENTRY.min(run.length - start),
+        })
+    };
+    runs.into_iter().flat_map(parts).collect()
+}
+
 #[test]
-fn a_device_without_translation_gets_an_entry_for_each_run_of_neighbours() {
-    let device = memory();
+fn a_device_without_translation_gets_entries_for_each_run_of_neighbours() {
     drop(Importer::open());
     let _untranslated = Untranslated::new();
     let importer = Importer::open();
     let _mask = importer.mask(64);
-    let bar = device.function().bar(BAR).0;
-    let mut sets = few();
-    sets.push(many(64, 6));
-    sets.push(many(4096, 7));
-    for ranges in sets {
-        let fd = device.export(BAR, &ranges).unwrap();
-        let attachment = importer.attach(&fd).unwrap();
-        for _ in 0..2 {
-            attachment.map().unwrap();
-            let mut runs: Vec<Entry> = Vec::new();
-            for &(offset, length) in &ranges {
-                let address = bar + offset;
-                match runs.last_mut() {
-                    Some(last) if last.address + last.length == address => last.length += length,
-                    _ => runs.push(Entry { address, length }),
-                }
+    let mut small = few();
+    small.push(many(64, 6));
+    small.push(many(4096, 7));
+    let large = vec![
+        vec![(0, 4 * GIB)],
+        vec![(0, 4 * GIB), (0, PAGE)],
+        vec![(GIB, 3 * GIB), (0, 4 * GIB), (PAGE, 4 * GIB - PAGE)],
+    ];
+    for (name, sets) in [("memory", small), ("big", large)] {
+        let device = Device::open(name);
+        let bar = device.function().bar(BAR).0;
+        for ranges in sets {
+            let fd = device.export(BAR, &ranges).unwrap();
+            let attachment = importer.attach(&fd).unwrap();
+            for _ in 0..2 {
+                attachment.map().unwrap();
+                assert_eq!(attachment.entries(), runs(bar, &ranges));
+                attachment.unmap().unwrap();
             }
-            assert_eq!(attachment.entries(), runs);
-            attachment.unmap().unwrap();
         }
     }
 }

@@ -13,6 +13,7 @@ use barlease_guest_tests::{
     },
     lease::State,
     map::{Map, Sigbus},
+    observe,
     pci::{BARLEASE, Function},
     race,
     vfio::{COMMAND_MASTER, Device, Group, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
@@ -265,6 +266,13 @@ fn a_hot_reset_by_another_function_takes_away_from_devices() {
         assert_eq!((status.mapped, status.interruptions), (0, 1));
         scene.is_given_back();
     }
+}
+
+#[test]
+fn system_sleep_takes_away_from_devices() {
+    check_passing("memory", |_| {
+        assert!(observe::pretend_to_sleep(), "this kernel cannot pretend");
+    });
 }
 
 #[test]
