@@ -467,7 +467,7 @@ fn what_does_not_fit_in_one_piece_is_mapped_in_several() {
         let mut places = Vec::new();
         let mut at = 0;
         for &(offset, length) in IN_PIECES {
-            for inside in [0, length / 2 & !(PAGE - 1), length - PAGE] {
+            for inside in [0, (length / 2) & !(PAGE - 1), length - PAGE] {
                 let translated = attachment.translate(at + inside);
                 assert_eq!(translated, Some(bar + offset + inside));
                 places.push(at + inside);

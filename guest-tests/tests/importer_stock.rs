@@ -169,13 +169,15 @@ fn protected_pages(device: &Device) -> Vec<u64> {
     pages
 }
 
+type Export<'a> = &'a dyn Fn(&[(u64, u64)]) -> Answer<OwnedFd>;
+
 #[test]
 fn neither_exporter_exports_the_msix_table() {
     let device = Device::open("nvme");
     let protected = protected_pages(&device);
     assert!(!protected.is_empty());
     let (_, length) = device.function().bar(REGISTERS);
-    let check = |name: &str, export: &dyn Fn(&[(u64, u64)]) -> Answer<OwnedFd>| {
+    let check = |name: &str, export: Export<'_>| {
         for page in (0..length).step_by(PAGE as usize) {
             let answer = export(&[(page, PAGE)]).map(drop);
             let expected = if protected.contains(&page) {
