@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 /// The layout's generation: folders of another one are never looked at.
@@ -198,6 +198,25 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 #[must_use]
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// What a step was made from.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Stamp {
+    made_from: Vec<String>,
+}
+
+impl Stamp {
+    pub(crate) fn of(parts: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self {
+            made_from: parts.into_iter().map(Into::into).collect(),
+        }
+    }
+
+    /// Whether the file has it.
+    pub(crate) fn fits(&self, path: &Path) -> bool {
+        read_json::<Self>(path).as_ref() == Some(self)
+    }
 }
 
 /// Removes a file or a whole folder, if it is there.

@@ -15,16 +15,56 @@ pub(crate) const STOCK: &[&str] = &["vfio_iommu_type1", "vfio-pci"];
 /// A kernel in the cache.
 #[derive(Clone, Debug)]
 pub struct Kernel {
+    /// What it is asked for by: the release of a kernel of Debian's, or such as `debug-7.3`.
+    pub name: String,
     /// What `uname -r` says on it.
     pub release: String,
     folder: PathBuf,
+    lane: Lane,
 }
+
+/// Who has built it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lane {
+    /// Debian. What modules are built against is in the sysroot.
+    Stock,
+    /// The lab. What modules are built against is beside it.
+    Debug,
+}
+
+/// Where the build tree of a debug kernel is bound in the sysroot.
+const BUILD: &str = "/input";
 
 impl Kernel {
     pub(crate) fn at(folder: PathBuf, release: &str) -> Self {
         Self {
+            name: release.to_owned(),
             release: release.to_owned(),
             folder,
+            lane: Lane::Stock,
+        }
+    }
+
+    pub(crate) fn debug(folder: PathBuf, name: &str, release: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            release: release.to_owned(),
+            folder,
+            lane: Lane::Debug,
+        }
+    }
+
+    /// Whether it is one of the debug lane, with KASAN and lockdep.
+    #[must_use]
+    pub fn is_debug(&self) -> bool {
+        self.lane == Lane::Debug
+    }
+
+    /// How many times longer than on Debian's kernels anything may take.
+    pub(crate) fn slowness(&self) -> u32 {
+        match self.lane {
+            Lane::Stock => 1,
+            Lane::Debug => 5,
         }
     }
 
@@ -66,10 +106,27 @@ impl Kernel {
     /// The folder that modules are built against, inside the sysroot.
     #[must_use]
     pub fn build_folder(&self) -> String {
-        format!("/usr/lib/modules/{}/build", self.release)
+        match self.lane {
+            Lane::Stock => format!("/usr/lib/modules/{}/build", self.release),
+            Lane::Debug => BUILD.to_owned(),
+        }
     }
 
-    /// Files of the named modules and all they depend on, uncompressed, in the order to load them.
+    /// What must be bound into the sysroot for that, and where.
+    pub(crate) fn build_bind(&self) -> Option<(PathBuf, &'static str)> {
+        self.is_debug().then(|| (self.folder.join("build"), BUILD))
+    }
+
+    /// What `make` must be told besides that folder.
+    pub(crate) fn make_arguments(&self) -> &'static [&'static str] {
+        match self.lane {
+            Lane::Stock => &[],
+            Lane::Debug => &["LLVM=1"],
+        }
+    }
+
+    /// Files of the named modules and all they depend on, uncompressed, in the order to load them. What is built into the
+    /// kernel needs no file.
     ///
     /// # Errors
     ///
@@ -79,6 +136,7 @@ impl Kernel {
             kernel: self,
             sysroot,
             index: index(&self.tree().join("kernel"))?,
+            built_in: built_in(&self.tree().join("modules.builtin"))?,
         };
         let mut order = Vec::new();
         let mut seen = BTreeSet::new();
@@ -93,6 +151,7 @@ struct Store<'a> {
     kernel: &'a Kernel,
     sysroot: &'a Sysroot,
     index: BTreeMap<String, PathBuf>,
+    built_in: BTreeSet<String>,
 }
 
 impl Store<'_> {
@@ -102,7 +161,7 @@ impl Store<'_> {
         seen: &mut BTreeSet<String>,
         order: &mut Vec<PathBuf>,
     ) -> Result<()> {
-        if !seen.insert(name.to_owned()) {
+        if self.built_in.contains(name) || !seen.insert(name.to_owned()) {
             return Ok(());
         }
         let file = self.unpacked(name)?;
@@ -199,6 +258,16 @@ fn index(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
     Ok(found)
 }
 
+/// The names in the kernel's list of what is built in; none when it has no such list.
+fn built_in(list: &Path) -> Result<BTreeSet<String>> {
+    if !list.exists() {
+        return Ok(BTreeSet::new());
+    }
+    let text = fs::read_to_string(list).with_context(|| format!("read {}", list.display()))?;
+    let name = |line: &str| Some(canonical(Path::new(line).file_stem()?.to_str()?));
+    Ok(text.lines().filter_map(name).collect())
+}
+
 fn canonical(name: &str) -> String {
     name.replace('-', "_")
 }
@@ -277,6 +346,12 @@ mod tests {
         module("vfio-pci-core", "vfio,irqbypass");
         module("vfio", "");
         module("irqbypass", "");
+        module("with-built-in", "vfio,part-of-kernel");
+        fs::write(
+            folder.path().join("usr/lib/modules/1-test/modules.builtin"),
+            "kernel/drivers/part-of-kernel.ko\n",
+        )
+        .unwrap();
         let kernel = Kernel::at(folder.path().to_owned(), "1-test");
         let files = kernel
             .modules(&["vfio-pci", "vfio"], &Sysroot::at(PathBuf::from("/none")))
@@ -286,6 +361,13 @@ mod tests {
             .filter_map(|file| file.file_stem()?.to_str())
             .collect();
         assert_eq!(names, ["vfio", "irqbypass", "vfio_pci_core", "vfio_pci"]);
+        let files = kernel
+            .modules(
+                &["part-of-kernel", "with-built-in"],
+                &Sysroot::at(PathBuf::from("/none")),
+            )
+            .unwrap();
+        assert_eq!(files.len(), 2, "{files:?}");
         let error = kernel
             .modules(&["absent"], &Sysroot::at(PathBuf::from("/none")))
             .unwrap_err();

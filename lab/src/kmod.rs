@@ -79,7 +79,7 @@ pub fn build(prepared: &Prepared, checkout: &Path, task: Task) -> Result<Built> 
     let id = fingerprint([checkout.as_os_str().as_bytes()]);
     let place = format!(
         "{id}-{}{}",
-        prepared.kernel.release,
+        prepared.kernel.name,
         if task == Task::Clippy { "-clippy" } else { "" }
     );
     fs::create_dir_all(prepared.cache.path("work")).context("make the work folder")?;
@@ -153,12 +153,8 @@ impl Work<'_> {
     }
 
     fn fingerprint(&self, files: &BTreeMap<PathBuf, Vec<u8>>) -> Result<String> {
-        let overlay = self
-            .prepared
-            .overlay
-            .with_extension("")
-            .with_extension("json");
-        let stamp = fs::read(&overlay).with_context(|| format!("read {}", overlay.display()))?;
+        let stamp = &self.prepared.stamp;
+        let stamp = fs::read(stamp).with_context(|| format!("read {}", stamp.display()))?;
         let sysroot = self.prepared.sysroot.path("");
         let mut parts = vec![stamp, sysroot.as_os_str().as_bytes().to_vec()];
         for (path, content) in files {
@@ -192,24 +188,30 @@ impl Work<'_> {
     }
 
     fn make(&self) -> Result<Vec<String>> {
-        let release = &self.prepared.kernel.release;
+        let kernel = &self.prepared.kernel;
         let what = match self.task {
             Task::Build => "building",
             Task::Clippy => "checking with clippy",
         };
-        let step = Step::start(format!("{what} the module for {release}"));
-        let tree = self.tree();
-        let mut make = self.prepared.sysroot.enter(&[(&tree, "/work")])?;
+        let step = Step::start(format!("{what} the module for {}", kernel.name));
+        let mut binds = vec![(self.tree(), "/work")];
+        binds.extend(kernel.build_bind());
+        let binds: Vec<_> = binds
+            .iter()
+            .map(|(from, to)| (from.as_path(), *to))
+            .collect();
+        let mut make = self.prepared.sysroot.enter(&binds)?;
         let jobs = std::thread::available_parallelism().map_or(2, usize::from);
         make.args([
             "sh",
             "-c",
             // The importer that tests use is linked against the module's symbols.
-            "exec 2>&1; make -C /work/kmod \"$@\" && make -C /work/kmod/importer \"$@\" && make -C /work/kmod/probe \"$@\"",
+            "exec 2>&1; for module in . importer probe canary; do make -C /work/kmod/$module \"$@\" || exit; done",
             "make",
             &format!("-j{jobs}"),
         ]);
-        make.arg(format!("KDIR={}", self.prepared.kernel.build_folder()));
+        make.arg(format!("KDIR={}", kernel.build_folder()))
+            .args(kernel.make_arguments());
         if self.task == Task::Clippy {
             make.arg("CLIPPY=1");
         }

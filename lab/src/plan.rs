@@ -127,6 +127,12 @@ impl Plan {
 }
 
 impl KernelPlan {
+    /// The name of the debug kernel that is built from its source, such as `debug-7.3`.
+    #[must_use]
+    pub fn debug_name(&self) -> String {
+        source_name(&self.release).replacen("linux-source", "debug", 1)
+    }
+
     /// A line that says whether it can be used, and why not.
     #[must_use]
     pub fn verdict(&self) -> String {
@@ -378,6 +384,7 @@ mod tests {
         assert!(names.contains(&"linux-modules-7.2.13+deb14-amd64".to_owned()));
         assert!(names.contains(&"linux-source-7.2".to_owned()));
         assert_eq!(source_name("7.3-amd64"), "linux-source-7.3");
+        assert_eq!(mirror()[0].debug_name(), "debug-7.3");
     }
 
     #[test]

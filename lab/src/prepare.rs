@@ -1,6 +1,7 @@
 //! Makes everything that a module build and a guest need, once.
 //!
-//! Packages → sysroot (tool chain, emulator) → kernel (image, modules, headers) → Rust overlay. Each step has a stamp of what
+//! Packages → sysroot (tool chain, emulator) → kernel (image, modules, headers) → Rust overlay; for the debug lane, sysroot →
+//! clang → kernel built from source. Each step has a stamp of what
 //! it was made from; a run begins at the first step whose stamp does not fit. When all fit, nothing is done and no network
 //! is touched.
 
@@ -8,11 +9,11 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
 
 use crate::apt::{Apt, Package};
-use crate::cache::{self, Cache, Lock, fingerprint, unfinished};
+use crate::cache::{self, Cache, Lock, Stamp, fingerprint, unfinished};
 use crate::command;
+use crate::debug::{self, Debug};
 use crate::kernel::Kernel;
 use crate::overlay;
 use crate::plan::{self, KernelPlan, Plan};
@@ -21,7 +22,8 @@ use crate::sysroot::Sysroot;
 /// What is asked for.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
-    /// The beginning of a kernel release; `BARLEASE_KERNEL`, and then the newest, when absent.
+    /// The beginning of a kernel release, or `debug`, or `debug-` and such a beginning; `BARLEASE_KERNEL`, and then the
+    /// newest of Debian's, when absent.
     pub kernel: Option<String>,
     /// Whether to look again at what the mirror has.
     pub update: bool,
@@ -36,29 +38,14 @@ pub struct Prepared {
     pub sysroot: Sysroot,
     /// The kernel.
     pub kernel: Kernel,
-    /// The tarball that gives Debian's headers of this kernel what Rust modules need.
+    /// The tarball that gives Debian's headers of this kernel what Rust modules need; for a debug kernel its build tree, which
+    /// has all of that.
     pub overlay: PathBuf,
+    /// The file that says what kernel and overlay were made from.
+    pub(crate) stamp: PathBuf,
     /// What the tool chain's compiler calls itself.
     pub rustc: String,
     _in_use: Lock,
-}
-
-/// What a step was made from.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Stamp {
-    made_from: Vec<String>,
-}
-
-impl Stamp {
-    fn of(parts: impl IntoIterator<Item = impl Into<String>>) -> Self {
-        Self {
-            made_from: parts.into_iter().map(Into::into).collect(),
-        }
-    }
-
-    fn fits(&self, path: &std::path::Path) -> bool {
-        cache::read_json::<Self>(path).as_ref() == Some(self)
-    }
 }
 
 /// Makes what is missing, telling the user what and why.
@@ -68,14 +55,14 @@ impl Stamp {
 /// When a download, an unpacking or a build fails, or no kernel fits; what was done before is kept.
 pub fn prepare(request: &Request) -> Result<Prepared> {
     let cache = Cache::open()?;
-    let wanted = request.kernel.clone().or_else(|| {
+    let wanted = Wanted::of(request.kernel.clone().or_else(|| {
         std::env::var("BARLEASE_KERNEL")
             .ok()
             .filter(|k| !k.is_empty())
-    });
+    }));
     if !request.update {
         let in_use = cache.in_use()?;
-        if let Some(ready) = ready(&cache, wanted.as_deref()) {
+        if let Some(ready) = ready(&cache, &wanted) {
             return Ok(ready.with(cache, in_use));
         }
     }
@@ -87,7 +74,7 @@ pub fn prepare(request: &Request) -> Result<Prepared> {
     maker.make(request.update)?;
     drop(turn);
     let in_use = cache.in_use()?;
-    let ready = ready(&cache, maker.wanted.as_deref())
+    let ready = ready(&cache, &maker.wanted)
         .context("what was just prepared does not fit its own stamps")?;
     Ok(ready.with(cache, in_use))
 }
@@ -104,31 +91,90 @@ pub fn is_ready(cache: &Cache, plan: &Plan, kernel: &KernelPlan) -> bool {
     kernel.refusal.is_none() && Folders::of(cache, plan, kernel).complete(plan, kernel)
 }
 
+/// Whether the debug kernel from the source of a kernel is there.
+#[must_use]
+pub fn is_debug_ready(cache: &Cache, plan: &Plan, kernel: &KernelPlan) -> bool {
+    let sysroot = Sysroot::at(sysroot_path(cache, &plan.tools));
+    let debug = Debug {
+        cache,
+        plan,
+        kernel,
+        sysroot: &sysroot,
+    };
+    kernel.refusal.is_none() && debug.ready().is_some()
+}
+
+/// Which kernel is wanted.
+struct Wanted {
+    debug: bool,
+    /// The beginning of the release of a kernel of Debian's: of itself, or of that whose source is built.
+    release: Option<String>,
+}
+
+impl Wanted {
+    fn of(kernel: Option<String>) -> Self {
+        match kernel.as_deref().and_then(debug::asked_for) {
+            Some(release) => Self {
+                debug: true,
+                release: release.map(str::to_owned),
+            },
+            None => Self {
+                debug: false,
+                release: kernel,
+            },
+        }
+    }
+}
+
 struct Ready {
-    plan: Plan,
-    kernel: KernelPlan,
+    rustc: String,
+    sysroot: Sysroot,
+    kernel: Kernel,
+    overlay: PathBuf,
+    stamp: PathBuf,
 }
 
 impl Ready {
     fn with(self, cache: Cache, in_use: Lock) -> Prepared {
-        let folders = Folders::of(&cache, &self.plan, &self.kernel);
         Prepared {
-            overlay: overlay::tarball(&cache, &self.kernel),
-            sysroot: Sysroot::at(folders.sysroot),
-            kernel: Kernel::at(folders.kernel, &self.kernel.release),
-            rustc: self.plan.rustc,
             cache,
+            sysroot: self.sysroot,
+            kernel: self.kernel,
+            overlay: self.overlay,
+            stamp: self.stamp,
+            rustc: self.rustc,
             _in_use: in_use,
         }
     }
 }
 
-fn ready(cache: &Cache, wanted: Option<&str>) -> Option<Ready> {
+fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
     let plan = plan(cache)?;
-    let kernel = plan.kernel(wanted).ok()?.clone();
-    Folders::of(cache, &plan, &kernel)
-        .complete(&plan, &kernel)
-        .then_some(Ready { plan, kernel })
+    let kernel = plan.kernel(wanted.release.as_deref()).ok()?;
+    let folders = Folders::of(cache, &plan, kernel);
+    let sysroot = Sysroot::at(folders.sysroot.clone());
+    if wanted.debug {
+        let debug = Debug {
+            cache,
+            plan: &plan,
+            kernel,
+            sysroot: &sysroot,
+        };
+        return Some(Ready {
+            kernel: debug.ready()?,
+            overlay: debug.tree(),
+            stamp: debug.stamp_file(),
+            rustc: plan.rustc.clone(),
+            sysroot,
+        });
+    }
+    folders.complete(&plan, kernel).then(|| Ready {
+        kernel: Kernel::at(folders.kernel.clone(), &kernel.release),
+        overlay: overlay::tarball(cache, kernel),
+        stamp: folders.overlay_stamp.clone(),
+        rustc: plan.rustc.clone(),
+        sysroot,
+    })
 }
 
 /// The folders and stamps of a plan and one of its kernels.
@@ -184,7 +230,7 @@ fn overlay_stamp(plan: &Plan, kernel: &KernelPlan) -> Stamp {
 
 struct Maker {
     cache: Cache,
-    wanted: Option<String>,
+    wanted: Wanted,
 }
 
 impl Maker {
@@ -199,8 +245,18 @@ impl Maker {
             self.judge(&apt, &sysroot, &mut plan)?;
             cache::write_json(&self.cache.path("plan.json"), &plan)?;
         }
-        let kernel = plan.kernel(self.wanted.as_deref())?.clone();
-        self.kernel(&apt, &plan, &sysroot, &kernel)?;
+        let kernel = plan.kernel(self.wanted.release.as_deref())?.clone();
+        if self.wanted.debug {
+            let debug = Debug {
+                cache: &self.cache,
+                plan: &plan,
+                kernel: &kernel,
+                sysroot: &sysroot,
+            };
+            debug.make(&apt)?;
+        } else {
+            self.kernel(&apt, &plan, &sysroot, &kernel)?;
+        }
         self.forget_old(&plan)
     }
 

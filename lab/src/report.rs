@@ -77,6 +77,13 @@ impl Step {
         }
     }
 
+    /// Says something where there is no terminal, so that a long step is not taken for one that hangs.
+    pub fn say(&self, detail: &str) {
+        if self.bar.is_none() {
+            eprintln!("{}: {detail}", self.what);
+        }
+    }
+
     /// Ends the step and says how long it took.
     pub fn done(mut self) {
         let taken = seconds(self.started.elapsed());

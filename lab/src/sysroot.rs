@@ -244,7 +244,7 @@ pub(crate) fn logged(command: &mut Command, log: &Path, what: &str) -> Result<()
 }
 
 /// The part of a build's log that says why it failed: parallel jobs write on after the first error.
-fn reason(text: &str) -> String {
+pub(crate) fn reason(text: &str) -> String {
     const LINES: usize = 25;
     match text.lines().position(|line| line.contains(": *** [")) {
         Some(at) => command::tail(

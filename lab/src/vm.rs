@@ -47,7 +47,7 @@ use crate::served::{self, Served};
 use crate::splat::{self, INIT_STARTED, Splat};
 use crate::terminal::RawTerminal;
 
-/// How long a guest may take, unless said otherwise.
+/// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it is five times that.
 pub const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// How many folders of earlier runs are kept.
@@ -208,7 +208,7 @@ impl<'a> Run<'a> {
             output: Output::Inherit,
             screenshots: None,
             accel: None,
-            timeout: Some(TIMEOUT),
+            timeout: Some(TIMEOUT * prepared.kernel.slowness()),
         }
     }
 

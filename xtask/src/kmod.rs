@@ -57,9 +57,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 pub(crate) fn build(prepared: &Prepared, deny_warnings: bool) -> Result<PathBuf> {
     let built = kmod::build(prepared, &checkout::top(), Task::Build)?;
     refuse_warnings(&built, deny_warnings)?;
-    let folder = checkout::target()
-        .join("kmod")
-        .join(&prepared.kernel.release);
+    let folder = checkout::target().join("kmod").join(&prepared.kernel.name);
     fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     let mut copies = Vec::new();
     for module in [&built.module].into_iter().chain(&built.others) {

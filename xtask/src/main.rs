@@ -2,6 +2,7 @@
 //!
 //! Only the command line is here; the work is done by the crate `barlease-lab`.
 
+mod canary;
 mod checkout;
 mod demo;
 mod dist;
@@ -40,7 +41,8 @@ enum Task {
 /// Which kernel.
 #[derive(Args, Clone, Debug, Default)]
 struct KernelChoice {
-    /// The newest kernel whose release begins so, such as 7.2 [default: the newest of all]
+    /// The newest kernel whose release begins so, such as 7.2, or `debug` for the one with KASAN and lockdep
+    /// [default: the newest of Debian's]
     #[arg(
         long,
         value_name = "RELEASE",

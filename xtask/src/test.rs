@@ -10,11 +10,12 @@ use barlease_lab::prepare::{self, Prepared, Request, prepare};
 use barlease_lab::report::seconds;
 use clap::Args;
 
-use crate::{checkout, kmod};
+use crate::{canary, checkout, kmod};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Kernels to test on, by the beginning of their release, or `all` that can be used [default: the newest]
+    /// Kernels to test on, by the beginning of their release; `all` of Debian's that can be used; `debug` for the one with
+    /// KASAN and lockdep: `all,debug` is everything [default: the newest of Debian's]
     #[arg(long, value_name = "RELEASE", value_delimiter = ',')]
     kernel: Vec<String>,
     /// Without module and guests
@@ -29,9 +30,9 @@ pub(crate) struct Options {
 
 /// Results of libtest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Count {
-    passed: usize,
-    failed: usize,
+pub(crate) struct Count {
+    pub(crate) passed: usize,
+    pub(crate) failed: usize,
 }
 
 /// A step that has been made.
@@ -123,14 +124,18 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
             kernel: wanted,
             update: false,
         })?;
-        let release = prepared.kernel.release.clone();
-        let built = steps.make(&format!("module for {release}"), || {
+        let kernel = prepared.kernel.name.clone();
+        let built = steps.make(&format!("module for {kernel}"), || {
             kmod::build(&prepared, true)
         });
-        steps.make(&format!("clippy on the module for {release}"), || {
+        steps.make(&format!("clippy on the module for {kernel}"), || {
             kmod::clippy(&prepared, true)
         });
-        let name = format!("guest tests on {release}");
+        let name = format!("canaries on {kernel}");
+        if built && options.filter.is_none() {
+            steps.step(&name, || canary::run(&prepared));
+        }
+        let name = format!("guest tests on {kernel}");
         if built {
             guest_tests(steps, &name, &prepared, options.filter.as_deref());
         } else {
@@ -144,7 +149,7 @@ fn guest_tests(steps: &mut Steps, name: &str, prepared: &Prepared, filter: Optio
     steps.step(name, || {
         let mut cargo = checkout::cargo("guest-tests");
         cargo.args(["test", "--no-fail-fast"]).args(filter);
-        cargo.env("BARLEASE_KERNEL", &prepared.kernel.release);
+        cargo.env("BARLEASE_KERNEL", &prepared.kernel.name);
         // The runner then needs not ask cargo whether we are up to date.
         if let Ok(this) = std::env::current_exe() {
             cargo.env("BARLEASE_XTASK", this);
@@ -158,16 +163,26 @@ fn kernels(wanted: &[String]) -> Result<Vec<Option<String>>> {
     if wanted.is_empty() {
         return Ok(vec![None]);
     }
-    if wanted != ["all"] {
-        return Ok(wanted.iter().cloned().map(Some).collect());
+    let mut kernels = Vec::new();
+    for kernel in wanted {
+        if kernel == "all" {
+            kernels.extend(stock()?);
+        } else {
+            kernels.push(kernel.clone());
+        }
     }
+    Ok(kernels.into_iter().map(Some).collect())
+}
+
+/// The kernels of Debian's that can be used.
+fn stock() -> Result<Vec<String>> {
     let prepared = prepare(&Request::default())?;
     let plan = prepare::plan(&prepared.cache).context("read the plan from the cache")?;
     let usable = plan
         .kernels
         .into_iter()
         .filter(|kernel| kernel.refusal.is_none());
-    Ok(usable.map(|kernel| Some(kernel.release)).collect())
+    Ok(usable.map(|kernel| kernel.release).collect())
 }
 
 impl Steps {

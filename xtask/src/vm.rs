@@ -10,9 +10,10 @@ use barlease_lab::cache::Cache;
 use barlease_lab::emulator::accel;
 use barlease_lab::kmod::DRIVER;
 use barlease_lab::machine::Preset;
+use barlease_lab::plan::Plan;
 use barlease_lab::prepare::{self, Prepared, Request, prepare};
 use barlease_lab::report::seconds;
-use barlease_lab::vm::{Outcome, Run, TIMEOUT};
+use barlease_lab::vm::{Outcome, Run};
 use clap::{Args, Subcommand};
 
 use crate::{KernelChoice, checkout, kmod};
@@ -67,9 +68,9 @@ pub(crate) struct Exec {
     /// Put a file into the guest, at /lab/bin when no place is given
     #[arg(long = "file", value_name = "FILE[:PLACE]")]
     files: Vec<Placed>,
-    /// Seconds that the guest may take, boot and all
-    #[arg(long, default_value_t = TIMEOUT.as_secs())]
-    timeout: u64,
+    /// Seconds that the guest may take, boot and all [default: 180, and 900 on a debug kernel]
+    #[arg(long)]
+    timeout: Option<u64>,
     /// Without our module
     #[arg(long)]
     stock: bool,
@@ -133,10 +134,15 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
                 update,
             })?;
             let accel = accel(&prepared)?;
-            println!("kernel   {}", prepared.kernel.release);
+            println!("kernel   {}", prepared.kernel.name);
             println!("compiler {}", prepared.rustc);
             println!("guests   {}", accel.name());
-            println!("overlay  {}", prepared.overlay.display());
+            let against = if prepared.kernel.is_debug() {
+                "build   "
+            } else {
+                "overlay "
+            };
+            println!("{against} {}", prepared.overlay.display());
             Ok(ExitCode::SUCCESS)
         }
         Task::Exec(options) => exec(&options),
@@ -163,8 +169,10 @@ fn exec(options: &Exec) -> Result<ExitCode> {
     let mut command = options.command.clone();
     let program = program_to_copy(&command[0])?;
     let prepared = options.machine.prepare()?;
-    let mut run = Run::new(&prepared, options.machine.preset.machine())
-        .timeout(Duration::from_secs(options.timeout));
+    let mut run = Run::new(&prepared, options.machine.preset.machine());
+    if let Some(seconds) = options.timeout {
+        run = run.timeout(Duration::from_secs(seconds));
+    }
     if !options.stock {
         run = with_module(run, &prepared)?.module_parameters(&options.module_parameters);
     }
@@ -269,8 +277,11 @@ fn test(options: &Test) -> Result<ExitCode> {
     let run = with_module(Run::new(&prepared, choice.preset.machine()), &prepared)?
         .file(&options.binary, &place)
         .env("RUST_TEST_THREADS", threads)
-        .timeout(test_timeout()?)
         .command([place].into_iter().chain(options.arguments.iter().cloned()));
+    let run = match test_timeout()? {
+        Some(limit) => run.timeout(limit),
+        None => run,
+    };
     finish(&with_environment(run).run()?)
 }
 
@@ -297,15 +308,15 @@ fn runs_nothing(options: &Test) -> bool {
         .is_ok_and(|listed| listed.status.success() && listed.stdout.is_empty())
 }
 
-fn test_timeout() -> Result<Duration> {
+fn test_timeout() -> Result<Option<Duration>> {
     match std::env::var("BARLEASE_TIMEOUT") {
         Ok(text) => {
             let seconds = text
                 .parse()
                 .with_context(|| format!("BARLEASE_TIMEOUT is seconds, not `{text}`"))?;
-            Ok(Duration::from_secs(seconds))
+            Ok(Some(Duration::from_secs(seconds)))
         }
-        Err(_) => Ok(TIMEOUT),
+        Err(_) => Ok(None),
     }
 }
 
@@ -351,6 +362,10 @@ fn list(json: bool) -> Result<ExitCode> {
                     "ready": prepare::is_ready(&cache, plan, kernel),
                 })
             })
+            .chain(
+                debug_kernel(&cache, plan.as_ref())
+                    .map(|(name, ready)| serde_json::json!({"release": name, "ready": ready})),
+            )
             .collect();
         let presets: Vec<_> = machines
             .iter()
@@ -375,6 +390,10 @@ fn list(json: bool) -> Result<ExitCode> {
                 };
                 println!("{}{ready}", kernel.verdict());
             }
+            if let Some((name, ready)) = debug_kernel(&cache, Some(plan)) {
+                let ready = if ready { ", ready" } else { "" };
+                println!("  {name} (built here, with KASAN and lockdep): can be used{ready}");
+            }
         }
     }
     for (preset, machine) in machines {
@@ -389,6 +408,14 @@ fn list(json: bool) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The debug kernel from the newest source, and whether it is ready.
+fn debug_kernel(cache: &Cache, plan: Option<&Plan>) -> Option<(String, bool)> {
+    let plan = plan?;
+    let kernel = plan.kernel(None).ok()?;
+    let ready = prepare::is_debug_ready(cache, plan, kernel);
+    Some((kernel.debug_name(), ready))
 }
 
 #[cfg(test)]

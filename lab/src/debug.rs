@@ -1,0 +1,431 @@
+//! The debug lane: a kernel of the lab's own making, with everything on that watches a kernel.
+//!
+//! It is built from the same `linux-source` as Debian's newest kernel that can be used, in the same tool chain; clang and LLD
+//! are added, because KASAN and Rust go together with them only. The configuration is `allnoconfig` and the options in
+//! `lab/debug/*.config`, and each of them must have been taken.
+//!
+//! What is kept has the shape of Debian's packages, and a build tree for modules beside it:
+//!
+//! | path | what |
+//! |---|---|
+//! | `usr/lib/modules/<release>/` | image, modules, the list of what is built in |
+//! | `vmlinux` | the image, uncompressed, that emulators enter directly |
+//! | `build/` | headers, scripts and Rust metadata: what modules are built against |
+//! | `config`, `release`, `stamp.json` | its configuration, its name, what it was made from |
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::apt::{Apt, Package};
+use crate::cache::{self, Cache, Stamp, fingerprint, unfinished};
+use crate::command;
+use crate::kernel::Kernel;
+use crate::plan::{KernelPlan, Plan};
+use crate::report::{Step, seconds};
+use crate::sysroot::{Sysroot, logged, reason};
+
+/// What the debug lane needs besides the tool chain.
+const TOOLS: &[&str] = &["clang", "lld", "llvm"];
+
+/// The options, in the order in which they are given to `make allnoconfig`.
+const OPTIONS: &[&str] = &[
+    include_str!("../debug/base.config"),
+    include_str!("../debug/checks.config"),
+];
+
+/// Drivers, documentation and other machines' code, which is half of the source, are left in the archive.
+const UNPACK: &str = r#"
+set -eu
+rm -rf /work/src
+mkdir /work/src
+cd /work/src
+archive=$(echo /work/usr/src/linux-source-*.tar.xz)
+top=$(basename "$archive" .tar.xz)
+set --
+for machine in alpha arc arm arm64 csky hexagon loongarch m68k microblaze mips nios2 openrisc parisc powerpc riscv s390 sh sparc xtensa; do
+    set -- "$@" --exclude="$top/arch/$machine"
+done
+for folder in gpu/drm infiniband media net/ethernet net/wireless scsi staging; do
+    set -- "$@" --exclude="$top/drivers/$folder/*.[ch]"
+done
+tar --extract --file "$archive" --strip-components=1 --no-same-owner "$@" \
+    --exclude="$top/Documentation/*.rst" --exclude="$top/Documentation/*.yaml" \
+    --exclude="$top/sound/*.[ch]" --exclude="$top/arch/*.dts*"
+rm -rf /work/usr
+touch /work/unpacked
+"#;
+
+const CONFIGURE: &str = r#"
+set -eu
+cd /work/src
+make LLVM=1 KCONFIG_ALLCONFIG=/work/options allnoconfig
+"#;
+
+/// Goes on where it was interrupted: Kbuild trusts no file whose command it has not noted as done.
+const COMPILE: &str = r#"
+exec 2>&1
+set -eu
+cd /work/src
+make -j"$(nproc)" LLVM=1 bzImage modules
+"#;
+
+/// Keeps what boots and what modules are built against. Prints the release.
+const TRIM: &str = r#"
+set -eu
+cd /work/src
+release=$(cat include/config/kernel.release)
+out=/work/out
+modules=$out/usr/lib/modules/$release
+rm -rf "$out"
+mkdir -p "$modules/kernel" "$out/build"
+cp arch/x86/boot/bzImage "$modules/vmlinuz"
+cp modules.builtin "$modules/"
+find . -name '*.ko' -exec cp -t "$modules/kernel" {} +
+if grep -qx CONFIG_PVH=y .config; then
+    llvm-objcopy --strip-all vmlinux "$out/vmlinux"
+fi
+cp .config "$out/config"
+echo "$release" >"$out/release"
+{
+    printf '%s\n' .config Kbuild Makefile Module.symvers include arch/x86/include tools/objtool/objtool
+    find arch/x86 -maxdepth 1 -name 'Makefile*'
+    find . -maxdepth 1 -name '.clippy.toml'
+    find scripts \( -name dtc -o -name kconfig -o -name package -o -name coccinelle \) -prune -o ! -type d -print
+    find rust \( -name '*.rmeta' -o -name '*.so' -o -name 'generated_*.rs' -o -name Makefile -o -name bindgen_parameters \) -print
+} | tar --create --exclude='*.o' --exclude='.*.cmd' --files-from - | tar --extract --directory "$out/build"
+"#;
+
+/// How long nothing is said by a build that is not watched on a terminal.
+const SILENCE: Duration = Duration::from_secs(120);
+
+/// The release whose source is meant by `debug` (the newest) or `debug-7.3`; `None` for a kernel of Debian's.
+pub(crate) fn asked_for(kernel: &str) -> Option<Option<&str>> {
+    match kernel.strip_prefix("debug")? {
+        "" => Some(None),
+        rest => rest.strip_prefix('-').map(Some),
+    }
+}
+
+/// What was added to a sysroot.
+#[derive(Debug, Serialize, Deserialize)]
+struct Added {
+    asked: Vec<String>,
+    packages: Vec<Package>,
+}
+
+/// The debug kernel that belongs to one of Debian's.
+pub(crate) struct Debug<'a> {
+    pub(crate) cache: &'a Cache,
+    pub(crate) plan: &'a Plan,
+    pub(crate) kernel: &'a KernelPlan,
+    pub(crate) sysroot: &'a Sysroot,
+}
+
+impl Debug<'_> {
+    /// Its name, such as `debug-7.3`.
+    pub(crate) fn name(&self) -> String {
+        self.kernel.debug_name()
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.cache.path("kernels").join(self.name())
+    }
+
+    /// What says what it was made from.
+    pub(crate) fn stamp_file(&self) -> PathBuf {
+        self.folder().join("stamp.json")
+    }
+
+    /// What modules are built against.
+    pub(crate) fn tree(&self) -> PathBuf {
+        self.folder().join("build")
+    }
+
+    /// The kernel, when it is complete.
+    pub(crate) fn ready(&self) -> Option<Kernel> {
+        let added = self.added()?;
+        if !self.stamp(&added).fits(&self.stamp_file()) {
+            return None;
+        }
+        let release = fs::read_to_string(self.folder().join("release")).ok()?;
+        Some(Kernel::debug(self.folder(), &self.name(), release.trim()))
+    }
+
+    /// Makes what is missing.
+    pub(crate) fn make(&self, apt: &Apt) -> Result<()> {
+        let added = match self.added() {
+            Some(added) => added,
+            None => self.add(apt)?,
+        };
+        if self.stamp(&added).fits(&self.stamp_file()) {
+            return Ok(());
+        }
+        eprintln!(
+            "chosen: kernel {}, built here from {} {}. This takes 10 to 30 minutes and 3 GB of disk, once; a build that \
+             is interrupted goes on where it was.",
+            self.name(),
+            self.kernel.source.name,
+            self.kernel.source.version
+        );
+        let source = std::slice::from_ref(&self.kernel.source);
+        let work = Work {
+            folder: self.cache.path("build").join(self.name()),
+            log: self.cache.path(format!("kernel-{}.log", self.name())),
+            sysroot: self.sysroot,
+            name: self.name(),
+        };
+        let made_from = fingerprint([
+            self.kernel.source.file_name(),
+            self.sysroot.path("").display().to_string(),
+            UNPACK.to_owned(),
+        ]);
+        if !work.is_unpacked(&made_from) {
+            apt.download(source, "to build a kernel for debugging")?;
+            work.unpack(&apt.file(&self.kernel.source), &made_from)?;
+            apt.forget(source)?;
+        }
+        work.configure()?;
+        work.compile()?;
+        let new = work.trim()?;
+        cache::write_json(&new.join("stamp.json"), &self.stamp(&added))?;
+        cache::remove(&self.folder())?;
+        fs::create_dir_all(self.cache.path("kernels"))?;
+        fs::rename(&new, self.folder())
+            .with_context(|| format!("keep {}", self.folder().display()))?;
+        cache::remove(&work.folder)
+    }
+
+    fn added_file(&self) -> PathBuf {
+        self.sysroot.path("debug-tools.json")
+    }
+
+    fn added(&self) -> Option<Added> {
+        cache::read_json(&self.added_file()).filter(|added: &Added| added.asked == TOOLS)
+    }
+
+    /// Adds clang and LLD to the tool chain.
+    fn add(&self, apt: &Apt) -> Result<Added> {
+        // At the versions that are there: nothing of it may change.
+        let mut wanted: Vec<_> = self
+            .plan
+            .tools
+            .iter()
+            .map(|package| format!("{}={}", package.name, package.version))
+            .collect();
+        wanted.extend(TOOLS.iter().map(|name| (*name).to_owned()));
+        let mut packages = apt.closure(&wanted)?;
+        packages.retain(|package| !self.plan.tools.contains(package));
+        apt.download(&packages, "to build a kernel for debugging")?;
+        let files: Vec<_> = packages.iter().map(|package| apt.file(package)).collect();
+        self.sysroot.unpack(&files, "clang and LLD")?;
+        apt.forget(&packages)?;
+        let added = Added {
+            asked: TOOLS.iter().map(|name| (*name).to_owned()).collect(),
+            packages,
+        };
+        cache::write_json(&self.added_file(), &added)?;
+        Ok(added)
+    }
+
+    fn stamp(&self, added: &Added) -> Stamp {
+        let packages = added.packages.iter().map(Package::file_name);
+        Stamp::of(packages.chain([
+            self.kernel.source.file_name(),
+            self.plan.rustc.clone(),
+            fingerprint([OPTIONS.concat(), TRIM.to_owned()]),
+        ]))
+    }
+}
+
+/// A build in progress; what was done is kept when it is interrupted.
+struct Work<'a> {
+    folder: PathBuf,
+    log: PathBuf,
+    sysroot: &'a Sysroot,
+    name: String,
+}
+
+impl Work<'_> {
+    fn is_unpacked(&self, made_from: &str) -> bool {
+        let stamp = self.folder.join("made-from");
+        fs::read_to_string(stamp).is_ok_and(|text| text == made_from)
+            && self.folder.join("unpacked").exists()
+    }
+
+    fn unpack(&self, source: &Path, made_from: &str) -> Result<()> {
+        cache::remove(&self.folder)?;
+        fs::create_dir_all(&self.folder)
+            .with_context(|| format!("make {}", self.folder.display()))?;
+        cache::write(&self.folder.join("made-from"), made_from)?;
+        let step = Step::start(format!("unpacking the source of {}", self.name));
+        let mut extract = command::tied("dpkg-deb");
+        extract.arg("--extract").arg(source).arg(&self.folder);
+        command::run(&mut extract, "unpack the source package")?;
+        self.run(UNPACK, "unpack the kernel's source")?;
+        step.done();
+        Ok(())
+    }
+
+    fn configure(&self) -> Result<()> {
+        let step = Step::start(format!("configuring {}", self.name));
+        cache::write(&self.folder.join("options"), OPTIONS.concat())?;
+        self.run(CONFIGURE, &format!("configure {}", self.name))?;
+        let path = self.folder.join("src/.config");
+        let config =
+            fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        for options in OPTIONS {
+            check(options, &config)?;
+        }
+        step.done();
+        Ok(())
+    }
+
+    fn compile(&self) -> Result<()> {
+        let step = Step::start(format!("building {} (10 to 30 minutes, once)", self.name));
+        let mut command = self.sysroot.enter(&[(&self.folder, "/work")])?;
+        command.args(["sh", "-c", COMPILE]);
+        self.follow(&mut command, &step)?;
+        step.done();
+        Ok(())
+    }
+
+    /// Runs make, keeps its log, and says from time to time how far it is.
+    fn follow(&self, make: &mut Command, step: &Step) -> Result<()> {
+        let mut log = fs::File::create(&self.log)
+            .with_context(|| format!("make the log {}", self.log.display()))?;
+        let mut child = make
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("start make")?;
+        let (started, mut said, mut files) = (Instant::now(), Instant::now(), 0);
+        if let Some(output) = child.stdout.take() {
+            let mut lines = BufReader::new(output);
+            let mut line = Vec::new();
+            while lines.read_until(b'\n', &mut line)? > 0 {
+                log.write_all(&line)?;
+                files += usize::from(line.starts_with(b"  "));
+                step.doing(String::from_utf8_lossy(&line).trim());
+                if said.elapsed() > SILENCE {
+                    said = Instant::now();
+                    step.say(&format!(
+                        "{files} files after {}",
+                        seconds(started.elapsed())
+                    ));
+                }
+                line.clear();
+            }
+        }
+        let status = child.wait().context("wait for make")?;
+        if !status.success() {
+            let text = fs::read(&self.log).unwrap_or_default();
+            bail!(
+                "build {}: ended with {status}; from {}:\n{}",
+                self.name,
+                self.log.display(),
+                reason(&String::from_utf8_lossy(&text))
+            );
+        }
+        Ok(())
+    }
+
+    /// Returns the folder with what is kept.
+    fn trim(&self) -> Result<PathBuf> {
+        let step = Step::start(format!("keeping what is needed of {}", self.name));
+        self.run(TRIM, &format!("trim {}", self.name))?;
+        let new = unfinished(&self.folder);
+        cache::remove(&new)?;
+        fs::rename(self.folder.join("out"), &new)
+            .with_context(|| format!("keep {}", new.display()))?;
+        step.done();
+        Ok(new)
+    }
+
+    fn run(&self, script: &str, what: &str) -> Result<()> {
+        let mut command = self.sysroot.enter(&[(&self.folder, "/work")])?;
+        command.args(["sh", "-c", script]);
+        logged(&mut command, &self.log, what)
+    }
+}
+
+/// Refuses a configuration that lacks an option that was asked for: it would watch less than everybody believes.
+fn check(options: &str, config: &str) -> Result<()> {
+    let lost = not_taken(options, config);
+    if lost.is_empty() {
+        return Ok(());
+    }
+    bail!(
+        "the kernel's configuration has not taken {} of the options in lab/debug: {}. \
+         Either this version of the kernel no longer has them, or what they depend on is off.",
+        lost.len(),
+        lost.join(", ")
+    )
+}
+
+/// The lines `CONFIG_X=value` and `# CONFIG_X is not set` of a list that do not hold in a configuration.
+fn not_taken<'a>(options: &'a str, config: &str) -> Vec<&'a str> {
+    let off = |line: &'a str| line.strip_prefix("# CONFIG_")?.strip_suffix(" is not set");
+    let holds = |line: &&'a str| match off(line) {
+        Some(name) => !config
+            .lines()
+            .any(|have| have.starts_with(&format!("CONFIG_{name}="))),
+        None => config.lines().any(|have| have == *line),
+    };
+    options
+        .lines()
+        .filter(|line| line.starts_with("CONFIG_") || off(line).is_some())
+        .filter(|line| !holds(line))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_kernels_are_asked_for_by_name() {
+        assert_eq!(asked_for("debug"), Some(None));
+        assert_eq!(asked_for("debug-7.3"), Some(Some("7.3")));
+        assert_eq!(asked_for("7.3"), None);
+        assert_eq!(asked_for("debugger"), None);
+    }
+
+    #[test]
+    fn options_that_were_not_taken_are_named() {
+        let options = "# A comment\nCONFIG_A=y\nCONFIG_B=2048\n# CONFIG_C is not set\n# CONFIG_D is not set\n";
+        let config = "CONFIG_A=y\nCONFIG_B=2048\n# CONFIG_C is not set\n";
+        assert!(not_taken(options, config).is_empty());
+        let config = "CONFIG_A=m\nCONFIG_B=20480\nCONFIG_C=y\nCONFIG_DD=y\n";
+        assert_eq!(
+            not_taken(options, config),
+            ["CONFIG_A=y", "CONFIG_B=2048", "# CONFIG_C is not set"]
+        );
+        let text = check(options, config).unwrap_err().to_string();
+        assert!(
+            text.contains("3 of") && text.contains("CONFIG_A=y"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn no_option_is_given_twice() {
+        let mut seen = std::collections::BTreeSet::new();
+        for line in OPTIONS.iter().flat_map(|options| options.lines()) {
+            let name = line
+                .trim_start_matches("# ")
+                .split(['=', ' '])
+                .next()
+                .unwrap_or_default();
+            if name.starts_with("CONFIG_") {
+                assert!(seen.insert(name), "{name}");
+            }
+        }
+        assert!(seen.contains("CONFIG_KASAN") && seen.contains("CONFIG_PROVE_LOCKING"));
+    }
+}

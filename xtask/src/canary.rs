@@ -1,0 +1,121 @@
+//! Planted bugs: a kernel that does not report them would not report ours either.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use barlease_lab::machine::Preset;
+use barlease_lab::prepare::Prepared;
+use barlease_lab::vm::{Failure, Output, Run};
+
+use crate::kmod;
+use crate::test::Count;
+
+/// A bug of `kmod/canary`, and what the run must fail with.
+struct Canary {
+    /// The file that brings it about.
+    bug: &'static str,
+    /// What the report's first line has.
+    sign: &'static str,
+    /// What the report names.
+    culprit: &'static str,
+    /// Whether only debug kernels see it.
+    debug_only: bool,
+}
+
+const CANARIES: &[Canary] = &[
+    Canary {
+        bug: "warning",
+        sign: "WARNING:",
+        culprit: "barlease_canary",
+        debug_only: false,
+    },
+    Canary {
+        bug: "use_after_free",
+        sign: "BUG: KASAN: slab-use-after-free",
+        culprit: "barlease_canary",
+        debug_only: true,
+    },
+    Canary {
+        bug: "lock_inversion",
+        sign: "WARNING: possible circular locking dependency detected",
+        culprit: "canary_other",
+        debug_only: true,
+    },
+];
+
+/// Runs a guest for each bug, and one without any.
+pub(crate) fn run(prepared: &Prepared) -> (Count, Result<()>) {
+    let mut count = Count::default();
+    let mut missed = Vec::new();
+    let mut add = |name: &str, result: Result<String>| match result {
+        Ok(said) => {
+            println!("canary {name} ... {said}");
+            count.passed += 1;
+        }
+        Err(error) => {
+            println!("canary {name} ... FAILED: {error:#}");
+            missed.push(name.to_owned());
+            count.failed += 1;
+        }
+    };
+    let module = match kmod::build(prepared, true) {
+        Ok(module) => module.with_file_name("barlease_canary.ko"),
+        Err(error) => return (count, Err(error)),
+    };
+    add("without a bug", without(prepared, &module));
+    for canary in CANARIES {
+        if prepared.kernel.is_debug() || !canary.debug_only {
+            add(canary.bug, canary.run(prepared, &module));
+        }
+    }
+    let result = if missed.is_empty() {
+        Ok(())
+    } else {
+        Err(anyhow::anyhow!(
+            "the lab gets these wrong: {}",
+            missed.join(", ")
+        ))
+    };
+    (count, result)
+}
+
+fn guest<'a>(prepared: &'a Prepared, module: &Path, script: String) -> Run<'a> {
+    Run::new(prepared, Preset::Display.machine())
+        .module(module)
+        .command(["sh".to_owned(), "-c".to_owned(), script])
+        .output(Output::Capture)
+}
+
+/// The same guest must pass when nothing is asked for: else the others prove nothing.
+fn without(prepared: &Prepared, module: &Path) -> Result<String> {
+    let script = "ls /sys/kernel/debug/barlease_canary".to_owned();
+    let outcome = guest(prepared, module, script).run()?;
+    let listed = String::from_utf8_lossy(&outcome.output).into_owned();
+    let absent = CANARIES.iter().find(|canary| !listed.contains(canary.bug));
+    match (outcome.code, absent) {
+        (0, None) => Ok("passes".to_owned()),
+        (0, Some(canary)) => bail!("the module has no bug called {}", canary.bug),
+        (code, _) => bail!("exit code {code}"),
+    }
+}
+
+impl Canary {
+    fn run(&self, prepared: &Prepared, module: &Path) -> Result<String> {
+        let script = format!("echo 1 >/sys/kernel/debug/barlease_canary/{}", self.bug);
+        let Err(error) = guest(prepared, module, script).run() else {
+            bail!("the run passed");
+        };
+        let failure = error.downcast::<Failure>().context("start a guest")?;
+        let Failure::Splat { splat, log } = failure else {
+            bail!("the run failed for another reason: {failure}");
+        };
+        if !splat.line.contains(self.sign) || !splat.excerpt.contains(self.culprit) {
+            bail!(
+                "reported was something else (log: {}):\n{}",
+                log.display(),
+                splat.excerpt
+            );
+        }
+        Ok(format!("reported: {}", splat.line.trim()))
+    }
+}
