@@ -158,9 +158,12 @@ fn lines_of(log: &mut KernelLog, name: &str) -> bool {
     })
 }
 
+/// Its name, and how it is brought about.
+type Event = (&'static str, fn(&Device));
+
 #[test]
 fn every_event_waits_for_a_slow_importer() {
-    let events: [(&str, fn(&Device)); 4] = [
+    let events: [Event; 4] = [
         ("memory off", |device| device.set_memory(false)),
         ("a reset by ioctl", |device| device.reset().unwrap()),
         ("a reset through sysfs", |device| {
