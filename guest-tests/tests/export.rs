@@ -359,6 +359,34 @@ fn values_of_the_fixed_part_are_looked_at_before_the_ranges() {
 }
 
 #[test]
+fn of_two_things_that_are_wrong_the_first_is_the_answer() {
+    let device = Device::open("nvme");
+    let [(bar, table, _), _] = msix_areas(&device);
+    let outside = (1 << 40, PAGE);
+    let no_bar = |ranges: &[(u64, u64)]| Request::new(ROM_REGION, ranges);
+    for (request, errno) in [
+        (no_bar(&[outside]).flags(1), EINVAL),
+        (no_bar(&[outside]).nr_ranges(MAX_RANGES + 1), E2BIG),
+        (no_bar(&[outside]).nr_ranges(2), EINVAL),
+        (no_bar(&[outside]), ENODEV),
+        (no_bar(&[(1, 0)]), ENODEV),
+        // Shape of all ranges, then the place of each, then what they hold.
+        (Request::new(bar, &[outside, (0, 0)]), EINVAL),
+        (Request::new(bar, &[(table, PAGE), outside]), EINVAL),
+        (
+            Request::new(bar, &[(table, PAGE), (0u64.wrapping_sub(PAGE), PAGE)]),
+            EOVERFLOW,
+        ),
+        (Request::new(bar, &[(table, PAGE)]), EPERM),
+    ] {
+        assert_eq!(refused(device.request(&request)), errno, "{request:x?}");
+    }
+    let announced = Request::new(ROM_REGION, &[outside]).bytes();
+    let answer = device.feature_at_edge(GET | 11, &announced[..16], 32);
+    assert_eq!(answer, Err(ENODEV));
+}
+
+#[test]
 fn what_is_refused_leaves_nothing() {
     let device = display();
     let before = open_fds();

@@ -189,6 +189,28 @@ fn nobody_pins_pages_of_a_mapping() {
     assert_eq!(map.copied_by_pinning(), Err(EFAULT));
 }
 
+#[test]
+fn files_of_proc_that_walk_page_tables_show_a_mapping() {
+    let device = display();
+    let fd = device.export(FRAME_BUFFER, &[(0, 2 * HUGE)]).unwrap();
+    for skew in [0, PAGE] {
+        let map = How::shared()
+            .align(HUGE)
+            .skew(skew)
+            .map(&fd, 0, 2 * HUGE)
+            .unwrap();
+        map.touch_all().unwrap();
+        for file in ["smaps", "smaps_rollup", "numa_maps", "maps"] {
+            // Not every kernel has each of them.
+            let text = std::fs::read_to_string(format!("/proc/self/{file}")).unwrap_or_default();
+            let shown = text.contains(&format!("{:x}", map.address()));
+            assert!(shown || file != "smaps");
+        }
+        std::fs::write("/proc/self/clear_refs", "1").unwrap();
+        map.touch_all().unwrap();
+    }
+}
+
 // ---- What a mapping shows -------------------------------------------------------------------------
 
 #[test]
