@@ -229,6 +229,36 @@ fn the_most_segments_that_a_buffer_may_have_are_searched() {
     assert_eq!(find(&segments, pages.len() as u64), None);
 }
 
+// ---- runs -----------------------------------------------------------------------------------------
+
+/// Frame numbers of every page, in order.
+fn frames(runs: impl Iterator<Item = (u64, u64)>) -> Vec<u64> {
+    runs.flat_map(|(address, length)| (0..length / PAGE).map(move |page| address / PAGE + page))
+        .collect()
+}
+
+#[test]
+fn ranges_that_touch_are_one_run() {
+    let segments = segments(&[
+        (10, 2),
+        (12, 3),
+        (15, 1),
+        (20, 1),
+        (19, 1),
+        (20, 2),
+        (20, 2),
+    ]);
+    let runs: Vec<_> = runs(&segments, SHIFT)
+        .map(|(address, length)| (address / PAGE, length / PAGE))
+        .collect();
+    assert_eq!(runs, [(10, 6), (20, 1), (19, 3), (20, 2)]);
+}
+
+#[test]
+fn no_segments_are_no_runs() {
+    assert_eq!(runs(&[], SHIFT).count(), 0);
+}
+
 // ---- entry_for ------------------------------------------------------------------------------------
 
 /// The same, from the list of all pages: an entry fits when each of its pages is mapped, is the next
@@ -429,6 +459,17 @@ proptest! {
     }
 
     #[test]
+    fn runs_are_all_pages_in_order_and_as_few_as_can_be(ranges in some_ranges()) {
+        let segments = segments(&ranges);
+        let all: Vec<_> = runs(&segments, SHIFT).collect();
+        let expected: Vec<_> = pages(&ranges).iter().map(|place| place.pfn).collect();
+        prop_assert_eq!(frames(all.iter().copied()), expected);
+        for pair in all.windows(2) {
+            prop_assert_ne!(pair[0].0 + pair[0].1, pair[1].0);
+        }
+    }
+
+    #[test]
     fn entry_for_is_the_oracles(
         ranges in some_ranges(),
         start in 0u64..64,
@@ -480,6 +521,7 @@ proptest! {
         let mapping = Mapping { start, end, page_offset };
         let _ = find(&segments, page);
         let _ = begin_of(&segments, index);
+        let _ = runs(&segments, SHIFT).count();
         let _ = entry_for(&segments, &mapping, address, order, SHIFT);
         let _ = entry_for(&segments, &mapping, address, order % 24, SHIFT);
         let _ = Segment::after(begin, at, length, SHIFT);
