@@ -79,6 +79,8 @@ fn waits_for<R: Send>(wait: impl FnOnce() -> R + Send, meanwhile: impl FnOnce())
         }
         let (result, came_back) = waiting.join().expect("the one who waits");
         // The last step of `meanwhile` is what it waits for.
+        let early = let_go.saturating_duration_since(came_back);
+        assert!(early < ms(300), "came back {early:?} early");
         let late = came_back.saturating_duration_since(let_go);
         assert!(late < AT_ONCE, "came back {late:?} late");
         result
@@ -240,7 +242,7 @@ fn revoke_of_a_revoked_buffer_does_not_wait_a_second_time() {
     let (fd, slow) = held(&device, TWO);
     waits_for(
         || device.set_memory(false),
-        || lets_go_after(&slow, ms(500)),
+        || lets_go_after(&slow, ms(700)),
     );
     assert_eq!(device.state(&fd), State::Revoked(REASON_MEMORY_OFF));
     at_once("REVOKE", || device.revoke(&fd).unwrap());
@@ -287,7 +289,7 @@ fn the_death_of_the_importing_process_lets_go() {
     let answer = waits_for(
         || device.revoke(&fd),
         || {
-            thread::sleep(ms(500));
+            thread::sleep(ms(700));
             drop(child);
         },
     );
@@ -306,7 +308,7 @@ fn the_revoking_process_cannot_be_killed_out_of_its_wait() {
     waits_for(
         || drop(child),
         || {
-            thread::sleep(ms(500));
+            thread::sleep(ms(700));
             assert_eq!(device.state(&fd), State::Dead);
             slow.unmap().unwrap();
         },
@@ -321,7 +323,7 @@ fn closing_the_importer_lets_go() {
         || device.revoke(&fd),
         || {
             slow.wait_for_interruption();
-            thread::sleep(ms(300));
+            thread::sleep(ms(700));
             drop(slow);
         },
     )
@@ -337,7 +339,7 @@ fn unbinding_the_importing_device_lets_go() {
         || device.revoke(&fd),
         || {
             slow.wait_for_interruption();
-            thread::sleep(ms(300));
+            thread::sleep(ms(700));
             Function::named(EDU).unbind();
         },
     )
@@ -451,6 +453,7 @@ fn another_device_does_not_wait() {
         || device.set_memory(false),
         || {
             slow.wait_for_interruption();
+            thread::sleep(ms(400));
             at_once("memory off of another device", || other.set_memory(false));
             at_once("memory on of another device", || other.set_memory(true));
             at_once("REVOKE on another device", || other.revoke(&fd).unwrap());
