@@ -3,7 +3,7 @@
 //! Ranges against oracles that do the same the long way: page by page, and in 128 bits.
 
 use barlease_model::ranges::{
-    Bar, Mapping, Misfit, Place, RangeError, Segment, begin_of, entry_for, find, overlaps,
+    Bar, Mapping, Misfit, Place, RangeError, Segment, begin_of, entry_for, find, overlaps, runs,
     total_length,
 };
 use proptest::{collection::vec, prelude::*};
