@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::FileExt, path::PathBuf};
 use barlease_lab::guest;
 use serde_json::{Value, json};
 
-use crate::pci::Function;
+use crate::{pci::Function, vfio::COMMAND};
 
 /// Offset in BAR2 of a register that keeps what is written; a write is a mark in the log.
 pub const MARK: u64 = 0x08;
@@ -59,7 +59,10 @@ impl Witness {
         // The emulator does not wait until a write has arrived. It does for a read, which comes behind all writes.
         let function = Function::named(self.0);
         let config = fs::File::open(sysfs(&function, "config")).expect("config space");
-        config.read_exact_at(&mut [0; 4], 0).expect("config space");
+        // COMMAND: other registers the emulator may know by itself.
+        config
+            .read_exact_at(&mut [0; 2], COMMAND)
+            .expect("config space");
         self.ask(request)
     }
 

@@ -23,11 +23,11 @@ use barlease_guest_tests::{
     lease::State,
     map::{How, Map, Sigbus},
     pci::{BARLEASE, Function},
-    race::{meanwhile, whatever},
+    race::{Loop, meanwhile, whatever},
     vfio::{COMMAND, Device, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
     witness::{self, MARK, Witness},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// BAR0: memory, every access to which is in the log.
 const MEMORY: u32 = 0;
@@ -84,12 +84,22 @@ fn stray(witness: Witness, function: &Function) -> u64 {
     witness.stray(start, length)
 }
 
-/// Writes here and there, whatever comes of it.
+/// Writes here and there, whatever comes of it. A read waits until the writes have arrived: without it there would be more and
+/// more on their way.
 fn scribble(map: &Map, value: u32) {
     for at in [0, 4, PAGE, 7 * PAGE, HUGE, 2 * HUGE - PAGE] {
         let _ = map.write(at, value);
     }
     let _ = map.read(HUGE + PAGE);
+}
+
+/// Waits until that is so.
+fn until(so: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !so() {
+        assert!(Instant::now() < end, "it is not so for long");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 impl Setup {
@@ -105,26 +115,16 @@ impl Setup {
 
     /// Waits until so many more accesses have reached the memory.
     fn wait_for_accesses(&self, number: u64) {
-        let end = Instant::now() + Duration::from_secs(20);
         let query = json!({"region": MEMORY});
         let wanted = self.witness.count(&query) + number;
-        while self.witness.count(&query) < wanted {
-            assert!(Instant::now() < end, "nothing reaches the device");
-            thread::sleep(Duration::from_millis(2));
-        }
+        until(|| self.witness.count(&query) >= wanted);
     }
 
     /// Asserts that the memory was reached only when it may be, and that it was reached.
     #[track_caller]
     fn assert_never_when_it_must_not(&self) {
-        let region = MEMORY;
-        assert!(self.witness.count(&json!({"region": region})) > 0);
-        self.witness
-            .assert_none(&json!({"region": region, "memory": false}));
-        self.witness
-            .assert_none(&json!({"region": region, "power": 3}));
-        self.witness
-            .assert_none(&json!({"region": region, "reset": true}));
+        assert!(self.witness.count(&json!({"region": MEMORY})) > 0);
+        assert_saw_none(self.witness);
         let stray = stray(self.witness, self.device.function());
         assert_eq!(stray, self.stray, "accesses that the emulator kept");
     }
@@ -132,6 +132,18 @@ impl Setup {
     /// How often that has happened.
     fn entries(&self, kind: &str) -> u64 {
         self.witness.count(&json!({"kind": kind}))
+    }
+}
+
+/// Asserts that the device saw no access to its memory in a state in which there must be none.
+#[track_caller]
+fn assert_saw_none(witness: Witness) {
+    for state in [
+        json!({"region": MEMORY, "memory": false}),
+        json!({"region": MEMORY, "power": 3}),
+        json!({"region": MEMORY, "reset": true}),
+    ] {
+        witness.assert_none(&state);
     }
 }
 
@@ -228,26 +240,37 @@ fn nothing_reaches_the_device_after_a_revocation_has_returned() {
         // Another lease of the same range, which stays.
         let other = device.export(MEMORY, &[(offset, HUGE)]).unwrap();
         let other = How::shared().align(HUGE).map(&other, 0, HUGE).unwrap();
+        let tries = AtomicU32::new(0);
         let write = || {
             for at in [0, 4, PAGE, HUGE - PAGE] {
                 let _ = map.write(at, 100 + round);
             }
+            let _ = map.read(8);
+            tries.fetch_add(1, Ordering::Relaxed);
         };
-        let stay = || other.write(8, 99).unwrap();
-        let written = json!({"region": MEMORY, "value": 100 + round});
-        let value = meanwhile(&[&write, &write, &write, &stay], || {
-            while witness.count(&written) == 0 {}
+        let stay = || {
+            other.write(16, 99).unwrap();
+            other.read(16).unwrap();
+        };
+        let written = |more: &Value| {
+            let mut query = json!({"region": MEMORY, "value": 100 + round});
+            query
+                .as_object_mut()
+                .unwrap()
+                .extend(more.as_object().unwrap().clone());
+            query
+        };
+        meanwhile(&[&write, &write, &write, &stay], || {
+            until(|| witness.count(&written(&json!({}))) > 0);
             thread::sleep(Duration::from_millis(u64::from(round % 5)));
             device.revoke(&fd).unwrap();
-            let value = mark(&device);
-            thread::sleep(Duration::from_millis(10));
-            value
+            let place = witness.place_of_mark(mark(&device));
+            // All have tried since, and one that may has reached it.
+            let before = tries.load(Ordering::Relaxed);
+            until(|| tries.load(Ordering::Relaxed) > before + 10);
+            until(|| witness.count(&json!({"region": MEMORY, "value": 99, "after": place})) > 0);
+            witness.assert_none(&written(&json!({"after": place})));
         });
-        let place = witness.place_of_mark(value);
-        witness.assert_none(&json!({"region": MEMORY, "value": 100 + round, "after": place}));
-        // The others were at it the whole time.
-        let stayed = json!({"region": MEMORY, "value": 99, "after": place});
-        assert!(witness.count(&stayed) > 0, "round {round}");
         witness.clear();
     }
 }
@@ -316,11 +339,7 @@ fn nothing_reaches_the_device_in_low_power() {
         for _ in 0..3 {
             setup.wait_for_accesses(10);
             assert_eq!(setup.device.feature(SET | LOW_POWER_ENTRY, &mut []), Ok(0));
-            let end = Instant::now() + Duration::from_secs(5);
-            while setup.device.function().runtime_status() != "suspended" {
-                assert!(Instant::now() < end, "it does not sleep");
-                thread::sleep(Duration::from_millis(5));
-            }
+            until(|| setup.device.function().runtime_status() == "suspended");
             thread::sleep(Duration::from_millis(5));
             assert_eq!(setup.device.feature(SET | LOW_POWER_EXIT, &mut []), Ok(0));
         }
@@ -434,17 +453,15 @@ fn after(give_up: impl Fn(&Function)) {
     let [first, second] = &maps;
     let (first, second) = (|| scribble(first, 1), || scribble(second, 2));
     meanwhile(&[&first, &second, &first], || {
-        thread::sleep(Duration::from_millis(20));
+        until(|| witness.count(&json!({"region": MEMORY})) > 20);
         drop(device);
         give_up(&function);
-        let place = witness.mark("given up");
-        thread::sleep(Duration::from_millis(50));
-        assert!(witness.count(&json!({"region": MEMORY, "before": place})) > 0);
-        witness.assert_none(&json!({"region": MEMORY, "after": place}));
+        // Behind all that is still on its way.
+        let before = witness.count(&json!({"region": MEMORY}));
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(witness.count(&json!({"region": MEMORY})), before);
     });
-    witness.assert_none(&json!({"region": MEMORY, "memory": false}));
-    witness.assert_none(&json!({"region": MEMORY, "power": 3}));
-    witness.assert_none(&json!({"region": MEMORY, "reset": true}));
+    assert_saw_none(witness);
     assert_eq!(
         stray(witness, &function),
         before,
@@ -499,25 +516,14 @@ fn a_device_that_is_gone_without_a_word_gives_up_its_leases() {
 
 // ---- All at once ----------------------------------------------------------------------------------
 
-#[test]
-fn nothing_reaches_the_device_when_it_must_not_whatever_happens_at_once() {
-    let setup = setup();
+/// Runs `loops` at once for some seconds, with threads that write, and with leases that come and go.
+fn at_once(setup: &Setup, loops: &[Loop<'_>]) {
     setup.witness.set(&json!({"reset_ms": 20}));
     let device = &setup.device;
     setup.while_all_write(|| {
         setup.wait_for_accesses(10);
-        let toggle = || {
-            device.set_memory(false);
-            device.set_memory(true);
-        };
-        let reset = || whatever(device.reset());
-        let sysfs = || whatever(device.function().reset());
-        let sleep = || {
-            device.set_power_state(3);
-            device.set_power_state(0);
-        };
-        meanwhile(&[&toggle, &reset, &sysfs, &sleep], || {
-            let end = Instant::now() + Duration::from_secs(5);
+        meanwhile(loops, || {
+            let end = Instant::now() + Duration::from_secs(4);
             while Instant::now() < end {
                 let fd = device.export(MEMORY, &[(0, PAGE)]).unwrap();
                 let map = Map::new(&fd, PAGE).unwrap();
@@ -527,12 +533,56 @@ fn nothing_reaches_the_device_when_it_must_not_whatever_happens_at_once() {
             }
         });
         // Whoever was last, the device is on.
+        device.set_power_state(3);
         device.set_power_state(0);
         device.set_memory(true);
         setup.wait_for_accesses(10);
     });
+    let revoked = json!({"region": MEMORY, "value": 6});
+    setup.witness.assert_none(&revoked);
+}
+
+fn toggle_memory(device: &Device) {
+    device.set_memory(false);
+    device.set_memory(true);
+}
+
+fn sleep_and_wake(device: &Device) {
+    device.set_power_state(3);
+    device.set_power_state(0);
+}
+
+#[test]
+fn nothing_reaches_the_device_when_resets_and_memory_off_race() {
+    let setup = setup();
+    let device = &setup.device;
+    let toggle = || toggle_memory(device);
+    let reset = || whatever(device.reset());
+    let sysfs = || whatever(device.function().reset());
+    at_once(&setup, &[&toggle, &reset, &sysfs]);
     setup.assert_never_when_it_must_not();
-    setup
-        .witness
-        .assert_none(&json!({"region": MEMORY, "value": 6}));
+}
+
+#[test]
+fn nothing_reaches_the_device_when_resets_memory_off_and_d3hot_race() {
+    let setup = setup();
+    let device = &setup.device;
+    let toggle = || toggle_memory(device);
+    let reset = || whatever(device.reset());
+    let sleep = || sleep_and_wake(device);
+    at_once(&setup, &[&toggle, &reset, &sleep]);
+    setup.assert_never_when_it_must_not();
+}
+
+#[test]
+fn nothing_reaches_the_device_when_resets_through_sysfs_and_d3hot_race() {
+    let setup = setup();
+    let device = &setup.device;
+    let sysfs = || whatever(device.function().reset());
+    let sleep = || sleep_and_wake(device);
+    at_once(&setup, &[&sysfs, &sleep, &sleep]);
+    // The kernel does not keep the one out while it does the other: a function-level reset may find the device in D3hot.
+    // The device is in D0 then, but the emulator has seen no write that says so, and keeps accesses that are right.
+    // So here only the device itself is asked.
+    assert_saw_none(setup.witness);
 }
