@@ -40,4 +40,4 @@ macro_rules! opaque {
     };
 }
 
-opaque!(kvm, iommufd_access, virqfd, perm_bits);
+opaque!(kvm, iommufd_access, iommufd_device, virqfd, perm_bits);
