@@ -49,7 +49,7 @@ archive=$(echo /work/usr/src/linux-source-*.tar.xz)
 top=$(basename "$archive" .tar.xz)
 set --
 for machine in alpha arc arm arm64 csky hexagon loongarch m68k microblaze mips nios2 openrisc parisc powerpc riscv s390 sh sparc xtensa; do
-    set -- "$@" --exclude="$top/arch/$machine"
+    set -- "$@" --exclude="$top/arch/$machine/*.[chS]"
 done
 for folder in gpu/drm infiniband media net/ethernet net/wireless scsi staging; do
     set -- "$@" --exclude="$top/drivers/$folder/*.[ch]"

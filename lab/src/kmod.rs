@@ -32,6 +32,14 @@ const PRODUCTS: &[&str] = &[
     "o", "ko", "mod", "cmd", "rmeta", "d", "order", "symvers", "tmp",
 ];
 
+/// The modules in their order: the importer is linked against the first one's symbols.
+const RECIPE: &str = r#"
+exec 2>&1
+for module in . importer probe canary; do
+    make -C "/work/kmod/$module" "$@" || exit
+done
+"#;
+
 /// What to do with the sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
@@ -156,7 +164,11 @@ impl Work<'_> {
         let stamp = &self.prepared.stamp;
         let stamp = fs::read(stamp).with_context(|| format!("read {}", stamp.display()))?;
         let sysroot = self.prepared.sysroot.path("");
-        let mut parts = vec![stamp, sysroot.as_os_str().as_bytes().to_vec()];
+        let mut parts = vec![
+            stamp,
+            sysroot.as_os_str().as_bytes().to_vec(),
+            RECIPE.as_bytes().to_vec(),
+        ];
         for (path, content) in files {
             parts.push(path.as_os_str().as_bytes().to_vec());
             parts.push(content.clone());
@@ -202,14 +214,7 @@ impl Work<'_> {
             .collect();
         let mut make = self.prepared.sysroot.enter(&binds)?;
         let jobs = std::thread::available_parallelism().map_or(2, usize::from);
-        make.args([
-            "sh",
-            "-c",
-            // The importer that tests use is linked against the module's symbols.
-            "exec 2>&1; for module in . importer probe canary; do make -C /work/kmod/$module \"$@\" || exit; done",
-            "make",
-            &format!("-j{jobs}"),
-        ]);
+        make.args(["sh", "-c", RECIPE, "make", &format!("-j{jobs}")]);
         make.arg(format!("KDIR={}", kernel.build_folder()))
             .args(kernel.make_arguments());
         if self.task == Task::Clippy {
