@@ -20,6 +20,8 @@ const SIGNS: &[&str] = &[
     "suspicious RCU usage",
     "bad unlock balance",
     "held lock freed",
+    "trying to register non-static key",
+    "turning off the locking correctness validator",
     "lock held when returning to user space",
     "general protection fault",
     "blocked for more than",
@@ -47,7 +49,14 @@ const HARMLESS: &[&str] = &[
 
 /// Lines before and after a sign that are shown.
 const BEFORE: usize = 2;
-const AFTER: usize = 40;
+/// KASAN says where memory was allocated and freed, lockdep where each lock was taken: these are long.
+const AFTER: usize = 120;
+
+/// What reports end with.
+const ENDS: &[&str] = &[
+    "---[ end trace",
+    "==================================================================",
+];
 
 /// The first thing found in a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,7 +80,7 @@ pub fn scan(log: &str) -> Option<Splat> {
     let started = lines.iter().position(|line| line.contains(INIT_STARTED));
     let end = lines[first..]
         .iter()
-        .position(|line| line.contains("---[ end trace"))
+        .position(|line| ENDS.iter().any(|end| line.contains(end)))
         .map_or(AFTER, |n| n.min(AFTER));
     let from = first.saturating_sub(BEFORE);
     let to = lines.len().min(first + end + 1);
