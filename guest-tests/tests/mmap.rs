@@ -241,16 +241,20 @@ fn every_page_is_the_right_one_whatever_the_ranges_and_the_alignment() {
         let fd = device.export(FRAME_BUFFER, ranges).unwrap();
         for skew in [0, PAGE, mib, HUGE - PAGE] {
             for offset in [0, PAGE, mib, len - PAGE] {
-                let how = How::shared().align(HUGE).skew(skew);
-                let map = how.map(&fd, offset, len - offset).unwrap();
-                // From the end, so that what comes in around a fault is looked at too.
-                for at in (0..map.len() / PAGE).rev().map(|page| page * PAGE) {
-                    let expected = page_at(ranges, offset + at);
-                    assert_eq!(
-                        map.read(at),
-                        Ok(expected),
-                        "{ranges:x?} {skew:#x} {offset:#x} {at:#x}"
-                    );
+                // From both ends: what comes in around a fault, before it and behind it, is looked at too.
+                for backwards in [false, true] {
+                    let how = How::shared().align(HUGE).skew(skew);
+                    let map = how.map(&fd, offset, len - offset).unwrap();
+                    let pages = map.len() / PAGE;
+                    for step in 0..pages {
+                        let page = if backwards { pages - 1 - step } else { step };
+                        let expected = page_at(ranges, offset + page * PAGE);
+                        assert_eq!(
+                            map.read(page * PAGE),
+                            Ok(expected),
+                            "{ranges:x?} {skew:#x} {offset:#x} {page:#x}"
+                        );
+                    }
                 }
             }
         }

@@ -285,6 +285,63 @@ fn a_neighbour_goes_on_undisturbed_while_others_are_revoked() {
     assert!(faults.into_inner() <= 2);
 }
 
+/// Pages that lie apart, so that each has a fault of its own.
+const APART: u64 = 64;
+
+/// Exports pages that lie apart, lets threads fault them in, takes the buffer away in the middle of it, and looks for
+/// entries that are still there. What a fault puts in too late stays for good, so there is no moment to be missed.
+fn no_fault_slips_through(milliseconds: u64, take: impl Fn(&Device, &OwnedFd)) {
+    let device = display();
+    let ranges: Vec<_> = (0..APART).map(|page| (2 * page * PAGE, PAGE)).collect();
+    let mut rounds = 0;
+    for_a_while(milliseconds, || {
+        let fd = device.export(FRAME_BUFFER, &ranges).unwrap();
+        let map = Map::new(&fd, APART * PAGE).unwrap();
+        let begun = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for thread in 0..2 {
+                let (map, begun) = (&map, &begun);
+                scope.spawn(move || {
+                    begun.store(true, Ordering::SeqCst);
+                    (0..APART).all(|page| map.read((page ^ thread) * PAGE).is_ok())
+                });
+            }
+            while !begun.load(Ordering::SeqCst) {
+                std::hint::spin_loop();
+            }
+            for _ in 0..rounds % 50 * 20 {
+                std::hint::spin_loop();
+            }
+            take(&device, &fd);
+            for page in 0..APART {
+                let seen = map.read(page * PAGE);
+                assert_eq!(seen, Err(Sigbus), "round {rounds}, page {page}");
+            }
+        });
+        // Not too late either: what came in while the threads ended.
+        for page in 0..APART {
+            assert_eq!(
+                map.read(page * PAGE),
+                Err(Sigbus),
+                "round {rounds}, page {page}"
+            );
+        }
+        rounds += 1;
+        device.set_memory(true);
+    });
+    assert!(rounds > 20, "{rounds} rounds");
+}
+
+#[test]
+fn no_fault_slips_through_a_revocation() {
+    no_fault_slips_through(3000, |device, fd| device.revoke(fd).unwrap());
+}
+
+#[test]
+fn no_fault_slips_through_when_memory_is_turned_off() {
+    no_fault_slips_through(1000, |device, _| device.set_memory(false));
+}
+
 // ---- Many at once ---------------------------------------------------------------------------------
 
 #[test]
