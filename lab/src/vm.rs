@@ -623,7 +623,7 @@ impl Guest<'_> {
         started: Instant,
     ) -> Result<bool> {
         // After its verdict a guest only has to power off.
-        let grace = Duration::from_secs(20);
+        let grace = Duration::from_secs(20) * self.prepared.kernel.slowness();
         let mut verdict_at = None;
         loop {
             if child.try_wait().context("wait for QEMU")?.is_some() {
