@@ -3,6 +3,7 @@
 #include <linux/dma-fence.h>
 #include <linux/dma-resv.h>
 #include <linux/err.h>
+#include <linux/iommu.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/pci-p2pdma.h>
@@ -178,10 +179,29 @@ int bl_iova_sync(struct device *dev, struct dma_iova_state *state, size_t size)
 	return dma_iova_sync(dev, state, 0, size);
 }
 
+/*
+ * Not dma_iova_destroy(): in Linux 7.2 it leaves it to a lazy IOMMU when to
+ * forget the translations. The device must be blocked when this returns.
+ */
 void bl_iova_destroy(struct device *dev, struct dma_iova_state *state,
 		     size_t linked, enum dma_data_direction direction)
 {
-	dma_iova_destroy(dev, state, linked, direction, DMA_ATTR_MMIO);
+	if (linked)
+		dma_iova_unlink(dev, state, 0, linked, direction,
+				DMA_ATTR_MMIO);
+	dma_iova_free(dev, state);
+}
+
+/* After dma_unmap_phys(), which leaves it to a lazy IOMMU, too. */
+void bl_forget_translations(struct device *dev)
+{
+	struct iommu_domain *domain;
+
+	if (!use_dma_iommu(dev))
+		return;
+	domain = iommu_get_domain_for_dev(dev);
+	if (domain)
+		iommu_flush_iotlb_all(domain);
 }
 
 int bl_dma_mapping_error(struct device *dev, dma_addr_t address)

@@ -42,6 +42,7 @@ int bl_iova_link(struct device *dev, struct dma_iova_state *state,
 int bl_iova_sync(struct device *dev, struct dma_iova_state *state, size_t size);
 void bl_iova_destroy(struct device *dev, struct dma_iova_state *state,
 		     size_t linked, enum dma_data_direction direction);
+void bl_forget_translations(struct device *dev);
 int bl_dma_mapping_error(struct device *dev, dma_addr_t address);
 void bl_sg_fill(struct scatterlist *entry, dma_addr_t address,
 		unsigned int length);

@@ -2,9 +2,12 @@
 
 //! Peer-to-peer DMA: the device memory of one function, mapped for another device.
 //!
-//! The stock helper `dma_buf_phys_vec_to_sgt()` maps one range well. Of several ranges it links each
-//! at offset 0 of the IOVA (Linux 7.2 and 7.3-rc7: `EADDRINUSE` from the second on), so those are
-//! mapped here. How a pair of devices reaches each other only the stock helper can tell (its
+//! The stock helper `dma_buf_phys_vec_to_sgt()` is not used for the mappings themselves. Of several
+//! ranges it links each at offset 0 of the IOVA (Linux 7.2 and 7.3-rc7: `EADDRINUSE` from the second
+//! on). And when it undoes a mapping, Linux 7.2 leaves the translations to a lazy IOMMU, the usual
+//! kind, for 10 ms: DMA that is under way still lands. Here a mapping that was undone is blocked.
+//!
+//! How a pair of devices reaches each other only the stock helper can tell (its
 //! `pci_p2pdma_map_type()` is not exported): one page is mapped by it, once an attachment, and the
 //! address that comes out says which way it is.
 //!
@@ -136,7 +139,7 @@ pub(crate) struct Importer<'a> {
 /// A mapping for an importer, as the dma-buf core passes it around.
 pub(crate) struct Mapped(pub(super) *mut bindings::sg_table);
 
-/// The scatter table of a mapping of several runs, and what it takes to undo it.
+/// The scatter table of a mapping, and what it takes to undo it.
 #[repr(C)]
 struct Table {
     /// First, so that a pointer to it is one to the whole.
@@ -178,11 +181,7 @@ impl<'a> Importer<'a> {
     ) -> Result<Mapped> {
         let size = usize::try_from(size).map_err(|_| EINVAL)?;
         let provider = provider.get()?;
-        let mut rest = runs.clone();
-        let first = rest.next().ok_or(EINVAL)?;
-        if rest.next().is_none() {
-            return self.map_stock(provider, first).map(Mapped);
-        }
+        let first = runs.clone().next().ok_or(EINVAL)?;
         let route = match self.state.route {
             Some(route) => route,
             None => self.find_route(provider, first.address)?,
@@ -193,18 +192,12 @@ impl<'a> Importer<'a> {
 
     /// Undoes `map` of the same runs.
     pub(crate) fn unmap(&mut self, mapped: Mapped, mut runs: impl Iterator<Item = Run> + Clone) {
-        let mut rest = runs.clone();
-        rest.next();
-        if rest.next().is_none() {
-            self.unmap_stock(mapped.0);
-            return;
-        }
-        // SAFETY: A mapping of several runs was made by `map_runs`, which leaked the table.
+        // SAFETY: The mapping was made by `map_runs`, which leaked the table.
         let mut table = unsafe { KBox::from_raw(mapped.0.cast::<Table>()) };
         self.undo(&mut table, &mut runs, usize::MAX);
     }
 
-    /// Maps one run by the stock helper.
+    /// Maps a run by the stock helper.
     fn map_stock(
         &self,
         provider: NonNull<bindings::p2pdma_provider>,
@@ -398,6 +391,8 @@ impl<'a> Importer<'a> {
                         entry = unsafe { bindings::sg_next(entry) };
                     }
                 }
+                // SAFETY: The device is valid.
+                unsafe { bindings::bl_forget_translations(device) };
             }
         }
         table.entries.orig_nents = table.entries.nents;
