@@ -406,6 +406,42 @@ impl Drop for Attachment {
     }
 }
 
+/// Another way for the IOMMU to treat edu, until it is dropped: `identity` does not translate, `DMA-FQ`
+/// forgets translations lazily, as is usual on hardware, `DMA` is how the lab's machines begin.
+#[derive(Debug)]
+pub struct Domain(Function);
+
+impl Domain {
+    /// Sets it. What edu has attached is detached.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    #[must_use]
+    pub fn set(kind: &str) -> Self {
+        load();
+        let domain = Self(Function::named(EDU));
+        domain.change(kind);
+        domain
+    }
+
+    fn change(&self, kind: &str) {
+        // It can be changed while nobody drives the device.
+        self.0.unbind();
+        let path = format!("/sys/kernel/iommu_groups/{}/type", self.0.group());
+        pci::write(Path::new(&path), kind).expect("change the domain");
+        let now = fs::read_to_string(path).expect("the domain");
+        assert_eq!(now.trim(), kind);
+        load();
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        self.change("DMA");
+    }
+}
+
 /// An export by the kernel's own exporter (`BARLEASE_FEATURE_DMA_BUF_STOCK`).
 ///
 /// # Errors

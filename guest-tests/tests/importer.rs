@@ -1,13 +1,13 @@
 //! Devices as lease holders: who may attach and map, and where the mapping leads.
 #![cfg(barlease_guest)]
 
-use std::{collections::HashMap, fs, os::fd::OwnedFd, path::Path};
+use std::{collections::HashMap, os::fd::OwnedFd};
 
 use barlease_guest_tests::{
     PAGE,
     errno::{EBUSY, EINVAL, ENODEV, ENXIO, EOPNOTSUPP},
     importer::{
-        Attachment, EDU, Importer,
+        Attachment, Domain, EDU, Importer,
         abi::{self, Entry},
         check_that_nothing_is_left,
     },
@@ -492,31 +492,6 @@ fn what_does_not_fit_in_one_piece_is_mapped_in_several() {
     assert_eq!(bytes_of(&map, 3 * PAGE)[..8], [0x5A; 8]);
 }
 
-/// Lets a function be translated by its IOMMU (`DMA`) or not (`identity`) while nobody drives it.
-fn set_domain(function: &Function, domain: &str) {
-    function.unbind();
-    let path = format!("/sys/kernel/iommu_groups/{}/type", function.group());
-    pci::write(Path::new(&path), domain).expect("change the domain");
-    let now = fs::read_to_string(path).unwrap();
-    assert_eq!(now.trim(), domain);
-}
-
-struct Untranslated(Function);
-
-impl Untranslated {
-    fn new() -> Self {
-        let edu = Function::named(EDU);
-        set_domain(&edu, "identity");
-        Self(edu)
-    }
-}
-
-impl Drop for Untranslated {
-    fn drop(&mut self) {
-        set_domain(&self.0, "DMA");
-    }
-}
-
 /// Entries for each run of neighbours, those that are too long in parts.
 fn runs(bar: u64, ranges: &[(u64, u64)]) -> Vec<Entry> {
     let mut runs: Vec<Entry> = Vec::new();
@@ -539,8 +514,7 @@ fn runs(bar: u64, ranges: &[(u64, u64)]) -> Vec<Entry> {
 
 #[test]
 fn a_device_without_translation_gets_entries_for_each_run_of_neighbours() {
-    drop(Importer::open());
-    let _untranslated = Untranslated::new();
+    let _domain = Domain::set("identity");
     let importer = Importer::open();
     let _mask = importer.mask(64);
     let mut small = few();

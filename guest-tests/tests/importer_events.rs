@@ -1,13 +1,17 @@
 //! Devices as lease holders: what takes a buffer away takes it from devices too, before it returns.
 #![cfg(barlease_guest)]
 
-use std::os::fd::OwnedFd;
+use std::{
+    os::fd::OwnedFd,
+    thread,
+    time::{Duration, Instant},
+};
 
 use barlease_guest_tests::{
     PAGE,
-    errno::ENODEV,
+    errno::{ENODEV, ENOMEM},
     importer::{
-        Attachment, EDU, Importer, KernelLog,
+        Attachment, Domain, EDU, Importer, KernelLog,
         abi::{FROM_DEVICE, TO_DEVICE},
         check_that_nothing_is_left,
     },
@@ -294,6 +298,54 @@ fn the_close_of_the_device_takes_away_from_devices_for_good() {
         };
         scene.is_taken_away();
         check_pattern(&scene.device);
+    }
+}
+
+/// Maps. The addresses of earlier mappings are free again a little later where the IOMMU is lazy.
+fn map_when_there_are_addresses(attachment: &Attachment) {
+    let end = Instant::now() + Duration::from_secs(2);
+    while let Err(error) = attachment.map() {
+        assert_eq!(error, ENOMEM);
+        assert!(Instant::now() < end, "there are never addresses");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A device that forgets late what it may reach: DMA that is under way when REVOKE comes must be over
+/// or blocked when it returns.
+#[test]
+fn no_dma_lands_after_revoke_where_the_iommu_is_lazy() {
+    const MARK: u32 = 0x1111_1111;
+    let _domain = Domain::set("DMA-FQ");
+    let importer = Importer::open();
+    // What has no place in one piece, see `what_does_not_fit_in_one_piece_is_mapped_in_several`.
+    let pieces: &[(u64, u64)] = &[(2 << 30, 512 << 20), (1 << 30, 256 << 20)];
+    let cases = [
+        ("memory", SHAPES[0], 1),
+        ("memory", SHAPES[1], 1),
+        ("big", pieces, 2),
+    ];
+    for (name, ranges, entries) in cases {
+        let device = open(name);
+        let first_page = device.export(BAR, &[(ranges[0].0, PAGE)]).unwrap();
+        let first_page = Map::new(first_page, PAGE).unwrap();
+        // The engine reaches the lease some 0.2 s after it was started.
+        for delay in (182..202).map(Duration::from_millis) {
+            let fd = device.export(BAR, ranges).unwrap();
+            let attachment = importer.attach(&fd).unwrap();
+            map_when_there_are_addresses(&attachment);
+            assert_eq!(attachment.entries().len(), entries);
+            // Now the IOMMU knows the addresses.
+            attachment.read(0, 64).unwrap();
+            let started = Instant::now();
+            thread::scope(|scope| {
+                scope.spawn(|| attachment.write_stale(0, &[INTRUDER; 64]));
+                thread::sleep(delay.saturating_sub(started.elapsed()));
+                device.revoke(&fd).unwrap();
+                first_page.write(0, MARK).unwrap();
+            });
+            assert_eq!(first_page.read(0), Ok(MARK), "{ranges:?}, {delay:?}");
+        }
     }
 }
 
