@@ -330,7 +330,7 @@ fn no_dma_lands_after_revoke_where_the_iommu_is_lazy() {
         let first_page = device.export(BAR, &[(ranges[0].0, PAGE)]).unwrap();
         let first_page = Map::new(first_page, PAGE).unwrap();
         // The engine reaches the lease some 0.2 s after it was started.
-        for delay in (182..202).map(Duration::from_millis) {
+        for delay in (182..202).step_by(2).map(Duration::from_millis) {
             let fd = device.export(BAR, ranges).unwrap();
             let attachment = importer.attach(&fd).unwrap();
             map_when_there_are_addresses(&attachment);
