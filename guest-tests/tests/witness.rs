@@ -501,11 +501,20 @@ fn a_device_that_is_gone_without_a_word_gives_up_its_leases() {
     });
     assert_eq!(setup.device.state(&setup.leases[0]), State::Dead);
     let Setup {
-        witness, device, ..
+        witness,
+        device,
+        maps: [_, combining, bar, alias],
+        ..
     } = setup;
-    drop(setup.maps);
-    drop(device);
-    witness.set(&json!({"dead": false}));
+    // These keep it open.
+    drop([bar, alias]);
+    thread::scope(|scope| {
+        // The kernel resets it, and waits a minute for an answer.
+        scope.spawn(|| drop(device));
+        // Nobody waits for that to lose what was leased.
+        until(|| combining.read(0) == Err(Sigbus));
+        witness.set(&json!({"dead": false}));
+    });
     let function = Function::named("trapped");
     function.unbind();
     function.bind(BARLEASE);
