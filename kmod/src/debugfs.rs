@@ -4,7 +4,8 @@
 //!
 //! Columns are separated by white space and named by the header. White space and control characters
 //! in a name, which a user can set, are shown as `\xNN`. The name of an internal buffer, a mapping of
-//! a BAR through the device fd, ends with `[mmap]`.
+//! a BAR through the device fd, ends with `[mmap]`; brackets in a name are escaped, too. `(busy)` is
+//! a name that is being looked at by somebody else.
 
 use crate::{abi, buffer::Buffer, leases::Leases, sys::debugfs_root};
 use kernel::{
@@ -82,11 +83,11 @@ fn line(buffer: &Buffer, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 
 fn write_name(buffer: &Buffer, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let Some(name) = buffer.name() else {
-        return f.write_str("(draining)");
+        return f.write_str("(busy)");
     };
     let mut shown = false;
     for &byte in name.iter().take_while(|&&byte| byte != 0) {
-        if byte.is_ascii_graphic() {
+        if byte.is_ascii_graphic() && !matches!(byte, b'[' | b']' | b'\\') {
             write!(f, "{}", byte as char)?;
         } else {
             write!(f, "\\x{byte:02x}")?;

@@ -820,6 +820,9 @@ fn command_line(machine: &Machine) -> String {
         "oops=panic",
         "intel_iommu=on",
         "iommu=nopt",
+        // At boot the kernel waits ten ticks for the timer and panics when none came; an emulator
+        // that does not get the processor for so long fails that.
+        "no_timer_check",
     ];
     words.extend(machine.append.iter().map(String::as_str));
     words.join(" ")
