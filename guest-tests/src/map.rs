@@ -114,6 +114,41 @@ impl How {
     }
 }
 
+impl How {
+    /// Maps `len` bytes from `offset` of a file on over a part of other memory, from `at` on. That is memory no more.
+    ///
+    /// # Errors
+    ///
+    /// That of mmap.
+    pub fn map_over(
+        self,
+        memory: &mut Map,
+        at: u64,
+        fd: impl AsFd,
+        offset: u64,
+        len: u64,
+    ) -> Answer<Map> {
+        assert!(at + len <= memory.len());
+        let place = memory.address + at as usize;
+        memory.forget(place, len as usize);
+        // SAFETY: Replaces memory that was ours and that no reference leads to.
+        let address = unsafe {
+            libc::mmap(
+                ptr::with_exposed_provenance_mut(place),
+                len as usize,
+                self.protection,
+                self.flags | libc::MAP_FIXED,
+                fd.as_fd().as_raw_fd(),
+                offset as libc::off_t,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        Ok(Map::at(address.addr(), len as usize))
+    }
+}
+
 /// Reserves `len` bytes of address space, `skew` bytes behind a multiple of `align`: to be replaced, so that no other
 /// thread gets in between.
 fn reserve(len: u64, align: u64, skew: u64) -> usize {
@@ -294,11 +329,16 @@ impl Map {
     ///
     /// When the kernel refuses.
     pub fn unmap(&mut self, offset: u64, len: u64) {
-        let (from, to) = (self.address + offset as usize, (offset + len) as usize);
-        let to = self.address + to;
+        let from = self.address + offset as usize;
         // SAFETY: A part of our mapping, which no reference leads to.
         let result = unsafe { libc::munmap(ptr::with_exposed_provenance_mut(from), len as usize) };
         assert_eq!(result, 0, "munmap: {}", io::Error::last_os_error());
+        self.forget(from, len as usize);
+    }
+
+    /// Leaves a part to others when this is dropped.
+    fn forget(&mut self, from: usize, len: usize) {
+        let to = from + len;
         let left = self.parts.iter().flat_map(|&(start, len)| {
             let end = start + len;
             [(start, end.min(from)), (start.max(to), end)]

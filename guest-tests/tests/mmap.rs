@@ -360,6 +360,25 @@ fn no_entry_and_no_batch_spans_two_ranges() {
 }
 
 #[test]
+fn what_comes_in_around_a_fault_stays_in_the_mapping() {
+    let device = display();
+    number_pages(&device);
+    let fd = device.export(FRAME_BUFFER, &[(HUGE, 4 * HUGE)]).unwrap();
+    // Memory of the process on both sides, in the same 2 MiB.
+    for at in [200 * PAGE, PAGE, 511 * PAGE] {
+        let mut memory = Map::anonymous(4 * HUGE);
+        let window = (memory.address() as u64).next_multiple_of(HUGE) - memory.address() as u64;
+        let lease = How::shared().map_over(&mut memory, window + at, &fd, HUGE + 300 * PAGE, PAGE);
+        lease.unwrap().touch_all().unwrap();
+        for page in (window..window + 2 * HUGE).step_by(PAGE as usize) {
+            if page != window + at {
+                assert_eq!(memory.read(page), Ok(0), "{at:#x} {page:#x}");
+            }
+        }
+    }
+}
+
+#[test]
 fn no_entry_leaves_the_mapping() {
     let device = display();
     let fd = device.export(FRAME_BUFFER, &[(0, 2 * HUGE)]).unwrap();

@@ -272,6 +272,8 @@ fn a_sysfs_reset_in_d3hot_wakes_the_device() {
     leased.is(&device, State::Revoked(REASON_LOW_POWER));
     device.function().reset().unwrap();
     assert_eq!(device.function().power_state(), "D0");
+    // Before anything that goes through the device fd and might notice it there.
+    assert!(leased.lease.read(0).is_ok());
     leased.is(&device, State::Ok);
 }
 
