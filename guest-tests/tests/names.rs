@@ -166,6 +166,9 @@ fn a_name_cannot_forge_lines_or_columns_of_debugfs() {
         let lines = observe::buffers(device.function());
         assert_eq!(lines.len(), 1, "{name:?}");
         assert_eq!(lines[0].get("size"), "0x1000", "{name:?}");
+        // That marks mappings through the device fd.
+        let shown = lines[0].get("name");
+        assert!(!shown.ends_with("[mmap]"), "{shown}");
     }
 }
 
