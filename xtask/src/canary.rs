@@ -102,8 +102,9 @@ fn without(prepared: &Prepared, module: &Path) -> Result<String> {
 impl Canary {
     fn run(&self, prepared: &Prepared, module: &Path) -> Result<String> {
         let script = format!("echo 1 >/sys/kernel/debug/barlease_canary/{}", self.bug);
-        let Err(error) = guest(prepared, module, script).run() else {
-            bail!("the run passed");
+        let error = match guest(prepared, module, script).run() {
+            Ok(outcome) => bail!("nothing was reported, exit code {}", outcome.code),
+            Err(error) => error,
         };
         let failure = error.downcast::<Failure>().context("start a guest")?;
         let Failure::Splat { splat, log } = failure else {
