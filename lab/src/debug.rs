@@ -15,7 +15,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -24,10 +24,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::apt::{Apt, Package};
 use crate::cache::{self, Cache, Stamp, fingerprint, unfinished};
-use crate::command;
 use crate::kernel::Kernel;
 use crate::plan::{KernelPlan, Plan};
 use crate::report::{Step, seconds};
+use crate::source::SourceBuild;
 use crate::sysroot::{Sysroot, logged, reason};
 
 /// What the debug lane needs besides the tool chain.
@@ -39,27 +39,43 @@ const OPTIONS: &[&str] = &[
     include_str!("../debug/checks.config"),
 ];
 
-/// Drivers, documentation and other machines' code, which is half of the source, are left in the archive.
-const UNPACK: &str = r#"
-set -eu
-rm -rf /work/src
-mkdir /work/src
-cd /work/src
-archive=$(echo /work/usr/src/linux-source-*.tar.xz)
-top=$(basename "$archive" .tar.xz)
-set --
-for machine in alpha arc arm arm64 csky hexagon loongarch m68k microblaze mips nios2 openrisc parisc powerpc riscv s390 sh sparc xtensa; do
-    set -- "$@" --exclude="$top/arch/$machine/*.[chS]"
-done
-for folder in gpu/drm infiniband media net/ethernet net/wireless scsi staging; do
-    set -- "$@" --exclude="$top/drivers/$folder/*.[ch]"
-done
-tar --extract --file "$archive" --strip-components=1 --no-same-owner "$@" \
-    --exclude="$top/Documentation/*.rst" --exclude="$top/Documentation/*.yaml" \
-    --exclude="$top/sound/*.[ch]" --exclude="$top/arch/*.dts*"
-rm -rf /work/usr
-touch /work/unpacked
-"#;
+/// Machines whose code is left in the archive.
+const OTHER_MACHINES: &[&str] = &[
+    "alpha",
+    "arc",
+    "arm",
+    "arm64",
+    "csky",
+    "hexagon",
+    "loongarch",
+    "m68k",
+    "microblaze",
+    "mips",
+    "nios2",
+    "openrisc",
+    "parisc",
+    "powerpc",
+    "riscv",
+    "s390",
+    "sh",
+    "sparc",
+    "xtensa",
+];
+
+/// What else is: drivers, sound and documentation. Together that is half of the source.
+const LEFT_OUT: &[&str] = &[
+    "drivers/gpu/drm/*.[ch]",
+    "drivers/infiniband/*.[ch]",
+    "drivers/media/*.[ch]",
+    "drivers/net/ethernet/*.[ch]",
+    "drivers/net/wireless/*.[ch]",
+    "drivers/scsi/*.[ch]",
+    "drivers/staging/*.[ch]",
+    "Documentation/*.rst",
+    "Documentation/*.yaml",
+    "sound/*.[ch]",
+    "arch/*.dts*",
+];
 
 const CONFIGURE: &str = r#"
 set -eu
@@ -67,7 +83,6 @@ cd /work/src
 make LLVM=1 KCONFIG_ALLCONFIG=/work/options allnoconfig
 "#;
 
-/// Goes on where it was interrupted: Kbuild trusts no file whose command it has not noted as done.
 const COMPILE: &str = r#"
 exec 2>&1
 set -eu
@@ -175,19 +190,17 @@ impl Debug<'_> {
         );
         let source = std::slice::from_ref(&self.kernel.source);
         let work = Work {
-            folder: self.cache.path("build").join(self.name()),
-            log: self.cache.path(format!("kernel-{}.log", self.name())),
-            sysroot: self.sysroot,
-            name: self.name(),
+            build: SourceBuild {
+                folder: self.cache.path("build").join(self.name()),
+                log: self.cache.path(format!("kernel-{}.log", self.name())),
+                sysroot: self.sysroot,
+                name: &self.name(),
+                left_out: &left_out(),
+            },
         };
-        let made_from = fingerprint([
-            self.kernel.source.file_name(),
-            self.sysroot.path("").display().to_string(),
-            UNPACK.to_owned(),
-        ]);
-        if !work.is_unpacked(&made_from) {
+        if !work.build.is_unpacked(&self.kernel.source.file_name()) {
             apt.download(source, "to build a kernel for debugging")?;
-            work.unpack(&apt.file(&self.kernel.source), &made_from)?;
+            work.build.unpack(&apt.file(&self.kernel.source))?;
             apt.forget(source)?;
         }
         work.configure()?;
@@ -198,7 +211,7 @@ impl Debug<'_> {
         fs::create_dir_all(self.cache.path("kernels"))?;
         fs::rename(&new, self.folder())
             .with_context(|| format!("keep {}", self.folder().display()))?;
-        cache::remove(&work.folder)
+        cache::remove(&work.build.folder)
     }
 
     fn added_file(&self) -> PathBuf {
@@ -243,40 +256,26 @@ impl Debug<'_> {
     }
 }
 
-/// A build in progress; what was done is kept when it is interrupted.
+/// What may be left in the archive.
+fn left_out() -> Vec<String> {
+    let machines = OTHER_MACHINES.iter();
+    machines
+        .map(|machine| format!("arch/{machine}/*.[chS]"))
+        .chain(LEFT_OUT.iter().map(|&pattern| pattern.to_owned()))
+        .collect()
+}
+
+/// A build in progress.
 struct Work<'a> {
-    folder: PathBuf,
-    log: PathBuf,
-    sysroot: &'a Sysroot,
-    name: String,
+    build: SourceBuild<'a>,
 }
 
 impl Work<'_> {
-    fn is_unpacked(&self, made_from: &str) -> bool {
-        let stamp = self.folder.join("made-from");
-        fs::read_to_string(stamp).is_ok_and(|text| text == made_from)
-            && self.folder.join("unpacked").exists()
-    }
-
-    fn unpack(&self, source: &Path, made_from: &str) -> Result<()> {
-        cache::remove(&self.folder)?;
-        fs::create_dir_all(&self.folder)
-            .with_context(|| format!("make {}", self.folder.display()))?;
-        cache::write(&self.folder.join("made-from"), made_from)?;
-        let step = Step::start(format!("unpacking the source of {}", self.name));
-        let mut extract = command::tied("dpkg-deb");
-        extract.arg("--extract").arg(source).arg(&self.folder);
-        command::run(&mut extract, "unpack the source package")?;
-        self.run(UNPACK, "unpack the kernel's source")?;
-        step.done();
-        Ok(())
-    }
-
     fn configure(&self) -> Result<()> {
-        let step = Step::start(format!("configuring {}", self.name));
-        cache::write(&self.folder.join("options"), OPTIONS.concat())?;
-        self.run(CONFIGURE, &format!("configure {}", self.name))?;
-        let path = self.folder.join("src/.config");
+        let step = Step::start(format!("configuring {}", self.build.name));
+        cache::write(&self.build.folder.join("options"), OPTIONS.concat())?;
+        self.run(CONFIGURE, &format!("configure {}", self.build.name))?;
+        let path = self.build.folder.join("src/.config");
         let config =
             fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         for options in OPTIONS {
@@ -287,18 +286,19 @@ impl Work<'_> {
     }
 
     fn compile(&self) -> Result<()> {
-        let step = Step::start(format!("building {} (10 to 30 minutes, once)", self.name));
-        let mut command = self.sysroot.enter(&[(&self.folder, "/work")])?;
-        command.args(["sh", "-c", COMPILE]);
-        self.follow(&mut command, &step)?;
+        let step = Step::start(format!(
+            "building {} (10 to 30 minutes, once)",
+            self.build.name
+        ));
+        self.follow(&mut self.build.command(COMPILE)?, &step)?;
         step.done();
         Ok(())
     }
 
     /// Runs make, keeps its log, and says from time to time how far it is.
     fn follow(&self, make: &mut Command, step: &Step) -> Result<()> {
-        let mut log = fs::File::create(&self.log)
-            .with_context(|| format!("make the log {}", self.log.display()))?;
+        let mut log = fs::File::create(&self.build.log)
+            .with_context(|| format!("make the log {}", self.build.log.display()))?;
         let mut child = make
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -324,11 +324,11 @@ impl Work<'_> {
         }
         let status = child.wait().context("wait for make")?;
         if !status.success() {
-            let text = fs::read(&self.log).unwrap_or_default();
+            let text = fs::read(&self.build.log).unwrap_or_default();
             bail!(
                 "build {}: ended with {status}; from {}:\n{}",
-                self.name,
-                self.log.display(),
+                self.build.name,
+                self.build.log.display(),
                 reason(&String::from_utf8_lossy(&text))
             );
         }
@@ -337,20 +337,18 @@ impl Work<'_> {
 
     /// Returns the folder with what is kept.
     fn trim(&self) -> Result<PathBuf> {
-        let step = Step::start(format!("keeping what is needed of {}", self.name));
-        self.run(TRIM, &format!("trim {}", self.name))?;
-        let new = unfinished(&self.folder);
+        let step = Step::start(format!("keeping what is needed of {}", self.build.name));
+        self.run(TRIM, &format!("trim {}", self.build.name))?;
+        let new = unfinished(&self.build.folder);
         cache::remove(&new)?;
-        fs::rename(self.folder.join("out"), &new)
+        fs::rename(self.build.folder.join("out"), &new)
             .with_context(|| format!("keep {}", new.display()))?;
         step.done();
         Ok(new)
     }
 
     fn run(&self, script: &str, what: &str) -> Result<()> {
-        let mut command = self.sysroot.enter(&[(&self.folder, "/work")])?;
-        command.args(["sh", "-c", script]);
-        logged(&mut command, &self.log, what)
+        logged(&mut self.build.command(script)?, &self.build.log, what)
     }
 }
 

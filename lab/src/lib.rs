@@ -67,6 +67,8 @@ pub mod report;
 #[cfg(feature = "host")]
 mod served;
 #[cfg(feature = "host")]
+mod source;
+#[cfg(feature = "host")]
 pub mod splat;
 #[cfg(feature = "host")]
 pub mod sysroot;

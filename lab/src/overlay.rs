@@ -19,25 +19,22 @@ use crate::cache::{self, Cache, unfinished};
 use crate::command;
 use crate::plan::KernelPlan;
 use crate::report::Step;
-use crate::sysroot::{Sysroot, logged};
+use crate::source::SourceBuild;
+use crate::sysroot::{Sysroot, file_name, logged};
 
 /// Only what configuration, scripts and `rust/` need is unpacked: no driver's code.
-const UNPACK: &str = r#"
-set -eu
-rm -rf /work/src
-mkdir /work/src
-cd /work/src
-archive=$(echo /work/usr/src/linux-source-*.tar.xz)
-top=$(basename "$archive" .tar.xz)
-tar --extract --file "$archive" --strip-components=1 --no-same-owner \
-    --exclude="$top/Documentation/*.rst" --exclude="$top/Documentation/*.yaml" \
-    --exclude="$top/drivers/*.[cS]" --exclude="$top/drivers/gpu/drm/amd/include/*" \
-    --exclude="$top/sound/*.[cS]" --exclude="$top/fs/*.[cS]" --exclude="$top/net/*.[cS]" \
-    --exclude="$top/arch/*.dts*"
-touch /work/unpacked
-"#;
+const LEFT_OUT: &[&str] = &[
+    "Documentation/*.rst",
+    "Documentation/*.yaml",
+    "drivers/*.[cS]",
+    "drivers/gpu/drm/amd/include/*",
+    "sound/*.[cS]",
+    "fs/*.[cS]",
+    "net/*.[cS]",
+    "arch/*.dts*",
+];
 
-/// `$1` the release. Goes on where it was interrupted: Kbuild trusts no file whose command it has not noted as done.
+/// `$1` the release.
 const COMPILE: &str = r#"
 set -eu
 headers=/usr/src/linux-headers-$1
@@ -84,60 +81,39 @@ pub(crate) fn build(
     kernel: &KernelPlan,
     source: &Path,
 ) -> Result<()> {
+    let left_out: Vec<String> = LEFT_OUT.iter().map(|&pattern| pattern.to_owned()).collect();
     let work = Work {
-        folder: cache.path("build").join(&kernel.release),
-        log: cache.path(format!("rust-overlay-{}.log", kernel.release)),
-        sysroot,
-        release: &kernel.release,
+        build: SourceBuild {
+            folder: cache.path("build").join(&kernel.release),
+            log: cache.path(format!("rust-overlay-{}.log", kernel.release)),
+            sysroot,
+            name: &kernel.release,
+            left_out: &left_out,
+        },
     };
-    work.unpack(source)?;
+    if !work.build.is_unpacked(&file_name(source)) {
+        work.build.unpack(source)?;
+    }
     work.compile()?;
-    guard(&work.folder.join("src"), &kernel.release)?;
+    guard(&work.build.folder.join("src"), &kernel.release)?;
     work.pack(&tarball(cache, kernel))?;
-    cache::remove(&work.folder)
+    cache::remove(&work.build.folder)
 }
 
-/// A build in progress; what was done is kept when it is interrupted.
+/// A build in progress.
 struct Work<'a> {
-    folder: PathBuf,
-    log: PathBuf,
-    sysroot: &'a Sysroot,
-    release: &'a str,
+    build: SourceBuild<'a>,
 }
 
 impl Work<'_> {
-    fn unpack(&self, source: &Path) -> Result<()> {
-        let stamp = self.folder.join("made-from");
-        let from = format!(
-            "{} with {}",
-            source.display(),
-            self.sysroot.path("").display()
-        );
-        if fs::read_to_string(&stamp).is_ok_and(|text| text == from) && self.unpacked().exists() {
-            return Ok(());
-        }
-        cache::remove(&self.folder)?;
-        fs::create_dir_all(&self.folder)
-            .with_context(|| format!("make {}", self.folder.display()))?;
-        cache::write(&stamp, from)?;
-        let step = Step::start(format!("unpacking the source of {}", self.release));
-        let mut extract = command::tied("dpkg-deb");
-        extract.arg("--extract").arg(source).arg(&self.folder);
-        command::run(&mut extract, "unpack the source package")?;
-        self.run(UNPACK, "unpack the kernel's source")?;
-        step.done();
-        Ok(())
-    }
-
     fn compile(&self) -> Result<()> {
         let step = Step::start(format!(
             "building the Rust parts that the headers of {} lack (some minutes, once)",
-            self.release
+            self.build.name
         ));
-        let result = self.run(COMPILE, &format!("build rust/ of {}", self.release));
+        let result = self.run(COMPILE, &format!("build rust/ of {}", self.build.name));
         if result.is_err() {
-            // The next run begins with fresh sources.
-            cache::remove(&self.unpacked())?;
+            self.build.distrust()?;
         }
         result?;
         step.done();
@@ -145,24 +121,20 @@ impl Work<'_> {
     }
 
     fn pack(&self, tarball: &Path) -> Result<()> {
-        let step = Step::start(format!("packing the overlay of {}", self.release));
+        let step = Step::start(format!("packing the overlay of {}", self.build.name));
         self.run(PACK, "pack the Rust overlay")?;
         let new = unfinished(tarball);
-        fs::rename(self.folder.join("overlay.tar.zst"), &new)
+        fs::rename(self.build.folder.join("overlay.tar.zst"), &new)
             .and_then(|()| fs::rename(&new, tarball))
             .with_context(|| format!("keep {}", tarball.display()))?;
         step.done();
         Ok(())
     }
 
-    fn unpacked(&self) -> PathBuf {
-        self.folder.join("unpacked")
-    }
-
     fn run(&self, script: &str, what: &str) -> Result<()> {
-        let mut command = self.sysroot.enter(&[(&self.folder, "/work")])?;
-        command.args(["sh", "-c", script, "sh", self.release]);
-        logged(&mut command, &self.log, what)
+        let mut command = self.build.command(script)?;
+        command.arg(self.build.name);
+        logged(&mut command, &self.build.log, what)
     }
 }
 

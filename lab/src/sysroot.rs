@@ -218,7 +218,8 @@ fn unpack_one(package: &Path, root: &Path) -> Result<()> {
     })
 }
 
-fn file_name(path: &Path) -> std::borrow::Cow<'_, str> {
+/// The last part of a path, to show or to compare.
+pub(crate) fn file_name(path: &Path) -> std::borrow::Cow<'_, str> {
     path.file_name().unwrap_or_default().to_string_lossy()
 }
 
