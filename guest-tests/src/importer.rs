@@ -10,8 +10,6 @@ use std::{
     path::Path,
     process::Command,
     sync::Arc,
-    thread,
-    time::{Duration, Instant},
 };
 
 use crate::{
@@ -20,6 +18,7 @@ use crate::{
     observe,
     pci::{self, Function},
     vfio::{Device, GET},
+    wait,
 };
 
 #[path = "../../kmod/importer/abi.rs"]
@@ -293,13 +292,9 @@ impl Attachment {
     ///
     /// # Panics
     ///
-    /// When none comes within five seconds.
+    /// When none comes for [long](crate::wait::LONG).
     pub fn wait_for_interruption(&self) {
-        let end = Instant::now() + Duration::from_secs(5);
-        while self.status().interruptions == 0 {
-            assert!(Instant::now() < end, "no invalidation came");
-            thread::sleep(Duration::from_millis(1));
-        }
+        wait::until("an invalidation", || self.status().interruptions > 0);
     }
 
     /// The entries of the last mapping's scatter table.

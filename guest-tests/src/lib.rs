@@ -10,6 +10,7 @@
 //! - [`map`]: mappings, and touching them without dying of it;
 //! - [`process`]: child processes;
 //! - [`race`]: threads that do one thing again and again;
+//! - [`wait`]: waiting for what must come, or must not yet;
 //! - [`probe`]: page-table entries, read back;
 //! - [`witness`]: devices that tell what has reached them;
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
@@ -37,6 +38,7 @@ pub mod process;
 pub mod race;
 #[expect(unsafe_code, reason = "ioctls")]
 pub mod vfio;
+pub mod wait;
 pub mod witness;
 
 /// Bytes of a page.

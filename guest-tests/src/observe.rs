@@ -5,10 +5,9 @@ use std::{
     fs::{self, File},
     io::Read,
     mem, thread,
-    time::{Duration, Instant},
 };
 
-use crate::pci::Function;
+use crate::{pci::Function, wait};
 
 /// Writes the name of the test that runs into the kernel's log, once a test.
 pub fn mark_test() {
@@ -92,13 +91,11 @@ pub fn buffers(function: &Function) -> Vec<Line> {
 ///
 /// # Panics
 ///
-/// When that takes longer than two seconds.
+/// When that takes [long](wait::LONG).
 pub fn wait_for_buffers(function: &Function, number: usize) {
-    let end = Instant::now() + Duration::from_secs(2);
-    while buffers(function).len() != number {
-        assert!(Instant::now() < end, "{}", buffers_text(function));
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait::until(&format!("{number} buffers"), || {
+        buffers(function).len() == number
+    });
 }
 
 /// The line of `/proc/self/maps` of the mapping at an address.

@@ -22,6 +22,7 @@ use barlease_guest_tests::{
         IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, LOW_POWER_ENTRY,
         LOW_POWER_ENTRY_WITH_WAKEUP, LOW_POWER_EXIT, MSIX_IRQ, PROBE, SET,
     },
+    wait,
 };
 
 const MEMORY_OFF: State = State::Revoked(REASON_MEMORY_OFF);
@@ -388,7 +389,7 @@ fn races_itself(len: usize, offset: u64) {
         let begin = Instant::now();
         let enough = |seen: &[u32; 2]| seen.iter().all(|&seen| seen > 10);
         while begin.elapsed() < Duration::from_millis(1000)
-            || (!enough(&seen) && begin.elapsed() < Duration::from_secs(10))
+            || (!enough(&seen) && begin.elapsed() < wait::LONG)
         {
             device.write_config_shared(offset, &value, len);
             let [command]: [u8; 1] = device.config(COMMAND);
@@ -596,12 +597,9 @@ fn enter_low_power_until_wake_up(device: &Device) -> OwnedFd {
 
 /// Waits until the device sleeps: the kernel lets it do so a little after the call.
 fn wait_until_suspended(device: &Device) {
-    let end = Instant::now() + Duration::from_secs(3);
-    while device.function().runtime_status() != "suspended" {
-        let status = device.function().runtime_status();
-        assert!(Instant::now() < end, "still {status}");
-        thread::sleep(Duration::from_millis(2));
-    }
+    wait::until("the device to sleep", || {
+        device.function().runtime_status() == "suspended"
+    });
 }
 
 fn count(event: OwnedFd) -> u64 {

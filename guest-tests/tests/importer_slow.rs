@@ -18,6 +18,7 @@ use barlease_guest_tests::{
     pci::Function,
     process::Child,
     vfio::{CONFIG_REGION, Device},
+    wait::{self, at_once, waits_for},
 };
 
 /// BAR2 of the memory device.
@@ -26,13 +27,6 @@ const BAR: u32 = 2;
 /// A mapping of one range goes through the kernel's own helper, one of several through ours.
 const ONE: &[(u64, u64)] = &[(0, 2 * PAGE)];
 const TWO: &[(u64, u64)] = &[(8 * PAGE, PAGE), (4 * PAGE, PAGE)];
-
-/// "At once", on a slow machine.
-const AT_ONCE: Duration = Duration::from_millis(700);
-
-const fn ms(milliseconds: u64) -> Duration {
-    Duration::from_millis(milliseconds)
-}
 
 fn open() -> Device {
     Device::open("memory")
@@ -45,46 +39,6 @@ fn held(device: &Device, ranges: &[(u64, u64)]) -> (OwnedFd, Attachment) {
     attachment.hold(true);
     attachment.map().expect("a mapping");
     (fd, attachment)
-}
-
-/// How long something takes.
-fn time<R>(what: impl FnOnce() -> R) -> (R, Duration) {
-    let started = Instant::now();
-    let result = what();
-    (result, started.elapsed())
-}
-
-fn at_once<R>(name: &str, what: impl FnOnce() -> R) -> R {
-    let (result, taken) = time(what);
-    assert!(taken < AT_ONCE, "{name} took {taken:?}");
-    result
-}
-
-/// Lets go after `hold` from when it is told to.
-fn lets_go_after(attachment: &Attachment, hold: Duration) {
-    attachment.wait_for_interruption();
-    thread::sleep(hold);
-    attachment.unmap().expect("a mapping to undo");
-}
-
-/// Runs `wait` in a thread, which must not come back before `meanwhile` is done and must then come
-/// back at once.
-fn waits_for<R: Send>(wait: impl FnOnce() -> R + Send, meanwhile: impl FnOnce()) -> R {
-    thread::scope(|scope| {
-        let waiting = scope.spawn(|| (wait(), Instant::now()));
-        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(meanwhile));
-        let let_go = Instant::now();
-        if let Err(panic) = done {
-            std::panic::resume_unwind(panic);
-        }
-        let (result, came_back) = waiting.join().expect("the one who waits");
-        // The last step of `meanwhile` is what it waits for.
-        let early = let_go.saturating_duration_since(came_back);
-        assert!(early < ms(300), "came back {early:?} early");
-        let late = came_back.saturating_duration_since(let_go);
-        assert!(late < AT_ONCE, "came back {late:?} late");
-        result
-    })
 }
 
 #[test]
@@ -139,15 +93,17 @@ fn revoke_waits_for_a_slow_importer_warns_and_keeps_nobody_else_waiting() {
             });
             at_once("the end of a buffer", || drop(second));
             assert!(slow.is_mapped());
-            assert!(!lines_of(&mut log, "the-slow-one"));
-            thread::sleep(ms(10_500).saturating_sub(started.elapsed()));
+            wait::until("a warning", || lines_of(&mut log, "the-slow-one"));
+            let waited = started.elapsed();
+            assert!(
+                waited >= Duration::from_secs(10),
+                "it came early: {waited:?}"
+            );
             assert!(slow.is_mapped());
-            slow.unmap().unwrap();
         },
+        || slow.unmap().unwrap(),
     );
     assert_eq!(answer, Ok(()));
-    assert!(started.elapsed() > ms(10_400));
-    assert!(lines_of(&mut log, "the-slow-one"), "no warning came");
 }
 
 /// Whether there is a warning that names the device, the buffer and the importer.
@@ -176,8 +132,12 @@ fn every_event_waits_for_a_slow_importer() {
     for ((name, event), ranges) in events.into_iter().zip([ONE, TWO, ONE, TWO]) {
         let device = open();
         let (_fd, slow) = held(&device, ranges);
-        let (_, taken) = time(|| waits_for(|| event(&device), || lets_go_after(&slow, ms(800))));
-        assert!(taken >= ms(800), "{name} took {taken:?}");
+        println!("{name}");
+        waits_for(
+            || event(&device),
+            || slow.wait_for_interruption(),
+            || slow.unmap().unwrap(),
+        );
         device.set_memory(true);
     }
 }
@@ -186,7 +146,11 @@ fn every_event_waits_for_a_slow_importer() {
 fn the_close_of_the_device_waits_for_a_slow_importer() {
     let device = open();
     let (_fd, slow) = held(&device, TWO);
-    waits_for(|| drop(device), || lets_go_after(&slow, ms(800)));
+    waits_for(
+        || drop(device),
+        || slow.wait_for_interruption(),
+        || slow.unmap().unwrap(),
+    );
     assert_eq!(slow.map(), Err(ENODEV));
 }
 
@@ -198,12 +162,13 @@ fn an_event_costs_the_slowest_importer_and_not_the_sum() {
     let fd3 = device.export(BAR, ONE).unwrap();
     let map3 = Map::new(&fd3, 2 * PAGE).unwrap();
     map3.touch_all().unwrap();
-    let (_, taken) = time(|| {
-        thread::scope(|scope| {
-            scope.spawn(|| device.set_memory(false));
-            scope.spawn(|| lets_go_after(&first, ms(2000)));
-            scope.spawn(|| lets_go_after(&second, ms(2000)));
+    waits_for(
+        || device.set_memory(false),
+        || {
+            // Both are told, whoever is first, while none of them has let go.
             first.wait_for_interruption();
+            second.wait_for_interruption();
+            assert!(first.is_mapped() && second.is_mapped());
             // Neither memory nor time for anybody else.
             at_once("a touch of another buffer", || {
                 assert_eq!(map3.read(0), Err(Sigbus));
@@ -212,9 +177,10 @@ fn an_event_costs_the_slowest_importer_and_not_the_sum() {
             at_once("REVOKE of a buffer without importers", || {
                 device.revoke(&fd3).unwrap();
             });
-        });
-    });
-    assert!((ms(2000)..ms(3000)).contains(&taken), "took {taken:?}");
+            second.unmap().unwrap();
+        },
+        || first.unmap().unwrap(),
+    );
     device.set_memory(true);
 }
 
@@ -223,16 +189,21 @@ fn an_event_does_not_wait_for_a_revocation_before_it_tells_the_others() {
     let device = open();
     let (fd1, first) = held(&device, ONE);
     let (_fd2, second) = held(&device, TWO);
-    let (_, taken) = time(|| {
-        thread::scope(|scope| {
-            scope.spawn(|| device.revoke(&fd1).unwrap());
-            first.wait_for_interruption();
-            scope.spawn(|| device.set_memory(false));
-            scope.spawn(|| lets_go_after(&first, ms(2000)));
-            scope.spawn(|| lets_go_after(&second, ms(2000)));
-        });
+    thread::scope(|scope| {
+        let revoke = scope.spawn(|| device.revoke(&fd1));
+        first.wait_for_interruption();
+        waits_for(
+            || device.set_memory(false),
+            || {
+                second.wait_for_interruption();
+                assert!(first.is_mapped() && !revoke.is_finished());
+                second.unmap().unwrap();
+            },
+            // The event waits for all importers, those of a revocation too.
+            || first.unmap().unwrap(),
+        );
+        assert_eq!(revoke.join().unwrap(), Ok(()));
     });
-    assert!((ms(2000)..ms(3000)).contains(&taken), "took {taken:?}");
     device.set_memory(true);
 }
 
@@ -242,7 +213,8 @@ fn revoke_of_a_revoked_buffer_does_not_wait_a_second_time() {
     let (fd, slow) = held(&device, TWO);
     waits_for(
         || device.set_memory(false),
-        || lets_go_after(&slow, ms(700)),
+        || slow.wait_for_interruption(),
+        || slow.unmap().unwrap(),
     );
     assert_eq!(device.state(&fd), State::Revoked(REASON_MEMORY_OFF));
     at_once("REVOKE", || device.revoke(&fd).unwrap());
@@ -256,18 +228,18 @@ fn revoke_of_a_revoked_buffer_does_not_wait_a_second_time() {
 fn revoke_during_an_event_waits_for_the_same_importer_and_no_longer() {
     let device = open();
     let (fd, slow) = held(&device, TWO);
-    let (_, taken) = time(|| {
-        thread::scope(|scope| {
-            scope.spawn(|| device.set_memory(false));
-            slow.wait_for_interruption();
-            let revoke = scope.spawn(|| device.revoke(&fd));
-            thread::sleep(ms(1000));
-            assert!(!revoke.is_finished());
-            slow.unmap().unwrap();
-            assert_eq!(revoke.join().unwrap(), Ok(()));
-        });
+    thread::scope(|scope| {
+        let event = scope.spawn(|| device.set_memory(false));
+        waits_for(
+            || device.revoke(&fd),
+            || {
+                slow.wait_for_interruption();
+                assert!(!event.is_finished());
+            },
+            || slow.unmap().unwrap(),
+        )
+        .unwrap();
     });
-    assert!((ms(1000)..ms(2000)).contains(&taken), "took {taken:?}");
     device.set_memory(true);
 }
 
@@ -286,13 +258,7 @@ fn the_death_of_the_importing_process_lets_go() {
     });
     child.link.expect(1);
     assert_eq!(device.status(&fd).unwrap().nr_attachments, 1);
-    let answer = waits_for(
-        || device.revoke(&fd),
-        || {
-            thread::sleep(ms(700));
-            drop(child);
-        },
-    );
+    let answer = waits_for(|| device.revoke(&fd), || {}, || drop(child));
     assert_eq!(answer, Ok(()));
     assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
 }
@@ -307,11 +273,8 @@ fn the_revoking_process_cannot_be_killed_out_of_its_wait() {
     slow.wait_for_interruption();
     waits_for(
         || drop(child),
-        || {
-            thread::sleep(ms(700));
-            assert_eq!(device.state(&fd), State::Dead);
-            slow.unmap().unwrap();
-        },
+        || assert_eq!(device.state(&fd), State::Dead),
+        || slow.unmap().unwrap(),
     );
 }
 
@@ -321,11 +284,8 @@ fn closing_the_importer_lets_go() {
     let (fd, slow) = held(&device, TWO);
     waits_for(
         || device.revoke(&fd),
-        || {
-            slow.wait_for_interruption();
-            thread::sleep(ms(700));
-            drop(slow);
-        },
+        || wait::until("a dead lease", || device.state(&fd) == State::Dead),
+        || drop(slow),
     )
     .unwrap();
     assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
@@ -337,11 +297,8 @@ fn unbinding_the_importing_device_lets_go() {
     let (fd, slow) = held(&device, TWO);
     waits_for(
         || device.revoke(&fd),
-        || {
-            slow.wait_for_interruption();
-            thread::sleep(ms(700));
-            Function::named(EDU).unbind();
-        },
+        || slow.wait_for_interruption(),
+        || Function::named(EDU).unbind(),
     )
     .unwrap();
 }
@@ -360,10 +317,9 @@ fn revoke_waits_for_a_fence_that_signals_late() {
         || {
             attachment.wait_for_interruption();
             assert!(!attachment.is_mapped());
-            thread::sleep(ms(800));
             assert_eq!(device.state(&fd), State::Dead);
-            attachment.signal().unwrap();
         },
+        || attachment.signal().unwrap(),
     );
     assert_eq!(answer, Ok(()));
 }
@@ -371,15 +327,15 @@ fn revoke_waits_for_a_fence_that_signals_late() {
 #[test]
 fn an_event_waits_for_the_latest_of_fences_and_mappings() {
     let device = open();
-    let (_fd, slow) = held(&device, ONE);
+    let (fd, slow) = held(&device, ONE);
     slow.fence().unwrap();
     waits_for(
         || device.set_memory(false),
         || {
-            lets_go_after(&slow, ms(400));
-            thread::sleep(ms(400));
-            slow.signal().unwrap();
+            slow.wait_for_interruption();
+            slow.unmap().unwrap();
         },
+        || slow.signal().unwrap(),
     );
     device.set_memory(true);
     slow.map().unwrap();
@@ -387,11 +343,10 @@ fn an_event_waits_for_the_latest_of_fences_and_mappings() {
     waits_for(
         || device.set_memory(false),
         || {
-            thread::sleep(ms(400));
+            wait::until("the event", || device.state(&fd) != State::Ok);
             slow.signal().unwrap();
-            thread::sleep(ms(400));
-            slow.unmap().unwrap();
         },
+        || slow.unmap().unwrap(),
     );
     device.set_memory(true);
 }
@@ -453,12 +408,11 @@ fn another_device_does_not_wait() {
         || device.set_memory(false),
         || {
             slow.wait_for_interruption();
-            thread::sleep(ms(400));
             at_once("memory off of another device", || other.set_memory(false));
             at_once("memory on of another device", || other.set_memory(true));
             at_once("REVOKE on another device", || other.revoke(&fd).unwrap());
-            slow.unmap().unwrap();
         },
+        || slow.unmap().unwrap(),
     );
     device.set_memory(true);
 }

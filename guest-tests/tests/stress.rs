@@ -18,6 +18,7 @@ use barlease_guest_tests::{
     process::{self, Child, Link},
     race::{self, Window},
     vfio::{Device, Group, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
+    wait,
 };
 
 /// The frame buffer of the display: 64 MiB.
@@ -591,15 +592,12 @@ fn a_toucher_that_never_stops_holds_nobody_up() {
                 }
             });
         }
-        let mut longest = Duration::ZERO;
         for _ in 0..50 {
-            let begin = Instant::now();
-            device.set_memory(false);
-            device.set_memory(true);
-            longest = longest.max(begin.elapsed());
+            wait::at_once("memory off and on", || {
+                device.set_memory(false);
+                device.set_memory(true);
+            });
         }
         stop.store(true, Ordering::Relaxed);
-        // Under emulation on a busy machine; forever is what it must not be.
-        assert!(longest < Duration::from_secs(2), "{longest:?}");
     });
 }

@@ -25,6 +25,7 @@ use barlease_guest_tests::{
     pci::{BARLEASE, Function},
     race::{Loop, meanwhile, whatever},
     vfio::{COMMAND, Device, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
+    wait::until,
     witness::{self, MARK, Witness},
 };
 use serde_json::{Value, json};
@@ -93,15 +94,6 @@ fn scribble(map: &Map, value: u32) {
     let _ = map.read(HUGE + PAGE);
 }
 
-/// Waits until that is so.
-fn until(so: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !so() {
-        assert!(Instant::now() < end, "it is not so for long");
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
 impl Setup {
     /// Runs `body` while threads write through all mappings, all the time.
     fn while_all_write<R>(&self, body: impl FnOnce() -> R) -> R {
@@ -117,7 +109,7 @@ impl Setup {
     fn wait_for_accesses(&self, number: u64) {
         let query = json!({"region": MEMORY});
         let wanted = self.witness.count(&query) + number;
-        until(|| self.witness.count(&query) >= wanted);
+        until("accesses", || self.witness.count(&query) >= wanted);
     }
 
     /// Asserts that the memory was reached only when it may be, and that it was reached.
@@ -261,14 +253,16 @@ fn nothing_reaches_the_device_after_a_revocation_has_returned() {
             query
         };
         meanwhile(&[&write, &write, &write, &stay], || {
-            until(|| witness.count(&written(&json!({}))) > 0);
+            until("a write", || witness.count(&written(&json!({}))) > 0);
             thread::sleep(Duration::from_millis(u64::from(round % 5)));
             device.revoke(&fd).unwrap();
             let place = witness.place_of_mark(mark(&device));
             // All have tried since, and one that may has reached it.
             let before = tries.load(Ordering::Relaxed);
-            until(|| tries.load(Ordering::Relaxed) > before + 10);
-            until(|| witness.count(&json!({"region": MEMORY, "value": 99, "after": place})) > 0);
+            until("tries", || tries.load(Ordering::Relaxed) > before + 10);
+            until("a write after it", || {
+                witness.count(&json!({"region": MEMORY, "value": 99, "after": place})) > 0
+            });
             witness.assert_none(&written(&json!({"after": place})));
         });
         witness.clear();
@@ -339,7 +333,9 @@ fn nothing_reaches_the_device_in_low_power() {
         for _ in 0..3 {
             setup.wait_for_accesses(10);
             assert_eq!(setup.device.feature(SET | LOW_POWER_ENTRY, &mut []), Ok(0));
-            until(|| setup.device.function().runtime_status() == "suspended");
+            until("the device to sleep", || {
+                setup.device.function().runtime_status() == "suspended"
+            });
             thread::sleep(Duration::from_millis(5));
             assert_eq!(setup.device.feature(SET | LOW_POWER_EXIT, &mut []), Ok(0));
         }
@@ -453,7 +449,9 @@ fn after(give_up: impl Fn(&Function)) {
     let [first, second] = &maps;
     let (first, second) = (|| scribble(first, 1), || scribble(second, 2));
     meanwhile(&[&first, &second, &first], || {
-        until(|| witness.count(&json!({"region": MEMORY})) > 20);
+        until("accesses", || {
+            witness.count(&json!({"region": MEMORY})) > 20
+        });
         drop(device);
         give_up(&function);
         // Behind all that is still on its way.
@@ -512,7 +510,7 @@ fn a_device_that_is_gone_without_a_word_gives_up_its_leases() {
         // The kernel resets it, and waits a minute for an answer.
         scope.spawn(|| drop(device));
         // Nobody waits for that to lose what was leased.
-        until(|| combining.read(0) == Err(Sigbus));
+        until("the end of the lease", || combining.read(0) == Err(Sigbus));
         witness.set(&json!({"dead": false}));
     });
     let function = Function::named("trapped");
