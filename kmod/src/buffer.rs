@@ -166,7 +166,7 @@ impl Buffer {
     pub(crate) fn revoke(&self) -> Result {
         let first = self
             .leases
-            .exclusively(|_| self.revoked.xchg(1, Relaxed) == 0);
+            .exclusively(|| self.revoked.xchg(1, Relaxed) == 0);
         self.zap();
         if self.is_attached() {
             self.invalidate();

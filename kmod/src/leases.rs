@@ -144,8 +144,9 @@ impl Leases {
     }
 
     /// Runs `f` while nobody sees the state of a buffer.
-    pub(crate) fn exclusively<R>(&self, f: impl FnOnce(&Access) -> R) -> R {
-        f(&self.access.write())
+    pub(crate) fn exclusively<R>(&self, f: impl FnOnce() -> R) -> R {
+        let _access = self.access.write();
+        f()
     }
 
     /// Adds a buffer, which every drain from here on finds.

@@ -208,6 +208,12 @@ impl Pci {
         })
     }
 
+    /// Whether its driver has enabled it, which vfio drivers do while it is open. `None`: unknown.
+    pub(crate) fn is_enabled(&self, bdf: Bdf) -> Option<bool> {
+        let count = text(&self.device_path(bdf).join("enable"))?;
+        Some(count != "0")
+    }
+
     fn driver_override(&self, bdf: Bdf) -> Option<String> {
         text(&self.device_path(bdf).join("driver_override")).filter(|text| text != "(null)")
     }

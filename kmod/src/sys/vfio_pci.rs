@@ -356,7 +356,8 @@ impl<'a, D: Driver> Device<'a, D> {
         }
     }
 
-    /// A BAR that the core claimed and mapped; `ENODEV` otherwise.
+    /// A memory BAR that the core claimed and mapped; `ENODEV` otherwise. (It maps I/O BARs too: to
+    /// port numbers, which are no addresses of memory.)
     pub(crate) fn bar(&self, index: u32) -> Result<Bar> {
         // SAFETY: The device is valid; the map does not change while it is open.
         let map = unsafe { (*self.core()).barmap };
@@ -366,6 +367,13 @@ impl<'a, D: Driver> Device<'a, D> {
             return Err(ENODEV);
         }
         let pdev = self.function().pdev;
+        // SAFETY: `pdev` is valid; its resources were assigned before the driver was bound.
+        let resources = unsafe { &raw const (*pdev).resource };
+        // SAFETY: As above; the standard BARs, of which `index` is one, are the first of them.
+        let flags = unsafe { (*resources)[index as usize].flags };
+        if flags & bindings::IORESOURCE_MEM as c_ulong == 0 {
+            return Err(ENODEV);
+        }
         Ok(Bar {
             // SAFETY: `pdev` is valid and has that BAR.
             start: unsafe { bindings::pci_resource_start(pdev, index as c_int) },

@@ -127,7 +127,7 @@ impl OpenOptions {
         let cdev = self.cdev(&device);
         match (self.backend, cdev) {
             (Backend::Auto | Backend::Cdev, Some(node)) => {
-                self.open_cdev(bdf, device.driver, &node)
+                self.open_cdev(bdf, device.driver, &node, &pci)
             }
             (Backend::Cdev, None) => Err(Error::Unsupported {
                 operation: "open",
@@ -146,7 +146,13 @@ impl OpenOptions {
         (node.exists() && self.dev.join("iommu").exists()).then_some(node)
     }
 
-    fn open_cdev(&self, bdf: Bdf, driver: Option<String>, node: &Path) -> Result<Device> {
+    fn open_cdev(
+        &self,
+        bdf: Bdf,
+        driver: Option<String>,
+        node: &Path,
+        pci: &Pci,
+    ) -> Result<Device> {
         let failed = |errno| Error::from_errno("open", Object::Device(bdf), errno);
         let fd = open_node(node)?;
         let iommufd = open_node(&self.dev.join("iommu"))?;
@@ -155,7 +161,13 @@ impl OpenOptions {
             iommufd: iommufd.as_raw_fd(),
             ..Default::default()
         };
-        ioctl::call(fd.as_fd(), ioctl::DEVICE_BIND_IOMMUFD, &mut bind).map_err(failed)?;
+        let bound = ioctl::call(fd.as_fd(), ioctl::DEVICE_BIND_IOMMUFD, &mut bind);
+        bound.map_err(|errno| match errno {
+            // `vfio_df_open` answers so for a device that is open; so does a device that cannot be
+            // enabled.
+            Errno::INVAL if pci.is_enabled(bdf) == Some(true) => failed(Errno::BUSY),
+            _ => failed(errno),
+        })?;
         let mut ioas = iommu_ioas_alloc::default();
         ioctl::call(iommufd.as_fd(), ioctl::IOAS_ALLOC, &mut ioas).map_err(failed)?;
         let mut attach = vfio::vfio_device_attach_iommufd_pt {
