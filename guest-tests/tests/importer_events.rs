@@ -424,9 +424,12 @@ fn no_mapping_is_left_when_mapping_and_memory_off_race() {
             window.check(|| attachment.map() != Err(ENODEV));
         }
     });
-    let mut mapped = 0;
+    let interrupted = |attachment: &Attachment| attachment.status().interruptions > 0;
+    let (mut rounds, mut mapped) = (0, 0);
     race::meanwhile(&[&first, &second], || {
-        for _ in 0..300 {
+        // On a busy machine the others may come late.
+        while rounds < 300 || mapped == 0 || !attachments.iter().all(interrupted) {
+            rounds += 1;
             device.set_memory(false);
             window.shut(|| {
                 for attachment in &attachments {
@@ -437,18 +440,15 @@ fn no_mapping_is_left_when_mapping_and_memory_off_race() {
             mapped += usize::from(attachments.iter().any(Attachment::is_mapped));
         }
     });
-    assert!(mapped > 0, "the race never took place");
-    for attachment in &attachments {
-        assert!(attachment.status().interruptions > 0);
-    }
 }
 
 #[test]
 fn no_mapping_is_left_when_mapping_and_revoke_race() {
     let device = open("memory");
     let importer = Importer::open();
-    let mut interrupted = 0;
-    for round in 0..200 {
+    let (mut round, mut interrupted) = (0, 0);
+    while round < 200 || interrupted == 0 {
+        round += 1;
         let fd = device.export(BAR, SHAPES[round % 2]).unwrap();
         let attachment = importer.attach(&fd).unwrap();
         let maps = || {
@@ -464,7 +464,6 @@ fn no_mapping_is_left_when_mapping_and_revoke_race() {
         assert!(!attachment.is_mapped());
         interrupted += attachment.status().interruptions;
     }
-    assert!(interrupted > 0, "the race never took place");
 }
 
 #[test]
