@@ -48,10 +48,13 @@ use crate::splat::{self, INIT_STARTED, Splat};
 use crate::terminal::RawTerminal;
 
 /// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it is five times that.
-pub const TIMEOUT: Duration = Duration::from_secs(180);
+pub const TIMEOUT: Duration = Duration::from_secs(360);
 
 /// How many folders of earlier runs are kept.
 const RUNS_KEPT: usize = 30;
+
+/// A younger run may still be going on, beside this one.
+const RUN_LASTS: Duration = Duration::from_secs(2 * 3600);
 
 /// Lines of a log that are shown when there is nothing better.
 const TAIL: usize = 60;
@@ -457,7 +460,10 @@ fn run_folder(prepared: &Prepared) -> Result<PathBuf> {
         .collect();
     all.sort();
     for old in all.iter().take(all.len().saturating_sub(RUNS_KEPT)) {
-        let _ = fs::remove_dir_all(old);
+        let modified = fs::metadata(old).and_then(|folder| folder.modified());
+        if modified.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > RUN_LASTS)) {
+            let _ = fs::remove_dir_all(old);
+        }
     }
     Ok(folder)
 }

@@ -1,8 +1,8 @@
 //! `cargo xtask kmod`
 
-use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::{fs, io};
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::kmod::{self, Built, Task};
@@ -62,10 +62,21 @@ pub(crate) fn build(prepared: &Prepared, deny_warnings: bool) -> Result<PathBuf>
     let mut copies = Vec::new();
     for module in [&built.module].into_iter().chain(&built.others) {
         let to = folder.join(module.file_name().unwrap_or_default());
-        fs::copy(module, &to).with_context(|| format!("copy the module to {}", to.display()))?;
+        place(module, &to).with_context(|| format!("copy the module to {}", to.display()))?;
         copies.push(to);
     }
     Ok(copies.swap_remove(0))
+}
+
+/// Copies a file unless it is there: another guest may be about to load it.
+fn place(from: &Path, to: &Path) -> io::Result<()> {
+    let content = fs::read(from)?;
+    if fs::read(to).is_ok_and(|there| there == content) {
+        return Ok(());
+    }
+    let new = to.with_extension(format!("{}.new", std::process::id()));
+    fs::write(&new, content)?;
+    fs::rename(new, to)
 }
 
 /// Checks the module with clippy.

@@ -7,6 +7,7 @@ mod checkout;
 mod demo;
 mod dist;
 mod kmod;
+mod pool;
 mod test;
 mod vm;
 

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::kmod as lab_kmod;
-use barlease_lab::prepare::{self, Prepared, Request, prepare};
+use barlease_lab::prepare::{self, Request, prepare};
 use barlease_lab::report::seconds;
 use clap::Args;
 
-use crate::{canary, checkout, kmod};
+use crate::{canary, checkout, kmod, pool};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -24,6 +24,9 @@ pub(crate) struct Options {
     /// Only the module and the guests
     #[arg(long)]
     guest_only: bool,
+    /// Guests at a time [default: one for each processor, and no more than memory allows]
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: Option<u16>,
     /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs
     filter: Option<String>,
 }
@@ -127,6 +130,11 @@ fn has_deny() -> bool {
 }
 
 fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
+    let mut binaries = Vec::new();
+    steps.make("guest tests: build", || {
+        binaries = pool::binaries()?;
+        Ok(())
+    });
     for wanted in kernels(&options.kernel)? {
         let prepared = prepare(&Request {
             kernel: wanted,
@@ -145,25 +153,20 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
         }
         let name = format!("guest tests on {kernel}");
         if built {
-            guest_tests(steps, &name, &prepared, options.filter.as_deref());
+            steps.step(&name, || {
+                pool::Pool {
+                    binaries: &binaries,
+                    prepared: &prepared,
+                    filter: options.filter.as_deref(),
+                    jobs: options.jobs.map_or_else(pool::jobs, usize::from),
+                }
+                .run()
+            });
         } else {
             steps.skip(&name, "the module does not build");
         }
     }
     Ok(())
-}
-
-fn guest_tests(steps: &mut Steps, name: &str, prepared: &Prepared, filter: Option<&str>) {
-    steps.step(name, || {
-        let mut cargo = checkout::cargo("guest-tests");
-        cargo.args(["test", "--no-fail-fast"]).args(filter);
-        cargo.env("BARLEASE_KERNEL", &prepared.kernel.name);
-        // The runner then needs not ask cargo whether we are up to date.
-        if let Ok(this) = std::env::current_exe() {
-            cargo.env("BARLEASE_XTASK", this);
-        }
-        counted(&mut cargo, &mut io::stdout())
-    });
 }
 
 /// What was asked for, in the form of requests.
@@ -310,7 +313,7 @@ fn watch(command: &mut Command, out: &mut impl Write, mut each: impl FnMut(&str)
 }
 
 /// `test result: ok. 3 passed; 0 failed; …`
-fn parse_result(line: &str) -> Option<Count> {
+pub(crate) fn parse_result(line: &str) -> Option<Count> {
     let (_, rest) = line.strip_prefix("test result: ")?.split_once(". ")?;
     let mut words = rest.split(' ');
     let passed = words.next()?.parse().ok()?;

@@ -68,7 +68,7 @@ pub(crate) struct Exec {
     /// Put a file into the guest, at /lab/bin when no place is given
     #[arg(long = "file", value_name = "FILE[:PLACE]")]
     files: Vec<Placed>,
-    /// Seconds that the guest may take, boot and all [default: 180, and 900 on a debug kernel]
+    /// Seconds that the guest may take, boot and all [default: 360, and 1800 on a debug kernel]
     #[arg(long)]
     timeout: Option<u64>,
     /// Without our module
