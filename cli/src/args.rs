@@ -69,6 +69,17 @@ pub(crate) enum DeviceCommand {
         #[arg(long, default_value = "barlease-vfio-pci")]
         driver: String,
     },
+    /// Open a device, make a region that maps one of its BARs write-combining, and show it
+    ///
+    /// It ends with this command, which closes the device. A program that opens the device and asks for an
+    /// alias itself (BARLEASE_FEATURE_ALIAS_REGION) finds its first one at the same index and offset.
+    Alias {
+        /// The device
+        bdf: Bdf,
+        /// The BAR
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
+        bar: u32,
+    },
     /// Give devices back to the driver that the kernel would choose
     Unbind {
         /// The devices
@@ -85,7 +96,10 @@ impl Default for DeviceCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum LeaseCommand {
-    /// List the leases that exist (needs debugfs, as root)
+    /// List the leases that exist, and mappings of BARs (needs debugfs, as root)
+    ///
+    /// MEMATTR is the memory type of the next mapping. Mappings keep the type that they were made
+    /// with: of the MMAPS that there are, WC_MMAPS are write-combining and the others uncached.
     Show {
         /// Of this device only
         bdf: Option<Bdf>,
@@ -152,6 +166,8 @@ pub(crate) struct GrantArgs {
     /// Memory type of mappings
     #[arg(long, value_enum, default_value = "nc")]
     pub(crate) memory_type: MemoryType,
+    #[command(flatten)]
+    pub(crate) tph: TphArgs,
     /// Name, shown by `lease show` and in /proc/PID/maps
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -164,6 +180,35 @@ pub(crate) struct GrantArgs {
     /// Serve one holder, then no more
     #[arg(long)]
     pub(crate) once: bool,
+}
+
+/// What devices that import the lease put into their writes to it.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Steering tags, for devices that import the lease")]
+pub(crate) struct TphArgs {
+    /// 8-bit steering tag
+    #[arg(long, value_name = "TAG", value_parser = number::integer_of::<u8>)]
+    pub(crate) steering_tag: Option<u8>,
+    /// 16-bit steering tag, which is not an 8-bit one made longer
+    #[arg(long, value_name = "TAG", value_parser = number::integer_of::<u16>)]
+    pub(crate) steering_tag_ext: Option<u16>,
+    /// Processing hint: 0 bidirectional, 1 requester, 2 target, 3 target with priority
+    #[arg(long, value_name = "PH", value_parser = clap::value_parser!(u8).range(0..4))]
+    pub(crate) processing_hint: Option<u8>,
+}
+
+impl TphArgs {
+    /// What to set, if anything.
+    pub(crate) fn tph(&self) -> Option<barlease::Tph> {
+        let asked = self.steering_tag.is_some()
+            || self.steering_tag_ext.is_some()
+            || self.processing_hint.is_some();
+        asked.then(|| barlease::Tph {
+            steering_tag: self.steering_tag,
+            steering_tag_ext: self.steering_tag_ext,
+            processing_hint: self.processing_hint.unwrap_or_default(),
+        })
+    }
 }
 
 #[derive(Debug, clap::Args)]

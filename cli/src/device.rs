@@ -8,6 +8,7 @@ use std::time::Duration;
 use barlease::Bdf;
 use barlease::Device;
 use barlease::Features;
+use barlease::MemoryType;
 use barlease::Region;
 use barlease::pci::Pci;
 use barlease::pci::PciDevice;
@@ -33,6 +34,7 @@ pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Fa
                 patiently(bdf, || pci.bind(bdf, &driver))?;
             }
         }
+        DeviceCommand::Alias { bdf, bar } => alias(bdf, bar, output)?,
         DeviceCommand::Unbind { bdf } => {
             for bdf in bdf {
                 patiently(bdf, || pci.unbind(bdf))?;
@@ -122,12 +124,13 @@ fn show(pci: &Pci, bdf: Bdf, output: Output) -> Result<(), Failure> {
     };
     let mut out = std::io::stdout();
     writeln!(out)?;
-    let mut regions = table(["REGION", "SIZE", "ACCESS"]);
+    let mut regions = table(["REGION", "SIZE", "ACCESS", "MEMORY_TYPES"]);
     for region in opened.regions.iter().filter(|region| region.size > 0) {
         regions.add_row([
             region.kind.to_string(),
             format!("{:#x}", region.size),
             access(region),
+            memory_types(region),
         ]);
     }
     print(&regions)?;
@@ -137,6 +140,31 @@ fn show(pci: &Pci, bdf: Bdf, output: Output) -> Result<(), Failure> {
         features.add_row([name, if supported { "yes" } else { "no" }]);
     }
     Ok(print(&features)?)
+}
+
+fn alias(bdf: Bdf, bar: u32, output: Output) -> Result<(), Failure> {
+    let device = Device::open(bdf)?;
+    let region = device.region(device.alias_region(bar, MemoryType::Wc)?)?;
+    if output.is_json() {
+        return Ok(output.document(&region)?);
+    }
+    let mut table = table([
+        "INDEX",
+        "OFFSET",
+        "REGION",
+        "SIZE",
+        "ACCESS",
+        "MEMORY_TYPES",
+    ]);
+    table.add_row([
+        region.index.to_string(),
+        format!("{:#x}", region.offset),
+        region.kind.to_string(),
+        format!("{:#x}", region.size),
+        access(&region),
+        memory_types(&region),
+    ]);
+    Ok(print(&table)?)
 }
 
 fn open(bdf: Bdf) -> barlease::Result<Opened> {
@@ -158,5 +186,18 @@ fn access(region: &Region) -> String {
         .into_iter()
         .filter_map(|(has, name)| has.then_some(name))
         .collect();
+    names.join(",")
+}
+
+/// How its mappings are cached, or those of an alias of it can be.
+fn memory_types(region: &Region) -> String {
+    let names: Vec<_> = region
+        .memory_types()
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    if names.is_empty() {
+        return "-".to_owned();
+    }
     names.join(",")
 }

@@ -12,6 +12,7 @@ mod lease;
 mod number;
 mod output;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::CommandFactory;
@@ -30,8 +31,14 @@ pub fn command() -> clap::Command {
 /// Runs the command with the arguments of the process.
 #[must_use]
 pub fn main() -> ExitCode {
+    run(std::env::args_os())
+}
+
+/// Runs the command with these arguments, the first of which is its name.
+#[must_use]
+pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> ExitCode {
     // Usage errors end the process with code 2 in here.
-    let args = Args::parse();
+    let args = Args::parse_from(args);
     let output = Output::new(args.json, args.pretty);
     let answer = match args.object {
         Object::Device { command } => device::run(command.unwrap_or_default(), output),

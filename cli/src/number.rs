@@ -13,6 +13,13 @@ pub(crate) fn integer(text: &str) -> Result<u64, String> {
     parsed.map_err(|_| format!("{text:?} is not a number from 0 to {:#x}", u64::MAX))
 }
 
+/// An integer of fewer bits.
+pub(crate) fn integer_of<T: TryFrom<u64>>(text: &str) -> Result<T, String> {
+    let limit = u64::MAX >> (64 - 8 * size_of::<T>());
+    T::try_from(integer(text)?)
+        .map_err(|_| format!("{text:?} is not a number from 0 to {limit:#x}"))
+}
+
 /// Bytes: an integer, or one with K, M or G behind it (powers of 1024).
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     let units = [
@@ -89,6 +96,14 @@ mod tests {
         ] {
             assert!(size(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn an_integer_must_fit() {
+        assert_eq!(integer_of::<u8>("0xff"), Ok(255));
+        assert_eq!(integer_of::<u16>("256"), Ok(256));
+        let error = integer_of::<u8>("256").unwrap_err();
+        assert!(error.ends_with("from 0 to 0xff"), "{error}");
     }
 
     #[test]

@@ -61,6 +61,11 @@ fn help_names_objects_commands_and_exit_codes() {
 
 #[test]
 fn wrong_usage_is_exit_code_2() {
+    let grant = |more: &[&'static str]| {
+        let mut args = vec!["lease", "grant", ABSENT, "--bar", "0", "--socket", "x"];
+        args.extend(more);
+        args
+    };
     for args in [
         &["frobnicate"][..],
         &[],
@@ -71,6 +76,12 @@ fn wrong_usage_is_exit_code_2() {
             "lease", "grant", ABSENT, "--bar", "0", "--socket", "x", "--range", "4K",
         ],
         &["lease", "write", "x", "0", "1", "--width", "3"],
+        &["device", "alias", ABSENT],
+        &["device", "alias", ABSENT, "--bar", "6"],
+        &grant(&["--steering-tag", "256"]),
+        &grant(&["--steering-tag-ext", "0x10000"]),
+        &grant(&["--processing-hint", "4"]),
+        &grant(&["--memory-type", "wb"]),
     ] {
         barlease(args).assert().code(2);
     }
@@ -82,6 +93,7 @@ fn a_device_that_does_not_exist_is_said_with_a_remedy() {
         &["device", "show", ABSENT][..],
         &["device", "bind", ABSENT],
         &["device", "unbind", ABSENT],
+        &["device", "alias", ABSENT, "--bar", "0"],
         &["lease", "show", ABSENT],
         &[
             "lease",

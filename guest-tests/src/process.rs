@@ -124,6 +124,19 @@ pub fn become_user(uid: u32) {
     assert_eq!([groups, group, user], [0; 3]);
 }
 
+/// What this process, a child, reads and writes by default from here on: the link, and a file.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn become_command(link: &Link, output: impl AsFd) {
+    for (fd, number) in [(link.0.as_fd(), 0), (output.as_fd(), 1)] {
+        // SAFETY: Standard input and output belong to the whole process, and this is its only thread.
+        let answer = unsafe { libc::dup2(fd.as_raw_fd(), number) };
+        assert_eq!(answer, number, "dup2: {}", io::Error::last_os_error());
+    }
+}
+
 /// Runs `body` in a forked process, from whatever thread, and says whether it returned true.
 ///
 /// `body` must not allocate or lock: another thread may hold the lock of what it needs.
@@ -219,6 +232,15 @@ impl Link {
         (&self.0)
             .write_all(&value.to_ne_bytes())
             .expect("the other side listens");
+    }
+
+    /// Sends a line of text.
+    ///
+    /// # Panics
+    ///
+    /// When the other side is gone.
+    pub fn send_line(&self, text: &str) {
+        writeln!(&self.0, "{text}").expect("the other side listens");
     }
 
     /// Waits for a number.

@@ -3,6 +3,7 @@
 
 use std::fs;
 
+use barlease::doctor::{Doctor, Verdict};
 use barlease_abi::{
     ALIAS_WC, FEATURE_ALIAS_REGION, FEATURE_DMA_BUF_MEMATTR, MEMATTR_NC, MEMATTR_WC,
     REGION_CAP_ALIASABLE,
@@ -63,6 +64,13 @@ fn no_bar_says_that_it_can_be_aliased_write_combining() {
             assert_eq!(payload[..4], [0; 4], "supported_mapping_flags");
         }
     }
+}
+
+#[test]
+fn the_doctor_says_so() {
+    let checks = Doctor::new().examine(None);
+    let check = checks.iter().find(|check| check.name == "write-combining");
+    assert_eq!(check.unwrap().verdict, Verdict::Warn, "{checks:?}");
 }
 
 #[test]

@@ -62,6 +62,8 @@ pub(crate) struct Buffer {
     memattr: Atomic<u32>,
     /// VMAs that map it.
     vmas: Atomic<i64>,
+    /// Those of them that are write-combining: each keeps the type that it was made with.
+    wc_vmas: Atomic<i64>,
     /// Importers attached.
     attachments: Atomic<i64>,
     inode: SetOnce<MappedInode>,
@@ -135,6 +137,7 @@ impl Buffer {
                 revoked: Atomic::new(0),
                 memattr: Atomic::new(memattr_of(memory_type)),
                 vmas: Atomic::new(0),
+                wc_vmas: Atomic::new(0),
                 attachments: Atomic::new(0),
                 inode: SetOnce::new(),
                 ticket: SetOnce::new(),
@@ -217,6 +220,11 @@ impl Buffer {
     /// VMAs that map it.
     pub(crate) fn vmas(&self) -> i64 {
         self.vmas.load(Relaxed)
+    }
+
+    /// Those of them that are write-combining.
+    pub(crate) fn wc_vmas(&self) -> i64 {
+        self.wc_vmas.load(Relaxed)
     }
 
     /// Its name, filled up with NUL; `None` while somebody else looks at the dma-buf.
@@ -439,11 +447,17 @@ impl vma::Mapped for Buffer {
         )
     }
 
-    fn vma_opened(&self) {
+    fn vma_opened(&self, memory_type: MemoryType) {
         self.vmas.fetch_add(1, Relaxed);
+        if memory_type == MemoryType::WriteCombining {
+            self.wc_vmas.fetch_add(1, Relaxed);
+        }
     }
 
-    fn vma_closed(&self) {
+    fn vma_closed(&self, memory_type: MemoryType) {
         self.vmas.fetch_sub(1, Relaxed);
+        if memory_type == MemoryType::WriteCombining {
+            self.wc_vmas.fetch_sub(1, Relaxed);
+        }
     }
 }

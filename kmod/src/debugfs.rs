@@ -5,7 +5,8 @@
 //! Columns are separated by white space and named by the header. White space and control characters
 //! in a name, which a user can set, are shown as `\xNN`. The name of an internal buffer, a mapping of
 //! a BAR through the device fd, ends with `[mmap]`; brackets in a name are escaped, too. `(busy)` is
-//! a name that is being looked at by somebody else.
+//! a name that is being looked at by somebody else. `memattr` is what the next mapping gets; of the
+//! `mmaps` that there are, `wc_mmaps` are write-combining and the others uncached.
 
 use crate::{abi, buffer::Buffer, leases::Leases, sys::debugfs_root};
 use kernel::{
@@ -45,7 +46,7 @@ impl Writer for Lines {
     fn write(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "name bar ranges size memattr state reasons attachments mmaps"
+            "name bar ranges size memattr state reasons attachments mmaps wc_mmaps"
         )?;
         let mut result = Ok(());
         self.0.for_each(|buffer| {
@@ -71,13 +72,14 @@ fn line(buffer: &Buffer, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     };
     writeln!(
         f,
-        " {} {} {:#x} {memattr} {state} {:#x} {} {}",
+        " {} {} {:#x} {memattr} {state} {:#x} {} {} {}",
         status.region_index,
         status.nr_ranges,
         status.size,
         status.reasons,
         status.nr_attachments,
-        buffer.vmas()
+        buffer.vmas(),
+        buffer.wc_vmas()
     )
 }
 

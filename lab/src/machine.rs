@@ -189,7 +189,7 @@ impl Preset {
     pub fn of_tests(binary: &str) -> Self {
         // Cargo adds `-` and a hash.
         match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
-            "tph" | "witness" => Self::Device,
+            "command" | "tph" | "witness" => Self::Device,
             "nopat" => Self::NoPat,
             _ => Self::Full,
         }

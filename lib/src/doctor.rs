@@ -96,6 +96,7 @@ impl Doctor {
             iommu(&pci),
             self.nodes(),
             memlock(),
+            self.write_combining(),
         ];
         if let Some(bdf) = bdf {
             checks.extend(self.device(&pci, bdf));
@@ -177,6 +178,54 @@ impl Doctor {
         }
     }
 
+    /// Whether a mapping that asks for write-combining gets it. On x86 that takes PAT, and the
+    /// kernel shows its list of memory types only where PAT is on.
+    fn write_combining(&self) -> Check {
+        const NAME: &str = "write-combining";
+        let folder = self.sysfs.join("kernel/debug/x86");
+        if fs::read_dir(&folder).is_err() {
+            return skip(NAME, format!("{} cannot be read", folder.display()));
+        }
+        if folder.join("pat_memtype_list").exists() {
+            return ok(NAME, "real: PAT is on");
+        }
+        warn(
+            NAME,
+            "refused: PAT is off",
+            "boot without nopat; a hypervisor may have to show PAT to its guest",
+        )
+    }
+
+    /// Which memory type the mappings have that there are of a device's leases and BARs. What a
+    /// lease says is the type of its next mapping.
+    fn mappings(&self, bdf: Bdf) -> Check {
+        const NAME: &str = "mappings";
+        let path = self
+            .sysfs
+            .join(format!("kernel/debug/barlease/{bdf}/buffers"));
+        let Ok(text) = fs::read_to_string(&path) else {
+            return skip(NAME, format!("{} cannot be read", path.display()));
+        };
+        let Some(mappings) = Mappings::count(&text) else {
+            return skip(NAME, "the loaded module does not tell their memory type");
+        };
+        let found = format!(
+            "{} uncached, {} write-combining",
+            mappings.uncached, mappings.combining
+        );
+        if mappings.left_behind == 0 {
+            return ok(NAME, found);
+        }
+        warn(
+            NAME,
+            format!(
+                "{found}; {} of the uncached ones are of leases that are write-combining now",
+                mappings.left_behind
+            ),
+            "map these leases again: a mapping keeps the type that it was made with",
+        )
+    }
+
     fn device(&self, pci: &Pci, bdf: Bdf) -> Vec<Check> {
         let device = match pci.device(bdf) {
             Ok(device) => device,
@@ -192,6 +241,7 @@ impl Doctor {
             driver(&device),
             self.group(pci, &device),
             self.permission(&device),
+            self.mappings(bdf),
         ]
     }
 
@@ -241,6 +291,38 @@ impl Doctor {
                 &permission_remedy(&node),
             ),
         }
+    }
+}
+
+/// Mappings by memory type.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Mappings {
+    uncached: u64,
+    combining: u64,
+    /// Uncached ones, made before their lease became write-combining.
+    left_behind: u64,
+}
+
+impl Mappings {
+    /// Adds up the lines of a `buffers` file. `None` when it lacks a column.
+    fn count(text: &str) -> Option<Self> {
+        let mut lines = text.lines();
+        let header: Vec<&str> = lines.next()?.split_whitespace().collect();
+        let column = |name| header.iter().position(|column| *column == name);
+        let (memattr, all, combining) = (column("memattr")?, column("mmaps")?, column("wc_mmaps")?);
+        let mut sum = Self::default();
+        for line in lines {
+            let cells: Vec<&str> = line.split_whitespace().collect();
+            let number = |at: usize| cells.get(at)?.parse::<u64>().ok();
+            let (all, combining) = (number(all)?, number(combining)?);
+            let uncached = all.saturating_sub(combining);
+            sum.uncached += uncached;
+            sum.combining += combining;
+            if cells.get(memattr) == Some(&"WC") {
+                sum.left_behind += uncached;
+            }
+        }
+        Some(sum)
     }
 }
 
@@ -341,7 +423,15 @@ mod tests {
         let names: Vec<_> = checks.iter().map(|check| check.name).collect();
         assert_eq!(
             names,
-            ["kernel", "module", "iommu", "vfio", "memlock", "device"]
+            [
+                "kernel",
+                "module",
+                "iommu",
+                "vfio",
+                "memlock",
+                "write-combining",
+                "device"
+            ]
         );
         for check in &checks {
             assert!(
@@ -349,7 +439,42 @@ mod tests {
                 "{check:?}"
             );
         }
-        assert_eq!(checks[5].verdict, Verdict::Fail);
+        assert_eq!(checks[6].verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn write_combining_is_real_where_the_kernel_lists_memory_types() {
+        let root = tempfile::tempdir().unwrap();
+        let verdict = || Doctor::at(root.path()).write_combining().verdict;
+        assert_eq!(verdict(), Verdict::Skip);
+        let folder = root.path().join("sys/kernel/debug/x86");
+        fs::create_dir_all(&folder).unwrap();
+        assert_eq!(verdict(), Verdict::Warn);
+        fs::write(folder.join("pat_memtype_list"), "").unwrap();
+        assert_eq!(verdict(), Verdict::Ok);
+    }
+
+    #[test]
+    fn mappings_are_counted_by_the_type_that_they_have() {
+        let root = tempfile::tempdir().unwrap();
+        let bdf = "00:05.0".parse().unwrap();
+        let check = || Doctor::at(root.path()).mappings(bdf);
+        assert_eq!(check().verdict, Verdict::Skip);
+        let folder = root.path().join("sys/kernel/debug/barlease/0000:00:05.0");
+        fs::create_dir_all(&folder).unwrap();
+        let write = |text: &str| fs::write(folder.join("buffers"), text).unwrap();
+        write("name memattr mmaps\na NC 1\n");
+        assert_eq!(check().verdict, Verdict::Skip);
+        write("name memattr mmaps wc_mmaps\na NC 3 1\nb WC 2 2\n");
+        let found = check();
+        assert_eq!(
+            (found.verdict, found.found.as_str()),
+            (Verdict::Ok, "2 uncached, 3 write-combining")
+        );
+        write("name memattr mmaps wc_mmaps\na NC 3 1\nb WC 2 1\n");
+        let found = check();
+        assert_eq!(found.verdict, Verdict::Warn);
+        assert!(found.found.contains("; 1 of the uncached"), "{found:?}");
     }
 
     #[test]

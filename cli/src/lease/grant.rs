@@ -130,6 +130,9 @@ fn export(device: &Device, args: &GrantArgs) -> Result<Lease, Failure> {
     if memory_type != barlease::MemoryType::Nc {
         device.set_memory_type(&lease, memory_type)?;
     }
+    if let Some(tph) = args.tph.tph() {
+        device.set_tph(&lease, tph)?;
+    }
     if let Some(name) = &args.name {
         lease.set_name(name)?;
     }

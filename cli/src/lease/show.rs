@@ -15,7 +15,7 @@ use crate::output::print;
 use crate::output::table;
 
 const ROOT: &str = "/sys/kernel/debug/barlease";
-const COLUMNS: [&str; 9] = [
+const COLUMNS: [&str; 10] = [
     "name",
     "bar",
     "ranges",
@@ -25,6 +25,7 @@ const COLUMNS: [&str; 9] = [
     "reasons",
     "attachments",
     "mmaps",
+    "wc_mmaps",
 ];
 
 pub(crate) fn run(bdf: Option<Bdf>, output: Output) -> Result<(), Failure> {
@@ -56,6 +57,7 @@ fn print_text(found: &[Buffer]) -> Result<(), Failure> {
         reasons,
         attachments,
         mmaps,
+        wc_mmaps,
     ] = COLUMNS.map(str::to_uppercase);
     let mut table = table([
         "BDF",
@@ -68,6 +70,7 @@ fn print_text(found: &[Buffer]) -> Result<(), Failure> {
         &reasons,
         &attachments,
         &mmaps,
+        &wc_mmaps,
     ]);
     for buffer in found {
         let cells = std::iter::once("bdf").chain(COLUMNS);

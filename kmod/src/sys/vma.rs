@@ -26,10 +26,10 @@ pub(crate) trait Mapped: Send + Sync + Sized + 'static {
     fn fault(&self, fault: &Fault<'_>, order: u32) -> Outcome;
 
     /// One VMA more maps this, by mmap, fork, split or mremap.
-    fn vma_opened(&self);
+    fn vma_opened(&self, memory_type: MemoryType);
 
     /// One VMA less; its entries are gone.
-    fn vma_closed(&self);
+    fn vma_closed(&self, memory_type: MemoryType);
 }
 
 /// How a mapping is cached.
@@ -147,6 +147,12 @@ impl Fault<'_> {
 struct Vtable<T, const WC: bool>(PhantomData<T>);
 
 impl<T: Mapped, const WC: bool> Vtable<T, WC> {
+    const MEMORY_TYPE: MemoryType = if WC {
+        MemoryType::WriteCombining
+    } else {
+        MemoryType::Uncached
+    };
+
     const OPS: bindings::vm_operations_struct = bindings::vm_operations_struct {
         open: Some(Self::open),
         close: Some(Self::close),
@@ -174,7 +180,7 @@ impl<T: Mapped, const WC: bool> Vtable<T, WC> {
         // SAFETY: The new VMA was copied from one with these operations, whose reference keeps the
         // object alive while the copy takes its own.
         let mapped: Arc<T> = unsafe { Self::borrow(vma) }.into();
-        mapped.vma_opened();
+        mapped.vma_opened(Self::MEMORY_TYPE);
         // SAFETY: `vma` is valid during the call and nobody else writes to it.
         unsafe { (*vma).vm_private_data = mapped.into_foreign() };
     }
@@ -189,7 +195,7 @@ impl<T: Mapped, const WC: bool> Vtable<T, WC> {
         // SAFETY: The reference was stored by `map_io` or `open`; `close` is called once a VMA and
         // is its last operation.
         let mapped = unsafe { Arc::<T>::from_foreign(private) };
-        mapped.vma_closed();
+        mapped.vma_closed(Self::MEMORY_TYPE);
     }
 
     /// # Safety
@@ -211,11 +217,7 @@ impl<T: Mapped, const WC: bool> Vtable<T, WC> {
     ) -> bindings::vm_fault_t {
         let fault = Fault {
             vmf,
-            memory_type: if WC {
-                MemoryType::WriteCombining
-            } else {
-                MemoryType::Uncached
-            },
+            memory_type: Self::MEMORY_TYPE,
             _call: PhantomData,
         };
         // SAFETY: The VMA of the fault has these operations.
@@ -303,7 +305,7 @@ impl NewVma<'_> {
         };
         // SAFETY: `vma` is valid and locked for writing during mmap.
         unsafe { bindings::bl_vma_set_io(self.vma, wc) };
-        mapped.vma_opened();
+        mapped.vma_opened(memory_type);
         // SAFETY: As above; the reference belongs to the VMA from here on.
         unsafe { (*self.vma).vm_private_data = mapped.into_foreign() };
         // SAFETY: As above.

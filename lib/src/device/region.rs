@@ -2,9 +2,11 @@
 
 use std::fmt;
 
+use barlease_abi as abi;
 use vfio_bindings::bindings::vfio;
 
 use super::caps::RegionCapability;
+use crate::MemoryType;
 
 /// What a region is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -102,6 +104,33 @@ impl Region {
     pub fn is_bar(&self) -> bool {
         matches!(self.kind, RegionKind::Bar(_)) && self.size > 0
     }
+
+    /// The memory types that mappings of its bytes can have: that of the region itself, and those
+    /// of [aliases](super::Device::alias_region) that it can have. None if it cannot be mapped.
+    #[must_use]
+    pub fn memory_types(&self) -> Vec<MemoryType> {
+        if !self.mappable {
+            return Vec::new();
+        }
+        let of = |flags: &u32| match flags & abi::ALIAS_WC {
+            0 => None,
+            _ => Some(MemoryType::Wc),
+        };
+        let mut own = MemoryType::Nc;
+        let mut more = None;
+        for capability in &self.capabilities {
+            match capability {
+                RegionCapability::Alias { mapping_flags, .. } => {
+                    own = of(mapping_flags).unwrap_or(own);
+                }
+                RegionCapability::Aliasable {
+                    supported_mapping_flags,
+                } => more = of(supported_mapping_flags),
+                _ => {}
+            }
+        }
+        std::iter::once(own).chain(more).collect()
+    }
 }
 
 /// What VFIO says about a device.
@@ -119,6 +148,35 @@ pub struct DeviceInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_types_are_those_of_the_region_and_of_its_aliases() {
+        let types = |flags, capability: Option<RegionCapability>| {
+            let info = vfio::vfio_region_info {
+                flags,
+                ..Default::default()
+            };
+            Region::new(&info, capability.into_iter().collect()).memory_types()
+        };
+        let map = vfio::VFIO_REGION_INFO_FLAG_MMAP;
+        let aliasable = |supported_mapping_flags| {
+            Some(RegionCapability::Aliasable {
+                supported_mapping_flags,
+            })
+        };
+        let alias = RegionCapability::Alias {
+            region: 0,
+            mapping_flags: abi::ALIAS_WC,
+        };
+        assert_eq!(types(0, aliasable(abi::ALIAS_WC)), []);
+        assert_eq!(types(map, None), [MemoryType::Nc]);
+        assert_eq!(types(map, aliasable(0)), [MemoryType::Nc]);
+        assert_eq!(
+            types(map, aliasable(abi::ALIAS_WC)),
+            [MemoryType::Nc, MemoryType::Wc]
+        );
+        assert_eq!(types(map, Some(alias)), [MemoryType::Wc]);
+    }
 
     #[test]
     fn kinds_follow_the_index_and_the_alias_capability() {

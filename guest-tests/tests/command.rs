@@ -1,0 +1,264 @@
+//! The command `barlease` on the real kernel: memory types, aliases and steering tags. Run on the machine `device`, whose own
+//! device takes tags.
+#![cfg(barlease_guest)]
+
+use std::{
+    fs::{self, File},
+    os::{
+        fd::AsFd,
+        unix::{
+            fs::{FileExt, FileTypeExt},
+            net::UnixStream,
+        },
+    },
+    path::PathBuf,
+};
+
+use barlease::{
+    Bdf, Lease, MemoryType,
+    doctor::{Check, Doctor, Verdict},
+};
+use barlease_abi::{ALIAS_WC, MEMATTR_NC, MEMATTR_WC};
+use barlease_guest_tests::{
+    HUGE, PAGE,
+    importer::Importer,
+    map::{How, READ, Sigbus},
+    pci::Function,
+    probe,
+    process::{self, Child},
+    vfio::Device,
+    wait::until,
+    witness::Witness,
+};
+use serde_json::{Value, json};
+
+/// Our own device: BAR0 is memory.
+const DEVICE: &str = "trapped";
+const BAR: u32 = 0;
+
+/// The command, with its output in a file.
+struct Command {
+    child: Child,
+    output: PathBuf,
+}
+
+impl Command {
+    fn start(args: &[&str]) -> Self {
+        let output = PathBuf::from(format!("/tmp/output-{}", args.join("-").replace('/', "_")));
+        let file = File::create(&output).unwrap();
+        let child = Child::start(&[file.as_fd()], |link| {
+            process::become_command(link, &file);
+            let _code = barlease_cli::run(["barlease"].iter().chain(args));
+        });
+        Self { child, output }
+    }
+
+    /// Its output, when it has come to its end.
+    fn end(self) -> String {
+        self.child.join();
+        fs::read_to_string(self.output).unwrap()
+    }
+
+    /// Documents or events that it has printed until now.
+    fn json(text: &str) -> Vec<Value> {
+        let parse = |line| serde_json::from_str(line).unwrap();
+        text.lines().map(parse).collect()
+    }
+}
+
+/// `barlease lease show`, in a process that was started before there was a mapping: it would have a copy of each.
+struct Show {
+    child: Child,
+    output: File,
+}
+
+impl Show {
+    fn new(bdf: &str) -> Self {
+        let path = "/tmp/show";
+        fs::write(path, "").unwrap();
+        // Each writes at the end.
+        let output = File::options().read(true).append(true).open(path).unwrap();
+        let child = Child::start(&[output.as_fd()], |link| {
+            process::become_command(link, &output);
+            loop {
+                link.expect(0);
+                let _code = barlease_cli::run(["barlease", "lease", "show", bdf, "--json"]);
+                link.send(1);
+            }
+        });
+        Self { child, output }
+    }
+
+    /// Some columns of the first line.
+    fn first<const N: usize>(&self, columns: [&str; N]) -> [Value; N] {
+        self.output.set_len(0).unwrap();
+        self.child.link.send(0);
+        self.child.link.expect(1);
+        let mut text = [0; 4096];
+        let length = self.output.read_at(&mut text, 0).unwrap();
+        let lines: Value = serde_json::from_slice(&text[..length]).unwrap();
+        columns.map(|column| lines[0][column].clone())
+    }
+}
+
+/// What the doctor says of the mappings of a device.
+fn mappings(function: &Function) -> Check {
+    let bdf: Bdf = function.bdf.parse().unwrap();
+    let checks = Doctor::new().examine(Some(bdf));
+    let mappings = checks.into_iter().find(|check| check.name == "mappings");
+    mappings.unwrap()
+}
+
+#[test]
+fn lease_show_and_the_doctor_tell_which_type_mappings_have() {
+    let function = &Function::named(DEVICE);
+    let show = Show::new(&function.bdf);
+    let device = Device::open(DEVICE);
+    assert_eq!(
+        mappings(function).found,
+        "0 uncached, 0 write-combining",
+        "before"
+    );
+    let fd = device.export(BAR, &[(0, HUGE)]).unwrap();
+    let map = || How::shared().map(&fd, 0, 2 * PAGE).unwrap();
+    let uncached = map();
+    device.memattr(&fd, MEMATTR_WC).unwrap();
+    let combining = [map(), map()];
+    let shown = || show.first(["memattr", "mmaps", "wc_mmaps"]);
+    assert_eq!(shown(), [json!("wc"), json!(3), json!(2)]);
+    // It was there before the lease became write-combining.
+    let check = mappings(function);
+    assert_eq!(check.verdict, Verdict::Warn, "{check:?}");
+    assert!(
+        check.found.starts_with("1 uncached, 2 write-combining;"),
+        "{check:?}"
+    );
+    assert!(check.remedy.is_some());
+    drop(uncached);
+    assert_eq!(mappings(function).verdict, Verdict::Ok);
+    device.memattr(&fd, MEMATTR_NC).unwrap();
+    assert_eq!(shown(), [json!("nc"), json!(2), json!(2)]);
+    // Splits and children have the type of what they were split from.
+    let [mut first, second] = combining;
+    first.unmap(PAGE, PAGE);
+    second.protect(PAGE, PAGE, READ).unwrap();
+    assert_eq!(shown(), [json!("nc"), json!(3), json!(3)]);
+    assert_eq!(mappings(function).found, "0 uncached, 3 write-combining");
+    drop((first, second));
+    let alias = device.alias(BAR, ALIAS_WC).unwrap();
+    let offset = |region: u32| u64::from(region) << 40;
+    let map = |region| How::shared().map(device.as_fd(), offset(region), PAGE);
+    let (_bar, _alias) = (map(BAR).unwrap(), map(alias).unwrap());
+    assert_eq!(mappings(function).found, "1 uncached, 1 write-combining");
+}
+
+#[test]
+fn a_lease_is_granted_write_combining_and_with_steering_tags() {
+    let function = Function::named(DEVICE);
+    let _completer = Witness::new(DEVICE);
+    function.unbind();
+    function.bind(barlease_abi::DRIVER_NAME);
+    let show = Show::new(&function.bdf);
+    let socket = "/tmp/granted";
+    let command = Command::start(&[
+        "lease",
+        "grant",
+        &function.bdf,
+        "--json",
+        "--bar=0",
+        "--range=0x1000+2M",
+        "--memory-type=wc",
+        "--steering-tag=0x12",
+        "--steering-tag-ext=0x345",
+        "--processing-hint=2",
+        "--socket",
+        socket,
+    ]);
+    let is_socket = || fs::metadata(socket).is_ok_and(|it| it.file_type().is_socket());
+    until("a socket", is_socket);
+    let lease = loop {
+        // It is there a moment before anybody listens.
+        if let Ok(stream) = UnixStream::connect(socket) {
+            break Lease::receive(&stream).unwrap();
+        }
+    };
+    assert_eq!(lease.info().unwrap().memory_type, MemoryType::Wc);
+    let map = How::shared().map(&lease, 0, HUGE).unwrap();
+    map.touch_all().unwrap();
+    for at in [0, HUGE - PAGE] {
+        assert_eq!(
+            probe::memory_type(&map, at),
+            Some(probe::MemoryType::WriteCombining)
+        );
+    }
+    let importer = Importer::open();
+    assert_eq!(importer.steering_tag(&lease, false), Ok((0x12, 2)));
+    assert_eq!(importer.steering_tag(&lease, true), Ok((0x345, 2)));
+    assert_eq!(show.first(["mmaps", "wc_mmaps"]), [1, 1]);
+
+    command.child.link.send_line("status");
+    command.child.link.send_line("revoke");
+    let events = Command::json(&command.end());
+    let names: Vec<_> = events.iter().map(|event| &event["event"]).collect();
+    assert_eq!(names, ["granted", "served", "status", "revoked"]);
+    assert_eq!(events[0]["memory_type"], "wc");
+    assert_eq!(events[2]["memory_type"], "wc");
+    assert_eq!(map.read(0), Err(Sigbus));
+}
+
+#[test]
+fn tags_that_a_device_does_not_complete_end_the_grant() {
+    let function = Function::named("display");
+    function.bind(barlease_abi::DRIVER_NAME);
+    let socket = "/tmp/refused";
+    let command = Command::start(&[
+        "lease",
+        "grant",
+        &function.bdf,
+        "--bar=0",
+        "--steering-tag=1",
+        "--socket",
+        socket,
+    ]);
+    assert_eq!(command.end(), "");
+    assert!(!fs::exists(socket).unwrap());
+    // Whoever asks for none gets it.
+    let device = Device::open("display");
+    device.export(0, &[(0, PAGE)]).unwrap();
+}
+
+#[test]
+fn an_alias_is_shown_as_a_program_finds_it() {
+    let function = Function::named("memory");
+    function.bind(barlease_abi::DRIVER_NAME);
+    let text = Command::start(&["device", "alias", &function.bdf, "--bar=2", "--json"]).end();
+    let shown = Command::json(&text).remove(0);
+    let device = Device::open("memory");
+    let alias = device.alias(2, ALIAS_WC).unwrap();
+    let info = device.region_info(alias).unwrap();
+    assert_eq!(shown["index"], alias);
+    assert_eq!(shown["offset"], info.offset);
+    assert_eq!(shown["size"], info.size);
+    assert_eq!(shown["kind"], "alias of bar2");
+    drop(device);
+
+    let text = Command::start(&["device", "alias", &function.bdf, "--bar=2"]).end();
+    let offset = format!("{:#x}", info.offset);
+    let row: Vec<_> = text.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row[1], offset);
+    assert_eq!(row.last(), Some(&"wc"));
+
+    let text = Command::start(&["device", "show", &function.bdf]).end();
+    let bar = text.lines().find(|line| line.starts_with("bar2")).unwrap();
+    assert!(bar.ends_with("nc,wc"), "{text}");
+    // Of 256 bytes.
+    let bar = text.lines().find(|line| line.starts_with("bar0")).unwrap();
+    assert!(bar.ends_with("  nc") || bar.ends_with("  -"), "{text}");
+}
+
+#[test]
+fn the_doctor_says_that_write_combining_is_real() {
+    let checks = Doctor::new().examine(None);
+    let check = checks.iter().find(|check| check.name == "write-combining");
+    assert_eq!(check.unwrap().verdict, Verdict::Ok, "{checks:?}");
+}
