@@ -255,7 +255,7 @@ impl Buffer {
     /// nothing to undo, and a pinned importer may take it as final.
     pub(crate) fn invalidate(&self) {
         if self.is_attached() {
-            self.live.lock().invalidate(|| !self.unmapped.wait(0));
+            self.live.lock().invalidate(|| !self.unmapped.is_idle());
         }
     }
 

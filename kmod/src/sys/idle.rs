@@ -40,6 +40,12 @@ impl Idle {
         unsafe { bindings::complete_all(self.completion.get()) };
     }
 
+    /// Whether it is idle now. A wait of no time would sleep to the next tick of the clock.
+    pub(crate) fn is_idle(&self) -> bool {
+        // SAFETY: The completion was initialized by `new`.
+        unsafe { bindings::completion_done(self.completion.get()) }
+    }
+
     /// Waits until it is idle, or `milliseconds`: whether it is. Cannot be interrupted.
     pub(crate) fn wait(&self, milliseconds: u32) -> bool {
         let timeout = msecs_to_jiffies(milliseconds);
