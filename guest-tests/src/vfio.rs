@@ -58,6 +58,8 @@ pub const ROM_REGION: u32 = 6;
 /// Region index of VGA memory.
 pub const VGA_REGION: u32 = 8;
 
+/// Index of the MSI interrupts.
+pub const MSI_IRQ: u32 = 1;
 /// Index of the MSI-X interrupts.
 pub const MSIX_IRQ: u32 = 2;
 /// `vfio_irq_set`: no data.

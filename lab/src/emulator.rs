@@ -20,6 +20,9 @@ pub enum Accel {
     Kvm,
     /// In software.
     Tcg,
+    /// In software, one processor at a time, with a clock that counts instructions: each takes a nanosecond. What the
+    /// guest measures does not depend on what else this machine does.
+    Counting,
 }
 
 impl Accel {
@@ -29,13 +32,21 @@ impl Accel {
         match self {
             Self::Kvm => "kvm",
             Self::Tcg => "tcg",
+            Self::Counting => "counting",
         }
     }
 
-    pub(crate) fn argument(self) -> &'static str {
+    pub(crate) fn arguments(self) -> &'static [&'static str] {
         match self {
-            Self::Kvm => "kvm",
-            Self::Tcg => "tcg,thread=multi",
+            Self::Kvm => &["-accel", "kvm"],
+            Self::Tcg => &["-accel", "tcg,thread=multi"],
+            // While all processors are idle the clock jumps to the next event.
+            Self::Counting => &[
+                "-accel",
+                "tcg,thread=single",
+                "-icount",
+                "shift=0,align=off,sleep=off",
+            ],
         }
     }
 }
@@ -77,7 +88,10 @@ fn asked_for(variable: Option<&str>) -> Result<Option<Accel>> {
         None | Some("") => Ok(None),
         Some("kvm") => Ok(Some(Accel::Kvm)),
         Some("tcg") => Ok(Some(Accel::Tcg)),
-        Some(other) => bail!("BARLEASE_ACCEL is `{other}`, but can only be `kvm` or `tcg`"),
+        Some("counting") => Ok(Some(Accel::Counting)),
+        Some(other) => {
+            bail!("BARLEASE_ACCEL is `{other}`, but can only be `kvm`, `tcg` or `counting`")
+        }
     }
 }
 
@@ -116,6 +130,7 @@ mod tests {
         assert_eq!(asked_for(None).unwrap(), None);
         assert_eq!(asked_for(Some("")).unwrap(), None);
         assert_eq!(asked_for(Some("tcg")).unwrap(), Some(Accel::Tcg));
+        assert_eq!(asked_for(Some("counting")).unwrap(), Some(Accel::Counting));
         assert_eq!(asked_for(Some("kvm")).unwrap(), Some(Accel::Kvm));
         assert!(asked_for(Some("xen")).is_err());
     }

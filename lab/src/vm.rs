@@ -574,14 +574,8 @@ impl Guest<'_> {
             "-display",
             "none",
         ]);
-        command.args([
-            "-machine",
-            "q35,kernel-irqchip=split",
-            "-accel",
-            self.accel.argument(),
-            "-cpu",
-            "EPYC",
-        ]);
+        command.args(["-machine", "q35,kernel-irqchip=split", "-cpu", "EPYC"]);
+        command.args(self.accel.arguments());
         command.args([
             "-m",
             &format!("{}M", machine.memory),

@@ -2,6 +2,7 @@
 //!
 //! Only the command line is here; the work is done by the crate `barlease-lab`.
 
+mod bench;
 mod canary;
 mod checkout;
 mod demo;
@@ -30,6 +31,8 @@ enum Task {
     Demo(demo::Options),
     /// Run every check and every test, on the host and in guests.
     Test(test::Options),
+    /// Measure stock vfio-pci and Barlease side by side
+    Bench(bench::Options),
     /// Build, check or format the kernel module.
     Kmod(kmod::Options),
     /// Make packages: the command, the module for DKMS, what Debian's kernel headers lack
@@ -68,6 +71,7 @@ fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
+        Task::Bench(options) => bench::run(&options),
         Task::Kmod(options) => kmod::run(&options),
         Task::Dist(options) => dist::run(&options),
         Task::Vm(task) => vm::run(task),

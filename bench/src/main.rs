@@ -1,0 +1,99 @@
+//! What `cargo xtask bench` runs in a guest, as root; and, with `native`, on the host.
+//!
+//! Says on standard output what it is doing, and in the last line, as JSON, what came out.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use barlease_bench::measures::{self, Context};
+use barlease_bench::report::{Measure, Report, System};
+
+struct Options {
+    native: bool,
+    quick: bool,
+    one_processor: bool,
+    only: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let Some(options) = options(std::env::args().skip(1)) else {
+        eprintln!("usage: barlease-bench [native] [--quick] [--one-processor] [--only NAME]");
+        return ExitCode::from(2);
+    };
+    let report = Report {
+        system: system(&options),
+        measures: take(&options),
+    };
+    match serde_json::to_string(&report) {
+        Ok(text) => println!("{text}"),
+        Err(error) => {
+            eprintln!("bench: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
+    let mut options = Options {
+        native: false,
+        quick: false,
+        one_processor: false,
+        only: None,
+    };
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "native" => options.native = true,
+            "--quick" => options.quick = true,
+            "--one-processor" => options.one_processor = true,
+            "--only" => options.only = Some(words.next()?),
+            _ => return None,
+        }
+    }
+    Some(options)
+}
+
+fn take(options: &Options) -> Vec<Measure> {
+    let context = Context {
+        quick: options.quick,
+    };
+    let sets = if options.native {
+        measures::NATIVE
+    } else {
+        measures::ALL
+    };
+    if !options.native {
+        // Who waits for another process of its own processor need not wake one that is idle.
+        measures::pin(0);
+    }
+    let mut all = Vec::new();
+    for set in sets {
+        let wanted = options.only.as_deref();
+        if wanted.is_some_and(|wanted| !set.name.contains(wanted)) {
+            continue;
+        }
+        if options.one_processor && set.needs_processors {
+            println!(
+                "         {}: not with processors that run one at a time",
+                set.name
+            );
+            continue;
+        }
+        let start = Instant::now();
+        all.extend((set.take)(&context));
+        println!("{:>6.1} s  {}", start.elapsed().as_secs_f64(), set.name);
+    }
+    all
+}
+
+fn system(options: &Options) -> System {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let module = format!("/sys/module/{}/version", barlease_abi::MODULE_NAME);
+    System {
+        kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        module: read(&module).trim().to_owned(),
+        processors: std::thread::available_parallelism().map_or(1, Into::into),
+        quick: options.quick,
+        ..System::default()
+    }
+}

@@ -1,0 +1,190 @@
+//! `cargo xtask bench`: stock vfio-pci and Barlease side by side, in a guest.
+
+mod page;
+mod plot;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use barlease_bench::report::{Clock, Report};
+use barlease_lab::emulator::{Accel, accel};
+use barlease_lab::machine::Preset;
+use barlease_lab::prepare::{Prepared, Request, prepare};
+use barlease_lab::report::seconds;
+use barlease_lab::vm::{Output, Run};
+use clap::{Args, ValueEnum};
+
+use crate::{KernelChoice, checkout, kmod};
+
+#[derive(Args, Debug)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    kernel: KernelChoice,
+    /// Fewer rounds and shorter curves, to see that all works
+    #[arg(long)]
+    quick: bool,
+    /// Only measures whose name has this in it, such as `export`
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+    /// Only with this clock [default: both, one guest each]
+    #[arg(long)]
+    clock: Option<ClockChoice>,
+    /// Put the results where the documentation has them, instead of the target folder
+    #[arg(long, conflicts_with_all = ["quick", "only", "clock"])]
+    publish: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ClockChoice {
+    /// Time; under emulation other work of this machine shows
+    Time,
+    /// Instructions of the guest, always emulated; repeatable, and blind to what devices cost
+    Instructions,
+}
+
+/// Far more than what it takes.
+const LIMIT: Duration = Duration::from_secs(400);
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let start = Instant::now();
+    let prepared = prepare(&Request {
+        kernel: options.kernel.kernel.clone(),
+        update: false,
+    })?;
+    let module = kmod::build(&prepared, false)?;
+    let program = checkout::guest_program("barlease-bench", "barlease-bench")?;
+    let folder = if options.publish {
+        checkout::top().join("docs/benchmarks")
+    } else {
+        checkout::target().join("bench")
+    };
+    fs::create_dir_all(&folder).with_context(|| format!("make the folder {}", folder.display()))?;
+
+    let mut reports = Vec::new();
+    for (choice, clock) in [
+        (ClockChoice::Time, Clock::Time),
+        (ClockChoice::Instructions, Clock::Instructions),
+    ] {
+        if options.clock.is_some_and(|wanted| wanted != choice) {
+            continue;
+        }
+        let mut report = in_guest(options, &prepared, &module, &program, clock)?;
+        if clock == Clock::Time {
+            report.measures.extend(on_host(options, &program)?.measures);
+        }
+        let path = folder.join(format!("{}.json", page::name(clock)));
+        let text = serde_json::to_string_pretty(&report)?;
+        fs::write(&path, text + "\n").with_context(|| format!("write {}", path.display()))?;
+        reports.push(report);
+    }
+    for report in &reports {
+        plot::all(report, &folder)?;
+    }
+    let text = page::results(&reports);
+    fs::write(folder.join("results.md"), &text)?;
+    println!("\n{}", page::summary(&reports));
+    println!(
+        "Tables, plots and JSON: {}\nAll of it took {}.",
+        folder.display(),
+        seconds(start.elapsed())
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+fn arguments(options: &Options) -> Vec<String> {
+    let mut words = Vec::new();
+    if options.quick {
+        words.push("--quick".to_owned());
+    }
+    if let Some(only) = &options.only {
+        words.extend(["--only".to_owned(), only.clone()]);
+    }
+    words
+}
+
+/// Runs the program in a guest.
+fn in_guest(
+    options: &Options,
+    prepared: &Prepared,
+    module: &Path,
+    program: &Path,
+    clock: Clock,
+) -> Result<Report> {
+    let accel = match clock {
+        Clock::Time => accel(prepared)?,
+        Clock::Instructions => Accel::Counting,
+    };
+    println!(
+        "\nA guest with the unmodified kernel {} boots ({}); its clock counts {}.",
+        prepared.kernel.release,
+        accel.name(),
+        page::name(clock)
+    );
+    let report = Arc::new(Mutex::new(String::new()));
+    let line = Arc::clone(&report);
+    let mut words = vec!["/lab/bin/barlease-bench".to_owned()];
+    words.extend(arguments(options));
+    if clock == Clock::Instructions {
+        words.push("--one-processor".to_owned());
+    }
+    let outcome = Run::new(prepared, Preset::Bench.machine())
+        .module(module)
+        .file(importer(module)?, "/lib/modules/barlease_importer.ko")
+        .file(program, "/lab/bin/barlease-bench")
+        .accel(accel)
+        .timeout(LIMIT)
+        .output(Output::Lines(Box::new(move |text| {
+            if text.starts_with('{') {
+                *line.lock().unwrap_or_else(PoisonError::into_inner) = text.to_owned();
+            } else {
+                println!("{text}");
+            }
+        })))
+        .command(words)
+        .run()?;
+    if outcome.code != 0 {
+        bail!(
+            "the benchmarks ended with exit code {}; log: {}",
+            outcome.code,
+            outcome.log.display()
+        );
+    }
+    let text = report.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut report: Report = serde_json::from_str(&text).context("read the report")?;
+    report.system.acceleration = accel.name().to_owned();
+    report.system.clock = clock;
+    Ok(report)
+}
+
+/// The importer's module, of the same build.
+fn importer(module: &Path) -> Result<PathBuf> {
+    let folder = module.parent().context("the module is in a folder")?;
+    Ok(folder.join("barlease_importer.ko"))
+}
+
+/// Runs the part of the program that needs no device, here.
+fn on_host(options: &Options, program: &Path) -> Result<Report> {
+    println!("\nWhat needs no device is measured here.");
+    let output = Command::new(program)
+        .arg("native")
+        .args(arguments(options))
+        .output()
+        .with_context(|| format!("start {}", program.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() {
+        bail!("the benchmarks ended with {}", output.status);
+    }
+    let mut report = None;
+    for line in text.lines() {
+        if line.starts_with('{') {
+            report = Some(serde_json::from_str(line).context("read the report")?);
+        } else {
+            println!("{line}");
+        }
+    }
+    report.context("the benchmarks have said nothing")
+}
