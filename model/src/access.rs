@@ -102,7 +102,7 @@ impl Event {
 }
 
 /// What the device itself says about its memory, sampled at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Levels {
     /// The memory bit of COMMAND is clear, and counts (it does not for a virtual function).
     pub memory_off: bool,
@@ -126,7 +126,7 @@ impl Levels {
 }
 
 /// The time from one open of a device to its close. Never used twice by one device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Epoch(u64);
 
 /// State of a buffer, as the uAPI has it.
@@ -141,7 +141,7 @@ pub enum State {
 }
 
 /// Access to the memory of one device.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Access {
     epoch: u64,
     open: bool,

@@ -1,0 +1,658 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 OR MIT
+
+//! Threads, locks and what they share, as a `stateright` model.
+//!
+//! Each thread runs a program of instructions, of which each is one atomic step, together with the locks that it gives back
+//! after it; every order of the steps of all threads is tried. A lock is as strict as the kernel's may be: a writer that waits keeps readers out that come after it.
+
+use barlease_model::access::{Access, Epoch, Event, Levels, State};
+use stateright::{Model, Property};
+
+/// Buffers.
+pub(crate) const BUFFERS: usize = 2;
+/// VMAs of a buffer.
+pub(crate) const VMAS: usize = 2;
+/// Importers.
+pub(crate) const IMPORTERS: usize = 2;
+
+/// A lock. The order in `kmod/src/leases.rs` is not assumed: breaking it is what a deadlock would come of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Lock {
+    /// A process's `mmap_lock`.
+    Mmap,
+    /// The PCI core's device lock: one reset of a function at a time.
+    Device,
+    /// The vfio core's `memory_lock`.
+    Memory,
+    /// `Buffer::live`.
+    Live(usize),
+    /// The reservation lock of a buffer's dma-buf.
+    Resv(usize),
+    /// `Leases::access`.
+    Access,
+}
+
+impl Lock {
+    const COUNT: usize = 4 + 2 * BUFFERS;
+
+    fn index(self) -> usize {
+        match self {
+            Self::Mmap => 0,
+            Self::Device => 1,
+            Self::Memory => 2,
+            Self::Access => 3,
+            Self::Live(buffer) => 4 + buffer,
+            Self::Resv(buffer) => 4 + BUFFERS + buffer,
+        }
+    }
+}
+
+/// How a lock is taken. A mutex is always written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// With other readers.
+    Read,
+    /// Alone.
+    Write,
+}
+
+/// One atomic step of a thread.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Instr {
+    /// Takes a lock when that can be had.
+    Take(Lock, Mode),
+    /// Takes a lock for writing, or goes elsewhere if that cannot be had.
+    TryTake(Lock, usize),
+    /// Gives a lock back.
+    Give(Lock),
+    /// Changes something.
+    Do(Act),
+    /// Goes elsewhere unless something is so.
+    Unless(Cond, usize),
+    /// Goes elsewhere.
+    Goto(usize),
+    /// Waits until something is so.
+    Await(Cond),
+}
+
+/// What a step changes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Act {
+    /// A change of `Access`, with its lock held for writing.
+    Access(Change),
+    /// A thread looks at what the device says, to set it later (a planted bug).
+    Sample,
+    /// `vmas` of a buffer is counted up or down.
+    Vma { buffer: usize, opened: bool },
+    /// A page-table entry.
+    Entry {
+        buffer: usize,
+        vma: usize,
+        there: bool,
+    },
+    /// `attachments` is counted up or down.
+    Attached { buffer: usize, yes: bool },
+    /// An importer's mapping, and the `Idle` that goes with the count of them.
+    Mapped { importer: usize, yes: bool },
+    /// An importer's fence.
+    Fence { importer: usize, pending: bool },
+    /// `dma_buf_invalidate_mappings`: importers that are quick undo their mappings here.
+    Invalidate(usize),
+    /// A look at the dma-buf of a buffer.
+    Look(usize),
+    /// A buffer is marked revoked.
+    MarkRevoked(usize),
+    /// A buffer is made, of the epoch that is now.
+    Make(usize),
+    /// It is in the table.
+    Add(usize),
+    /// The way to its dma-buf is closed.
+    Unlive(usize),
+    /// It is in the table no more.
+    Remove(usize),
+    /// `attached |= is_attached()` of a drain.
+    NoteAttached(usize),
+    /// Forgets that.
+    NoteNothing,
+    /// A change of the hardware, or of what the core keeps of it.
+    Device(Change2),
+    /// REVOKE has returned: the buffer is gone for good.
+    Gone(usize),
+    /// The core closed the device.
+    Disabled(bool),
+    /// A user of a buffer, who has a reference to its dma-buf, has none any more.
+    Done(usize),
+    /// Something that must be possible was.
+    Saw(Sight),
+}
+
+/// A change of `Access`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Change {
+    Begin(Event),
+    End(Event),
+    /// Samples the device and ends an event.
+    SampleAndEnd(Event),
+    /// Samples the device and ends an event however often it began (a planted bug).
+    SampleAndEndAll(Event),
+    /// Sets what was sampled before and ends an event (a planted bug).
+    SetAndEnd(Event),
+    /// Samples the device.
+    Sample,
+    /// What `reset_done` does.
+    ResetDone,
+    EndAll(Event),
+    /// Ends every event at once (a planted bug).
+    EndEverything,
+    Open,
+    Close,
+}
+
+/// A change of the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Change2 {
+    Memory(bool),
+    InReset(bool),
+    LowPower(bool),
+    /// Something that wakes it came.
+    Wake,
+}
+
+/// Something that is so or not.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Cond {
+    /// `Access::state` of a buffer is `Ok`; its lock is held.
+    StateOk(usize),
+    /// It is not `Dead`; the lock is held.
+    Alive(usize),
+    /// There is an epoch; the lock is held.
+    IsOpen,
+    /// `levels()` say low power or sleep; the lock is held.
+    LevelsLow,
+    HasVmas(usize),
+    IsAttached(usize),
+    /// Its `unmapped` is busy.
+    IsBusy(usize),
+    IsIdle(usize),
+    /// There is a fence that has not signalled.
+    FencePending(usize),
+    /// None.
+    FencesSignalled(usize),
+    IsLive(usize),
+    InTable(usize),
+    IsMapped(usize),
+    /// The drain of this thread has met importers.
+    NotedAttached,
+    /// No thread uses the fd of the device.
+    FdIdle,
+    /// Nobody has a reference to a buffer's dma-buf.
+    Unused(usize),
+}
+
+/// Things that must be possible: else the model would prove nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Sight {
+    Entry,
+    Sigbus,
+    Mapped,
+    Told,
+}
+
+/// A buffer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Buffer {
+    pub(crate) epoch: Option<Epoch>,
+    pub(crate) revoked: bool,
+    pub(crate) vmas: u8,
+    pub(crate) entries: [bool; VMAS],
+    pub(crate) attachments: u8,
+    pub(crate) mappings: u8,
+    /// `unmapped` is busy.
+    pub(crate) busy: bool,
+    pub(crate) in_table: bool,
+    pub(crate) live: bool,
+    /// References to its dma-buf.
+    pub(crate) users: u8,
+    /// Somebody's REVOKE has returned.
+    pub(crate) gone: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Importer {
+    pub(crate) buffer: usize,
+    /// Undoes its mapping when it is told.
+    pub(crate) quick: bool,
+    pub(crate) mapped: bool,
+    pub(crate) fence: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Semaphore {
+    /// Which threads hold it, a bit each.
+    readers: u8,
+    writer: Option<u8>,
+    /// Which threads wait to write.
+    waiting: u8,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Thread {
+    at: u8,
+    /// `attached` of a drain.
+    attached: bool,
+    /// What it sampled.
+    levels: Levels,
+}
+
+/// The device as it really is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Device {
+    pub(crate) memory: bool,
+    pub(crate) in_reset: bool,
+    pub(crate) low_power: bool,
+    /// The function is enabled: open, as the core sees it.
+    pub(crate) enabled: bool,
+}
+
+/// Everything.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct World {
+    access: Access,
+    locks: [Semaphore; Lock::COUNT],
+    pub(crate) buffers: [Buffer; BUFFERS],
+    pub(crate) importers: [Importer; IMPORTERS],
+    pub(crate) device: Device,
+    threads: Vec<Thread>,
+    sights: [bool; 4],
+    /// Somebody looked at a dma-buf after its release.
+    dangling: bool,
+}
+
+/// A thread's program.
+#[derive(Clone, Debug)]
+pub(crate) struct Program {
+    /// The name, for traces.
+    pub(crate) name: String,
+    /// What it does, one step after the other.
+    pub(crate) steps: Vec<(Instr, &'static str)>,
+    /// Whether it uses the fd of the device, which is closed when no such thread runs.
+    pub(crate) uses_fd: bool,
+}
+
+/// Programs that run at once, from a device that is open and usable, with buffers that are or are to be exported.
+#[derive(Clone, Debug)]
+pub(crate) struct Protocol {
+    /// The threads.
+    pub(crate) programs: Vec<Program>,
+    /// How everything is at first.
+    pub(crate) start: World,
+}
+
+impl World {
+    /// An open device with memory on, and no buffers.
+    pub(crate) fn new() -> Self {
+        let mut access = Access::new();
+        access.open(Levels::default());
+        Self {
+            access,
+            locks: Default::default(),
+            buffers: Default::default(),
+            importers: Default::default(),
+            device: Device {
+                memory: true,
+                in_reset: false,
+                low_power: false,
+                enabled: true,
+            },
+            threads: Vec::new(),
+            sights: [false; 4],
+            dangling: false,
+        }
+    }
+
+    /// A buffer that is exported.
+    pub(crate) fn export(&mut self, buffer: usize) {
+        let this = &mut self.buffers[buffer];
+        this.epoch = self.access.epoch();
+        this.live = true;
+        this.in_table = true;
+    }
+
+    /// What the device says.
+    fn levels(&self) -> Levels {
+        Levels {
+            memory_off: !self.device.memory,
+            sleeping: false,
+            low_power: self.device.low_power,
+        }
+    }
+
+    fn state(&self, buffer: usize) -> State {
+        let this = &self.buffers[buffer];
+        match this.epoch {
+            Some(epoch) => self.access.state(epoch, this.revoked),
+            None => State::Dead,
+        }
+    }
+
+    /// Whether the memory may be reached, as the hardware is.
+    fn usable(&self) -> bool {
+        let device = &self.device;
+        device.enabled && device.memory && !device.in_reset && !device.low_power
+    }
+
+    /// Whether a process or a device reaches a buffer.
+    fn reached(&self, buffer: usize) -> bool {
+        let entries = self.buffers[buffer].entries.contains(&true);
+        let mut importers = self.importers.iter();
+        entries || importers.any(|i| i.buffer == buffer && (i.mapped || i.fence))
+    }
+
+    fn is(&self, thread: usize, cond: Cond, programs: &[Program]) -> bool {
+        let buffers = &self.buffers;
+        match cond {
+            Cond::StateOk(buffer) => self.state(buffer) == State::Ok,
+            Cond::Alive(buffer) => self.state(buffer) != State::Dead,
+            Cond::IsOpen => self.access.epoch().is_some(),
+            Cond::LevelsLow => self.access.levels().low_power || self.access.levels().sleeping,
+            Cond::HasVmas(buffer) => buffers[buffer].vmas != 0,
+            Cond::IsAttached(buffer) => buffers[buffer].attachments != 0,
+            Cond::IsBusy(buffer) => buffers[buffer].busy,
+            Cond::IsIdle(buffer) => !buffers[buffer].busy,
+            Cond::FencePending(buffer) => self.fence_pending(buffer),
+            Cond::FencesSignalled(buffer) => !self.fence_pending(buffer),
+            Cond::IsLive(buffer) => buffers[buffer].live,
+            Cond::InTable(buffer) => buffers[buffer].in_table,
+            Cond::IsMapped(importer) => self.importers[importer].mapped,
+            Cond::NotedAttached => self.threads[thread].attached,
+            Cond::FdIdle => {
+                let mut threads = self.threads.iter().zip(programs);
+                threads.all(|(thread, program)| {
+                    !program.uses_fd || usize::from(thread.at) == program.steps.len()
+                })
+            }
+            Cond::Unused(buffer) => buffers[buffer].users == 0,
+        }
+    }
+
+    fn fence_pending(&self, buffer: usize) -> bool {
+        let mut importers = self.importers.iter();
+        importers.any(|importer| importer.buffer == buffer && importer.fence)
+    }
+
+    fn make(&mut self, thread: usize, act: Act) {
+        match act {
+            Act::Access(change) => self.change(thread, change),
+            Act::Sample => self.threads[thread].levels = self.levels(),
+            Act::Vma { buffer, opened } => count(&mut self.buffers[buffer].vmas, opened),
+            Act::Entry { buffer, vma, there } => self.buffers[buffer].entries[vma] = there,
+            Act::Attached { buffer, yes } => count(&mut self.buffers[buffer].attachments, yes),
+            Act::Mapped { importer, yes } => self.set_mapped(importer, yes),
+            Act::Fence { importer, pending } => self.importers[importer].fence = pending,
+            Act::Invalidate(buffer) => {
+                for importer in 0..IMPORTERS {
+                    let this = &self.importers[importer];
+                    if this.buffer == buffer && this.quick && this.mapped {
+                        self.set_mapped(importer, false);
+                    }
+                }
+                self.sights[Sight::Told as usize] = true;
+            }
+            Act::Look(buffer) => self.dangling |= !self.buffers[buffer].live,
+            Act::MarkRevoked(buffer) => self.buffers[buffer].revoked = true,
+            Act::Make(buffer) => {
+                self.buffers[buffer].epoch = self.access.epoch();
+                self.buffers[buffer].live = true;
+            }
+            Act::Add(buffer) => self.buffers[buffer].in_table = true,
+            Act::Unlive(buffer) => self.buffers[buffer].live = false,
+            Act::Remove(buffer) => self.buffers[buffer].in_table = false,
+            Act::NoteAttached(buffer) => {
+                self.threads[thread].attached |= self.buffers[buffer].attachments != 0;
+            }
+            Act::NoteNothing => self.threads[thread].attached = false,
+            Act::Device(change) => match change {
+                Change2::Memory(on) => self.device.memory = on,
+                Change2::InReset(yes) => self.device.in_reset = yes,
+                Change2::LowPower(yes) => self.device.low_power = yes,
+                Change2::Wake => self.device.low_power = false,
+            },
+            Act::Gone(buffer) => self.buffers[buffer].gone = true,
+            Act::Disabled(yes) => {
+                self.device.enabled = !yes;
+                if !yes {
+                    self.device.memory = true;
+                    self.device.low_power = false;
+                }
+            }
+            Act::Done(buffer) => count(&mut self.buffers[buffer].users, false),
+            Act::Saw(sight) => self.sights[sight as usize] = true,
+        }
+    }
+
+    fn change(&mut self, thread: usize, change: Change) {
+        let now = self.levels();
+        let sampled = self.threads[thread].levels;
+        let access = &mut self.access;
+        match change {
+            Change::Begin(event) => access.begin(event),
+            Change::End(event) => access.end(event),
+            Change::SampleAndEnd(event) => {
+                access.set_levels(now);
+                access.end(event);
+            }
+            Change::SampleAndEndAll(event) => {
+                access.set_levels(now);
+                access.end_all(event);
+            }
+            Change::SetAndEnd(event) => {
+                access.set_levels(sampled);
+                access.end(event);
+            }
+            Change::Sample => access.set_levels(now),
+            Change::ResetDone => {
+                access.set_levels(Levels {
+                    sleeping: false,
+                    ..access.levels()
+                });
+                access.end(Event::Reset);
+            }
+            Change::EndAll(event) => access.end_all(event),
+            Change::EndEverything => {
+                access.set_levels(now);
+                Event::ALL.iter().for_each(|&event| access.end_all(event));
+            }
+            Change::Open => drop(access.open(now)),
+            Change::Close => access.close(),
+        }
+    }
+
+    /// `Buffer::map` and `Buffer::unmap`, as far as they count.
+    fn set_mapped(&mut self, importer: usize, yes: bool) {
+        self.importers[importer].mapped = yes;
+        let buffer = &mut self.buffers[self.importers[importer].buffer];
+        count(&mut buffer.mappings, yes);
+        match (yes, buffer.mappings) {
+            (true, 1) => buffer.busy = true,
+            (false, 0) => buffer.busy = false,
+            _ => {}
+        }
+    }
+}
+
+/// Whether a step can be made together with the one before it: nobody can see the difference, but that a lock is free
+/// earlier.
+fn is_free(instr: Instr) -> bool {
+    matches!(
+        instr,
+        Instr::Goto(_) | Instr::Give(_) | Instr::Do(Act::Saw(_))
+    )
+}
+
+fn count(number: &mut u8, up: bool) {
+    *number = if up { *number + 1 } else { *number - 1 };
+}
+
+impl Protocol {
+    fn can_take(semaphore: &Semaphore, thread: usize, mode: Mode) -> bool {
+        let others = !(1 << thread);
+        match mode {
+            Mode::Read => semaphore.writer.is_none() && semaphore.waiting & others == 0,
+            Mode::Write => semaphore.writer.is_none() && semaphore.readers == 0,
+        }
+    }
+
+    fn instr(&self, world: &World, thread: usize) -> Option<Instr> {
+        let at = usize::from(world.threads[thread].at);
+        self.programs[thread].steps.get(at).map(|(instr, _)| *instr)
+    }
+
+    fn is_over(&self, world: &World) -> bool {
+        (0..self.programs.len()).all(|thread| self.instr(world, thread).is_none())
+    }
+
+    /// Whether a thread has a step to make.
+    fn can_step(&self, world: &World, thread: usize) -> bool {
+        match self.instr(world, thread) {
+            None => false,
+            Some(Instr::Take(lock, mode)) => {
+                let semaphore = &world.locks[lock.index()];
+                // Or it joins those who wait.
+                Self::can_take(semaphore, thread, mode)
+                    || (mode == Mode::Write && semaphore.waiting & 1 << thread == 0)
+            }
+            Some(Instr::Await(cond)) => world.is(thread, cond, &self.programs),
+            Some(_) => true,
+        }
+    }
+
+    fn step(&self, world: &mut World, thread: usize) {
+        let Some(instr) = self.instr(world, thread) else {
+            return;
+        };
+        let mut next = usize::from(world.threads[thread].at) + 1;
+        match instr {
+            Instr::Take(lock, mode) => {
+                let semaphore = &mut world.locks[lock.index()];
+                if !Self::can_take(semaphore, thread, mode) {
+                    semaphore.waiting |= 1 << thread;
+                    return;
+                }
+                semaphore.waiting &= !(1 << thread);
+                match mode {
+                    Mode::Read => semaphore.readers |= 1 << thread,
+                    Mode::Write => semaphore.writer = Some(thread as u8),
+                }
+            }
+            Instr::TryTake(lock, elsewhere) => {
+                let semaphore = &mut world.locks[lock.index()];
+                if Self::can_take(semaphore, thread, Mode::Write) {
+                    semaphore.writer = Some(thread as u8);
+                } else {
+                    next = elsewhere;
+                }
+            }
+            Instr::Give(lock) => {
+                let semaphore = &mut world.locks[lock.index()];
+                if semaphore.writer == Some(thread as u8) {
+                    semaphore.writer = None;
+                } else {
+                    assert!(semaphore.readers & 1 << thread != 0, "{lock:?} is not held");
+                    semaphore.readers &= !(1 << thread);
+                }
+            }
+            Instr::Do(act) => world.make(thread, act),
+            Instr::Unless(cond, elsewhere) => {
+                if !world.is(thread, cond, &self.programs) {
+                    next = elsewhere;
+                }
+            }
+            Instr::Goto(elsewhere) => next = elsewhere,
+            Instr::Await(_) => {}
+        }
+        world.threads[thread].at = next as u8;
+    }
+
+    /// What a thread does next, in words.
+    pub(crate) fn describe(&self, world: &World, thread: usize) -> String {
+        let at = usize::from(world.threads[thread].at);
+        let (instr, of) = &self.programs[thread].steps[at];
+        format!("{} [{of}] {instr:?}", self.programs[thread].name)
+    }
+}
+
+/// Nothing is reached that is not usable, or was revoked.
+pub(crate) const INACCESSIBLE: &str = "never accessible after a taker-away returned";
+/// In the end a buffer is accessible if nothing speaks against it.
+pub(crate) const NOT_STUCK: &str = "never stuck revoked when no reason holds";
+/// Somebody can go on until all are done.
+pub(crate) const NO_DEADLOCK: &str = "no deadlock";
+
+/// A dma-buf is looked at only where its release waits for that.
+pub(crate) const NOT_DANGLING: &str = "no look at a dma-buf after its release";
+
+impl Model for Protocol {
+    type State = World;
+    type Action = usize;
+
+    fn init_states(&self) -> Vec<World> {
+        let mut world = self.start.clone();
+        world.threads = vec![Thread::default(); self.programs.len()];
+        vec![world]
+    }
+
+    fn actions(&self, world: &World, actions: &mut Vec<Self::Action>) {
+        for thread in 0..self.programs.len() {
+            if self.can_step(world, thread) {
+                actions.push(thread);
+            }
+        }
+    }
+
+    fn next_state(&self, world: &World, thread: usize) -> Option<World> {
+        let mut next = world.clone();
+        self.step(&mut next, thread);
+        while self.instr(&next, thread).is_some_and(is_free) {
+            self.step(&mut next, thread);
+        }
+        Some(next)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always(INACCESSIBLE, |_, world: &World| {
+                (0..BUFFERS).all(|buffer| {
+                    let may = world.usable() && !world.buffers[buffer].gone;
+                    may || !world.reached(buffer)
+                })
+            }),
+            Property::always(NOT_STUCK, |protocol: &Self, world| {
+                let ended = protocol.is_over(world);
+                !ended
+                    || (0..BUFFERS).all(|buffer| {
+                        let this = &world.buffers[buffer];
+                        let current = this.epoch.is_some() && this.epoch == world.access.epoch();
+                        let may = world.usable() && current && !this.revoked;
+                        may == (world.state(buffer) == State::Ok)
+                    })
+            }),
+            Property::always(NO_DEADLOCK, |protocol: &Self, world| {
+                let mut threads = 0..protocol.programs.len();
+                protocol.is_over(world) || threads.any(|thread| protocol.can_step(world, thread))
+            }),
+            Property::always(NOT_DANGLING, |_, world: &World| !world.dangling),
+            Property::sometimes("a fault brings a page in", |_, world: &World| {
+                world.sights[Sight::Entry as usize]
+            }),
+            Property::sometimes("a fault gives SIGBUS", |_, world: &World| {
+                world.sights[Sight::Sigbus as usize]
+            }),
+            Property::sometimes("an importer maps", |_, world: &World| {
+                world.sights[Sight::Mapped as usize]
+            }),
+            Property::sometimes("an importer is told", |_, world: &World| {
+                world.sights[Sight::Told as usize]
+            }),
+        ]
+    }
+}

@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 OR MIT
+
+//! The protocol of faults, drains and re-arming, in every order of its steps.
+//!
+//! [`machine`] has threads, locks, and what must hold; [`module`] what the module does, step by step. Checked is each
+//! combination of so many threads: 3, or `BARLEASE_MODEL_THREADS`. Every planted [`Bug`] must be found.
+//!
+//! Why `stateright`: the protocol is locks and waits, not memory order, and its states are few once those that differ in
+//! history only are one. An explicit-state checker sees each once, where checkers that run real threads (loom, shuttle) try
+//! the ways to them, which are too many from three threads with two dozen steps on; and it has no trouble with a lock that
+//! a waiting writer keeps readers from, as the kernel's.
+
+mod machine;
+mod module;
+
+use std::num::NonZeroUsize;
+
+use machine::{INACCESSIBLE, NO_DEADLOCK, NOT_DANGLING, NOT_STUCK, Program, Protocol, World};
+use module::{Bug, Kind};
+use stateright::{Checker, Model, Path};
+
+/// A thread of a combination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Who {
+    Toucher,
+    OtherToucher,
+    Exporter,
+    QuickImporter,
+    SlowImporter,
+    FencedImporter,
+    Revoker,
+    SysfsReset,
+    VfioReset,
+    MemoryOff,
+    MemoryOn,
+    LowPower,
+    LowPowerUntilWakeUp,
+    Access,
+    Sleep,
+    Error,
+    Close,
+    CloseAndOpen,
+    Release,
+    Reader,
+}
+
+use Who::{
+    Access, Close, CloseAndOpen, Error, Exporter, FencedImporter, LowPower, LowPowerUntilWakeUp,
+    MemoryOff, MemoryOn, OtherToucher, QuickImporter, Reader, Release, Revoker, Sleep,
+    SlowImporter, SysfsReset, Toucher, VfioReset,
+};
+
+const ALL: [Who; 20] = [
+    Toucher,
+    OtherToucher,
+    Exporter,
+    QuickImporter,
+    SlowImporter,
+    FencedImporter,
+    Revoker,
+    SysfsReset,
+    VfioReset,
+    MemoryOff,
+    MemoryOn,
+    LowPower,
+    LowPowerUntilWakeUp,
+    Access,
+    Sleep,
+    Error,
+    Close,
+    CloseAndOpen,
+    Release,
+    Reader,
+];
+
+/// These threads at once. Buffer 0 is exported at first; buffer 1 is the exporter's.
+fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
+    let mut start = World::new();
+    start.export(0);
+    let mut importers = 0;
+    let mut programs = Vec::new();
+    for &this in who {
+        let import = |start: &mut World, kind: Kind, number: &mut usize| {
+            let importer = &mut start.importers[*number];
+            importer.quick = kind != Kind::Slow;
+            *number += 1;
+            start.buffers[0].users += 1;
+            module::importer(bug, *number - 1, 0, kind)
+        };
+        let program: Program = match this {
+            Toucher | OtherToucher => {
+                start.buffers[0].users += 1;
+                module::toucher(bug, 0, usize::from(this == OtherToucher))
+            }
+            Exporter => {
+                start.buffers[1].users += 1;
+                module::exporter(bug, 1, 0)
+            }
+            QuickImporter => import(&mut start, Kind::Quick, &mut importers),
+            SlowImporter => import(&mut start, Kind::Slow, &mut importers),
+            FencedImporter => import(&mut start, Kind::Fenced, &mut importers),
+            Revoker => {
+                start.buffers[0].users += 1;
+                module::revoker(bug, 0)
+            }
+            SysfsReset => module::sysfs_reset(bug),
+            VfioReset => module::vfio_reset(bug),
+            MemoryOff => module::command(bug, false),
+            MemoryOn => module::command(bug, true),
+            LowPower => module::low_power(bug, true),
+            LowPowerUntilWakeUp => module::low_power(bug, false),
+            Access => module::access(bug),
+            Sleep => module::sleep(bug),
+            Error => module::error(bug),
+            Close => module::close(bug, false),
+            CloseAndOpen => module::close(bug, true),
+            Release => module::releaser(bug, 0),
+            Reader => module::reader(bug),
+        };
+        programs.push(program);
+    }
+    Protocol { programs, start }
+}
+
+/// Whether a combination makes sense: at most two importers, one owner of each VMA, one close, one release.
+fn fits(who: &[Who]) -> bool {
+    let number = |of: &[Who]| who.iter().filter(|this| of.contains(this)).count();
+    number(&[QuickImporter, SlowImporter, FencedImporter]) <= machine::IMPORTERS
+        && [Toucher, OtherToucher, Exporter, Release, Error]
+            .iter()
+            .all(|&one| number(&[one]) <= 1)
+        && number(&[Close, CloseAndOpen]) <= 1
+        // It is the other's copy.
+        && (number(&[OtherToucher]) == 0 || number(&[Toucher]) == 1)
+        // A device that is asleep until wake-up is asleep at the end, or is woken by somebody who notices.
+        && number(&[LowPower, LowPowerUntilWakeUp]) <= 1
+}
+
+/// All multisets of `size` of these that make sense.
+fn combinations(of: &[Who], size: usize) -> Vec<Vec<Who>> {
+    fn grow(of: &[Who], size: usize, so_far: &mut Vec<Who>, all: &mut Vec<Vec<Who>>) {
+        if size == 0 {
+            if fits(so_far) {
+                all.push(so_far.clone());
+            }
+            return;
+        }
+        for (index, &next) in of.iter().enumerate() {
+            so_far.push(next);
+            grow(&of[index..], size - 1, so_far, all);
+            so_far.pop();
+        }
+    }
+    let mut all = Vec::new();
+    grow(of, size, &mut Vec::new(), &mut all);
+    all
+}
+
+/// Checks a combination: how many states it has.
+fn check(who: &[Who]) -> usize {
+    let checker = protocol(who, None)
+        .checker()
+        .threads(threads())
+        .spawn_bfs()
+        .join();
+    for property in [INACCESSIBLE, NOT_STUCK, NO_DEADLOCK, NOT_DANGLING] {
+        if let Some(path) = checker.discovery(property) {
+            let steps = listing(checker.model(), path);
+            panic!("{who:?}: not \"{property}\":\n{steps}");
+        }
+    }
+    checker.unique_state_count()
+}
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
+}
+
+fn listing(protocol: &Protocol, path: Path<World, usize>) -> String {
+    let steps = path.into_vec().into_iter();
+    let lines = steps.filter_map(|(world, thread)| {
+        let step = protocol.describe(&world, thread?);
+        Some(format!("  {step}\n"))
+    });
+    lines.collect()
+}
+
+fn size() -> usize {
+    match std::env::var("BARLEASE_MODEL_THREADS") {
+        Ok(size) => size.parse().expect("BARLEASE_MODEL_THREADS is a number"),
+        Err(_) => 3,
+    }
+}
+
+#[test]
+fn nothing_is_reached_that_must_not_be_and_nothing_is_stuck() {
+    let combinations = combinations(&ALL, size());
+    let number = combinations.len();
+    let mut states = 0;
+    for who in combinations {
+        states += check(&who);
+    }
+    println!(
+        "{number} combinations of {} threads: {states} states",
+        size()
+    );
+}
+
+/// Some of four and five threads, picked for what has gone wrong elsewhere.
+#[test]
+fn larger_ones_hold_too() {
+    for who in [
+        &[Toucher, SlowImporter, Revoker, MemoryOff][..],
+        &[Toucher, FencedImporter, SysfsReset, Close],
+        &[Toucher, OtherToucher, MemoryOff, MemoryOn],
+        &[Reader, Toucher, MemoryOff, SysfsReset],
+    ] {
+        let states = check(who);
+        println!("{who:?}: {states} states");
+    }
+}
+
+#[test]
+fn the_model_is_not_empty() {
+    let checker = protocol(&[Toucher, QuickImporter, MemoryOff], None)
+        .checker()
+        .threads(threads())
+        .spawn_bfs()
+        .join();
+    checker.assert_properties();
+}
+
+/// Plants a bug, and expects that these threads find it as this.
+fn finds(bug: Bug, who: &[Who], property: &'static str) {
+    check(who);
+    let checker = protocol(who, Some(bug))
+        .checker()
+        .threads(threads())
+        .spawn_bfs()
+        .join();
+    let path = checker.discovery(property);
+    let steps = path.unwrap_or_else(|| panic!("{bug:?} is not found by {who:?}"));
+    println!("{bug:?}:\n{}", listing(checker.model(), steps));
+}
+
+macro_rules! planted {
+    ($($name:ident: $bug:ident, $who:expr, $property:ident;)+) => {
+        $(#[test]
+        fn $name() {
+            finds(Bug::$bug, &$who, $property);
+        })+
+    };
+}
+
+planted! {
+    a_fault_that_inserts_without_the_lock_is_found:
+        FaultInsertsWithoutTheLock, [Toucher, Revoker], INACCESSIBLE;
+    an_event_that_zaps_before_it_shuts_the_door_is_found:
+        ZapBeforeBegin, [Toucher, MemoryOff], INACCESSIBLE;
+    a_revocation_that_zaps_before_it_marks_is_found:
+        ZapBeforeMark, [Toucher, Revoker], INACCESSIBLE;
+    a_zap_of_one_of_two_mappings_is_found:
+        ZapOfOneVma, [Toucher, OtherToucher, MemoryOff], INACCESSIBLE;
+    a_dma_mapping_made_after_an_early_look_is_found:
+        MapLooksBeforeTheLock, [SlowImporter, SysfsReset], INACCESSIBLE;
+    a_dma_mapping_made_without_a_look_is_found:
+        MapDoesNotLook, [QuickImporter, MemoryOff], INACCESSIBLE;
+    a_drain_that_does_not_wait_is_found:
+        NoWait, [SlowImporter, VfioReset], INACCESSIBLE;
+    a_drain_that_does_not_wait_for_fences_is_found:
+        NoWaitForFences, [FencedImporter, Revoker], INACCESSIBLE;
+    a_revocation_that_leaves_the_wait_to_an_event_is_found:
+        RevokeTrustsTheEvent, [SlowImporter, Revoker, Sleep], INACCESSIBLE;
+    an_end_that_ends_other_events_is_found:
+        EndOfAll, [Toucher, SysfsReset, MemoryOn], INACCESSIBLE;
+    events_that_do_not_nest_are_found:
+        NoNesting, [Toucher, MemoryOff, MemoryOn], INACCESSIBLE;
+    a_sample_that_is_set_too_late_is_found:
+        SampleBeforeTheLock, [MemoryOff, MemoryOn], NOT_STUCK;
+    a_wake_up_that_nobody_notices_is_found:
+        NoNotice, [LowPowerUntilWakeUp, Access], NOT_STUCK;
+    a_drain_that_locks_access_is_found:
+        DrainLocksAccess, [QuickImporter, MemoryOff], NO_DEADLOCK;
+    a_fault_that_takes_the_memory_lock_is_found:
+        FaultTakesMemoryLock, [Toucher, Reader, MemoryOff], NO_DEADLOCK;
+    a_close_that_drains_late_is_found:
+        CloseDrainsLate, [Toucher, Close], INACCESSIBLE;
+    a_release_that_does_not_wait_for_who_looks_is_found:
+        ReleaseDoesNotLock, [Toucher, QuickImporter, MemoryOff, Release], NOT_DANGLING;
+    a_reset_that_does_not_wait_for_the_drain_is_found:
+        ResetBeforeDrain, [Toucher, SysfsReset], INACCESSIBLE;
+}

@@ -1,0 +1,688 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 OR MIT
+
+//! What the module does, step by step, in the order of its code. Each function here has the name of the one in `kmod/src`
+//! that it mirrors, and is to be changed with it. What decides is the real `barlease_model::access`.
+//!
+//! What one lock guards alone and nobody can see half of is one step: a look into the table of buffers, a count.
+
+use barlease_model::access::Event;
+
+use crate::machine::{
+    Act, BUFFERS, Change, Change2, Cond, Instr, Lock, Mode, Program, Sight, VMAS,
+};
+
+/// A bug that is planted into the module's programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bug {
+    /// A fault looks at the state, and inserts without the lock.
+    FaultInsertsWithoutTheLock,
+    /// An event zaps before it shuts the door.
+    ZapBeforeBegin,
+    /// REVOKE zaps before it marks the buffer.
+    ZapBeforeMark,
+    /// A drain zaps one VMA of a buffer only.
+    ZapOfOneVma,
+    /// An importer's mapping is made after a look without the reservation lock.
+    MapLooksBeforeTheLock,
+    /// `map` does not look at the state.
+    MapDoesNotLook,
+    /// Importers are told, and not waited for.
+    NoWait,
+    /// Fences are not waited for.
+    NoWaitForFences,
+    /// A buffer that is revoked by an event is not waited for by REVOKE although the event still waits.
+    RevokeTrustsTheEvent,
+    /// The end of an event ends all.
+    EndOfAll,
+    /// The end of one config write is the end of all that overlap it.
+    NoNesting,
+    /// The device is sampled before the lock is taken.
+    SampleBeforeTheLock,
+    /// Nobody notices a wake-up.
+    NoNotice,
+    /// Access is locked during a drain.
+    DrainLocksAccess,
+    /// A fault takes `memory_lock`, as stock vfio-pci's does, and mmap too.
+    FaultTakesMemoryLock,
+    /// Close drains after the core has disabled the function.
+    CloseDrainsLate,
+    /// A reset begins before the drain is over.
+    ResetBeforeDrain,
+    /// A release does not wait for who looks at the dma-buf.
+    ReleaseDoesNotLock,
+}
+
+/// Writes programs.
+#[derive(Debug)]
+pub(crate) struct Builder {
+    bug: Option<Bug>,
+    of: Vec<&'static str>,
+    steps: Vec<(Instr, &'static str)>,
+}
+
+/// A place that is jumped to and not known yet.
+struct Later(usize);
+
+impl Builder {
+    fn new(bug: Option<Bug>) -> Self {
+        Self {
+            bug,
+            of: vec![""],
+            steps: Vec::new(),
+        }
+    }
+
+    fn has(&self, bug: Bug) -> bool {
+        self.bug == Some(bug)
+    }
+
+    fn here(&self) -> usize {
+        self.steps.len()
+    }
+
+    fn put(&mut self, instr: Instr) {
+        let of = self.of.last().copied().unwrap_or("");
+        self.steps.push((instr, of));
+    }
+
+    /// The steps of a function of the module.
+    fn within(&mut self, name: &'static str, f: impl FnOnce(&mut Self)) {
+        self.of.push(name);
+        f(self);
+        self.of.pop();
+    }
+
+    fn act(&mut self, act: Act) {
+        self.put(Instr::Do(act));
+    }
+
+    fn unless(&mut self, cond: Cond) -> Later {
+        self.put(Instr::Unless(cond, usize::MAX));
+        Later(self.here() - 1)
+    }
+
+    fn goto(&mut self) -> Later {
+        self.put(Instr::Goto(usize::MAX));
+        Later(self.here() - 1)
+    }
+
+    /// What was not known is here.
+    fn land(&mut self, later: Later) {
+        let here = self.here();
+        match &mut self.steps[later.0].0 {
+            Instr::Unless(_, at) | Instr::Goto(at) | Instr::TryTake(_, at) => *at = here,
+            other => panic!("{other:?} does not jump"),
+        }
+    }
+
+    fn locked(&mut self, lock: Lock, mode: Mode, f: impl FnOnce(&mut Self)) {
+        self.put(Instr::Take(lock, mode));
+        f(self);
+        self.put(Instr::Give(lock));
+    }
+
+    fn end(self, name: &str, uses_fd: bool) -> Program {
+        Program {
+            name: name.to_owned(),
+            steps: self.steps,
+            uses_fd,
+        }
+    }
+}
+
+// ---- kmod/src/leases.rs -------------------------------------------------------------------------
+
+impl Builder {
+    /// `Leases::begin`: `access.write().begin(event)`, then a drain.
+    fn begin(&mut self, event: Event) {
+        if self.has(Bug::ZapBeforeBegin) {
+            (0..BUFFERS).for_each(|buffer| self.zap(buffer));
+        }
+        self.within("Leases::begin", |this| {
+            this.locked(Lock::Access, Mode::Write, |this| {
+                this.act(Act::Access(Change::Begin(event)));
+                if this.has(Bug::DrainLocksAccess) {
+                    this.drain();
+                }
+            });
+            if !this.has(Bug::DrainLocksAccess) {
+                this.drain();
+            }
+        });
+    }
+
+    /// `Leases::update`.
+    fn update(&mut self, change: Change) {
+        self.within("Leases::update", |this| {
+            this.locked(Lock::Access, Mode::Write, |this| {
+                this.act(Act::Access(change));
+            });
+        });
+    }
+
+    /// `Leases::drain`: zap all; if anything is attached, tell all, then wait for all. `for_each` looks a buffer up in the
+    /// table, which is one step, and holds no lock while it has it.
+    fn drain(&mut self) {
+        self.within("Leases::drain", |this| {
+            this.act(Act::NoteNothing);
+            this.for_each(|this, buffer| {
+                if !this.has(Bug::ZapBeforeBegin) {
+                    this.zap(buffer);
+                }
+                this.act(Act::NoteAttached(buffer));
+            });
+            let nothing = this.unless(Cond::NotedAttached);
+            this.for_each(Self::invalidate);
+            if !this.has(Bug::NoWait) {
+                this.for_each(Self::wait);
+            }
+            this.land(nothing);
+        });
+    }
+
+    fn for_each(&mut self, f: impl Fn(&mut Self, usize)) {
+        for buffer in 0..BUFFERS {
+            let absent = self.unless(Cond::InTable(buffer));
+            f(self, buffer);
+            self.land(absent);
+        }
+    }
+}
+
+// ---- kmod/src/buffer.rs -------------------------------------------------------------------------
+
+impl Builder {
+    /// `Buffer::zap`: `unmap_mapping_range` goes from one VMA to the next.
+    fn zap(&mut self, buffer: usize) {
+        self.within("Buffer::zap", |this| {
+            let unmapped = this.unless(Cond::HasVmas(buffer));
+            let vmas = if this.has(Bug::ZapOfOneVma) { 1 } else { VMAS };
+            for vma in 0..vmas {
+                this.act(Act::Entry {
+                    buffer,
+                    vma,
+                    there: false,
+                });
+            }
+            this.land(unmapped);
+        });
+    }
+
+    /// `Buffer::invalidate`, and `LiveGuard::invalidate` with what it asks first.
+    fn invalidate(&mut self, buffer: usize) {
+        self.within("Buffer::invalidate", |this| {
+            let nobody = this.unless(Cond::IsAttached(buffer));
+            this.put(Instr::Take(Lock::Live(buffer), Mode::Write));
+            let released = this.unless(Cond::IsLive(buffer));
+            this.act(Act::Look(buffer));
+            this.locked(Lock::Resv(buffer), Mode::Write, |this| {
+                let idle = this.unless(Cond::IsBusy(buffer));
+                this.act(Act::Invalidate(buffer));
+                this.land(idle);
+            });
+            this.land(released);
+            this.put(Instr::Give(Lock::Live(buffer)));
+            this.land(nobody);
+        });
+    }
+
+    /// `Buffer::wait`: for fences, with a look at the dma-buf for each; then until `unmapped` is idle.
+    fn wait(&mut self, buffer: usize) {
+        self.within("Buffer::wait", |this| {
+            let nobody = this.unless(Cond::IsAttached(buffer));
+            if !this.has(Bug::NoWaitForFences) {
+                let again = this.here();
+                // `pending_fence`.
+                this.put(Instr::Take(Lock::Live(buffer), Mode::Write));
+                let released = this.unless(Cond::IsLive(buffer));
+                this.act(Act::Look(buffer));
+                let signalled = this.unless(Cond::FencePending(buffer));
+                this.put(Instr::Give(Lock::Live(buffer)));
+                this.put(Instr::Await(Cond::FencesSignalled(buffer)));
+                this.put(Instr::Goto(again));
+                this.land(released);
+                this.land(signalled);
+                this.put(Instr::Give(Lock::Live(buffer)));
+            }
+            this.put(Instr::Await(Cond::IsIdle(buffer)));
+            this.land(nobody);
+        });
+    }
+
+    /// `Buffer::revoke`.
+    fn revoke(&mut self, buffer: usize) {
+        self.within("Buffer::revoke", |this| {
+            let early = this.has(Bug::ZapBeforeMark);
+            if early {
+                this.zap(buffer);
+            }
+            this.put(Instr::Take(Lock::Access, Mode::Write));
+            let trusts = this.has(Bug::RevokeTrustsTheEvent).then(|| {
+                let ok = this.unless(Cond::StateOk(buffer));
+                let go_on = this.goto();
+                this.land(ok);
+                this.act(Act::MarkRevoked(buffer));
+                this.put(Instr::Give(Lock::Access));
+                let done = this.goto();
+                this.land(go_on);
+                done
+            });
+            this.act(Act::MarkRevoked(buffer));
+            this.put(Instr::Give(Lock::Access));
+            if !early {
+                this.zap(buffer);
+            }
+            let nobody = this.unless(Cond::IsAttached(buffer));
+            this.invalidate(buffer);
+            this.wait(buffer);
+            this.land(nobody);
+            if let Some(done) = trusts {
+                this.land(done);
+            }
+        });
+    }
+
+    /// `Buffer::fault`, in a VMA that is locked: the state holds until the entry is in.
+    fn fault(&mut self, buffer: usize, vma: usize) {
+        let stock = self.has(Bug::FaultTakesMemoryLock);
+        self.within("Buffer::fault", |this| {
+            if stock {
+                this.put(Instr::Take(Lock::Memory, Mode::Read));
+            }
+            this.put(Instr::Take(Lock::Access, Mode::Read));
+            let shut = this.unless(Cond::StateOk(buffer));
+            if this.has(Bug::FaultInsertsWithoutTheLock) {
+                this.put(Instr::Give(Lock::Access));
+            }
+            this.act(Act::Entry {
+                buffer,
+                vma,
+                there: true,
+            });
+            if !this.has(Bug::FaultInsertsWithoutTheLock) {
+                this.put(Instr::Give(Lock::Access));
+            }
+            this.act(Act::Saw(Sight::Entry));
+            let done = this.goto();
+            this.land(shut);
+            this.put(Instr::Give(Lock::Access));
+            this.act(Act::Saw(Sight::Sigbus));
+            this.land(done);
+            if stock {
+                this.put(Instr::Give(Lock::Memory));
+            }
+        });
+    }
+
+    /// `Buffer::mmap`: a first look, then `vma_opened`, with the `mmap_lock` held; `then` is what is done with the mapping.
+    fn mmap(&mut self, buffer: usize, then: impl FnOnce(&mut Self)) {
+        self.within("Buffer::mmap", |this| {
+            this.put(Instr::Take(Lock::Mmap, Mode::Write));
+            if this.has(Bug::FaultTakesMemoryLock) {
+                this.locked(Lock::Memory, Mode::Read, |_| {});
+            }
+            this.put(Instr::Take(Lock::Access, Mode::Read));
+            let dead = this.unless(Cond::Alive(buffer));
+            this.put(Instr::Give(Lock::Access));
+            this.act(Act::Vma {
+                buffer,
+                opened: true,
+            });
+            this.put(Instr::Give(Lock::Mmap));
+            then(this);
+            let over = this.goto();
+            this.land(dead);
+            this.put(Instr::Give(Lock::Access));
+            this.put(Instr::Give(Lock::Mmap));
+            this.land(over);
+        });
+    }
+
+    /// `Buffer::attach`; `then` is what an importer does that is attached.
+    fn attach(&mut self, buffer: usize, then: impl FnOnce(&mut Self)) {
+        self.within("Buffer::attach", |this| {
+            // `alive`.
+            this.put(Instr::Take(Lock::Access, Mode::Read));
+            let dead = this.unless(Cond::Alive(buffer));
+            this.put(Instr::Give(Lock::Access));
+            this.act(Act::Attached { buffer, yes: true });
+            this.put(Instr::Take(Lock::Access, Mode::Read));
+            let shut = this.unless(Cond::StateOk(buffer));
+            this.put(Instr::Give(Lock::Access));
+            this.within("importer", then);
+            let detach = this.goto();
+            this.land(shut);
+            this.put(Instr::Give(Lock::Access));
+            this.land(detach);
+            // `detach`.
+            this.act(Act::Attached { buffer, yes: false });
+            let over = this.goto();
+            this.land(dead);
+            this.put(Instr::Give(Lock::Access));
+            this.land(over);
+        });
+    }
+
+    /// `Buffer::map`, which the core calls with the reservation lock held; `then` is what an importer does that has mapped.
+    fn map(&mut self, buffer: usize, importer: usize, fence: bool, then: impl FnOnce(&mut Self)) {
+        self.within("Buffer::map", |this| {
+            let early = this.has(Bug::MapLooksBeforeTheLock);
+            if !early {
+                this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
+            }
+            this.put(Instr::Take(Lock::Access, Mode::Read));
+            let look = !this.has(Bug::MapDoesNotLook);
+            let shut = look.then(|| this.unless(Cond::StateOk(buffer)));
+            this.put(Instr::Give(Lock::Access));
+            if early {
+                this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
+            }
+            this.act(Act::Mapped {
+                importer,
+                yes: true,
+            });
+            if fence {
+                this.act(Act::Fence {
+                    importer,
+                    pending: true,
+                });
+            }
+            this.act(Act::Saw(Sight::Mapped));
+            this.put(Instr::Give(Lock::Resv(buffer)));
+            then(this);
+            let over = this.goto();
+            if let Some(shut) = shut {
+                this.land(shut);
+            }
+            this.put(Instr::Give(Lock::Access));
+            if !early {
+                this.put(Instr::Give(Lock::Resv(buffer)));
+            }
+            this.land(over);
+        });
+    }
+
+    /// `Buffer::release`, after `Operations::release` has closed the way to the dma-buf.
+    fn release(&mut self, buffer: usize) {
+        self.within("Buffer::release", |this| {
+            if this.has(Bug::ReleaseDoesNotLock) {
+                this.act(Act::Unlive(buffer));
+            } else {
+                this.locked(Lock::Live(buffer), Mode::Write, |this| {
+                    this.act(Act::Unlive(buffer));
+                });
+            }
+            this.act(Act::Remove(buffer));
+        });
+    }
+}
+
+// ---- kmod/src/driver.rs -------------------------------------------------------------------------
+
+impl Builder {
+    /// `driver::bracketed`: `act` in an event, then what the device says now, with `memory_lock` held.
+    fn bracketed(&mut self, event: Event, act: impl FnOnce(&mut Self)) {
+        self.within("driver::bracketed", |this| {
+            this.begin(event);
+            act(this);
+            if this.has(Bug::SampleBeforeTheLock) {
+                this.act(Act::Sample);
+                this.update(Change::SetAndEnd(event));
+                return;
+            }
+            let change = match this.bug {
+                Some(Bug::EndOfAll) => Change::EndEverything,
+                Some(Bug::NoNesting) => Change::SampleAndEndAll(event),
+                _ => Change::SampleAndEnd(event),
+            };
+            this.locked(Lock::Memory, Mode::Read, |this| this.update(change));
+        });
+    }
+
+    /// `driver::notice_wake_up`.
+    fn notice_wake_up(&mut self) {
+        if self.has(Bug::NoNotice) {
+            return;
+        }
+        self.within("driver::notice_wake_up", |this| {
+            // `Leases::levels`.
+            this.put(Instr::Take(Lock::Access, Mode::Read));
+            let awake = this.unless(Cond::LevelsLow);
+            this.put(Instr::Give(Lock::Access));
+            this.locked(Lock::Memory, Mode::Read, |this| this.update(Change::Sample));
+            let done = this.goto();
+            this.land(awake);
+            this.put(Instr::Give(Lock::Access));
+            this.land(done);
+        });
+    }
+
+    /// `reset_prepare`, the reset, and `reset_done`, as the PCI core calls them.
+    fn reset(&mut self) {
+        let early = self.has(Bug::ResetBeforeDrain);
+        if early {
+            self.act(Act::Device(Change2::InReset(true)));
+        }
+        self.begin(Event::Reset);
+        if !early {
+            self.act(Act::Device(Change2::InReset(true)));
+        }
+        self.act(Act::Device(Change2::InReset(false)));
+        self.within("Driver::reset_done", |this| this.update(Change::ResetDone));
+    }
+}
+
+// ---- The threads --------------------------------------------------------------------------------
+
+/// A process that touches a VMA of a buffer twice, and unmaps it.
+pub(crate) fn toucher(bug: Option<Bug>, buffer: usize, vma: usize) -> Program {
+    let mut this = Builder::new(bug);
+    map_and_touch(&mut this, buffer, vma);
+    this.act(Act::Done(buffer));
+    this.end(&format!("toucher of {buffer}.{vma}"), false)
+}
+
+/// Faults and munmap are with the `mmap_lock` held, or the lock of the VMA, which excludes the same.
+fn map_and_touch(this: &mut Builder, buffer: usize, vma: usize) {
+    this.mmap(buffer, |this| {
+        for _ in 0..2 {
+            this.locked(Lock::Mmap, Mode::Read, |this| this.fault(buffer, vma));
+        }
+        // munmap: entries go first, then `vma_closed`.
+        this.act(Act::Entry {
+            buffer,
+            vma,
+            there: false,
+        });
+        this.act(Act::Vma {
+            buffer,
+            opened: false,
+        });
+    });
+}
+
+/// A process that exports a buffer, and touches it (`Buffer::make`).
+pub(crate) fn exporter(bug: Option<Bug>, buffer: usize, vma: usize) -> Program {
+    let mut this = Builder::new(bug);
+    this.put(Instr::Take(Lock::Access, Mode::Read));
+    let closed = this.unless(Cond::IsOpen);
+    this.act(Act::Make(buffer));
+    this.put(Instr::Give(Lock::Access));
+    this.act(Act::Add(buffer));
+    map_and_touch(&mut this, buffer, vma);
+    let done = this.goto();
+    this.land(closed);
+    this.put(Instr::Give(Lock::Access));
+    this.land(done);
+    this.act(Act::Done(buffer));
+    this.end(&format!("exporter of {buffer}"), true)
+}
+
+/// What an importer does with its mapping before it undoes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Undoes it when it is told.
+    Quick,
+    /// Some time after it is told.
+    Slow,
+    /// Undoes it when it is told, and has a fence that it signals some time after it.
+    Fenced,
+}
+
+/// An importer that attaches, maps, and undoes that some time.
+pub(crate) fn importer(bug: Option<Bug>, importer: usize, buffer: usize, kind: Kind) -> Program {
+    let mut this = Builder::new(bug);
+    this.attach(buffer, |this| {
+        this.map(buffer, importer, kind == Kind::Fenced, |this| {
+            this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
+            let gone = this.unless(Cond::IsMapped(importer));
+            // `Buffer::unmap`.
+            this.act(Act::Mapped {
+                importer,
+                yes: false,
+            });
+            this.land(gone);
+            this.put(Instr::Give(Lock::Resv(buffer)));
+            if kind == Kind::Fenced {
+                this.act(Act::Fence {
+                    importer,
+                    pending: false,
+                });
+            }
+        });
+    });
+    this.act(Act::Done(buffer));
+    this.end(
+        &format!("importer {importer}, {kind:?}, of {buffer}"),
+        false,
+    )
+}
+
+/// REVOKE. The ghost of it: from here on nothing may reach the buffer.
+pub(crate) fn revoker(bug: Option<Bug>, buffer: usize) -> Program {
+    let mut this = Builder::new(bug);
+    this.revoke(buffer);
+    this.act(Act::Gone(buffer));
+    this.act(Act::Done(buffer));
+    this.end(&format!("revoker of {buffer}"), true)
+}
+
+/// A reset through sysfs: without `memory_lock`.
+pub(crate) fn sysfs_reset(bug: Option<Bug>) -> Program {
+    let mut this = Builder::new(bug);
+    this.locked(Lock::Device, Mode::Write, Builder::reset);
+    this.end("reset through sysfs", false)
+}
+
+/// `VFIO_DEVICE_RESET`, or a function-level reset through config space: with `memory_lock`, and not if the PCI core resets
+/// it already (`vfio_pci_ioctl_reset`, `pci_try_reset_function`).
+pub(crate) fn vfio_reset(bug: Option<Bug>) -> Program {
+    let mut this = Builder::new(bug);
+    this.put(Instr::Take(Lock::Memory, Mode::Write));
+    this.put(Instr::TryTake(Lock::Device, usize::MAX));
+    let busy = Later(this.here() - 1);
+    this.reset();
+    this.put(Instr::Give(Lock::Device));
+    this.land(busy);
+    this.put(Instr::Give(Lock::Memory));
+    this.notice_wake_up();
+    this.end("VFIO reset", true)
+}
+
+/// A write to COMMAND (`driver::write_config`).
+pub(crate) fn command(bug: Option<Bug>, on: bool) -> Program {
+    let mut this = Builder::new(bug);
+    this.bracketed(Event::ConfigWrite, |this| {
+        this.locked(Lock::Memory, Mode::Write, |this| {
+            this.act(Act::Device(Change2::Memory(on)));
+        });
+    });
+    this.notice_wake_up();
+    let name = if on { "memory on" } else { "memory off" };
+    this.end(name, true)
+}
+
+/// Enters low power, and leaves it if `leaves` (`Barlease::feature`).
+pub(crate) fn low_power(bug: Option<Bug>, leaves: bool) -> Program {
+    let mut this = Builder::new(bug);
+    this.bracketed(Event::LowPower, |this| {
+        this.locked(Lock::Memory, Mode::Write, |this| {
+            this.act(Act::Device(Change2::LowPower(true)));
+        });
+    });
+    if leaves {
+        this.locked(Lock::Memory, Mode::Write, |this| {
+            this.act(Act::Device(Change2::LowPower(false)));
+        });
+        this.notice_wake_up();
+    }
+    this.end("low power", true)
+}
+
+/// An access through the device fd, which wakes the device from low power until wake-up.
+pub(crate) fn access(bug: Option<Bug>) -> Program {
+    let mut this = Builder::new(bug);
+    // `vfio_pci_core_runtime_resume`.
+    this.locked(Lock::Memory, Mode::Write, |this| {
+        this.act(Act::Device(Change2::Wake));
+    });
+    this.notice_wake_up();
+    this.end("access", true)
+}
+
+/// System sleep (`Leases::fall_asleep`, `wake_up`).
+pub(crate) fn sleep(bug: Option<Bug>) -> Program {
+    let mut this = Builder::new(bug);
+    this.begin(Event::Sleep);
+    this.update(Change::End(Event::Sleep));
+    this.end("system sleep", false)
+}
+
+/// A device error and its recovery (`Driver::error_detected`, `error_resume`).
+pub(crate) fn error(bug: Option<Bug>) -> Program {
+    let mut this = Builder::new(bug);
+    this.begin(Event::Error);
+    this.update(Change::EndAll(Event::Error));
+    this.end("error", false)
+}
+
+/// The last fd is closed, when nobody uses it; and the device is opened again if `reopens` (`Driver::closing`, `opened`).
+pub(crate) fn close(bug: Option<Bug>, reopens: bool) -> Program {
+    let mut this = Builder::new(bug);
+    this.put(Instr::Await(Cond::FdIdle));
+    let late = this.has(Bug::CloseDrainsLate);
+    this.within("Leases::close", |this| {
+        this.locked(Lock::Access, Mode::Write, |this| {
+            this.act(Act::Access(Change::Close));
+        });
+        if late {
+            this.act(Act::Disabled(true));
+        }
+        this.drain();
+    });
+    this.act(Act::Disabled(true));
+    if reopens {
+        this.act(Act::Disabled(false));
+        this.within("Driver::opened", |this| {
+            this.locked(Lock::Memory, Mode::Read, |this| this.update(Change::Open));
+        });
+    }
+    this.end("close", false)
+}
+
+/// The last reference to a buffer's dma-buf goes.
+pub(crate) fn releaser(bug: Option<Bug>, buffer: usize) -> Program {
+    let mut this = Builder::new(bug);
+    this.put(Instr::Await(Cond::Unused(buffer)));
+    this.release(buffer);
+    this.end(&format!("release of {buffer}"), false)
+}
+
+/// A read through the device fd that copies to user memory with `memory_lock` held, and faults there: on ordinary memory.
+pub(crate) fn reader(bug: Option<Bug>) -> Program {
+    let mut this = Builder::new(bug);
+    this.locked(Lock::Memory, Mode::Read, |this| {
+        this.locked(Lock::Mmap, Mode::Read, |_| {});
+    });
+    this.end("read that faults", true)
+}
