@@ -33,6 +33,10 @@ const SET_IRQS: u64 = ioctl_number(10);
 const RESET: u64 = ioctl_number(11);
 const GET_HOT_RESET_INFO: u64 = ioctl_number(12);
 const HOT_RESET: u64 = ioctl_number(13);
+/// Of a container.
+const MAP_DMA: u64 = ioctl_number(13);
+/// Of a container.
+const UNMAP_DMA: u64 = ioctl_number(14);
 const FEATURE: u64 = ioctl_number(17);
 
 const TYPE1V2_IOMMU: usize = 3;
@@ -86,11 +90,16 @@ fn ioctl_on(fd: BorrowedFd<'_>, number: u64, argument: &mut [u32]) -> Answer<i32
     answer(unsafe { libc::ioctl(fd.as_raw_fd(), number, argument.as_mut_ptr()) })
 }
 
-/// A group with its container.
+/// `vfio_iommu_type1_dma_map`: the device may read.
+pub const DMA_READ: u32 = 1 << 0;
+/// `vfio_iommu_type1_dma_map`: the device may write.
+pub const DMA_WRITE: u32 = 1 << 1;
+
+/// A group with its container, which several may share.
 #[derive(Debug)]
 pub struct Group {
     file: File,
-    _container: File,
+    container: Arc<File>,
 }
 
 impl Group {
@@ -102,21 +111,56 @@ impl Group {
     #[must_use]
     pub fn open(function: &Function) -> Arc<Self> {
         observe::mark_test();
-        let open = |path: &str| OpenOptions::new().read(true).write(true).open(path);
-        let container = open("/dev/vfio/vfio").expect("open a container");
-        let path = format!("/dev/vfio/{}", function.group());
-        let file = open(&path).unwrap_or_else(|error| panic!("open {path}: {error}"));
+        let container = read_write("/dev/vfio/vfio");
+        let group = Self::attach(function, Arc::new(container));
+        // SAFETY: The argument is a number.
+        let set = unsafe { libc::ioctl(group.container.as_raw_fd(), SET_IOMMU, TYPE1V2_IOMMU) };
+        answer(set).expect("set the IOMMU");
+        group
+    }
+
+    /// Opens the group of another function, in the same container.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    #[must_use]
+    pub fn beside(&self, function: &Function) -> Arc<Self> {
+        Self::attach(function, Arc::clone(&self.container))
+    }
+
+    fn attach(function: &Function, container: Arc<File>) -> Arc<Self> {
+        let file = read_write(&format!("/dev/vfio/{}", function.group()));
         let fd = container.as_raw_fd();
         // SAFETY: The argument is a pointer to a valid fd.
         let set = unsafe { libc::ioctl(file.as_raw_fd(), GROUP_SET_CONTAINER, &fd) };
         answer(set).expect("set the container");
-        // SAFETY: The argument is a number.
-        let set = unsafe { libc::ioctl(fd, SET_IOMMU, TYPE1V2_IOMMU) };
-        answer(set).expect("set the IOMMU");
-        Arc::new(Self {
-            file,
-            _container: container,
-        })
+        Arc::new(Self { file, container })
+    }
+
+    /// `VFIO_IOMMU_MAP_DMA` of memory of this process, from an address on.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn map_dma(&self, flags: u32, address: usize, iova: u64, len: u64) -> Answer<()> {
+        let [address, iova, len] = [address as u64, iova, len].map(words);
+        let mut map = [
+            32, flags, address[0], address[1], iova[0], iova[1], len[0], len[1],
+        ];
+        ioctl_on(self.container.as_fd(), MAP_DMA, &mut map).map(drop)
+    }
+
+    /// `VFIO_IOMMU_UNMAP_DMA`: how many bytes were mapped there.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn unmap_dma(&self, iova: u64, len: u64) -> Answer<u64> {
+        let [iova, len] = [iova, len].map(words);
+        let mut unmap = [24, 0, iova[0], iova[1], len[0], len[1]];
+        ioctl_on(self.container.as_fd(), UNMAP_DMA, &mut unmap)?;
+        Ok(u64::from(unmap[4]) | u64::from(unmap[5]) << 32)
     }
 
     /// Opens a device of the group.
@@ -578,6 +622,16 @@ impl Device {
         let [low] = self.config(self.pmcsr());
         low & 3
     }
+}
+
+fn read_write(path: &str) -> File {
+    let open = OpenOptions::new().read(true).write(true).open(path);
+    open.unwrap_or_else(|error| panic!("open {path}: {error}"))
+}
+
+/// Two words of a structure, the lower first.
+fn words(value: u64) -> [u32; 2] {
+    [value as u32, (value >> 32) as u32]
 }
 
 /// The capability chain of a region's info.

@@ -1,0 +1,255 @@
+//! Mappings of BARs that are mapped for DMA by their address (`VFIO_IOMMU_MAP_DMA` of the type1 backend): what works with stock
+//! vfio-pci works with us, and what stock does not take away we do not either.
+#![cfg(barlease_guest)]
+
+use std::{os::fd::AsFd, sync::Arc};
+
+use barlease_abi::{ALIAS_WC, MEMATTR_WC};
+use barlease_guest_tests::{
+    HUGE, PAGE,
+    errno::{EFAULT, EPERM},
+    map::{How, Map, READ, Sigbus},
+    pci::{BARLEASE, Function, STOCK},
+    probe::{self, MemoryType},
+    vfio::{COMMAND_MASTER, DMA_READ, DMA_WRITE, Device, Group},
+    wait::until,
+};
+
+/// BAR2 of the memory device.
+const BAR: u32 = 2;
+const LEN: u64 = 2 * HUGE;
+/// Where edu finds it: it has 32 bits.
+const IOVA: u64 = 0x4000_0000;
+const BOTH: u32 = DMA_READ | DMA_WRITE;
+
+/// edu, driven through its registers by a process that has it by vfio-pci.
+struct Edu(Device);
+
+impl Edu {
+    const SOURCE: u64 = 0x80;
+    const DESTINATION: u64 = 0x88;
+    const COUNT: u64 = 0x90;
+    const COMMAND: u64 = 0x98;
+    const START: u32 = 1;
+    const FROM_EDU: u32 = 2;
+    /// Its buffer, as its DMA engine sees it.
+    const BUFFER: u32 = 0x4_0000;
+
+    /// In the container of another device.
+    fn beside(group: &Arc<Group>) -> Self {
+        let function = Function::named("edu");
+        function.bind(STOCK);
+        let device = group.beside(&function).device(&function).unwrap();
+        device.set_command(device.command() | COMMAND_MASTER);
+        Self(device)
+    }
+
+    fn run(&self, source: u32, destination: u32, command: u32) {
+        self.0.write32(0, Self::SOURCE, source);
+        self.0.write32(0, Self::DESTINATION, destination);
+        self.0.write32(0, Self::COUNT, 4);
+        self.0.write32(0, Self::COMMAND, command);
+        until("a transfer", || {
+            self.0.read32(0, Self::COMMAND) & Self::START == 0
+        });
+    }
+
+    /// Copies four bytes from one place to another.
+    fn copy(&self, from: u64, to: u64) {
+        self.run(from as u32, Self::BUFFER, Self::START);
+        self.run(Self::BUFFER, to as u32, Self::START | Self::FROM_EDU);
+    }
+}
+
+impl Drop for Edu {
+    fn drop(&mut self) {
+        self.0.set_command(self.0.command() & !COMMAND_MASTER);
+    }
+}
+
+/// The ways to map a BAR through the device fd: where 2 MiB entries are possible, and where not.
+fn layouts() -> [How; 2] {
+    [
+        How::shared().align(HUGE),
+        How::shared().align(HUGE).skew(PAGE),
+    ]
+}
+
+fn bar(device: &Device, how: How, region: u32) -> Map {
+    how.map(device.as_fd(), u64::from(region) << 40, LEN)
+        .unwrap()
+}
+
+/// Asserts that DMA through `IOVA` reaches what the mapping shows.
+fn assert_reaches(edu: &Edu, map: &Map, value: u32) {
+    let (from, to) = (PAGE + 4, LEN - PAGE + 8);
+    map.write(from, value).unwrap();
+    map.write(to, 0).unwrap();
+    // It has arrived.
+    assert_eq!(map.read(to), Ok(0));
+    edu.copy(IOVA + from, IOVA + to);
+    assert_eq!(map.read(to), Ok(value));
+}
+
+#[test]
+fn a_bar_that_is_mapped_through_the_device_fd_is_mapped_for_dma_as_with_stock() {
+    for driver in [STOCK, BARLEASE] {
+        let device = Device::open_with("memory", driver);
+        let edu = Edu::beside(device.group());
+        for (touched, how) in layouts().into_iter().enumerate() {
+            let map = bar(&device, how, BAR);
+            if touched == 1 {
+                map.touch_all().unwrap();
+            }
+            let group = device.group();
+            assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
+            assert_reaches(&edu, &map, 0x1234_0000 + touched as u32);
+            assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+        }
+    }
+}
+
+#[test]
+fn a_read_only_mapping_is_mapped_for_reading_only_as_with_stock() {
+    for driver in [STOCK, BARLEASE] {
+        let device = Device::open_with("memory", driver);
+        let how = How::shared().protection(READ);
+        let map = bar(&device, how, BAR);
+        let group = device.group();
+        let answer = group.map_dma(BOTH, map.address(), IOVA, LEN);
+        assert!(
+            matches!(answer, Err(EFAULT | EPERM)),
+            "{driver}: {answer:?}"
+        );
+        assert_eq!(group.map_dma(DMA_READ, map.address(), IOVA, LEN), Ok(()));
+        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+    }
+}
+
+#[test]
+fn what_is_left_of_a_mapping_that_was_split_is_mapped_for_dma_as_with_stock() {
+    for driver in [STOCK, BARLEASE] {
+        let device = Device::open_with("memory", driver);
+        let edu = Edu::beside(device.group());
+        let mut map = bar(&device, How::shared().align(HUGE), BAR);
+        map.touch_all().unwrap();
+        map.protect(HUGE, PAGE, READ).unwrap();
+        map.unmap(HUGE / 2, PAGE);
+        let group = device.group();
+        // A page that may be read only, a hole, and what is behind them.
+        assert_eq!(
+            group.map_dma(BOTH, map.address(), IOVA, LEN),
+            Err(EFAULT),
+            "{driver}"
+        );
+        let (start, len) = (HUGE + PAGE, HUGE - PAGE);
+        let address = map.address() + start as usize;
+        assert_eq!(group.map_dma(BOTH, address, IOVA, len), Ok(()), "{driver}");
+        map.write(start, 0x77).unwrap();
+        map.write(start + 4, 0).unwrap();
+        edu.copy(IOVA, IOVA + 4);
+        assert_eq!(map.read(start + 4), Ok(0x77), "{driver}");
+        assert_eq!(group.unmap_dma(IOVA, len), Ok(len), "{driver}");
+    }
+}
+
+#[test]
+fn write_combining_mappings_and_leases_are_mapped_for_dma_too() {
+    let device = Device::open("memory");
+    let edu = Edu::beside(device.group());
+    let alias = device.alias(BAR, ALIAS_WC).unwrap();
+    let fd = device.export(BAR, &[(0, LEN)]).unwrap();
+    let lease = How::shared().align(HUGE).map(&fd, 0, LEN).unwrap();
+    device.memattr(&fd, MEMATTR_WC).unwrap();
+    let combining = How::shared().map(&fd, 0, LEN).unwrap();
+    let maps = [
+        (
+            bar(&device, How::shared(), alias),
+            MemoryType::WriteCombining,
+        ),
+        (combining, MemoryType::WriteCombining),
+        (lease, MemoryType::Uncached),
+    ];
+    for (n, (map, memory_type)) in maps.iter().enumerate() {
+        let group = device.group();
+        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
+        // What the kernel faulted in for it is of the mapping's own type.
+        for at in [0, LEN - PAGE] {
+            assert_eq!(probe::memory_type(map, at), Some(*memory_type), "{n}");
+        }
+        assert_reaches(&edu, map, 0x600d_0000 + n as u32);
+        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN));
+    }
+}
+
+#[test]
+fn what_is_taken_away_is_not_mapped_for_dma_as_with_stock() {
+    for driver in [STOCK, BARLEASE] {
+        let device = Device::open_with("memory", driver);
+        let map = bar(&device, How::shared().align(HUGE), BAR);
+        map.touch_all().unwrap();
+        device.set_memory(false);
+        let group = device.group();
+        assert_eq!(
+            group.map_dma(BOTH, map.address(), IOVA, LEN),
+            Err(EFAULT),
+            "{driver}"
+        );
+        device.set_memory(true);
+        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
+        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+    }
+    let device = Device::open("memory");
+    let fd = device.export(BAR, &[(0, LEN)]).unwrap();
+    let map = Map::new(&fd, LEN).unwrap();
+    map.touch_all().unwrap();
+    device.revoke(&fd).unwrap();
+    let answer = device.group().map_dma(BOTH, map.address(), IOVA, LEN);
+    assert_eq!(answer, Err(EFAULT));
+}
+
+/// The kernel has looked the address up once, and keeps the frames: `docs/threat-model.md` says so.
+#[test]
+fn what_was_mapped_for_dma_stays_so_until_it_is_unmapped_as_with_stock() {
+    for driver in [STOCK, BARLEASE] {
+        let device = Device::open_with("memory", driver);
+        let edu = Edu::beside(device.group());
+        let map = bar(&device, How::shared().align(HUGE), BAR);
+        let group = device.group();
+        group.map_dma(BOTH, map.address(), IOVA, LEN).unwrap();
+        assert_reaches(&edu, &map, 0x11);
+        device.set_memory(false);
+        assert_eq!(map.read(0), Err(Sigbus), "{driver}");
+        device.set_memory(true);
+        assert_reaches(&edu, &map, 0x22);
+        device.reset().unwrap();
+        assert_reaches(&edu, &map, 0x33);
+        // Without any mapping in a process.
+        drop(map);
+        device.write32(BAR, 0x100, 0x44);
+        device.write32(BAR, 0x104, 0);
+        edu.copy(IOVA + 0x100, IOVA + 0x104);
+        assert_eq!(device.read32(BAR, 0x104), 0x44, "{driver}");
+        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+        device.write32(BAR, 0x104, 0);
+        edu.copy(IOVA + 0x100, IOVA + 0x104);
+        assert_eq!(device.read32(BAR, 0x104), 0, "{driver}");
+    }
+}
+
+#[test]
+fn a_lease_that_was_mapped_for_dma_by_its_address_stays_so_after_a_revocation() {
+    let device = Device::open("memory");
+    let edu = Edu::beside(device.group());
+    let fd = device.export(BAR, &[(0, LEN)]).unwrap();
+    let map = Map::new(&fd, LEN).unwrap();
+    let group = device.group();
+    group.map_dma(BOTH, map.address(), IOVA, LEN).unwrap();
+    device.revoke(&fd).unwrap();
+    assert_eq!(map.read(0), Err(Sigbus));
+    device.write32(BAR, 0, 0x55);
+    device.write32(BAR, 4, 0);
+    edu.copy(IOVA, IOVA + 4);
+    assert_eq!(device.read32(BAR, 4), 0x55);
+    assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN));
+}
