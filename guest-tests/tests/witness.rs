@@ -19,7 +19,8 @@ use std::{
 use barlease_abi::{ALIAS_WC, MEMATTR_WC, REASON_RESET};
 use barlease_guest_tests::{
     HUGE, PAGE,
-    importer::Importer,
+    errno::EBUSY,
+    importer::{Attachment, Importer},
     lease::State,
     map::{How, Map, Sigbus},
     pci::{BARLEASE, Function},
@@ -289,6 +290,207 @@ fn no_transfer_of_a_peer_reaches_the_device_after_a_revocation_has_returned() {
     let _ = attachment.read_stale(64, 64);
     assert!(attachment.write(64, &[0x99; 64]).is_err());
     witness.assert_none(&json!({"region": MEMORY, "after": place}));
+}
+
+/// What a peer writes: four bytes of it.
+const PEER: u32 = 0xdada_dada;
+
+/// edu with a mapping of a lease, or where it was, writing all the time.
+struct Peer {
+    attachment: Attachment,
+    tries: AtomicU32,
+}
+
+impl Peer {
+    fn new(fd: &OwnedFd) -> Self {
+        Self {
+            attachment: Importer::open().attach(fd).unwrap(),
+            tries: AtomicU32::new(0),
+        }
+    }
+
+    fn write(&self) {
+        let bytes = PEER.to_ne_bytes();
+        match self.attachment.map() {
+            // It may be gone again by now.
+            Ok(()) | Err(EBUSY) => drop(self.attachment.write(64, &bytes)),
+            Err(_) => self.attachment.write_stale(64, &bytes),
+        }
+        self.tries.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Waits until it has tried from beginning to end.
+    fn wait_for_a_try(&self) {
+        let before = self.tries.load(Ordering::Relaxed);
+        until("a try of the peer", || {
+            self.tries.load(Ordering::Relaxed) >= before + 2
+        });
+    }
+}
+
+/// Entries of the log that are the peer's.
+fn of_the_peer(more: &Value) -> Value {
+    let mut query = json!({"region": MEMORY, "op": "write", "value": PEER});
+    let members = more.as_object().unwrap().clone();
+    query.as_object_mut().unwrap().extend(members);
+    query
+}
+
+/// Runs `body` with a peer that writes all the time, and has reached the device before and does so again after it.
+fn with_peer(body: impl FnOnce(Witness, &Device, &Peer)) {
+    let witness = Witness::new("trapped");
+    let device = Device::open("trapped");
+    // Opening resets.
+    witness.clear();
+    let before = stray(witness, device.function());
+    let fd = device.export(MEMORY, &[(HUGE, HUGE)]).unwrap();
+    let peer = Peer::new(&fd);
+    meanwhile(&[&|| peer.write()], || {
+        let arrives = || {
+            let place = witness.mark("from here on");
+            until("a write of the peer", || {
+                witness.count(&of_the_peer(&json!({"after": place}))) > 0
+            });
+        };
+        arrives();
+        body(witness, &device, &peer);
+        arrives();
+    });
+    assert_saw_none(witness);
+    let kept = stray(witness, device.function());
+    assert_eq!(kept, before, "accesses that the emulator kept");
+}
+
+/// Asserts that nothing of the peer arrives from now on until `undo` begins, in which time it tries.
+fn peer_is_kept_out(witness: Witness, peer: &Peer, undo: impl FnOnce()) {
+    // Nothing is on its way any more.
+    let _ = witness.count(&json!({}));
+    let begin = witness.mark("taken away");
+    peer.wait_for_a_try();
+    let end = witness.mark("given back");
+    undo();
+    witness.assert_none(&of_the_peer(&json!({"after": begin, "before": end})));
+}
+
+#[test]
+fn no_transfer_of_a_busy_peer_reaches_the_device_after_a_revocation_has_returned() {
+    let witness = Witness::new("trapped");
+    let device = Device::open("trapped");
+    for _ in 0..5 {
+        let fd = device.export(MEMORY, &[(HUGE, HUGE)]).unwrap();
+        let peer = Peer::new(&fd);
+        witness.clear();
+        meanwhile(&[&|| peer.write()], || {
+            until("a write of the peer", || {
+                witness.count(&of_the_peer(&json!({}))) > 0
+            });
+            device.revoke(&fd).unwrap();
+            peer_is_kept_out(witness, &peer, || {});
+        });
+    }
+}
+
+#[test]
+fn no_transfer_of_a_peer_reaches_the_device_while_decoding_is_off() {
+    with_peer(|witness, device, peer| {
+        for _ in 0..5 {
+            device.set_memory(false);
+            peer_is_kept_out(witness, peer, || device.set_memory(true));
+        }
+    });
+}
+
+#[test]
+fn no_transfer_of_a_peer_reaches_the_device_in_d3hot() {
+    with_peer(|witness, device, peer| {
+        for _ in 0..3 {
+            device.set_power_state(3);
+            peer_is_kept_out(witness, peer, || device.set_power_state(0));
+        }
+    });
+}
+
+#[test]
+fn no_transfer_of_a_peer_reaches_the_device_in_low_power() {
+    with_peer(|witness, device, peer| {
+        assert_eq!(device.feature(SET | LOW_POWER_ENTRY, &mut []), Ok(0));
+        until("the device to sleep", || {
+            device.function().runtime_status() == "suspended"
+        });
+        peer_is_kept_out(witness, peer, || {
+            assert_eq!(device.feature(SET | LOW_POWER_EXIT, &mut []), Ok(0));
+        });
+    });
+}
+
+#[test]
+fn no_transfer_of_a_peer_reaches_the_device_during_a_reset() {
+    let function = Function::named("trapped");
+    let by_sysfs = |method: &'static str| {
+        let function = &function;
+        move |_: &Device| {
+            witness::set_reset_method(function, method);
+            function.reset().unwrap();
+            witness::set_reset_method(function, "default");
+        }
+    };
+    let (flr, bus) = (by_sysfs("flr"), by_sysfs("bus"));
+    let resets: [&dyn Fn(&Device); 4] = [
+        &|device| device.reset().unwrap(),
+        &|device| device.hot_reset(&[device.group()]).unwrap(),
+        &flr,
+        &bus,
+    ];
+    for reset in resets {
+        with_peer(|witness, device, peer| {
+            witness.set(&json!({"reset_ms": 300}));
+            // A transfer takes a tenth of a second.
+            let mut tried = 0;
+            while tried < 2 {
+                let before = peer.tries.load(Ordering::Relaxed);
+                reset(device);
+                tried += peer.tries.load(Ordering::Relaxed) - before;
+            }
+            assert!(witness.count(&json!({"kind": "reset_begin"})) > 0);
+        });
+    }
+}
+
+#[test]
+fn a_reset_that_does_not_end_keeps_peers_away_until_it_does() {
+    with_peer(|witness, device, peer| {
+        witness.set(&json!({"reset_fails": true}));
+        thread::scope(|scope| {
+            let resetting = scope.spawn(|| device.function().reset());
+            // Nobody gets at config space meanwhile, so the log is asked as it is: a reset comes behind all
+            // writes before it.
+            let begun = json!({"query": {"kind": "reset_begin"}});
+            until("a reset", || witness.ask(&begun)["count"] != 0);
+            let begin = witness.mark("in reset");
+            peer.wait_for_a_try();
+            let end = witness.mark("given back");
+            witness.set(&json!({"reset_fails": false}));
+            resetting.join().unwrap().unwrap();
+            witness.assert_none(&of_the_peer(&json!({"after": begin, "before": end})));
+        });
+    });
+}
+
+#[test]
+fn no_transfer_of_a_peer_reaches_a_device_that_plays_dead_after_a_revocation() {
+    let witness = Witness::new("trapped");
+    let device = Device::open("trapped");
+    let fd = device.export(MEMORY, &[(HUGE, HUGE)]).unwrap();
+    let peer = Peer::new(&fd);
+    meanwhile(&[&|| peer.write()], || {
+        until("a write of the peer", || {
+            witness.count(&of_the_peer(&json!({}))) > 0
+        });
+        witness.set(&json!({"dead": true}));
+        device.revoke(&fd).unwrap();
+        peer_is_kept_out(witness, &peer, || witness.set(&json!({"dead": false})));
+        peer_is_kept_out(witness, &peer, || {});
+    });
 }
 
 // ---- Memory off, low power ------------------------------------------------------------------------
