@@ -5,6 +5,7 @@
 use std::{
     fs::File,
     os::fd::{AsFd, OwnedFd},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use barlease_abi::{DmaBufTph, FEATURE_DMA_BUF_TPH, TPH_ST, TPH_ST_EXT};
@@ -16,6 +17,7 @@ use barlease_guest_tests::{
     lease::{Request, no_such_fd},
     map::Map,
     pci::{BARLEASE, Function},
+    race::{meanwhile, whatever},
     vfio::{Device, GET, SET},
     witness::Witness,
 };
@@ -351,6 +353,79 @@ fn tags_are_there_after_memory_was_taken_away_and_given_back() {
     device.tph(&fd, plain(8, 0)).unwrap();
     assert_eq!(seen(&importer, &fd), [Ok((8, 0)), UNSET]);
     drop(attachment);
+}
+
+/// As an importer does it: asks when it maps, and again when it maps after an invalidation.
+#[test]
+fn an_importer_that_is_mapped_finds_the_tags_again_after_an_invalidation() {
+    let device = device(EXTENDED);
+    let importer = Importer::open();
+    let fd = buffer(&device);
+    let attachment = importer.attach(&fd).unwrap();
+    let events: [(&str, &dyn Fn()); 5] = [
+        ("memory off", &|| device.set_memory(false)),
+        ("D3hot", &|| device.set_power_state(3)),
+        ("reset", &|| device.reset().unwrap()),
+        ("reset by sysfs", &|| device.function().reset().unwrap()),
+        ("command", &|| device.set_command(device.command())),
+    ];
+    for (n, (event, happens)) in (1..).zip(events) {
+        let tags = both(n, 0x100 + u16::from(n), 2);
+        device.tph(&fd, tags).unwrap();
+        attachment.map().unwrap();
+        let expected = [Ok((u32::from(n), 2)), Ok((0x100 + u32::from(n), 2))];
+        assert_eq!(seen(&importer, &fd), expected, "{event}");
+        // New tags alone take nothing away.
+        assert!(attachment.is_mapped());
+        happens();
+        let status = attachment.status();
+        assert_eq!(
+            (status.mapped, status.interruptions),
+            (0, n.into()),
+            "{event}"
+        );
+        assert_eq!(seen(&importer, &fd), expected, "{event}");
+        // They can be changed while nobody may map.
+        device.tph(&fd, extended(9, 1)).unwrap();
+        assert_eq!(seen(&importer, &fd), [UNSET, Ok((9, 1))], "{event}");
+        device.set_power_state(0);
+        device.set_memory(true);
+        attachment.map().unwrap();
+        assert_eq!(seen(&importer, &fd), [UNSET, Ok((9, 1))], "{event}");
+        attachment.write(0, &[n; 16]).unwrap();
+        attachment.unmap().unwrap();
+    }
+}
+
+#[test]
+fn an_importer_that_asks_while_tags_are_set_and_memory_goes_gets_what_was_set_at_once() {
+    let device = device(EXTENDED);
+    let importer = Importer::open();
+    let fd = buffer(&device);
+    let attachment = importer.attach(&fd).unwrap();
+    device.tph(&fd, both(1, 1, 1)).unwrap();
+    let asked = AtomicU32::new(0);
+    let asks = || {
+        whatever(attachment.map());
+        for seen in seen(&importer, &fd) {
+            let (tag, hint) = seen.unwrap();
+            assert!(tag == hint && (1..=3).contains(&tag), "{tag} {hint}");
+        }
+        asked.fetch_add(1, Ordering::Relaxed);
+    };
+    let comes_and_goes = || {
+        device.set_memory(false);
+        device.set_memory(true);
+    };
+    meanwhile(&[&asks, &comes_and_goes], || {
+        let mut sets = 0;
+        let interrupted = || attachment.status().interruptions > 0;
+        while sets < 300 || asked.load(Ordering::Relaxed) < 100 || !interrupted() {
+            let n = (sets % 3 + 1) as u8;
+            device.tph(&fd, both(n, n.into(), n)).unwrap();
+            sets += 1;
+        }
+    });
 }
 
 #[test]
