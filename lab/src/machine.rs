@@ -204,7 +204,7 @@ impl Preset {
     pub fn of_tests(binary: &str) -> Self {
         // Cargo adds `-` and a hash.
         match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
-            "command" | "tph" | "witness" => Self::Device,
+            "command" | "splits" | "tph" | "witness" => Self::Device,
             "nopat" => Self::NoPat,
             _ => Self::Full,
         }
