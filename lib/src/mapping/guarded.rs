@@ -7,9 +7,9 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
+use super::Window;
 use super::block;
 use super::length;
-use super::object;
 use super::options::Source;
 use super::raw::Cell;
 use super::raw::Span;
@@ -172,9 +172,11 @@ impl GuardedMapping {
     #[must_use]
     pub fn as_window(&self) -> GuardedWindow<'_> {
         GuardedWindow {
-            span: Span::new(&self.area),
-            offset: self.offset,
-            writable: self.request.writable,
+            plain: Window {
+                span: Span::new(&self.area),
+                offset: self.offset,
+                writable: self.request.writable,
+            },
             slot: self.claim.slot(),
         }
     }
@@ -226,10 +228,7 @@ impl GuardedMapping {
 /// A part of a [`GuardedMapping`], with offsets of its own.
 #[derive(Clone, Copy, Debug)]
 pub struct GuardedWindow<'m> {
-    span: Span<'m>,
-    /// Offset of the window in the lease or BAR.
-    offset: u64,
-    writable: bool,
+    plain: Window<'m>,
     slot: &'m Slot,
 }
 
@@ -237,50 +236,22 @@ impl<'m> GuardedWindow<'m> {
     /// Length in bytes.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.span.length()
+        self.plain.len()
     }
 
     /// Whether it has no bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    fn object(&self) -> Object {
-        object(self.offset, self.span)
-    }
-
-    fn part(&self, offset: usize, length: usize) -> Result<Span<'m>> {
-        self.span
-            .part(offset, length)
-            .map_err(|error| refuse(error, self.object(), offset, length))
-    }
-
-    fn cell<T: Value>(&self, offset: usize) -> Result<Cell<'m, T>> {
-        self.span
-            .cell(offset)
-            .map_err(|error| refuse(error, self.object(), offset, size_of::<T>()))
-    }
-
-    fn check_writable(&self) -> Result<()> {
-        if self.writable {
-            return Ok(());
-        }
-        Err(Error::ReadOnly {
-            operation: "write",
-            object: self.object(),
-        })
+        self.plain.is_empty()
     }
 
     /// The bytes of `range`, as a window.
     ///
     /// Errors: [`Error::OutOfBounds`].
     pub fn window(&self, range: Range<usize>) -> Result<GuardedWindow<'m>> {
-        let length = length(&range, || self.object())?;
         Ok(Self {
-            span: self.part(range.start, length)?,
-            offset: self.offset.saturating_add(range.start as u64),
-            ..*self
+            plain: self.plain.window(range)?,
+            slot: self.slot,
         })
     }
 
@@ -289,7 +260,7 @@ impl<'m> GuardedWindow<'m> {
     ///
     /// Errors: [`Error::OutOfBounds`], [`Error::Misaligned`], [`Error::ReadOnly`].
     pub fn register<T: Value>(&self, offset: usize) -> Result<GuardedRegister<'m, T>> {
-        self.check_writable()?;
+        self.plain.check_writable()?;
         Ok(GuardedRegister(self.read_only_register(offset)?))
     }
 
@@ -301,9 +272,9 @@ impl<'m> GuardedWindow<'m> {
         offset: usize,
     ) -> Result<GuardedReadOnlyRegister<'m, T>> {
         Ok(GuardedReadOnlyRegister {
-            cell: self.cell(offset)?,
+            cell: self.plain.cell(offset)?,
             slot: self.slot,
-            offset: self.offset.saturating_add(offset as u64),
+            offset: self.plain.offset.saturating_add(offset as u64),
             _mapping: PhantomData,
         })
     }
@@ -328,8 +299,8 @@ impl<'m> GuardedWindow<'m> {
     /// Errors: [`Error::Revoked`]: some or all of it may not have reached the device.
     /// [`Error::OutOfBounds`], [`Error::ReadOnly`]: nothing was written.
     pub fn copy_from(&self, offset: usize, source: &[u8]) -> Result<()> {
-        self.check_writable()?;
-        let part = self.part(offset, source.len())?;
+        self.plain.check_writable()?;
+        let part = self.plain.part(offset, source.len())?;
         let answer = self.slot.store(|| block::write(part, source));
         self.block("write", answer, offset, source.len())
     }
@@ -340,7 +311,7 @@ impl<'m> GuardedWindow<'m> {
     /// nothing was read.
     pub fn copy_to(&self, offset: usize, target: &mut [u8]) -> Result<()> {
         let length = target.len();
-        let part = self.part(offset, length)?;
+        let part = self.plain.part(offset, length)?;
         let answer = self.slot.load(|| block::read(part, target));
         self.block("read", answer, offset, length)
     }
@@ -349,9 +320,9 @@ impl<'m> GuardedWindow<'m> {
     ///
     /// Errors: as for [`GuardedWindow::copy_from`].
     pub fn fill(&self, range: Range<usize>, value: u8) -> Result<()> {
-        self.check_writable()?;
-        let length = length(&range, || self.object())?;
-        let part = self.part(range.start, length)?;
+        self.plain.check_writable()?;
+        let length = length(&range, || self.plain.object())?;
+        let part = self.plain.part(range.start, length)?;
         let answer = self.slot.store(|| block::fill(part, value));
         self.block("write", answer, range.start, length)
     }
@@ -365,10 +336,10 @@ impl<'m> GuardedWindow<'m> {
     ) -> Result<()> {
         match answer {
             Some(Ok(())) => Ok(()),
-            Some(Err(error)) => Err(refuse(error, self.object(), offset, length)),
+            Some(Err(error)) => Err(refuse(error, self.plain.object(), offset, length)),
             None => Err(revoked(
                 operation,
-                self.offset.saturating_add(offset as u64),
+                self.plain.offset.saturating_add(offset as u64),
                 length,
             )),
         }
