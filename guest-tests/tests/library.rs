@@ -9,11 +9,13 @@ use std::{
 };
 
 use barlease::{
-    Backend, BarRange, Bdf, Device, Error, Lease, MapOptions, Reasons, RegionKind, State, pci::Pci,
+    Backend, BarRange, Bdf, Device, Error, Lease, MapOptions, Mapping, MemoryType, Reasons,
+    RegionKind, State, Tph, pci::Pci,
 };
 use barlease_guest_tests::{
     HUGE, PAGE, observe,
     pci::{BARLEASE, Function, STOCK},
+    probe,
     process::{self, Child, End},
     race,
 };
@@ -161,6 +163,10 @@ fn what_stock_vfio_pci_cannot_do_is_unsupported() {
     let lease = lease(&device);
     assert_error!(device.revoke(&lease), Unsupported);
     assert_error!(device.status(&lease), Unsupported);
+    assert_error!(device.set_memory_type(&lease, MemoryType::Wc), Unsupported);
+    assert_error!(device.set_tph(&lease, Tph::default()), Unsupported);
+    let alias = device.alias_region(FRAME_BUFFER, MemoryType::Wc);
+    assert_error!(alias, Unsupported);
     assert_error!(lease.map(), Unsupported);
     let text = device.revoke(&lease).unwrap_err().report().to_string();
     assert!(text.contains(BARLEASE), "{text}");
@@ -270,6 +276,94 @@ fn a_lease_shows_its_name() {
     let text = observe::buffers_text(&Function::named("display"));
     assert!(text.contains("left\\x20half"), "{text}");
     assert_error!(lease.set_name(&"x".repeat(32)), Invalid);
+}
+
+// ---- Memory types, aliases, steering tags ----------------------------------------------------------
+
+/// How the CPU treats the ends of a mapping.
+fn types(mapping: &Mapping) -> [Option<probe::MemoryType>; 2] {
+    let ends = [0, mapping.len() - PAGE as usize];
+    ends.map(|at| {
+        mapping.write(at, 1u32).unwrap();
+        let entry = probe::entry_at(mapping.as_ptr().addr() + at);
+        entry.map(|entry| entry.memory_type)
+    })
+}
+
+const UNCACHED: [Option<probe::MemoryType>; 2] = [Some(probe::MemoryType::Uncached); 2];
+const COMBINING: [Option<probe::MemoryType>; 2] = [Some(probe::MemoryType::WriteCombining); 2];
+
+#[test]
+fn mappings_of_a_lease_are_of_the_memory_type_that_was_set_before() {
+    let device = display();
+    let lease = lease(&device);
+    let before = lease.map().unwrap();
+    device.set_memory_type(&lease, MemoryType::Wc).unwrap();
+    assert_eq!(device.status(&lease).unwrap().memory_type, MemoryType::Wc);
+    assert_eq!(lease.info().unwrap().memory_type, MemoryType::Wc);
+    let after = lease.map().unwrap();
+    assert_eq!((types(&before), types(&after)), (UNCACHED, COMBINING));
+    let guarded = lease.map_guarded().unwrap();
+    guarded.write(0, 1u32).unwrap();
+    let entry = probe::entry_at(guarded.as_ptr().addr()).unwrap();
+    assert_eq!(entry.memory_type, probe::MemoryType::WriteCombining);
+    // Also when it is mapped again.
+    set_memory(&device, false);
+    assert_error!(guarded.write(0, 1u32), Revoked);
+    set_memory(&device, true);
+    guarded.recover().unwrap();
+    guarded.write(0, 1u32).unwrap();
+    let entry = probe::entry_at(guarded.as_ptr().addr()).unwrap();
+    assert_eq!(entry.memory_type, probe::MemoryType::WriteCombining);
+    device.set_memory_type(&lease, MemoryType::Nc).unwrap();
+    assert_eq!(types(&lease.map().unwrap()), UNCACHED);
+    device.revoke(&lease).unwrap();
+    assert_error!(device.set_memory_type(&lease, MemoryType::Wc), Dead);
+}
+
+#[test]
+fn an_alias_is_a_region_that_is_mapped_write_combining() {
+    let device = display();
+    let bar = device.region(FRAME_BUFFER).unwrap();
+    assert_eq!(bar.memory_types(), [MemoryType::Nc, MemoryType::Wc]);
+    let index = device.alias_region(FRAME_BUFFER, MemoryType::Wc).unwrap();
+    assert_eq!(
+        device.alias_region(FRAME_BUFFER, MemoryType::Wc).unwrap(),
+        index
+    );
+    let alias = device.region(index).unwrap();
+    assert_eq!(alias.kind, RegionKind::Alias(FRAME_BUFFER));
+    assert_eq!(alias.memory_types(), [MemoryType::Wc]);
+    assert_eq!((alias.size, alias.mappable), (bar.size, true));
+    let [uncached, combining] =
+        [FRAME_BUFFER, index].map(|region| device.map_region(region, 0..HUGE).unwrap());
+    assert_eq!((types(&uncached), types(&combining)), (UNCACHED, COMBINING));
+    combining.write(PAGE as usize, 0xa11a5u32).unwrap();
+    assert_eq!(seen(&device, PAGE), 0xa11a5);
+    // An alias of an alias, and one that is no other type than the BAR's own.
+    let refused = [
+        device.alias_region(index, MemoryType::Wc),
+        device.alias_region(FRAME_BUFFER, MemoryType::Nc),
+    ];
+    for answer in refused {
+        assert_eq!(answer.unwrap_err().errno(), Some(libc::EINVAL));
+    }
+}
+
+#[test]
+fn steering_tags_of_a_device_that_completes_none_are_unsupported() {
+    let device = display();
+    let lease = lease(&device);
+    let tph = Tph {
+        steering_tag: Some(1),
+        ..Tph::default()
+    };
+    assert_error!(device.set_tph(&lease, tph), Unsupported);
+    let too_large = Tph {
+        processing_hint: 4,
+        ..tph
+    };
+    assert_error!(device.set_tph(&lease, too_large), Invalid);
 }
 
 // ---- Revocation -----------------------------------------------------------------------------------
