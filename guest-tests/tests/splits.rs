@@ -233,6 +233,19 @@ fn parts_of_every_kind_of_mapping_are_taken_away_and_given_back_by_every_event()
 }
 
 #[test]
+fn parts_of_every_kind_of_mapping_are_taken_away_by_system_sleep_and_given_back() {
+    let device = Device::open(DEVICE);
+    let parts = parts(&device, true);
+    fill(&device);
+    parts.iter().for_each(Part::is_there);
+    if !observe::pretend_to_sleep() {
+        return;
+    }
+    parts.iter().for_each(Part::has_no_entry);
+    parts.iter().for_each(Part::is_there);
+}
+
+#[test]
 fn a_child_has_what_its_parent_has_and_loses_it_with_it() {
     let device = Device::open(DEVICE);
     let parts = parts(&device, true);
