@@ -229,8 +229,7 @@ fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() 
 /// of its operations set D0. No event tells us, so whoever had an access asks.
 fn notice_wake_up(device: &Device<'_, Barlease>) {
     let leases = &device.driver().leases;
-    let levels = leases.levels();
-    if !levels.sleeping && !levels.low_power {
+    if !leases.is_asleep() {
         return;
     }
     let lock = device.memory_lock();

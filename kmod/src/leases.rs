@@ -36,7 +36,10 @@ use kernel::{
     prelude::*,
     rbtree::{RBTree, RBTreeNodeReservation},
     str::CString,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{Acquire, Atomic, Release},
+    },
 };
 
 /// All buffers of one bound function.
@@ -49,6 +52,9 @@ pub(crate) struct Leases {
     providers: Arc<Providers>,
     #[pin]
     access: RwSem<Access>,
+    /// Whether the device sleeps, as `access` says: 0 or 1. Written with `access` locked for writing, read by whoever
+    /// had an access through the device fd, who is to pay nothing where nothing sleeps.
+    asleep: Atomic<u32>,
     #[pin]
     table: Mutex<Table>,
     #[pin]
@@ -60,6 +66,9 @@ struct Table {
     buffers: RBTree<u64, Arc<Buffer>>,
     next: u64,
 }
+
+/// How many buffers are looked up at a time.
+const BATCH: usize = 16;
 
 /// The right to take one buffer out of the table.
 pub(crate) struct Ticket(u64);
@@ -73,6 +82,7 @@ impl Leases {
                 bdf,
                 providers,
                 access <- RwSem::new(Access::new()),
+                asleep: Atomic::new(0),
                 table <- new_mutex!(
                     Table { buffers: RBTree::new(), next: 0 },
                     "barlease::table"
@@ -100,7 +110,9 @@ impl Leases {
 
     /// The device was opened.
     pub(crate) fn open(&self, levels: Levels) {
-        let _epoch = self.access.write().open(levels);
+        self.update(|access| {
+            let _epoch = access.open(levels);
+        });
     }
 
     /// The device is being closed: all its buffers are dead when this returns.
@@ -124,12 +136,16 @@ impl Leases {
     /// say what the device says now. `change` may sample the device, so that samples are in the
     /// order of their taking.
     pub(crate) fn update(&self, change: impl FnOnce(&mut Access)) {
-        change(&mut self.access.write());
+        let mut access = self.access.write();
+        change(&mut access);
+        let levels = access.levels();
+        self.asleep
+            .store(u32::from(levels.sleeping || levels.low_power), Release);
     }
 
-    /// What the device said last.
-    pub(crate) fn levels(&self) -> Levels {
-        self.access.read().levels()
+    /// Whether the device slept when it was asked last.
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.asleep.load(Acquire) != 0
     }
 
     /// Runs `f` with the state of a buffer of `epoch`, which does not change until `f` is done.
@@ -169,18 +185,25 @@ impl Leases {
     /// Calls `f` with each buffer, without a lock. Buffers that are added meanwhile may be left
     /// out. Allocates nothing, since it must not fail.
     pub(crate) fn for_each(&self, mut f: impl FnMut(&Buffer)) {
-        let mut next = 0;
-        while let Some((id, buffer)) = self.at_or_after(next) {
-            next = id + 1;
-            f(&buffer);
+        let mut next = Some(0);
+        while let Some(id) = next {
+            let mut batch = [const { None }; BATCH];
+            next = self.at_or_after(id, &mut batch);
+            for buffer in batch.iter().flatten() {
+                f(buffer);
+            }
         }
     }
 
-    fn at_or_after(&self, id: u64) -> Option<(u64, Arc<Buffer>)> {
-        let table = self.table.lock();
-        let cursor = table.buffers.cursor_lower_bound(&id)?;
-        let (id, buffer) = cursor.current();
-        Some((*id, buffer.clone()))
+    /// Fills `batch` with the buffers from `id` on; where to go on, unless there are no more.
+    fn at_or_after(&self, id: u64, batch: &mut [Option<Arc<Buffer>>; BATCH]) -> Option<u64> {
+        let mut table = self.table.lock();
+        let mut cursor = table.buffers.cursor_lower_bound_mut(&id)?;
+        for place in batch {
+            *place = Some(cursor.current().1.clone());
+            cursor = cursor.move_next()?;
+        }
+        Some(*cursor.current().0)
     }
 
     /// Takes away what each buffer has, where its state says that nothing new can come.
