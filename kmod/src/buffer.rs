@@ -21,7 +21,7 @@ use crate::{
 };
 use kernel::{
     prelude::*,
-    str::{BStr, CString},
+    str::BStr,
     sync::{
         Arc, ArcBorrow, SetOnce,
         atomic::{Atomic, Relaxed},
@@ -120,12 +120,8 @@ impl Buffer {
         vma: Option<&NewVma<'_>>,
     ) -> Result<(Arc<Self>, DmaBuf)> {
         let epoch = leases.epoch()?;
-        let suffix = match memory_type {
-            MemoryType::Uncached => "",
-            MemoryType::WriteCombining => "+wc",
-        };
-        let (bdf, bar) = (leases.bdf(), contents.bar);
-        let name = CString::try_from_fmt(fmt!("barlease:{bdf}/{bar}{suffix}"))?;
+        let name = name_of(leases.bdf(), contents.bar, memory_type);
+        let name = CStr::from_bytes_until_nul(&name).map_err(|_| EINVAL)?;
         let size = contents.size;
         let buffer = Arc::pin_init(
             pin_init!(Self {
@@ -147,7 +143,7 @@ impl Buffer {
             GFP_KERNEL_ACCOUNT,
         )?;
         let mut dmabuf = DmaBuf::export(buffer.clone(), size, flags)?;
-        dmabuf.set_name(&name)?;
+        dmabuf.set_name(name)?;
         buffer.inode.populate(dmabuf.inode());
         let ticket = leases.add(buffer.clone())?;
         buffer.ticket.populate(ticket);
@@ -347,6 +343,23 @@ impl Buffer {
             _ => Outcome::FALLBACK,
         }
     }
+}
+
+/// `barlease:<BDF>/<bar>`, with `+wc` behind it where it is that; cut where the name of a dma-buf ends.
+fn name_of(bdf: &CStr, bar: u32, memory_type: MemoryType) -> [u8; NAME_LEN] {
+    let suffix: &[u8] = match memory_type {
+        MemoryType::Uncached => b"",
+        MemoryType::WriteCombining => b"+wc",
+    };
+    // A BAR has one digit.
+    let number = [b'/', b'0'.wrapping_add(bar as u8)];
+    let parts = [b"barlease:", bdf.to_bytes(), &number, suffix];
+    let mut name = [0; NAME_LEN];
+    let places = name.iter_mut().take(NAME_LEN - 1);
+    for (place, byte) in places.zip(parts.into_iter().flatten()) {
+        *place = *byte;
+    }
+    name
 }
 
 /// The uAPI's number of a memory type.

@@ -57,10 +57,7 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
         }
     };
 
-    let mut asked = KVVec::with_capacity(count, GFP_KERNEL)?;
-    for _ in 0..count {
-        asked.push(reader.read::<abi::DmaRange>()?, GFP_KERNEL)?;
-    }
+    let asked = reader.read_many::<abi::DmaRange>(count)?;
     let (size, segments) = match place(&bar, &asked) {
         Ok(placed) => placed,
         Err(Refused::Memory) => return Err(ENOMEM),

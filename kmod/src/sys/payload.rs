@@ -3,7 +3,7 @@
 //! Payloads of `VFIO_DEVICE_FEATURE`, copied once from user memory and back.
 
 use crate::abi;
-use core::mem::{MaybeUninit, size_of};
+use core::mem::{MaybeUninit, size_of, size_of_val};
 use kernel::{
     prelude::*,
     uaccess::{UserPtr, UserSlice, UserSliceReader},
@@ -100,5 +100,24 @@ impl PayloadReader {
         self.0.read_raw(bytes)?;
         // SAFETY: `read_raw` initialized all bytes, and every bit pattern is a `T: Payload`.
         Ok(unsafe { value.assume_init() })
+    }
+
+    /// The next `count` structures, in one copy. As for `read`.
+    pub(crate) fn read_many<T: Payload>(&mut self, count: usize) -> Result<KVVec<T>> {
+        let mut values = KVVec::<T>::with_capacity(count, GFP_KERNEL)?;
+        let places = values.spare_capacity_mut().get_mut(..count).ok_or(EINVAL)?;
+        // SAFETY: The places are valid for writes of their size, and `MaybeUninit<u8>` may be
+        // anything.
+        let bytes = unsafe {
+            core::slice::from_raw_parts_mut(
+                places.as_mut_ptr().cast::<MaybeUninit<u8>>(),
+                size_of_val(places),
+            )
+        };
+        self.0.read_raw(bytes)?;
+        // SAFETY: There is room for `count`; `read_raw` initialized all their bytes, and every bit
+        // pattern is a `T: Payload`.
+        unsafe { values.inc_len(count) };
+        Ok(values)
     }
 }
