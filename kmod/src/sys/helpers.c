@@ -155,6 +155,17 @@ bool bl_uses_dma_iommu(struct device *dev)
 	return use_dma_iommu(dev);
 }
 
+/* What drivers/pci/p2pdma.c knows a client by; U64_MAX for what is no PCI function. */
+u64 bl_pci_client(struct device *dev)
+{
+	struct pci_dev *client;
+
+	if (!dev_is_pci(dev))
+		return U64_MAX;
+	client = to_pci_dev(dev);
+	return (u64)pci_domain_nr(client->bus) << 16 | pci_dev_id(client);
+}
+
 bool bl_iova_try_alloc(struct device *dev, struct dma_iova_state *state,
 		       size_t size)
 {

@@ -33,6 +33,7 @@ void bl_init_completed(struct completion *completion);
 void bl_reinit_completion(struct completion *completion);
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar);
 bool bl_uses_dma_iommu(struct device *dev);
+u64 bl_pci_client(struct device *dev);
 bool bl_iova_try_alloc(struct device *dev, struct dma_iova_state *state,
 		       size_t size);
 void bl_iova_free(struct device *dev, struct dma_iova_state *state);

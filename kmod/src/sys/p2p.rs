@@ -8,8 +8,9 @@
 //! kind, for 10 ms: DMA that is under way still lands. Here a mapping that was undone is blocked.
 //!
 //! How a pair of devices reaches each other only the stock helper can tell (its
-//! `pci_p2pdma_map_type()` is not exported): one page is mapped by it, once an attachment, and the
-//! address that comes out says which way it is.
+//! `pci_p2pdma_map_type()` is not exported): one page is mapped by it, and the address that comes out
+//! says which way it is. That is remembered by the address of the importer's function while the device
+//! is open, as the kernel itself does for longer (`map_types` in `drivers/pci/p2pdma.c`).
 //!
 //! C headers: [`include/linux/pci-p2pdma.h`](srctree/include/linux/pci-p2pdma.h),
 //! [`include/linux/dma-buf-mapping.h`](srctree/include/linux/dma-buf-mapping.h)
@@ -19,7 +20,10 @@ use core::ptr::NonNull;
 use kernel::{
     error::{from_err_ptr, to_result},
     prelude::*,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{Atomic, Relaxed},
+    },
 };
 
 const BARS: usize = bindings::PCI_STD_NUM_BARS as usize;
@@ -45,6 +49,53 @@ unsafe impl Sync for Provider {}
 pub(crate) struct Providers {
     #[pin]
     bars: RwSem<[Option<Provider>; BARS]>,
+    known: Known,
+}
+
+/// How importers reach the function, of the last few that were asked for.
+///
+/// A word each: [`Known::SET`], [`Known::BUS`] if by the addresses of the bus, and which client.
+struct Known([Atomic<u64>; 8]);
+
+impl Known {
+    const SET: u64 = 1 << 0;
+    const BUS: u64 = 1 << 1;
+
+    /// No client. A client is a PCI domain of 32 bits and 16 bits of bus, device and function.
+    const NOBODY: u64 = u64::MAX;
+
+    fn new() -> Self {
+        Self([const { Atomic::new(0) }; 8])
+    }
+
+    fn word(&self, client: u64) -> Option<&Atomic<u64>> {
+        // Functions of one device, and devices of one bus, have words of their own.
+        let place = (client ^ (client >> 3)) % self.0.len() as u64;
+        self.0.get(place as usize)
+    }
+
+    /// Whether `client` reaches the function by the addresses of the bus, if that is known.
+    fn is_by_bus(&self, client: u64) -> Option<bool> {
+        let word = self.word(client)?.load(Relaxed);
+        let is_its = word & Self::SET != 0 && word >> 2 == client;
+        is_its.then_some(word & Self::BUS != 0)
+    }
+
+    fn set(&self, client: u64, by_bus: bool) {
+        if client == Self::NOBODY {
+            return;
+        }
+        if let Some(word) = self.word(client) {
+            let by_bus = if by_bus { Self::BUS } else { 0 };
+            word.store(client << 2 | by_bus | Self::SET, Relaxed);
+        }
+    }
+
+    fn clear(&self) {
+        for word in &self.0 {
+            word.store(0, Relaxed);
+        }
+    }
 }
 
 impl Providers {
@@ -53,6 +104,7 @@ impl Providers {
         Arc::pin_init(
             pin_init!(Self {
                 bars <- RwSem::new([const { None }; BARS]),
+                known: Known::new(),
             }),
             GFP_KERNEL,
         )
@@ -72,7 +124,10 @@ impl Providers {
 
     /// Waits for mappings that are being made, and makes all others impossible.
     pub(super) fn clear(&self) {
-        *self.bars.write() = [const { None }; BARS];
+        let mut bars = self.bars.write();
+        *bars = [const { None }; BARS];
+        // Who maps holds `bars` for reading.
+        self.known.clear();
     }
 
     /// The provider of a BAR; `EOPNOTSUPP` where kernel or device has none. While it is held the
@@ -81,7 +136,8 @@ impl Providers {
         let bars = self.bars.read();
         let bar = bar as usize;
         if bars.get(bar).is_some_and(Option::is_some) {
-            Ok(BarProvider { bars, bar })
+            let known = &self.known;
+            Ok(BarProvider { bars, bar, known })
         } else {
             Err(errno::EOPNOTSUPP.into())
         }
@@ -92,6 +148,7 @@ impl Providers {
 pub(crate) struct BarProvider<'a> {
     bars: ReadGuard<'a, [Option<Provider>; BARS]>,
     bar: usize,
+    known: &'a Known,
 }
 
 impl BarProvider<'_> {
@@ -180,11 +237,14 @@ impl<'a> Importer<'a> {
         size: u64,
     ) -> Result<Mapped> {
         let size = usize::try_from(size).map_err(|_| EINVAL)?;
+        let known = provider.known;
         let provider = provider.get()?;
-        let first = runs.clone().next().ok_or(EINVAL)?;
         let route = match self.state.route {
             Some(route) => route,
-            None => self.find_route(provider, first.address)?,
+            None => {
+                let first = runs.clone().next().ok_or(EINVAL)?;
+                self.find_route(provider, known, first.address)?
+            }
         };
         self.state.route = Some(route);
         self.map_runs(provider, route, runs, size)
@@ -231,26 +291,31 @@ impl<'a> Importer<'a> {
         unsafe { bindings::dma_buf_free_sgt(self.attachment, entries, self.direction) };
     }
 
-    /// Maps a page to see how the importer reaches the provider.
+    /// How the importer reaches the provider.
     fn find_route(
         &self,
         provider: NonNull<bindings::p2pdma_provider>,
+        known: &Known,
         address: u64,
     ) -> Result<Route> {
-        let page = Run {
-            address,
-            length: PAGE_SIZE as u64,
-        };
-        let entries = self.map_stock(provider, page)?;
-        // SAFETY: The table has an entry.
-        let mapped = unsafe { (*(*entries).sgl).dma_address };
-        self.unmap_stock(entries);
         // SAFETY: The provider is valid.
         let bus_offset = unsafe { provider.as_ref().bus_offset };
         // SAFETY: The device of an attachment is valid.
         let translated = unsafe { bindings::bl_uses_dma_iommu(self.device()) };
-        // An IOVA is never an address of the bus: the windows of host bridges are reserved.
-        let is_bus_address = mapped == address.wrapping_add(bus_offset);
+        // SAFETY: As above.
+        let client = unsafe { bindings::bl_pci_client(self.device()) };
+        // Only a client that is translated is remembered, and only while it is.
+        let remembered = translated.then(|| known.is_by_bus(client)).flatten();
+        let is_bus_address = match remembered {
+            Some(by_bus) => by_bus,
+            None => {
+                let by_bus = self.try_bus_address(provider, address, bus_offset)?;
+                if translated {
+                    known.set(client, by_bus);
+                }
+                by_bus
+            }
+        };
         Ok(match (translated, is_bus_address) {
             (true, false) => Route::Iova,
             (true, true) => Route::Bus,
@@ -259,6 +324,25 @@ impl<'a> Importer<'a> {
             (false, true) if bus_offset != 0 => Route::Bus,
             (false, _) => Route::Direct,
         })
+    }
+
+    /// Maps a page by the stock helper, to see whether what comes out is its address of the bus.
+    fn try_bus_address(
+        &self,
+        provider: NonNull<bindings::p2pdma_provider>,
+        address: u64,
+        bus_offset: u64,
+    ) -> Result<bool> {
+        let page = Run {
+            address,
+            length: PAGE_SIZE as u64,
+        };
+        let entries = self.map_stock(provider, page)?;
+        // SAFETY: The table has an entry.
+        let mapped = unsafe { (*(*entries).sgl).dma_address };
+        self.unmap_stock(entries);
+        // An IOVA is never an address of the bus: the windows of host bridges are reserved.
+        Ok(mapped == address.wrapping_add(bus_offset))
     }
 
     fn map_runs(
