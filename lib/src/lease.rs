@@ -139,6 +139,17 @@ impl Lease {
         })
     }
 
+    /// What the kernel has just made as `info` says.
+    pub(crate) fn made(fd: OwnedFd, info: LeaseInfo) -> Self {
+        Self {
+            fd,
+            size: info.size,
+            writable: info.writable,
+            memory_type: AtomicU32::new(info.memory_type.to_abi()),
+            info: Some(info),
+        }
+    }
+
     fn object_of(info: Option<&LeaseInfo>) -> Object {
         Object::Lease {
             bdf: info.map(|info| info.bdf),

@@ -13,6 +13,7 @@
 //! JSON, because members can be added and a person can read it; the bound has room for the 65,536
 //! ranges that a lease can have.
 
+use std::io::ErrorKind;
 use std::io::IoSlice;
 use std::io::IoSliceMut;
 use std::io::Read;
@@ -52,12 +53,10 @@ impl Lease {
             Some(info) => serde_json::to_vec(&info)
                 .map_err(|error| Error::from_io("send", Object::Socket, error.into()))?,
         };
-        let header = header(body.len())?;
-        send_with_fd(socket, &header, self)?;
-        let mut socket = socket;
-        socket
-            .write_all(&body)
-            .map_err(|error| Error::from_io("send", Object::Socket, error))
+        let mut message = header(body.len())?.to_vec();
+        message.extend(body);
+        // All at once: the receiver is woken once.
+        send_with_fd(socket, &message, self)
     }
 
     /// Receives a lease that the peer sends with [`Lease::send`]. Waits for it, as long as the
@@ -71,14 +70,16 @@ impl Lease {
         let length = parse_header(&header)?;
         let fd = exactly_one(fds)?;
 
-        let mut body = Vec::new();
+        let mut body = vec![0; length];
+        let mut socket = socket;
         socket
-            .take(length as u64)
-            .read_to_end(&mut body)
-            .map_err(|error| Error::from_io("receive", Object::Socket, error))?;
-        if body.len() != length {
-            return Err(malformed("the peer closed the connection in the middle"));
-        }
+            .read_exact(&mut body)
+            .map_err(|error| match error.kind() {
+                ErrorKind::UnexpectedEof => {
+                    malformed("the peer closed the connection in the middle")
+                }
+                _ => Error::from_io("receive", Object::Socket, error),
+            })?;
         if body.is_empty() {
             return Self::from_fd(fd);
         }
@@ -159,8 +160,8 @@ fn exactly_one(mut fds: Vec<OwnedFd>) -> Result<OwnedFd> {
     }
 }
 
-/// Sends the header with the descriptor attached to its first byte.
-fn send_with_fd(socket: &UnixStream, header: &[u8; HEADER], fd: impl AsFd) -> Result<()> {
+/// Sends a message with the descriptor attached to its first byte.
+fn send_with_fd(socket: &UnixStream, message: &[u8], fd: impl AsFd) -> Result<()> {
     let fds = [fd.as_fd()];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -170,7 +171,7 @@ fn send_with_fd(socket: &UnixStream, header: &[u8; HEADER], fd: impl AsFd) -> Re
     let sent = loop {
         let answer = rustix::net::sendmsg(
             socket,
-            &[IoSlice::new(header)],
+            &[IoSlice::new(message)],
             &mut control,
             SendFlags::NOSIGNAL,
         );
@@ -182,7 +183,7 @@ fn send_with_fd(socket: &UnixStream, header: &[u8; HEADER], fd: impl AsFd) -> Re
     };
     let mut socket = socket;
     socket
-        .write_all(header.get(sent..).unwrap_or(&[]))
+        .write_all(message.get(sent..).unwrap_or(&[]))
         .map_err(|error| Error::from_io("send", Object::Socket, error))
 }
 

@@ -112,7 +112,7 @@ impl<'a> ExportBuilder<'a> {
             memory_type: MemoryType::Nc,
             writable: self.writable,
         };
-        Lease::with_info(fd, Some(info))
+        Ok(Lease::made(fd, info))
     }
 
     fn ranges_or_all(&self) -> Result<Vec<BarRange>> {
