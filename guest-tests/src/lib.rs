@@ -15,10 +15,13 @@
 //! - [`witness`]: devices that tell what has reached them;
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
 //! - [`importer`]: a device that does DMA to leases;
+//! - [`allocations`]: what the kernel allocates for this process;
 //! - [`errno`]: error numbers with their names.
 
 // What a test looks at are bare system calls and memory that a kernel takes away: what is not safe about them is
 // in these modules, so that no test needs `unsafe`.
+#[expect(unsafe_code, reason = "gettid")]
+pub mod allocations;
 #[expect(unsafe_code, reason = "an ioctl, fds by number")]
 pub mod attributes;
 pub mod errno;
