@@ -1,6 +1,6 @@
 //! What the device saw: its own log says that nothing reached its memory when nothing may. Run on the machine `device`.
 //!
-//! An access that is made while the device's decoding is off, or in D3hot, does not get to the device: the emulator keeps
+//! An access that is made while the device's decoding is off, or not in D0, does not get to the device: the emulator keeps
 //! it, and counts it. There must be none of these either.
 #![cfg(barlease_guest)]
 
@@ -16,10 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use barlease_abi::{ALIAS_WC, MEMATTR_WC, REASON_RESET};
+use barlease_abi::{ALIAS_WC, MEMATTR_WC, REASON_LOW_POWER, REASON_RESET};
 use barlease_guest_tests::{
     HUGE, PAGE,
-    errno::EBUSY,
+    errno::{EBUSY, ENODEV},
     importer::{Attachment, Importer},
     lease::State,
     map::{How, Map, Sigbus},
@@ -133,6 +133,8 @@ impl Setup {
 fn assert_saw_none(witness: Witness) {
     for state in [
         json!({"region": MEMORY, "memory": false}),
+        json!({"region": MEMORY, "power": 1}),
+        json!({"region": MEMORY, "power": 2}),
         json!({"region": MEMORY, "power": 3}),
         json!({"region": MEMORY, "reset": true}),
     ] {
@@ -511,21 +513,105 @@ fn nothing_reaches_the_device_while_decoding_is_off() {
     setup.assert_never_when_it_must_not();
 }
 
-#[test]
-fn nothing_reaches_the_device_in_d3hot() {
+/// Writes all the time, while the device is now and then in a power state.
+fn nothing_reaches_it_in(state: u8) {
     let setup = setup();
     setup.while_all_write(|| {
         for _ in 0..5 {
             setup.wait_for_accesses(10);
-            setup.device.set_power_state(3);
-            assert_eq!(setup.device.power_state(), 3);
+            setup.device.set_power_state(state.into());
+            assert_eq!(setup.device.power_state(), state);
             thread::sleep(Duration::from_millis(5));
             setup.device.set_power_state(0);
         }
         setup.wait_for_accesses(10);
     });
-    assert!(setup.witness.count(&json!({"region": 7, "power": 3})) > 0);
+    let there = json!({"region": 7, "power": state});
+    assert!(setup.witness.count(&there) > 0);
     setup.assert_never_when_it_must_not();
+}
+
+#[test]
+fn nothing_reaches_the_device_in_d3hot() {
+    nothing_reaches_it_in(3);
+}
+
+#[test]
+fn nothing_reaches_the_device_in_d1() {
+    nothing_reaches_it_in(1);
+}
+
+#[test]
+fn nothing_reaches_the_device_in_d2() {
+    nothing_reaches_it_in(2);
+}
+
+#[test]
+fn d1_and_d2_take_away_until_d0() {
+    let setup = setup();
+    let device = &setup.device;
+    let importer = Importer::open();
+    let attachment = importer.attach(&setup.leases[0]).unwrap();
+    let is = |power: u8, expected: State| {
+        assert_eq!(device.power_state(), power);
+        for lease in &setup.leases {
+            assert_eq!(device.state(lease), expected);
+        }
+        for map in &setup.maps {
+            match expected {
+                State::Ok => assert_eq!(map.read(PAGE), Ok(7)),
+                _ => assert_eq!(map.read(PAGE), Err(Sigbus)),
+            }
+        }
+        match expected {
+            State::Ok => attachment.map().unwrap(),
+            _ => {
+                assert!(!attachment.is_mapped());
+                assert_eq!(attachment.map(), Err(ENODEV));
+            }
+        }
+    };
+    let low_power = State::Revoked(REASON_LOW_POWER);
+    setup.maps[0].write(PAGE, 7).unwrap();
+    for state in [1, 2] {
+        is(0, State::Ok);
+        device.set_power_state(state.into());
+        is(state, low_power);
+        // What is exported now is born REVOKED.
+        let fd = device.export(MEMORY, &[(PAGE, PAGE)]).unwrap();
+        assert_eq!(device.state(&fd), low_power);
+        let map = Map::new(&fd, PAGE).unwrap();
+        assert_eq!(map.read(0), Err(Sigbus));
+        // Memory decoding has nothing to do with it.
+        device.set_memory(false);
+        device.set_memory(true);
+        is(state, low_power);
+        device.set_power_state(0);
+        assert_eq!(map.read(0), Ok(7));
+    }
+    is(0, State::Ok);
+    assert_eq!(attachment.status().interruptions, 2);
+    // From a state the way is to a deeper one, or to D0 (PCI PM 1.2, 5.1).
+    for (asked, state) in [(1, 1), (2, 2), (1, 2), (3, 3), (2, 3)] {
+        device.set_power_state(asked);
+        is(state, low_power);
+    }
+    device.set_power_state(0);
+    is(0, State::Ok);
+}
+
+#[test]
+fn a_reset_in_d1_wakes_the_device() {
+    for state in [1, 2] {
+        let setup = setup();
+        setup.device.set_power_state(state);
+        setup.device.reset().unwrap();
+        assert_eq!(setup.device.power_state(), 0);
+        assert_eq!(setup.device.state(&setup.leases[0]), State::Ok);
+        for map in &setup.maps {
+            map.read(0).unwrap();
+        }
+    }
 }
 
 #[test]
@@ -757,8 +843,10 @@ fn toggle_memory(device: &Device) {
 }
 
 fn sleep_and_wake(device: &Device) {
-    device.set_power_state(3);
-    device.set_power_state(0);
+    for state in [3, 1, 2] {
+        device.set_power_state(state);
+        device.set_power_state(0);
+    }
 }
 
 #[test]

@@ -18,6 +18,9 @@ pub struct Machine {
     pub append: Vec<String>,
     /// Stock modules that are put into the guest and loaded, besides those of VFIO.
     pub modules: Vec<String>,
+    /// QEMU's arguments for the machine itself.
+    #[serde(skip)]
+    pub arguments: Vec<String>,
     /// The devices.
     pub devices: Vec<Device>,
 }
@@ -122,6 +125,7 @@ impl Machine {
             processors: 2,
             append: Vec::new(),
             modules: Vec::new(),
+            arguments: Vec::new(),
             devices,
         }
     }
@@ -151,6 +155,8 @@ pub enum Preset {
     Full,
     /// The same with devices of our own, which say what reached them.
     Device,
+    /// The same with a device that reports errors, and with slots that the kernel itself looks after.
+    Ports,
     /// As `full` without page attributes, so without write-combining.
     NoPat,
     /// What the benchmarks need. No device can be reset, so opening one does not wait for its reset.
@@ -159,10 +165,11 @@ pub enum Preset {
 
 impl Preset {
     /// All presets.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Display,
         Self::Full,
         Self::Device,
+        Self::Ports,
         Self::NoPat,
         Self::Bench,
     ];
@@ -174,6 +181,7 @@ impl Preset {
             Self::Display => "display",
             Self::Full => "full",
             Self::Device => "device",
+            Self::Ports => "ports",
             Self::NoPat => "nopat",
             Self::Bench => "bench",
         }
@@ -186,6 +194,18 @@ impl Preset {
             Self::Display => Machine::new(vec![display()]),
             Self::Full => Machine::new(full()),
             Self::Device => Machine::new(own()),
+            Self::Ports => Machine {
+                // A kernel without ASPM does not ask the firmware for ports.
+                append: vec!["pcie_ports=native".to_owned()],
+                // Else QEMU has ACPI look after slots, which takes a device away in order only.
+                arguments: [
+                    "-global",
+                    "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
+                ]
+                .map(str::to_owned)
+                .into(),
+                ..Machine::new(ports())
+            },
             Self::NoPat => Machine {
                 append: vec!["nopat".to_owned()],
                 ..Machine::new(full())
@@ -205,6 +225,7 @@ impl Preset {
         // Cargo adds `-` and a hash.
         match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
             "command" | "splits" | "tph" | "witness" => Self::Device,
+            "aer" | "removal" => Self::Ports,
             "nopat" => Self::NoPat,
             _ => Self::Full,
         }
@@ -243,9 +264,13 @@ fn display() -> Device {
 }
 
 fn own() -> Vec<Device> {
+    let trapped = Options {
+        d1_d2: true,
+        ..Options::default()
+    };
     let mapped = Options {
         trapped: false,
-        ..Options::default()
+        ..trapped.clone()
     };
     let mut devices = full();
     devices.extend([
@@ -253,9 +278,9 @@ fn own() -> Vec<Device> {
         Device::served(
             "trapped",
             "0000:05:00.0",
-            "our own: BAR0 is 16 MiB of memory, every access to it is logged; steering tags, function-level reset, MSI-X in BAR2",
+            "our own: BAR0 is 16 MiB of memory, every access to it is logged; steering tags, function-level reset, D1 and D2, MSI-X in BAR2",
             "rp5",
-            Options::default(),
+            trapped,
         ),
         Device::root_port("rp6", 11),
         Device::served(
@@ -264,6 +289,34 @@ fn own() -> Vec<Device> {
             "our own: as the other, with a BAR0 that is mapped",
             "rp6",
             mapped,
+        ),
+    ]);
+    devices
+}
+
+fn ports() -> Vec<Device> {
+    let mut devices = full();
+    devices.extend([
+        Device::root_port("rp5", 10),
+        Device::new(
+            "virtio",
+            "0000:05:00.0",
+            "virtio-rng: BAR4 is 16 KiB of registers; Advanced Error Reporting, function-level reset",
+            "virtio-rng-pci,bus=rp5,addr=00.0,multifunction=on,aer=on,rng=virtio-source",
+        )
+        .with(&["-object", "rng-builtin,id=virtio-source"]),
+        Device::new(
+            "neighbour",
+            "0000:05:00.1",
+            "virtio-rng: the other function of the device that reports errors; it reports none",
+            "virtio-rng-pci,bus=rp5,addr=00.1,rng=virtio-source",
+        ),
+        Device::root_port("rp6", 11),
+        Device::new(
+            "card",
+            "0000:06:00.0",
+            "virtio-rng: BAR4 is 16 KiB of registers; function-level reset; alone in a slot, so it can be pulled out",
+            "virtio-rng-pci,bus=rp6,addr=00.0,rng=virtio-source",
         ),
     ]);
     devices

@@ -609,6 +609,7 @@ impl Guest<'_> {
         ] {
             command.args(["-device", &format!("isa-serial,chardev={id},{place}")]);
         }
+        command.args(&machine.arguments);
         for device in &machine.devices {
             command.args(served::arguments_of(device, self.folder));
         }

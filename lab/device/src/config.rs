@@ -19,6 +19,8 @@ const CAPABILITIES: usize = 0x34;
 /// Power management.
 const PM: usize = 0x40;
 const PMCSR: usize = PM + 4;
+/// Of the power-management capabilities: there is D1, and D2.
+const D1_D2: u16 = 1 << 9 | 1 << 10;
 /// PCI Express.
 const EXPRESS: usize = 0x50;
 const DEVICE_CONTROL: usize = EXPRESS + 0x08;
@@ -69,7 +71,7 @@ impl Config {
             initial: Vec::new(),
         };
         config.header(options);
-        config.power_management();
+        config.power_management(options);
         config.express(options);
         config.msix(options);
         config.requester(options);
@@ -94,10 +96,11 @@ impl Config {
         self.put8(CAPABILITIES, PM as u8, 0);
     }
 
-    fn power_management(&mut self) {
+    fn power_management(&mut self, options: &Options) {
         self.put16(PM, u16::from_le_bytes([0x01, EXPRESS as u8]), 0);
-        // Version 3, neither D1 nor D2.
-        self.put16(PM + 2, 3, 0);
+        // Version 3.
+        let states = if options.d1_d2 { D1_D2 } else { 0 };
+        self.put16(PM + 2, 3 | states, 0);
         self.put16(PMCSR, NO_SOFT_RESET, 0b11);
     }
 
@@ -176,7 +179,7 @@ impl Config {
         let mut effect = Effect::default();
         for (i, &byte) in data.iter().enumerate() {
             let Some(at) = place(offset, i) else { break };
-            if at == PMCSR && matches!(byte & 0b11, 1 | 2) {
+            if at == PMCSR && matches!(byte & 0b11, 1 | 2) && !self.has_d1_and_d2() {
                 // A state that the device does not have: it stays where it is.
                 continue;
             }
@@ -209,7 +212,11 @@ impl Config {
         self.bytes[COMMAND] & MEMORY != 0
     }
 
-    /// The power state: 0, or 3 for D3hot.
+    fn has_d1_and_d2(&self) -> bool {
+        self.bytes[PM + 3] & (D1_D2 >> 8) as u8 != 0
+    }
+
+    /// The power state: 0 to 2, or 3 for D3hot.
     #[must_use]
     pub fn power_state(&self) -> u8 {
         self.bytes[PMCSR] & 0b11
@@ -322,6 +329,19 @@ mod tests {
             u16::from_le_bytes(read(&config, PMCSR)) & NO_SOFT_RESET,
             NO_SOFT_RESET
         );
+    }
+
+    #[test]
+    fn d1_and_d2_are_there_when_asked_for() {
+        let mut config = Config::new(&Options {
+            d1_d2: true,
+            ..Options::default()
+        });
+        assert_eq!(u16::from_le_bytes(read(&config, PM + 2)), 0x0603);
+        for state in [1, 2, 3, 0, 2, 0] {
+            config.write(PMCSR as u64, &[state]);
+            assert_eq!(config.power_state(), state);
+        }
     }
 
     #[test]

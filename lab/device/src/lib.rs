@@ -8,10 +8,10 @@
 //! |---|---|
 //! | BAR0 | memory, 64-bit and prefetchable; trapped (every access is in the log) or mapped |
 //! | BAR2 | [registers], always trapped; the MSI-X table may be in it |
-//! | config space | PM (D3hot), PCIe (function-level reset, steering tags), MSI-X, TPH requester |
+//! | config space | PM (D3hot, and D1 and D2 if asked for), PCIe (function-level reset, steering tags), MSI-X, TPH requester |
 //!
 //! What QEMU keeps to itself never gets here: the MSI-X table is QEMU's own, and an access to a BAR whose decoding is off,
-//! or that is in D3hot, ends in QEMU (`-d invalid_mem` shows it).
+//! or that is not in D0, ends in QEMU (`-d invalid_mem` shows it).
 //!
 //! ```no_run
 //! use barlease_device::{Options, Server};
@@ -49,6 +49,8 @@ pub struct Options {
     pub completer: u8,
     /// Whether it has the capability of a TPH requester.
     pub requester: bool,
+    /// Whether it has the power states D1 and D2.
+    pub d1_d2: bool,
     /// How long a reset takes.
     pub reset_ms: u64,
 }
@@ -61,6 +63,7 @@ impl Default for Options {
             msix: Msix::Registers,
             completer: 3,
             requester: true,
+            d1_d2: false,
             reset_ms: 0,
         }
     }

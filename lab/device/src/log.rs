@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub struct State {
     /// Memory decoding is on.
     pub memory: bool,
-    /// The power state: 0, or 3 for D3hot.
+    /// The power state: 0 to 2, or 3 for D3hot.
     pub power: u8,
     /// In reset.
     pub reset: bool,
