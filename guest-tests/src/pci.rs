@@ -2,18 +2,24 @@
 
 use std::{
     fs, io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use barlease_lab::guest;
 
-use crate::errno::{Answer, Errno};
+use crate::errno::{Answer, EBUSY, Errno};
 
 /// Our driver.
 pub const BARLEASE: &str = barlease_abi::DRIVER_NAME;
 /// The kernel's own.
 pub const STOCK: &str = "vfio-pci";
+
+// Of Slot Control (PCIe, 7.5.3.10).
+const SLOT_INTERRUPTS: u16 = 1 << 5;
+/// Indicator and power.
+const SLOT_OFF: u16 = 0b11 << 8 | 1 << 10;
 
 /// A PCI function.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,13 +57,24 @@ impl Function {
     ///
     /// When that does not work.
     pub fn bind(&self, driver: &str) {
-        if self.driver().as_deref() == Some(driver) {
-            return;
+        assert!(self.try_bind(driver), "{}: {:?}", self.bdf, self.driver());
+    }
+
+    /// The same. False when that does not work, as with a device that is being plugged in.
+    #[must_use]
+    pub fn try_bind(&self, driver: &str) -> bool {
+        if self.driver().as_deref() != Some(driver) {
+            self.unbind();
+            if write(&self.path("driver_override"), driver).is_err() {
+                return false;
+            }
         }
-        self.unbind();
-        write(&self.path("driver_override"), driver).expect("set driver_override");
-        write(Path::new("/sys/bus/pci/drivers_probe"), &self.bdf).expect("probe");
-        assert_eq!(self.driver().as_deref(), Some(driver), "{}", self.bdf);
+        // Takes the lock of the device, and so waits for the end of a probe that is going on.
+        let bind = format!("/sys/bus/pci/drivers/{driver}/bind");
+        match write(Path::new(&bind), &self.bdf) {
+            Ok(()) | Err(EBUSY) => self.driver().as_deref() == Some(driver),
+            Err(_) => false,
+        }
     }
 
     /// Unbinds it from whatever it is bound to. Waits for as long as its device is open.
@@ -102,6 +119,62 @@ impl Function {
         let bdf = port.to_string_lossy().into_owned();
         assert!(!bdf.starts_with("pci"), "{} is behind no port", self.bdf);
         Self { bdf }
+    }
+
+    /// Slot Control of a port, and the file of its config space.
+    fn slot_control(&self) -> (fs::File, u64, u16) {
+        let register = self.capability(0x10).expect("PCI Express") + 0x18;
+        let mut options = fs::OpenOptions::new();
+        let file = options.read(true).write(true).open(self.path("config"));
+        let file = file.expect("config space");
+        let mut bytes = [0; 2];
+        file.read_exact_at(&mut bytes, register).expect("read");
+        (file, register, u16::from_le_bytes(bytes))
+    }
+
+    /// Whether the slot behind this port is turned off, and the kernel is done with that.
+    #[must_use]
+    pub fn slot_is_off(&self) -> bool {
+        let (_, _, control) = self.slot_control();
+        control & SLOT_OFF == SLOT_OFF
+    }
+
+    /// Pulls the device out of the slot behind this port, without a word to the kernel: it notices
+    /// that the card is not there any more.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    pub fn pull(&self) {
+        let (file, register, control) = self.slot_control();
+        let write = |value: u16| {
+            let bytes = value.to_le_bytes();
+            file.write_all_at(&bytes, register).expect("write");
+        };
+        // QEMU takes out what is in a slot that is turned off. By the next write it is as if nobody had
+        // turned it off.
+        write(control & !SLOT_INTERRUPTS | SLOT_OFF);
+        write(control);
+    }
+
+    /// Offset of a capability in config space.
+    #[must_use]
+    pub fn capability(&self, id: u8) -> Option<u64> {
+        let config = self.config();
+        let mut at = usize::from(config[0x34]);
+        while at != 0 {
+            if config[at] == id {
+                return Some(at as u64);
+            }
+            at = usize::from(config[at + 1]);
+        }
+        None
+    }
+
+    /// Whether the kernel knows it.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.path("").exists()
     }
 
     /// Resets the bus behind it through sysfs.
@@ -170,6 +243,23 @@ impl Function {
     pub fn power_state(&self) -> String {
         let text = fs::read_to_string(self.path("power_state")).expect("power_state");
         text.trim().to_owned()
+    }
+
+    /// How many errors the kernel has counted of a kind: `correctable`, `nonfatal` or `fatal`.
+    ///
+    /// # Panics
+    ///
+    /// When sysfs does not say.
+    #[must_use]
+    pub fn errors(&self, kind: &str) -> u32 {
+        let text = fs::read_to_string(self.path(&format!("aer_dev_{kind}"))).expect("AER counts");
+        let total = text
+            .lines()
+            .find_map(|line| line.strip_prefix("TOTAL_ERR_"));
+        let number = total.and_then(|line| line.split_whitespace().nth(1));
+        number
+            .and_then(|number| number.parse().ok())
+            .expect("a total")
     }
 
     /// Lets it sleep (`auto`) or keeps it awake (`on`).

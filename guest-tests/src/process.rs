@@ -9,6 +9,7 @@ use std::{
         unix::net::UnixStream,
     },
     panic::{self, AssertUnwindSafe},
+    time::Duration,
 };
 
 /// A child process. Killed when dropped before it was joined.
@@ -205,6 +206,21 @@ pub fn eventfd() -> OwnedFd {
     assert!(fd >= 0, "eventfd: {}", io::Error::last_os_error());
     // SAFETY: The fd is new and nobody else's.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Whether an eventfd was signalled within that time. Does not take the event away.
+#[must_use]
+pub fn is_signalled_within(event: impl AsFd, time: Duration) -> bool {
+    let mut poll = libc::pollfd {
+        fd: event.as_fd().as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let milliseconds = i32::try_from(time.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: `poll` is valid for reads and writes of one entry.
+    let result = unsafe { libc::poll(&mut poll, 1, milliseconds) };
+    assert!(result >= 0, "poll: {}", io::Error::last_os_error());
+    result == 1
 }
 
 fn pipe() -> (File, File) {

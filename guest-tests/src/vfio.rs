@@ -66,6 +66,10 @@ pub const VGA_REGION: u32 = 8;
 pub const MSI_IRQ: u32 = 1;
 /// Index of the MSI-X interrupts.
 pub const MSIX_IRQ: u32 = 2;
+/// Index of the "interrupt" that tells of an error of the device.
+pub const ERR_IRQ: u32 = 3;
+/// Index of the "interrupt" that asks for the device back.
+pub const REQUEST_IRQ: u32 = 4;
 /// `vfio_irq_set`: no data.
 pub const IRQ_DATA_NONE: u32 = 1 << 0;
 /// `vfio_irq_set`: an eventfd an interrupt.
@@ -322,6 +326,16 @@ impl Device {
         let mut set = vec![20 + size_of_val(data) as u32, flags, index, 0, count];
         set.extend(data.iter().map(|word| *word as u32));
         ioctl_on(self.as_fd(), SET_IRQS, &mut set).map(drop)
+    }
+
+    /// Has the first interrupt of an index signal an eventfd.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn trigger(&self, index: u32, event: impl AsFd) -> Answer<()> {
+        let flags = IRQ_DATA_EVENTFD | IRQ_ACTION_TRIGGER;
+        self.set_irqs(index, flags, 1, &[event.as_fd().as_raw_fd()])
     }
 
     /// `VFIO_DEVICE_RESET`.

@@ -682,21 +682,79 @@ fn low_power_with_wake_up_ends_at_the_next_access() {
     }
 }
 
+/// Wakes the device as the host's administrator does, without an access through the device fd, and lets it
+/// sleep again afterwards.
+fn woken_by_the_host<R>(device: &Device, meanwhile: impl FnOnce() -> R) -> R {
+    device.function().set_power_control("on");
+    assert_eq!(device.function().runtime_status(), "active");
+    let result = meanwhile();
+    device.function().set_power_control("auto");
+    result
+}
+
 #[test]
-#[ignore = "the module learns of it at the next access through the device fd only"]
 fn low_power_with_wake_up_ends_when_the_host_wakes_the_device() {
     let leased = leased("nvme");
-    let event = enter_low_power_until_wake_up(&leased.device);
+    for _ in 0..3 {
+        let event = enter_low_power_until_wake_up(&leased.device);
+        wait_until_suspended(&leased.device);
+        assert_eq!(leased.map.read(0), Err(Sigbus));
+        let touch = woken_by_the_host(&leased.device, || {
+            // The holder of a lease has no device fd to access: its touch works without one.
+            leased.map.read(0)
+        });
+        assert_eq!(touch.map(drop), Ok(()));
+        // The user learns it from the eventfd.
+        assert_eq!(count(event), 1);
+        leased.is(State::Ok);
+    }
+}
+
+#[test]
+fn a_wake_up_by_the_host_with_memory_off_gives_nothing_back() {
+    let leased = leased("nvme");
+    leased.device.set_memory(false);
+    let _event = enter_low_power_until_wake_up(&leased.device);
     wait_until_suspended(&leased.device);
-    assert_eq!(leased.map.read(0), Err(Sigbus));
-    // As the host's administrator does it. The user learns it from the eventfd.
-    leased.device.function().set_power_control("on");
-    assert_eq!(count(event), 1);
-    // The holder of a lease has no device fd to access: its touch works without one.
-    let touch = leased.map.read(0);
-    leased.device.function().set_power_control("auto");
-    assert_eq!(touch.map(drop), Ok(()));
+    let states = woken_by_the_host(&leased.device, || {
+        assert_eq!(leased.map.read(0), Err(Sigbus));
+        states_in_debugfs(&leased.device)
+    });
+    for (state, reasons) in states {
+        assert_eq!((state.as_str(), reasons.as_str()), ("REVOKED", "0x1"));
+    }
+    leased.is(MEMORY_OFF);
+    leased.device.set_memory(true);
     leased.is(State::Ok);
+}
+
+#[test]
+fn a_wake_up_by_the_host_does_not_end_low_power_without_wake_up() {
+    let leased = leased("nvme");
+    enter_low_power(&leased.device);
+    wait_until_suspended(&leased.device);
+    woken_by_the_host(&leased.device, || {
+        assert_eq!(leased.map.read(0), Err(Sigbus));
+        leased.is(LOW_POWER);
+    });
+    leased.is(LOW_POWER);
+    leave_low_power(&leased.device);
+    leased.is(State::Ok);
+}
+
+#[test]
+fn a_device_that_was_bound_again_is_woken_by_the_host_too() {
+    let function = Device::open("nvme").function().clone();
+    // The driver's operations belong to all its devices: another that is bound meanwhile changes nothing.
+    let other = Device::open("display").function().clone();
+    function.unbind();
+    let leased = leased("nvme");
+    other.unbind();
+    drop(Device::open("display"));
+    let _event = enter_low_power_until_wake_up(&leased.device);
+    wait_until_suspended(&leased.device);
+    let touch = woken_by_the_host(&leased.device, || leased.map.read(0));
+    assert_eq!(touch.map(drop), Ok(()));
 }
 
 #[test]

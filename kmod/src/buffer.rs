@@ -150,9 +150,10 @@ impl Buffer {
         Ok((buffer, dmabuf))
     }
 
-    /// Whether it belongs to the current open of the device of `leases`.
+    /// Whether it belongs to the latest open of the device of `leases`: the current one, for who
+    /// comes through the device fd.
     pub(crate) fn is_of(&self, leases: &Arc<Leases>) -> bool {
-        Arc::ptr_eq(&self.leases, leases) && leases.epoch() == Ok(self.epoch)
+        Arc::ptr_eq(&self.leases, leases) && leases.is_latest(self.epoch)
     }
 
     /// Whether it is a mapping of a BAR through the device fd.

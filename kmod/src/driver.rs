@@ -11,7 +11,7 @@ use crate::{
     export,
     leases::Leases,
     model::{
-        access::{Event, Levels},
+        access::{Access, Event, Levels},
         alias::Aliases,
         config::Sensitive,
         tph::{self, Completer, Tph, TphError},
@@ -102,10 +102,22 @@ impl Driver for Barlease {
         )
     }
 
+    fn unbinding(&self, function: &Function<'_>) {
+        // The core asks the user to close the device and waits for it. What was pulled out is not
+        // left reachable for so long: its addresses may be given to something else.
+        if function.is_gone() {
+            self.leases.close();
+        }
+    }
+
     fn opened(device: &Device<'_, Self>) {
-        device.driver().aliases.lock().clear();
+        let driver = device.driver();
+        driver.aliases.lock().clear();
         let lock = device.memory_lock();
-        device.driver().leases.open(device.levels(&lock));
+        driver.leases.open(device.levels(&lock));
+        drop(lock);
+        // If `unbinding` came before this.
+        driver.unbinding(&device.function());
     }
 
     fn closing(device: &Device<'_, Self>) {
@@ -193,12 +205,7 @@ impl Driver for Barlease {
 
     fn reset_done(&self, function: &Function<'_>) {
         self.leases.update(|access| {
-            // A reset wakes the function. The other levels do not change by a reset, and cannot be
-            // asked for here: the memory lock may or may not be ours.
-            access.set_levels(Levels {
-                sleeping: function.is_sleeping(),
-                ..access.levels()
-            });
+            note_state_of(function, access);
             access.end(Event::Reset);
         });
     }
@@ -207,9 +214,32 @@ impl Driver for Barlease {
         self.leases.begin(Event::Error);
     }
 
-    fn error_resume(&self, _function: &Function<'_>) {
-        self.leases.update(|access| access.end_all(Event::Error));
+    fn error_resume(&self, function: &Function<'_>) {
+        self.leases.update(|access| {
+            note_state_of(function, access);
+            access.end_all(Event::Error);
+        });
     }
+
+    fn woken(&self, function: &Function<'_>, low_power: bool) {
+        self.leases.update(|access| {
+            note_state_of(function, access);
+            access.set_levels(Levels {
+                low_power,
+                ..access.levels()
+            });
+        });
+    }
+}
+
+/// Takes note of what resets and wake-ups change. What the user reads and asked for they do not change,
+/// and it cannot be asked for here: the memory lock may or may not be ours.
+fn note_state_of(function: &Function<'_>, access: &mut Access) {
+    access.set_levels(Levels {
+        undecoded: !function.decodes_memory(),
+        sleeping: function.is_sleeping(),
+        ..access.levels()
+    });
 }
 
 /// Lets `act` happen with no memory of the device reachable, then asks the device what is so now.
@@ -225,8 +255,8 @@ fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() 
     result
 }
 
-/// The core wakes a device in low power at accesses through its fd, some of them for good, and some
-/// of its operations set D0. No event tells us, so whoever had an access asks.
+/// Some operations of the core set D0, and one ends low power of a device that is awake. No event tells
+/// us, so whoever had an access asks.
 fn notice_wake_up(device: &Device<'_, Barlease>) {
     let leases = &device.driver().leases;
     if !leases.is_asleep() {

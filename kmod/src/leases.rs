@@ -115,7 +115,7 @@ impl Leases {
         });
     }
 
-    /// The device is being closed: all its buffers are dead when this returns.
+    /// The device is being closed, or is gone: all its buffers are dead when this returns.
     pub(crate) fn close(&self) {
         self.access.write().close();
         self.drain();
@@ -124,6 +124,11 @@ impl Leases {
     /// The current epoch; `ENODEV` when the device is not open.
     pub(crate) fn epoch(&self) -> Result<Epoch> {
         self.access.read().epoch().ok_or(ENODEV)
+    }
+
+    /// Whether `epoch` is that of the last open of the device, which may be over.
+    pub(crate) fn is_latest(&self, epoch: Epoch) -> bool {
+        self.access.read().is_latest(epoch)
     }
 
     /// `event` begins: nothing of this device can be reached when this returns.

@@ -104,8 +104,12 @@ impl Event {
 /// What the device itself says about its memory, sampled at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Levels {
-    /// The memory bit of COMMAND is clear, and counts (it does not for a virtual function).
+    /// The memory bit of COMMAND, as the user reads it, is clear, and counts (it does not for a
+    /// virtual function).
     pub memory_off: bool,
+    /// The device itself decodes no memory, whatever the user reads: it was reset and nobody has
+    /// restored it.
+    pub undecoded: bool,
     /// The power state is D1 or deeper.
     pub sleeping: bool,
     /// The user asked for low power and has not asked to leave it.
@@ -115,7 +119,7 @@ pub struct Levels {
 impl Levels {
     const fn reasons(self) -> Reasons {
         let mut reasons = Reasons::NONE;
-        if self.memory_off {
+        if self.memory_off || self.undecoded {
             reasons = reasons.union(Reasons::MEMORY_OFF);
         }
         if self.sleeping || self.low_power {
@@ -164,6 +168,7 @@ impl Access {
             events: [0; EVENTS],
             levels: Levels {
                 memory_off: false,
+                undecoded: false,
                 sleeping: false,
                 low_power: false,
             },
@@ -190,6 +195,11 @@ impl Access {
     /// The current epoch; `None` when the device is not open.
     pub fn epoch(&self) -> Option<Epoch> {
         self.open.then_some(Epoch(self.epoch))
+    }
+
+    /// Whether `epoch` is the latest, which may be over.
+    pub fn is_latest(&self, epoch: Epoch) -> bool {
+        epoch.0 == self.epoch
     }
 
     /// `event` begins. The caller drains after this and before it lets the event happen.

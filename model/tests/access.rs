@@ -20,6 +20,7 @@ use Step::{Begin, Close, End, EndAll, Open, SetLevels};
 
 const MEMORY_ON: Levels = Levels {
     memory_off: false,
+    undecoded: false,
     sleeping: false,
     low_power: false,
 };
@@ -29,11 +30,12 @@ const MEMORY_OFF: Levels = Levels {
 };
 
 fn all_levels() -> Vec<Levels> {
-    (0..8)
+    (0..16)
         .map(|bits| Levels {
             memory_off: bits & 1 != 0,
             sleeping: bits & 2 != 0,
             low_power: bits & 4 != 0,
+            undecoded: bits & 8 != 0,
         })
         .collect()
 }
@@ -105,7 +107,7 @@ impl Traced {
         let levels = self.levels();
         let pending = |event| self.pending(event) > 0;
         let mut bits = 0;
-        if levels.memory_off {
+        if levels.memory_off || levels.undecoded {
             bits |= barlease_abi::REASON_MEMORY_OFF;
         }
         if pending(Event::Reset) {
@@ -137,7 +139,9 @@ impl Traced {
         let current = self.epochs.last().copied().filter(|_| self.is_open());
         assert_eq!(access.epoch(), current, "{history:?}");
         for (index, &epoch) in self.epochs.iter().enumerate() {
-            let alive = self.is_open() && index + 1 == self.epochs.len();
+            let latest = index + 1 == self.epochs.len();
+            assert_eq!(access.is_latest(epoch), latest, "{history:?}");
+            let alive = self.is_open() && latest;
             let expected = match (alive, self.reason_bits()) {
                 (false, _) => State::Dead,
                 (true, 0) => State::Ok,

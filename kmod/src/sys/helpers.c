@@ -8,6 +8,7 @@
 #include <linux/module.h>
 #include <linux/pci-p2pdma.h>
 #include <linux/pgtable.h>
+#include <linux/pm_domain.h>
 #include <linux/ratelimit.h>
 #include <linux/scatterlist.h>
 /* Wants struct scatterlist. */
@@ -39,6 +40,17 @@ void bl_ratelimit_init(struct ratelimit_state *state)
 const char *bl_pci_name(const struct pci_dev *pdev)
 {
 	return pci_name(pdev);
+}
+
+/* As pci_dev_is_disconnected(), which is the PCI core's own. */
+bool bl_pci_is_gone(const struct pci_dev *pdev)
+{
+	return READ_ONCE(pdev->error_state) == pci_channel_io_perm_failure;
+}
+
+void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain)
+{
+	dev_pm_domain_set(dev, domain);
 }
 
 bool bl_iomapped(const void __iomem *address)

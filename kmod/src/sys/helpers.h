@@ -19,6 +19,8 @@ struct module *bl_this_module(void);
 void bl_init_rwsem(struct rw_semaphore *sem);
 void bl_ratelimit_init(struct ratelimit_state *state);
 const char *bl_pci_name(const struct pci_dev *pdev);
+bool bl_pci_is_gone(const struct pci_dev *pdev);
+void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain);
 bool bl_iomapped(const void __iomem *address);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
 struct dma_fence *bl_pending_fence(struct dma_resv *resv);

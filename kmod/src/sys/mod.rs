@@ -9,6 +9,7 @@
 
 mod bindings;
 mod symbols;
+mod wake;
 
 pub(crate) mod debugfs_root;
 pub(crate) mod dma_buf;

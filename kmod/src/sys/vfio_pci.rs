@@ -7,7 +7,13 @@
 //!
 //! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
-use super::{bindings, p2p::Providers, payload::UserPayload, vma::NewVma};
+use super::{
+    bindings,
+    p2p::Providers,
+    payload::UserPayload,
+    vma::NewVma,
+    wake::{self, Domain},
+};
 use crate::{
     abi::DmaRange,
     model::{access::Levels, ranges::Bar},
@@ -65,6 +71,9 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// A function is being bound; it is not open.
     fn bind(function: &Function<'_>, providers: Arc<Providers>) -> Result<Arc<Self>>;
 
+    /// The function is about to be unbound. It may be open, and then stays so until its user closes it.
+    fn unbinding(&self, function: &Function<'_>);
+
     /// The first fd of the device was opened.
     fn opened(device: &Device<'_, Self>);
 
@@ -108,6 +117,11 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
 
     /// Recovery from an error succeeded.
     fn error_resume(&self, function: &Function<'_>);
+
+    /// Run-time power management has woken the function, whoever wanted it and whether it is open or
+    /// not. `low_power` is whether the user's wish for low power has outlived that. The core's
+    /// `memory_lock` is not held.
+    fn woken(&self, function: &Function<'_>, low_power: bool);
 }
 
 /// Memory of the current process to read from or write to. Nobody has checked it.
@@ -206,6 +220,32 @@ impl Function<'_> {
         state >= 1
     }
 
+    /// Whether the memory bit of its COMMAND means something.
+    fn has_memory_bit(&self) -> bool {
+        // SAFETY: `pdev` is valid.
+        unsafe { (*self.pdev).no_command_memory() == 0 }
+    }
+
+    /// Whether the function itself decodes memory, whatever its user reads. After a reset that
+    /// nobody restored its config space after it does not (`vfio_basic_config_write` knows such
+    /// "backdoor resets"). One that does not answer does not either.
+    pub(crate) fn decodes_memory(&self) -> bool {
+        if !self.has_memory_bit() {
+            return true;
+        }
+        let mut command = 0;
+        let register = bindings::PCI_COMMAND as c_int;
+        // SAFETY: `pdev` is valid and so is the place for the value.
+        let result = unsafe { bindings::pci_read_config_word(self.pdev, register, &mut command) };
+        result == 0 && command != u16::MAX && u32::from(command) & bindings::PCI_COMMAND_MEMORY != 0
+    }
+
+    /// Whether it is there no more: somebody pulled it out, or an error ended it.
+    pub(crate) fn is_gone(&self) -> bool {
+        // SAFETY: `pdev` is valid.
+        unsafe { bindings::bl_pci_is_gone(self.pdev) }
+    }
+
     /// Bytes of config space.
     pub(crate) fn config_size(&self) -> u64 {
         // SAFETY: `pdev` is valid; the size was found at enumeration.
@@ -253,6 +293,8 @@ struct Layout<D> {
     core: Opaque<bindings::vfio_pci_core_device>,
     /// Initialized by `init`, dropped by `release`.
     driver: UnsafeCell<MaybeUninit<Bound<D>>>,
+    /// Of the function while it is bound.
+    domain: Domain,
 }
 
 struct Bound<D> {
@@ -345,12 +387,12 @@ impl<'a, D: Driver> Device<'a, D> {
         // SAFETY: As above; it is at least as long as a config header. COMMAND changes under the
         // memory lock, and its memory bit is in the low byte.
         let command = unsafe { vconfig.add(bindings::PCI_COMMAND as usize).read_volatile() };
-        // SAFETY: `pdev` is valid.
-        let ignored = unsafe { (*function.pdev).no_command_memory() } != 0;
         // SAFETY: The device is valid; the flag changes under the memory lock.
         let low_power = unsafe { (&raw const (*self.core()).pm_runtime_engaged).read_volatile() };
         Levels {
-            memory_off: !ignored && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0,
+            memory_off: function.has_memory_bit()
+                && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0,
+            undecoded: !function.decodes_memory(),
             sleeping: function.is_sleeping(),
             low_power,
         }
@@ -715,8 +757,22 @@ impl<D: Driver> Vtable<D> {
     ///
     /// # Safety
     ///
-    /// To be called from an error handler only: with the device lock held and the function bound.
+    /// The function must be bound during the call, which is so in an error handler and in `remove`
+    /// (the device lock is held), and in an operation of its PM domain.
     unsafe fn with_driver(pdev: *mut bindings::pci_dev, f: impl FnOnce(&D, &Function<'_>)) {
+        // SAFETY: Same requirements.
+        unsafe { Self::with_layout(pdev, |_, driver, function| f(driver, function)) };
+    }
+
+    /// Runs `f` with the device structure and the driver's data of a bound function.
+    ///
+    /// # Safety
+    ///
+    /// As for `with_driver`.
+    unsafe fn with_layout(
+        pdev: *mut bindings::pci_dev,
+        f: impl FnOnce(&Layout<D>, &D, &Function<'_>),
+    ) {
         // SAFETY: `pdev` is valid by the caller.
         let layout = unsafe { bindings::dev_get_drvdata(&raw mut (*pdev).dev) };
         if layout.is_null() {
@@ -731,7 +787,27 @@ impl<D: Driver> Vtable<D> {
             pdev,
             _call: PhantomData,
         };
-        f(&bound.driver, &function);
+        f(layout, &bound.driver, &function);
+    }
+
+    /// # Safety
+    ///
+    /// To be called by the PM core only, as `dev_pm_ops.runtime_resume` of the domain of a function
+    /// that is bound to the driver.
+    unsafe extern "C" fn runtime_resume(dev: *mut bindings::device) -> c_int {
+        // SAFETY: The bus's operation is what this one stands in for. It calls the core's.
+        let result = unsafe { wake::bus_runtime_resume(dev) };
+        // SAFETY: Domains are given to PCI functions only.
+        let pdev = unsafe { to_pci_dev(dev) };
+        let woken = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
+            // SAFETY: Computes an address inside of the device.
+            let engaged = unsafe { &raw const (*layout.core.get()).pm_runtime_engaged };
+            // SAFETY: It may change at any time, so it is read once. Whoever changes it asks again.
+            driver.woken(function, unsafe { engaged.read_volatile() });
+        };
+        // SAFETY: The function has its domain only while it is bound.
+        unsafe { Self::with_layout(pdev, woken) };
+        result
     }
 
     /// # Safety
@@ -802,9 +878,16 @@ impl<D: Driver> Vtable<D> {
         unsafe { bindings::dev_set_drvdata(dev, core.cast()) };
         // SAFETY: The device was just made and is ours.
         unsafe { (*core).pci_ops = &Self::PCI };
+        // SAFETY: Computes an address inside of the device.
+        let domain = unsafe { &*(&raw const (*vdev.cast::<Layout<D>>()).domain) };
+        // SAFETY: The function is being probed; the domain lives until it is cleared, below or in
+        // `remove`.
+        unsafe { domain.set(dev, Self::runtime_resume) };
         // SAFETY: The device is initialized.
         let result = unsafe { bindings::vfio_pci_core_register_device(core) };
         if result != 0 {
+            // SAFETY: The function is still being probed.
+            unsafe { domain.clear(dev) };
             // SAFETY: As above.
             unsafe { bindings::dev_set_drvdata(dev, core::ptr::null_mut()) };
             // SAFETY: Gives back the reference of `_vfio_alloc_device`.
@@ -817,11 +900,19 @@ impl<D: Driver> Vtable<D> {
     ///
     /// To be called by the PCI core only, as `pci_driver.remove` of the driver.
     unsafe extern "C" fn remove(pdev: *mut bindings::pci_dev) {
-        // SAFETY: `pdev` is valid.
-        let data = unsafe { bindings::dev_get_drvdata(&raw mut (*pdev).dev) };
+        // SAFETY: Computes an address inside of the function.
+        let dev = unsafe { &raw mut (*pdev).dev };
+        // SAFETY: `dev` is valid.
+        let data = unsafe { bindings::dev_get_drvdata(dev) };
         let core = data.cast::<bindings::vfio_pci_core_device>();
+        // SAFETY: The function is bound until this returns.
+        unsafe { Self::with_driver(pdev, D::unbinding) };
         // SAFETY: `probe` registered it.
         unsafe { bindings::vfio_pci_core_unregister_device(core) };
+        // SAFETY: The device is there until `put_device` below.
+        let domain = unsafe { &*(&raw const (*data.cast::<Layout<D>>()).domain) };
+        // SAFETY: The function is being removed, and `pci_device_remove` keeps it awake meanwhile.
+        unsafe { domain.clear(dev) };
         // SAFETY: Gives back the reference of `_vfio_alloc_device`.
         unsafe { bindings::put_device(&raw mut (*core).vdev.device) };
     }

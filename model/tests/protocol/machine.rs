@@ -322,6 +322,8 @@ impl World {
     fn levels(&self) -> Levels {
         Levels {
             memory_off: !self.device.memory,
+            // The kernel turns decoding off meanwhile.
+            undecoded: self.device.in_reset,
             sleeping: false,
             low_power: self.device.low_power,
         }
@@ -452,7 +454,8 @@ impl World {
             Change::Sample => access.set_levels(now),
             Change::ResetDone => {
                 access.set_levels(Levels {
-                    sleeping: false,
+                    undecoded: now.undecoded,
+                    sleeping: now.sleeping,
                     ..access.levels()
                 });
                 access.end(Event::Reset);

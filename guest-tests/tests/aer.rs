@@ -1,0 +1,337 @@
+//! Errors that a device reports (AER): what is leased is REVOKED until recovery succeeds, and then what the device says.
+#![cfg(barlease_guest)]
+
+use std::{os::fd::OwnedFd, thread, time::Duration};
+
+use barlease_abi::{ALIAS_WC, REASON_ERROR, REASON_MEMORY_OFF};
+use barlease_guest_tests::{
+    PAGE,
+    errno::ENODEV,
+    importer::{Attachment, Importer, KernelLog, check_that_nothing_is_left},
+    lease::State,
+    map::{How, Map, Sigbus},
+    observe,
+    pci::{self, BARLEASE, Function},
+    process,
+    vfio::{Device, ERR_IRQ},
+    wait::{self, LONG},
+};
+use barlease_lab::guest;
+
+/// The only device that reports errors.
+const DEVICE: &str = "virtio";
+/// Another function of it, which reports none. Recovery is for both.
+const NEIGHBOUR: &str = "neighbour";
+/// The BAR with its registers.
+const BAR: u32 = 4;
+/// Offset of feature bits (virtio 1.2, 4.1.4.3): neither all zeroes nor all ones while the device answers.
+const FEATURES: u64 = 4;
+
+/// Not fatal at first (PCIe, 7.8.4.4): completion time-out.
+const NON_FATAL: &str = "COMP_TIME";
+/// Fatal at first: the link's protocol was violated. Recovery resets the link.
+const FATAL: &str = "DLP";
+/// Corrected by the hardware: receiver error.
+const CORRECTED: &str = "RCVR";
+
+const ERROR: State = State::Revoked(REASON_ERROR);
+const MEMORY_OFF: State = State::Revoked(REASON_MEMORY_OFF);
+
+/// Has the device report an error.
+fn inject(error: &str) {
+    let line = format!("pcie_aer_inject_error {DEVICE} {error}");
+    let command =
+        format!(r#"{{"execute":"human-monitor-command","arguments":{{"command-line":"{line}"}}}}"#);
+    let reply = guest::qmp(&command).expect("an error to inject");
+    assert!(reply.contains("OK id: virtio"), "{reply}");
+}
+
+/// Another error that comes before the kernel has cleared the status of this one may be taken for it.
+fn wait_for_recovery(log: &mut KernelLog) {
+    assert_eq!(end_of_recovery(log), "successful");
+}
+
+fn end_of_recovery(log: &mut KernelLog) -> String {
+    let mut end = None;
+    wait::until("recovery", || {
+        let lines = log.lines();
+        let mut ends = lines
+            .iter()
+            .filter_map(|line| line.split_once("device recovery "));
+        end = ends.next().map(|(_, end)| end.to_owned());
+        end.is_some()
+    });
+    end.unwrap_or_default()
+}
+
+/// An open device, a lease of it in processes and in edu, and mappings through the device fd.
+struct Scene {
+    /// First, since it is dropped first: the close of the device waits for it.
+    attachment: Attachment,
+    device: Device,
+    /// Signalled when the core is told of an error.
+    told: OwnedFd,
+    fd: OwnedFd,
+    maps: [Map; 3],
+    /// What is read at [`FEATURES`].
+    features: u32,
+}
+
+impl Scene {
+    fn new() -> Self {
+        // Recovery wants that each function has a driver that takes part.
+        Function::named(NEIGHBOUR).bind(BARLEASE);
+        let device = Device::open(DEVICE);
+        let told = process::eventfd();
+        device.trigger(ERR_IRQ, &told).unwrap();
+        let fd = device.export(BAR, &[(0, 2 * PAGE)]).unwrap();
+        let alias = device.alias(BAR, ALIAS_WC).unwrap();
+        let through_fd = |region: u32| {
+            let offset = u64::from(region) << 40;
+            How::shared().map(&device, offset, 2 * PAGE).unwrap()
+        };
+        let maps = [
+            Map::new(&fd, 2 * PAGE).unwrap(),
+            through_fd(BAR),
+            through_fd(alias),
+        ];
+        let attachment = Importer::open().attach(&fd).unwrap();
+        attachment.map().unwrap();
+        let features = maps[0].read(FEATURES).unwrap();
+        assert!(![0, u32::MAX].contains(&features), "{features:#x}");
+        let scene = Self {
+            device,
+            told,
+            fd,
+            maps,
+            attachment,
+            features,
+        };
+        scene.is(State::Ok);
+        scene
+    }
+
+    fn state(&self) -> State {
+        self.device.state(&self.fd)
+    }
+
+    /// Checks that state and touches agree.
+    fn is(&self, expected: State) {
+        assert_eq!(self.state(), expected);
+        for map in &self.maps {
+            match expected {
+                State::Ok => assert_eq!(map.read(FEATURES), Ok(self.features)),
+                _ => assert_eq!(map.read(FEATURES), Err(Sigbus)),
+            }
+        }
+    }
+
+    /// What touching everything costs: nothing as long as nothing was taken away.
+    fn faults(&self) -> [i64; 3] {
+        Map::anonymous(PAGE).touch_all().unwrap();
+        [0, 1, 2].map(|n| observe::faults_of(|| assert!(self.maps[n].read(FEATURES).is_ok())))
+    }
+
+    /// The user is told.
+    fn is_told(&self) {
+        assert!(process::is_signalled_within(&self.told, LONG));
+    }
+
+    /// Injects an error that edu lets go at, and waits until it was handled.
+    fn survives(&self, error: &str) {
+        let mut log = KernelLog::from_now();
+        inject(error);
+        self.is_told();
+        wait_for_recovery(&mut log);
+    }
+
+    /// Checks that everything was taken away once, and is there again.
+    fn was_taken_away_and_given_back(&self) {
+        let status = self.attachment.status();
+        assert_eq!((status.mapped, status.interruptions), (0, 1));
+        assert!(self.faults().iter().all(|&faults| faults > 0));
+        self.is(State::Ok);
+        self.attachment.map().unwrap();
+    }
+}
+
+#[test]
+fn an_error_takes_away_and_recovery_gives_back() {
+    let scene = Scene::new();
+    assert_eq!(scene.faults(), [0; 3]);
+    scene.survives(NON_FATAL);
+    scene.was_taken_away_and_given_back();
+}
+
+/// The importer lets go when the test says so, and until then the error is being handled.
+#[test]
+fn until_recovery_nobody_reaches_the_device() {
+    let scene = Scene::new();
+    scene.attachment.hold(true);
+    let mut log = KernelLog::from_now();
+    inject(NON_FATAL);
+    scene.attachment.wait_for_interruption();
+    scene.is(ERROR);
+    // What is exported now is born REVOKED; an mmap works, an attachment does not.
+    let fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
+    assert_eq!(scene.device.state(&fd), ERROR);
+    let map = Map::new(&fd, PAGE).unwrap();
+    assert_eq!(map.read(FEATURES), Err(Sigbus));
+    assert_eq!(Importer::open().attach(&fd).unwrap_err(), ENODEV);
+    assert_eq!(scene.attachment.status().mapped, 1);
+    // The user is told when nothing can be reached any more.
+    assert!(!process::is_signalled_within(&scene.told, Duration::ZERO));
+    // A COMMAND write gives nothing back.
+    let command = scene.device.command();
+    thread::scope(|scope| {
+        let write = scope.spawn(|| scene.device.set_command(command));
+        wait::until("the write's drain", || {
+            scene.state() != ERROR || write.is_finished()
+        });
+        assert_eq!(map.read(FEATURES), Err(Sigbus));
+        scene.attachment.unmap().unwrap();
+    });
+    scene.is_told();
+    wait_for_recovery(&mut log);
+    scene.is(State::Ok);
+    map.read(FEATURES).unwrap();
+    scene.attachment.map().unwrap();
+}
+
+#[test]
+fn each_of_several_errors_takes_away() {
+    let scene = Scene::new();
+    for round in 1..=3 {
+        scene.survives(NON_FATAL);
+        assert_eq!(scene.attachment.status().interruptions, round);
+        scene.is(State::Ok);
+        scene.attachment.map().unwrap();
+    }
+}
+
+#[test]
+fn a_corrected_error_takes_nothing_away() {
+    let scene = Scene::new();
+    let function = scene.device.function();
+    let before = function.errors("correctable");
+    inject(CORRECTED);
+    wait::until("the error", || function.errors("correctable") > before);
+    // Errors are handled one after the other.
+    scene.survives(NON_FATAL);
+    assert_eq!(scene.attachment.status().interruptions, 1);
+}
+
+#[test]
+fn recovery_with_memory_off_gives_nothing_back() {
+    let scene = Scene::new();
+    scene.device.set_memory(false);
+    scene.survives(NON_FATAL);
+    scene.is(MEMORY_OFF);
+    scene.device.set_memory(true);
+    scene.is(State::Ok);
+}
+
+/// Finds the device anew when dropped. A reset of the link turns off the reporting of errors, and nobody else turns it
+/// on again.
+struct Anew;
+
+impl Drop for Anew {
+    fn drop(&mut self) {
+        for name in [DEVICE, NEIGHBOUR] {
+            Function::named(name).remove();
+        }
+        pci::rescan();
+    }
+}
+
+/// Recovery resets the link and leaves it to the driver to restore config space. The core leaves it to the user, who
+/// reads a COMMAND that is as it was; the device decodes nothing until COMMAND is written.
+#[test]
+fn after_a_reset_of_the_link_memory_is_off_until_command_is_written() {
+    let _anew = Anew;
+    let scene = Scene::new();
+    scene.survives(FATAL);
+    scene.is(MEMORY_OFF);
+    assert_eq!(scene.attachment.map(), Err(ENODEV));
+    scene.device.set_memory(true);
+    scene.was_taken_away_and_given_back();
+}
+
+#[test]
+fn a_reset_by_ioctl_after_a_reset_of_the_link_does_not_give_back_what_is_not_there() {
+    let _anew = Anew;
+    let scene = Scene::new();
+    scene.survives(FATAL);
+    // What the kernel saves and restores is what the error has left.
+    scene.device.reset().unwrap();
+    scene.is(MEMORY_OFF);
+    scene.device.set_memory(true);
+    scene.was_taken_away_and_given_back();
+}
+
+#[test]
+fn an_error_that_nobody_recovers_from_lasts_until_the_device_is_opened_again() {
+    let _anew = Anew;
+    let scene = Scene::new();
+    Function::named(NEIGHBOUR).unbind();
+    let mut log = KernelLog::from_now();
+    inject(NON_FATAL);
+    scene.is_told();
+    assert_eq!(end_of_recovery(&mut log), "failed");
+    scene.is(ERROR);
+    scene.device.set_memory(false);
+    scene.device.set_memory(true);
+    scene.device.reset().unwrap();
+    scene.is(ERROR);
+    assert_eq!(scene.attachment.map(), Err(ENODEV));
+    drop(scene);
+    Scene::new().is(State::Ok);
+}
+
+#[test]
+fn an_error_of_one_function_takes_away_from_the_other() {
+    let scene = Scene::new();
+    let other = Device::open(NEIGHBOUR);
+    let told = process::eventfd();
+    other.trigger(ERR_IRQ, &told).unwrap();
+    let fd = other.export(BAR, &[(0, PAGE)]).unwrap();
+    let map = Map::new(&fd, PAGE).unwrap();
+    let attachment = Importer::open().attach(&fd).unwrap();
+    attachment.map().unwrap();
+    let features = map.read(FEATURES);
+    scene.survives(NON_FATAL);
+    assert!(process::is_signalled_within(&told, LONG));
+    let status = attachment.status();
+    assert_eq!((status.mapped, status.interruptions), (0, 1));
+    assert_eq!(other.state(&fd), State::Ok);
+    let touch = || assert_eq!(map.read(FEATURES), features);
+    assert!(observe::faults_of(touch) > 0);
+}
+
+#[test]
+fn an_error_leaves_other_devices_alone() {
+    let scene = Scene::new();
+    let other = Device::open("memory");
+    let fd = other.export(2, &[(0, PAGE)]).unwrap();
+    let map = Map::new(&fd, PAGE).unwrap();
+    let attachment = Importer::open().attach(&fd).unwrap();
+    attachment.map().unwrap();
+    map.read(0).unwrap();
+    scene.survives(NON_FATAL);
+    assert_eq!(attachment.status().interruptions, 0);
+    assert_eq!(observe::faults_of(|| assert!(map.read(0).is_ok())), 0);
+}
+
+#[test]
+fn an_error_of_a_device_that_is_not_open_does_not_outlast_it() {
+    drop(Scene::new());
+    let mut log = KernelLog::from_now();
+    inject(NON_FATAL);
+    wait_for_recovery(&mut log);
+    drop(Scene::new());
+}
+
+#[test]
+fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
+    check_that_nothing_is_left(&[DEVICE, NEIGHBOUR, "memory"]);
+}

@@ -1,0 +1,346 @@
+//! Devices that go away while they are leased: pulled out of their slot, or asked back.
+#![cfg(barlease_guest)]
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use barlease_abi::ALIAS_WC;
+use barlease_guest_tests::{
+    PAGE,
+    errno::ENODEV,
+    importer::{Attachment, Importer, check_that_nothing_is_left},
+    lease::State,
+    map::{How, Map, Sigbus},
+    observe,
+    pci::{BARLEASE, Function},
+    process::{self, Child},
+    race,
+    vfio::{Device, REQUEST_IRQ},
+    wait::{self, LONG},
+};
+use barlease_lab::guest;
+
+/// The device that comes and goes, alone in its slot. It has a function-level reset: a reset of the slot, as the core does
+/// it at open, takes the kernel's own locks in another order than a removal does.
+const DEVICE: &str = "card";
+/// The BAR with its registers, of 4 pages.
+const BAR: u32 = 4;
+/// Keeps what is written to it (virtio 1.2, 4.1.4.3: device_feature_select).
+const SELECT: u64 = 0;
+
+fn qmp(execute: &str, arguments: &str) -> io::Result<String> {
+    guest::qmp(&format!(
+        r#"{{"execute":"{execute}","arguments":{{{arguments}}}}}"#
+    ))
+}
+
+/// Where a kernel that proves the order of locks is told whether to.
+const PROVE_LOCKING: &str = "/proc/sys/kernel/prove_locking";
+
+/// The slot of the device.
+///
+/// While there is one, no order of locks is proved: the kernel's hot-plug driver has two of its own
+/// (`pciehp_unconfigure_device` takes `reset_lock` again under `pci_rescan_remove_lock`), and a kernel that has reported
+/// one inversion looks for no other.
+struct Slot {
+    function: Function,
+    port: Function,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let _ = fs::write(PROVE_LOCKING, "1");
+    }
+}
+
+impl Slot {
+    /// With the device in it.
+    fn new() -> Self {
+        if Path::new(PROVE_LOCKING).exists() {
+            fs::write(PROVE_LOCKING, "0").expect("no proof of locking");
+        }
+        let function = Function::named(DEVICE);
+        let port = function.port();
+        Self { function, port }
+    }
+
+    fn pull(&self) {
+        self.port.pull();
+    }
+
+    /// Waits until the kernel has given the device up and turned the slot off, which throws out what is in it.
+    fn wait_until_empty(&self) {
+        wait::until("removal", || !self.function.exists());
+        wait::until("the end of removal", || self.port.slot_is_off());
+    }
+
+    /// Puts another device in.
+    fn plug(&self) {
+        let arguments = format!(
+            r#""driver":"virtio-rng-pci","id":"{DEVICE}","rng":"virtio-source","bus":"rp6","addr":"00.0""#
+        );
+        // QEMU frees the name a little after the device is gone.
+        wait::until("a plug", || qmp("device_add", &arguments).is_ok());
+        // The kernel knows a device some time before drivers may have it.
+        wait::until("a new device", || {
+            self.function.exists() && self.function.try_bind(BARLEASE)
+        });
+    }
+}
+
+/// A device with everything that can be leased of it: a lease, mappings of it, of the BAR and of an alias, an importer.
+struct Scene {
+    /// First, since it is dropped first: the close of the device waits for it.
+    attachment: Attachment,
+    device: Device,
+    /// Signalled when the device is wanted back.
+    wanted: OwnedFd,
+    fd: OwnedFd,
+    maps: Vec<Map>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let device = Device::open(DEVICE);
+        let wanted = process::eventfd();
+        device.trigger(REQUEST_IRQ, &wanted).unwrap();
+        let fd = device
+            .export(BAR, &[(0, 2 * PAGE), (3 * PAGE, PAGE)])
+            .unwrap();
+        let alias = device.alias(BAR, ALIAS_WC).unwrap();
+        let mut maps = vec![Map::new(&fd, 3 * PAGE).unwrap()];
+        for region in [BAR, alias] {
+            let offset = u64::from(region) << 40;
+            maps.push(How::shared().map(&device, offset, 4 * PAGE).unwrap());
+        }
+        for map in &maps {
+            map.touch_all().unwrap();
+        }
+        let attachment = Importer::open().attach(&fd).unwrap();
+        attachment.map().unwrap();
+        Self {
+            attachment,
+            device,
+            wanted,
+            fd,
+            maps,
+        }
+    }
+
+    fn is_wanted(&self) {
+        assert!(process::is_signalled_within(&self.wanted, LONG));
+    }
+
+    /// Checks that nothing can be reached, and that everything says so.
+    fn is_dead(&self) {
+        assert_eq!(self.device.state(&self.fd), State::Dead);
+        for map in &self.maps {
+            assert_eq!(map.read(0), Err(Sigbus));
+            assert_eq!(map.write(PAGE, 1), Err(Sigbus));
+        }
+        assert_eq!(Map::new(&self.fd, PAGE).map(drop), Err(ENODEV));
+        assert_eq!(Importer::open().attach(&self.fd).map(drop), Err(ENODEV));
+        assert_eq!(self.attachment.map(), Err(ENODEV));
+        let status = self.attachment.status();
+        assert_eq!((status.mapped, status.interruptions), (0, 1));
+    }
+}
+
+#[test]
+fn what_is_pulled_out_is_dead_before_its_user_lets_go() {
+    let slot = Slot::new();
+    let scene = Scene::new();
+    slot.pull();
+    scene.is_wanted();
+    scene.is_dead();
+    // The device fd is still open, and nothing is to be had through it.
+    assert_eq!(
+        scene.device.export(BAR, &[(0, PAGE)]).map(drop),
+        Err(ENODEV)
+    );
+    let bar = How::shared().map(&scene.device, u64::from(BAR) << 40, PAGE);
+    assert_eq!(bar.map(drop), Err(ENODEV));
+    assert!(
+        slot.function.exists(),
+        "the kernel did not wait for its user"
+    );
+    let Scene {
+        attachment,
+        device,
+        fd,
+        maps,
+        ..
+    } = scene;
+    drop(device);
+    // Mappings through the device fd keep it open.
+    assert!(slot.function.exists());
+    drop(maps);
+    slot.wait_until_empty();
+    assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+    drop((attachment, fd));
+    slot.plug();
+    let again = Scene::new();
+    assert_eq!(again.device.state(&again.fd), State::Ok);
+}
+
+#[test]
+fn a_slow_importer_is_waited_for_and_keeps_nothing_else_alive() {
+    let slot = Slot::new();
+    let scene = Scene::new();
+    scene.attachment.hold(true);
+    let quick_fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
+    let quick = Importer::open().attach(&quick_fd).unwrap();
+    quick.map().unwrap();
+    slot.pull();
+    scene.attachment.wait_for_interruption();
+    quick.wait_for_interruption();
+    for map in &scene.maps {
+        assert_eq!(map.read(0), Err(Sigbus));
+    }
+    assert_eq!(scene.device.state(&scene.fd), State::Dead);
+    assert_eq!(scene.device.state(&quick_fd), State::Dead);
+    assert!(scene.attachment.is_mapped());
+    assert!(!process::is_signalled_within(&scene.wanted, Duration::ZERO));
+    scene.attachment.unmap().unwrap();
+    scene.is_wanted();
+    scene.is_dead();
+    drop((quick, quick_fd, scene));
+    slot.wait_until_empty();
+    slot.plug();
+    drop(Scene::new());
+}
+
+/// Somebody else has the lease, and nobody the device.
+#[test]
+fn a_holder_sees_nothing_but_sigbus() {
+    let slot = Slot::new();
+    let device = Device::open(DEVICE);
+    let wanted = process::eventfd();
+    device.trigger(REQUEST_IRQ, &wanted).unwrap();
+    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let child = Child::start(&[fd.as_fd()], |link| {
+        let map = Map::new(&fd, PAGE).unwrap();
+        map.write(SELECT, 1).unwrap();
+        link.send(1);
+        link.expect(2);
+        assert_eq!(map.read(0), Err(Sigbus));
+        assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+        link.send(3);
+        link.expect(4);
+        assert_eq!(map.read(0), Err(Sigbus));
+    });
+    child.link.expect(1);
+    slot.pull();
+    assert!(process::is_signalled_within(&wanted, LONG));
+    child.link.send(2);
+    child.link.expect(3);
+    drop(device);
+    slot.wait_until_empty();
+    slot.plug();
+    let again = Scene::new();
+    again.maps[0].write(SELECT, 1).unwrap();
+    child.link.send(4);
+    child.join();
+    assert_eq!(again.maps[0].read(SELECT), Ok(1));
+}
+
+#[test]
+fn a_device_that_nobody_has_open_is_pulled_out() {
+    let slot = Slot::new();
+    let Scene {
+        attachment,
+        device,
+        fd,
+        maps,
+        ..
+    } = Scene::new();
+    drop((device, maps));
+    slot.pull();
+    slot.wait_until_empty();
+    assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+    assert_eq!(attachment.map(), Err(ENODEV));
+    slot.plug();
+    drop(Scene::new());
+}
+
+#[test]
+fn pulled_out_in_the_midst_of_everything() {
+    for _ in 0..3 {
+        let slot = Slot::new();
+        let scene = Scene::new();
+        let lost = AtomicU32::new(0);
+        let touch = || {
+            for map in &scene.maps {
+                if map.write(2 * PAGE, 1) == Err(Sigbus) {
+                    lost.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        };
+        let lease = || {
+            if let Ok(fd) = scene.device.export(BAR, &[(0, PAGE)]) {
+                let _ = Map::new(&fd, PAGE).map(|map| map.read(0));
+                if let Ok(attachment) = Importer::open().attach(&fd) {
+                    let _ = attachment.map();
+                }
+                let _ = scene.device.revoke(&fd);
+            }
+        };
+        let decode = || {
+            let mut bytes = [0; 2];
+            let _ = scene.device.read(7, 4, &mut bytes);
+            for command in [0_u16, 2] {
+                let _ = scene.device.write(7, 4, &command.to_le_bytes());
+            }
+        };
+        race::meanwhile(&[&touch, &lease, &decode], || {
+            slot.pull();
+            scene.is_wanted();
+            lost.store(0, Ordering::Relaxed);
+            wait::until("SIGBUS", || lost.load(Ordering::Relaxed) > 3);
+        });
+        assert_eq!(scene.device.state(&scene.fd), State::Dead);
+        assert!(!scene.attachment.is_mapped());
+        drop(scene);
+        slot.wait_until_empty();
+        slot.plug();
+    }
+}
+
+/// Asked back, a device stays what it is until its user closes it, as with the stock driver.
+#[test]
+fn a_device_that_is_asked_back_is_leased_until_it_is_closed() {
+    let slot = Slot::new();
+    let scene = Scene::new();
+    qmp("device_del", &format!(r#""id":"{DEVICE}""#)).unwrap();
+    scene.is_wanted();
+    assert_eq!(scene.device.state(&scene.fd), State::Ok);
+    assert_eq!(observe::faults_of(|| scene.maps[0].touch_all().unwrap()), 0);
+    assert!(scene.attachment.is_mapped());
+    let Scene {
+        attachment,
+        device,
+        fd,
+        maps,
+        ..
+    } = scene;
+    let lease = Map::new(&fd, PAGE).unwrap();
+    lease.read(0).unwrap();
+    drop((device, maps));
+    assert_eq!(lease.read(0), Err(Sigbus));
+    let status = attachment.status();
+    assert_eq!((status.mapped, status.interruptions), (0, 1));
+    slot.wait_until_empty();
+    drop((attachment, lease, fd));
+    slot.plug();
+    drop(Scene::new());
+}
+
+#[test]
+fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
+    check_that_nothing_is_left(&[DEVICE]);
+}
