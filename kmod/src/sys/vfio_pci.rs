@@ -878,8 +878,8 @@ impl<D: Driver> Vtable<D> {
         unsafe { bindings::dev_set_drvdata(dev, core.cast()) };
         // SAFETY: The device was just made and is ours.
         unsafe { (*core).pci_ops = &Self::PCI };
-        // SAFETY: Computes an address inside of the device.
-        let domain = unsafe { &*(&raw const (*vdev.cast::<Layout<D>>()).domain) };
+        // SAFETY: The device was just made, zeroed, and is ours; it is there until `put_device`.
+        let domain = unsafe { &(*vdev.cast::<Layout<D>>()).domain };
         // SAFETY: The function is being probed; the domain lives until it is cleared, below or in
         // `remove`.
         unsafe { domain.set(dev, Self::runtime_resume) };
@@ -910,7 +910,7 @@ impl<D: Driver> Vtable<D> {
         // SAFETY: `probe` registered it.
         unsafe { bindings::vfio_pci_core_unregister_device(core) };
         // SAFETY: The device is there until `put_device` below.
-        let domain = unsafe { &*(&raw const (*data.cast::<Layout<D>>()).domain) };
+        let domain = unsafe { &(*data.cast::<Layout<D>>()).domain };
         // SAFETY: The function is being removed, and `pci_device_remove` keeps it awake meanwhile.
         unsafe { domain.clear(dev) };
         // SAFETY: Gives back the reference of `_vfio_alloc_device`.
