@@ -1,4 +1,4 @@
-//! What page-table entries really are, read back by the module `barlease_probe` (`kmod/probe`).
+//! The module `barlease_probe` (`kmod/probe`): what page-table entries really are, and a kernel without peer-to-peer DMA.
 
 use std::{
     fs::File,
@@ -14,6 +14,36 @@ use crate::{
 };
 
 const DEVICE: &str = "/dev/barlease_probe";
+const MODULE: &str = "/lib/modules/barlease_probe.ko";
+
+/// While there is one, devices that are opened have no P2P provider.
+#[derive(Debug)]
+pub struct NoProviders(());
+
+impl NoProviders {
+    /// Takes providers away. `None` where the kernel has nothing to do that with.
+    ///
+    /// # Panics
+    ///
+    /// When it has, and that does not work.
+    #[must_use]
+    pub fn new() -> Option<Self> {
+        if !Path::new("/sys/kernel/debug/kprobes").exists() {
+            return None;
+        }
+        let mut insmod = Command::new("insmod");
+        let status = insmod.args([MODULE, "no_p2p=1"]).status();
+        assert!(status.expect("insmod").success());
+        Some(Self(()))
+    }
+}
+
+impl Drop for NoProviders {
+    fn drop(&mut self) {
+        let status = Command::new("rmmod").arg("barlease_probe").status();
+        assert!(status.expect("rmmod").success());
+    }
+}
 
 /// How the CPU treats memory behind an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,9 +79,7 @@ fn device() -> File {
     static LOADING: Mutex<()> = Mutex::new(());
     let _one = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
     if !Path::new(DEVICE).exists() {
-        let status = Command::new("insmod")
-            .arg("/lib/modules/barlease_probe.ko")
-            .status();
+        let status = Command::new("insmod").arg(MODULE).status();
         assert!(status.expect("insmod").success());
     }
     File::open(DEVICE).expect("the probe")

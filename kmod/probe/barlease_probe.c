@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Reads page-table entries back, for tests of what the CPU really does with a
- * mapping of device memory.
+ * For tests: reads page-table entries back, to see what the CPU really does with
+ * a mapping of device memory; and plays a kernel without peer-to-peer DMA.
  *
  * A read of struct probe_entry from /dev/barlease_probe at the position A says
  * what the page-table entry of the calling process at its address A is. Reading
  * does not fault anything in. EFAULT: no mapping there, ENOENT: no entry, or
  * one of ordinary memory; EINVAL: less than a whole structure was asked for.
+ *
+ * With the parameter no_p2p=1 no BAR has a P2P provider, as if the kernel were
+ * built without CONFIG_PCI_P2PDMA: for devices that are opened from then on, until
+ * the module is unloaded. EOPNOTSUPP where the kernel has no kretprobes.
  */
 
 #include <linux/fs.h>
+#include <linux/kprobes.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -98,7 +103,65 @@ static struct miscdevice probe_device = {
 	.fops = &probe_fops,
 	.mode = 0444,
 };
-module_misc_device(probe_device);
+static bool no_p2p;
+module_param(no_p2p, bool, 0444);
+MODULE_PARM_DESC(no_p2p, "No BAR has a P2P provider");
 
-MODULE_DESCRIPTION("Reads page-table entries back, for tests");
+#ifdef CONFIG_KRETPROBES
+static int no_provider(struct kretprobe_instance *instance,
+		       struct pt_regs *regs)
+{
+	regs_set_return_value(regs, (unsigned long)NULL);
+	return 0;
+}
+
+static struct kretprobe provider_probe = {
+	.kp.symbol_name = "pcim_p2pdma_provider",
+	.handler = no_provider,
+};
+
+static int take_providers(void)
+{
+	return register_kretprobe(&provider_probe);
+}
+
+static void give_providers_back(void)
+{
+	unregister_kretprobe(&provider_probe);
+}
+#else
+static int take_providers(void)
+{
+	return -EOPNOTSUPP;
+}
+
+static void give_providers_back(void)
+{
+}
+#endif
+
+static int __init probe_init(void)
+{
+	int ret = 0;
+
+	if (no_p2p)
+		ret = take_providers();
+	if (ret)
+		return ret;
+	ret = misc_register(&probe_device);
+	if (ret && no_p2p)
+		give_providers_back();
+	return ret;
+}
+module_init(probe_init);
+
+static void __exit probe_exit(void)
+{
+	misc_deregister(&probe_device);
+	if (no_p2p)
+		give_providers_back();
+}
+module_exit(probe_exit);
+
+MODULE_DESCRIPTION("Looks at page-table entries and takes P2P providers away, for tests");
 MODULE_LICENSE("GPL");

@@ -1,0 +1,110 @@
+//! Where the kernel gives no P2P provider: leases serve the CPU, and importers are refused.
+#![cfg(barlease_guest)]
+
+use std::os::fd::OwnedFd;
+
+use barlease_abi::{ALIAS_WC, MEMATTR_WC, REASON_MEMORY_OFF};
+use barlease_guest_tests::{
+    PAGE,
+    errno::{EBADFD, EINVAL, ENODEV, EOPNOTSUPP},
+    importer::{self, Importer, check_that_nothing_is_left},
+    lease::{Request, State},
+    map::{How, Map, Sigbus},
+    probe::NoProviders,
+    vfio::Device,
+};
+
+const BAR: u32 = 2;
+const RANGES: &[(u64, u64)] = &[(4 * PAGE, PAGE), (0, 2 * PAGE)];
+
+fn lease(device: &Device) -> (OwnedFd, Map) {
+    let fd = device.export(BAR, RANGES).expect("an export");
+    let map = Map::new(&fd, 3 * PAGE).expect("a mapping");
+    (fd, map)
+}
+
+#[test]
+fn a_lease_serves_the_cpu() {
+    let Some(_none) = NoProviders::new() else {
+        return;
+    };
+    let device = Device::open("memory");
+    let (fd, map) = lease(&device);
+    let bar = How::shared()
+        .map(&device, u64::from(BAR) << 40, 5 * PAGE)
+        .unwrap();
+    let alias = device.alias(BAR, ALIAS_WC).unwrap();
+    let alias = How::shared()
+        .map(&device, u64::from(alias) << 40, 5 * PAGE)
+        .unwrap();
+    for (offset, behind) in [(0, 4 * PAGE), (PAGE, 0), (2 * PAGE, PAGE)] {
+        map.write(offset, 7 + offset as u32).unwrap();
+        assert_eq!(bar.read(behind), Ok(7 + offset as u32));
+        assert_eq!(alias.read(behind), Ok(7 + offset as u32));
+    }
+    device.memattr(&fd, MEMATTR_WC).unwrap();
+    Map::new(&fd, PAGE).unwrap().touch_all().unwrap();
+    // It is taken away and given back as any other.
+    device.set_memory(false);
+    assert_eq!(device.state(&fd), State::Revoked(REASON_MEMORY_OFF));
+    for map in [&map, &bar, &alias] {
+        assert_eq!(map.read(0), Err(Sigbus));
+    }
+    device.set_memory(true);
+    assert_eq!(map.read(0), Ok(7));
+    device.reset().unwrap();
+    assert_eq!(map.read(0), Ok(7));
+    device.revoke(&fd).unwrap();
+    assert_eq!(map.read(0), Err(Sigbus));
+    assert_eq!(device.revoke(&fd), Err(EBADFD));
+    bar.touch_all().unwrap();
+    drop((device, bar, alias));
+    assert_eq!(map.read(0), Err(Sigbus));
+}
+
+#[test]
+fn an_importer_is_refused() {
+    let Some(_none) = NoProviders::new() else {
+        return;
+    };
+    let device = Device::open("memory");
+    let (fd, map) = lease(&device);
+    let importer = Importer::open();
+    for _ in 0..3 {
+        assert_eq!(importer.attach(&fd).unwrap_err(), EOPNOTSUPP);
+    }
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
+    // The stock exporter says it at the export.
+    let stock = importer::stock(&device, &Request::new(BAR, &[(0, PAGE)]));
+    assert_eq!(stock.map(drop), Err(EINVAL));
+    map.touch_all().unwrap();
+    // What device and platform can do comes before the state of the buffer, except that what is dead is dead.
+    device.set_memory(false);
+    assert_eq!(importer.attach(&fd).unwrap_err(), EOPNOTSUPP);
+    device.revoke(&fd).unwrap();
+    assert_eq!(importer.attach(&fd).unwrap_err(), ENODEV);
+}
+
+#[test]
+fn an_importer_is_served_once_the_device_is_opened_with_a_provider() {
+    let Some(none) = NoProviders::new() else {
+        return;
+    };
+    let device = Device::open("memory");
+    let (fd, _map) = lease(&device);
+    drop(none);
+    let importer = Importer::open();
+    assert_eq!(importer.attach(&fd).unwrap_err(), EOPNOTSUPP);
+    drop(device);
+    let device = Device::open("memory");
+    let (fd, map) = lease(&device);
+    map.write(0, 0x600d).unwrap();
+    let attachment = importer.attach(&fd).unwrap();
+    attachment.map().unwrap();
+    assert_eq!(attachment.read(0, 4).unwrap(), 0x600d_u32.to_ne_bytes());
+}
+
+#[test]
+fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
+    check_that_nothing_is_left(&["memory"]);
+}
