@@ -16,6 +16,7 @@ use crate::{
         errno,
         idle::Idle,
         p2p::{Importer, Mapped, Run},
+        rwsem::RwSem,
         vma::{self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
     },
 };
@@ -55,9 +56,10 @@ pub(crate) struct Buffer {
     first_page: u64,
     /// Keeps the device open while a BAR is mapped through its fd.
     device_file: Option<OpenFile>,
-    /// Whether it was revoked for good. Changed only with the access of `leases` locked for
-    /// writing, read with it locked.
-    revoked: Atomic<u32>,
+    /// Whether it was revoked for good. Held by a fault until its entry is in, so who revokes waits for the faults of
+    /// this buffer, and not for those of others.
+    #[pin]
+    revoked: RwSem<bool>,
     /// `MEMATTR_*` that the next mapping gets.
     memattr: Atomic<u32>,
     /// VMAs that map it.
@@ -130,7 +132,7 @@ impl Buffer {
                 contents,
                 first_page: vma.map_or(0, NewVma::page_offset),
                 device_file: vma.map(NewVma::file),
-                revoked: Atomic::new(0),
+                revoked <- RwSem::outer(false),
                 memattr: Atomic::new(memattr_of(memory_type)),
                 vmas: Atomic::new(0),
                 wc_vmas: Atomic::new(0),
@@ -164,9 +166,7 @@ impl Buffer {
     /// Revokes it for good: neither a process nor a device can reach it when this returns. `EBADFD`
     /// when that was done before.
     pub(crate) fn revoke(&self) -> Result {
-        let first = self
-            .leases
-            .exclusively(|| self.revoked.xchg(1, Relaxed) == 0);
+        let first = !core::mem::replace(&mut *self.revoked.write(), true);
         self.zap();
         if self.is_attached() {
             self.invalidate();
@@ -298,11 +298,7 @@ impl Buffer {
 
     fn state(&self) -> State {
         self.leases
-            .with_state(self.epoch, || self.is_revoked(), |state| state)
-    }
-
-    fn is_revoked(&self) -> bool {
-        self.revoked.load(Relaxed) != 0
+            .with_state(self.epoch, *self.revoked.read(), |state| state)
     }
 
     /// Serves a fault while the buffer is accessible.
@@ -451,14 +447,12 @@ impl Exporter for Buffer {
 impl vma::Mapped for Buffer {
     fn fault(&self, fault: &Fault<'_>, order: u32) -> Outcome {
         // The state holds until the entry is in: who takes memory away waits for that, and zaps.
-        self.leases.with_state(
-            self.epoch,
-            || self.is_revoked(),
-            |state| match state {
+        let revoked = self.revoked.read();
+        self.leases
+            .with_state(self.epoch, *revoked, |state| match state {
                 State::Ok => self.insert(fault, order),
                 State::Revoked(_) | State::Dead => Outcome::SIGBUS,
-            },
-        )
+            })
     }
 
     fn vma_opened(&self, memory_type: MemoryType) {

@@ -13,18 +13,24 @@
 //! 4. [`Leases::table`], to add, remove and look up buffers only: never held across a drain, a copy
 //!    from or to user memory, or a fault;
 //! 5. the P2P providers of the device, read while an importer maps;
-//! 6. [`Leases::access`]: read by faults, which already hold the `mmap_lock` or the lock of a VMA;
+//! 6. whether one buffer was revoked: read by its faults, written by its revocation only, with
+//!    nothing called meanwhile;
+//! 7. [`Leases::access`]: read by faults, which already hold the `mmap_lock` or the lock of a VMA;
 //!    written only to change it, with nothing called meanwhile.
 //!
 //! Never taken: `memory_lock` in mmap, fault, `reset_prepare` and `reset_done` (a reader of it may
 //! be waiting for the `mmap_lock`, and a reset may come with it held); `access` by a thread that
 //! holds it.
 //!
+//! A revocation does not write `access`: who holds it for reading may have lost its processor to the
+//! revoking process, and who wants to read it then would wait behind the writer, faults of every
+//! other buffer among them.
+//!
 //! # Taking memory away
 //!
 //! An event source begins its event, which shuts the door to new entries in page tables, drains
-//! what is there, lets the event happen, and ends it. A fault that came first holds `access` until
-//! its entry is in, so the zap that follows finds it.
+//! what is there, lets the event happen, and ends it. A fault that came first holds `access`, and the
+//! lock of its buffer, until its entry is in, so the zap that follows finds it.
 
 use crate::{
     buffer::Buffer,
@@ -157,17 +163,11 @@ impl Leases {
     pub(crate) fn with_state<R>(
         &self,
         epoch: Epoch,
-        revoked: impl FnOnce() -> bool,
+        revoked: bool,
         f: impl FnOnce(State) -> R,
     ) -> R {
         let access = self.access.read();
-        f(access.state(epoch, revoked()))
-    }
-
-    /// Runs `f` while nobody sees the state of a buffer.
-    pub(crate) fn exclusively<R>(&self, f: impl FnOnce() -> R) -> R {
-        let _access = self.access.write();
-        f()
+        f(access.state(epoch, revoked))
     }
 
     /// Adds a buffer, which every drain from here on finds.

@@ -30,6 +30,12 @@ void bl_init_rwsem(struct rw_semaphore *sem)
 	init_rwsem(sem);
 }
 
+/* A lock class of its own: held while one of the others is taken. */
+void bl_init_outer_rwsem(struct rw_semaphore *sem)
+{
+	init_rwsem(sem);
+}
+
 void bl_ratelimit_init(struct ratelimit_state *state)
 {
 	ratelimit_default_init(state);

@@ -17,6 +17,7 @@ enum { BL_DMA_BUF_NAME_LEN = DMA_BUF_NAME_LEN };
 
 struct module *bl_this_module(void);
 void bl_init_rwsem(struct rw_semaphore *sem);
+void bl_init_outer_rwsem(struct rw_semaphore *sem);
 void bl_ratelimit_init(struct ratelimit_state *state);
 const char *bl_pci_name(const struct pci_dev *pdev);
 bool bl_pci_is_gone(const struct pci_dev *pdev);
