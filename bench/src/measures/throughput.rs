@@ -151,8 +151,11 @@ impl Tenant {
                         let now = Instant::now();
                         longest = longest.max((now - before).as_nanos() as u64);
                         before = now;
+                        faults += 1;
+                        if now >= end {
+                            break;
+                        }
                     }
-                    faults += PAGES;
                 }
                 link.send(faults);
                 link.send(longest);

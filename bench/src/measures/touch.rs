@@ -34,7 +34,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
         Unit::Nanoseconds,
     )
     .axis("bytes")
-    .run(context.rounds(9), |side, batch| {
+    .run(context.rounds(5), |side, batch| {
         let mut counts = Batch::default();
         let device = open(BIG, side);
         let target = Target::of(&device, side);
