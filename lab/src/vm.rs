@@ -50,6 +50,10 @@ use crate::terminal::RawTerminal;
 /// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it is five times that.
 pub const TIMEOUT: Duration = Duration::from_secs(360);
 
+/// How long a guest may take until its init starts, on a kernel of Debian's. On a busy machine an emulated one has been
+/// seen to stand still while it brought up its second processor.
+const BOOT: Duration = Duration::from_secs(120);
+
 /// How many folders of earlier runs are kept.
 const RUNS_KEPT: usize = 30;
 
@@ -118,6 +122,15 @@ pub enum Failure {
         /// The kernel's log.
         log: PathBuf,
     },
+    /// The guest's kernel never came as far as init, so nothing of ours has run.
+    NoInit {
+        /// The time it had.
+        limit: Duration,
+        /// The end of the kernel's log.
+        tail: String,
+        /// The kernel's log.
+        log: PathBuf,
+    },
     /// The guest ended, but never said how the command did.
     NoVerdict {
         /// What the emulator said.
@@ -154,6 +167,12 @@ impl fmt::Display for Failure {
                     log.display()
                 )
             }
+            Self::NoInit { limit, tail, log } => write!(
+                f,
+                "the guest's kernel was not up after {} and was stopped; the end of its log:\n{tail}\nlog: {}",
+                seconds(*limit),
+                log.display()
+            ),
             Self::NoVerdict {
                 emulator,
                 tail,
@@ -335,12 +354,12 @@ impl<'a> Run<'a> {
                 timeout: self.timeout,
             };
             let result = guest.boot(&mut output);
-            if again && is_emulator_fault(&result) {
+            if let Some(fault) = emulator_fault(&result).filter(|_| again) {
                 again = false;
-                let kept = folder.join("console.int3.log");
+                let kept = folder.join("console.first.log");
                 fs::rename(folder.join("console.log"), &kept)?;
                 eprintln!(
-                    "the emulator's known fault (Oops: int3 before init has started); booting once more. log: {}",
+                    "the emulator's known fault ({fault}); booting once more. log: {}",
                     kept.display()
                 );
                 continue;
@@ -418,9 +437,15 @@ impl<'a> Run<'a> {
     }
 }
 
-fn is_emulator_fault(result: &Result<Outcome>) -> bool {
-    let failure = result.as_ref().err().and_then(|error| error.downcast_ref());
-    matches!(failure, Some(Failure::Splat { splat, .. }) if splat.emulator_fault)
+/// What the emulator did wrong, if it was that.
+fn emulator_fault(result: &Result<Outcome>) -> Option<&'static str> {
+    match result.as_ref().err()?.downcast_ref()? {
+        Failure::Splat { splat, .. } if splat.emulator_fault => {
+            Some("Oops: int3 before init has started")
+        }
+        Failure::NoInit { .. } => Some("it stands still before init has started"),
+        _ => None,
+    }
 }
 
 fn file_name(path: &Path) -> Result<String> {
@@ -481,6 +506,17 @@ struct Guest<'a> {
     timeout: Option<Duration>,
 }
 
+/// How a guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// By itself.
+    Itself,
+    /// We stopped it, since its time was up.
+    Late,
+    /// We stopped it, since its init had not started.
+    NoInit,
+}
+
 /// What the control channel has brought so far.
 #[derive(Debug, Default)]
 struct Progress {
@@ -516,13 +552,13 @@ impl Guest<'_> {
                 let _ = child.wait();
             }
             let captured = copy.join().unwrap_or_default();
-            waited.map(|in_time| (captured, in_time))
+            waited.map(|end| (captured, end))
         });
         drop(terminal);
-        let (output, in_time) = captured?;
+        let (output, end) = captured?;
         let progress =
             std::mem::take(&mut *progress.lock().unwrap_or_else(PoisonError::into_inner));
-        self.judge(progress, output, in_time, started)
+        self.judge(progress, output, end, started)
     }
 
     fn log(&self) -> PathBuf {
@@ -616,19 +652,26 @@ impl Guest<'_> {
         command
     }
 
-    /// Waits for the guest's end; false when it came too late and we brought it about.
-    fn wait(
-        &self,
-        child: &mut Child,
-        progress: &Mutex<Progress>,
-        started: Instant,
-    ) -> Result<bool> {
+    /// How long it may take until its init starts.
+    fn boot_limit(&self) -> Duration {
+        BOOT * self.prepared.kernel.slowness()
+    }
+
+    /// Whether its init has said that it started.
+    fn has_init(&self) -> bool {
+        let log = fs::read(self.log()).unwrap_or_default();
+        String::from_utf8_lossy(&log).contains(INIT_STARTED)
+    }
+
+    /// Waits for the guest's end, or brings it about.
+    fn wait(&self, child: &mut Child, progress: &Mutex<Progress>, started: Instant) -> Result<End> {
         // After its verdict a guest only has to power off.
         let grace = Duration::from_secs(20) * self.prepared.kernel.slowness();
         let mut verdict_at = None;
+        let mut is_up = false;
         loop {
             if child.try_wait().context("wait for QEMU")?.is_some() {
-                return Ok(true);
+                return Ok(End::Itself);
             }
             if verdict_at.is_none()
                 && progress
@@ -641,10 +684,16 @@ impl Guest<'_> {
             }
             let late = self.timeout.is_some_and(|limit| started.elapsed() > limit);
             let stuck = verdict_at.is_some_and(|at: Instant| at.elapsed() > grace);
-            if late || stuck {
+            is_up |= started.elapsed() > self.boot_limit() && self.has_init();
+            let still = !is_up && started.elapsed() > self.boot_limit();
+            if late || stuck || still {
                 child.kill().context("stop QEMU")?;
                 child.wait().context("wait for QEMU")?;
-                return Ok(false);
+                return Ok(if still && !late {
+                    End::NoInit
+                } else {
+                    End::Late
+                });
             }
             thread::sleep(Duration::from_millis(10));
         }
@@ -654,7 +703,7 @@ impl Guest<'_> {
         &self,
         progress: Progress,
         output: Vec<u8>,
-        in_time: bool,
+        end: End,
         started: Instant,
     ) -> Result<Outcome> {
         let log = self.log();
@@ -664,9 +713,16 @@ impl Guest<'_> {
             return Err(Failure::Splat { splat, log }.into());
         }
         let tail = command::tail(since_init(&text), TAIL);
-        if !in_time {
-            let limit = self.timeout.unwrap_or_default();
-            return Err(Failure::Timeout { limit, tail, log }.into());
+        match end {
+            End::Itself => {}
+            End::Late => {
+                let limit = self.timeout.unwrap_or_default();
+                return Err(Failure::Timeout { limit, tail, log }.into());
+            }
+            End::NoInit => {
+                let limit = self.boot_limit();
+                return Err(Failure::NoInit { limit, tail, log }.into());
+            }
         }
         let Some(code) = progress.verdict else {
             let emulator = fs::read_to_string(self.emulator_log()).unwrap_or_default();
@@ -956,17 +1012,22 @@ mod tests {
             }
             .into())
         };
-        assert!(is_emulator_fault(&failed("Oops: int3: 0000 [#1]\n")));
-        assert!(!is_emulator_fault(&failed(
-            "barlease-lab: init started\nOops: int3: 0000 [#1]\n"
-        )));
-        assert!(!is_emulator_fault(&failed("Oops: 0002 [#1]\n")));
+        assert!(emulator_fault(&failed("Oops: int3: 0000 [#1]\n")).is_some());
+        let after_init = failed("barlease-lab: init started\nOops: int3: 0000 [#1]\n");
+        assert_eq!(emulator_fault(&after_init), None);
+        assert_eq!(emulator_fault(&failed("Oops: 0002 [#1]\n")), None);
         let late = Failure::Timeout {
             limit: TIMEOUT,
             tail: String::new(),
             log: PathBuf::new(),
         };
-        assert!(!is_emulator_fault(&Err(late.into())));
+        assert_eq!(emulator_fault(&Err(late.into())), None);
+        let still = Failure::NoInit {
+            limit: BOOT,
+            tail: String::new(),
+            log: PathBuf::new(),
+        };
+        assert!(emulator_fault(&Err(still.into())).is_some());
     }
 
     #[test]
