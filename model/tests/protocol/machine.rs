@@ -28,12 +28,14 @@ pub(crate) enum Lock {
     Live(usize),
     /// The reservation lock of a buffer's dma-buf.
     Resv(usize),
+    /// `Buffer::revoked`.
+    Revoked(usize),
     /// `Leases::access`.
     Access,
 }
 
 impl Lock {
-    const COUNT: usize = 4 + 2 * BUFFERS;
+    const COUNT: usize = 4 + 3 * BUFFERS;
 
     fn index(self) -> usize {
         match self {
@@ -43,6 +45,7 @@ impl Lock {
             Self::Access => 3,
             Self::Live(buffer) => 4 + buffer,
             Self::Resv(buffer) => 4 + BUFFERS + buffer,
+            Self::Revoked(buffer) => 4 + 2 * BUFFERS + buffer,
         }
     }
 }
@@ -161,13 +164,13 @@ pub(crate) enum Change2 {
 /// Something that is so or not.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Cond {
-    /// `Access::state` of a buffer is `Ok`; its lock is held.
+    /// `Access::state` of a buffer is `Ok`; the locks of both are held.
     StateOk(usize),
     /// It is not `Dead`; the lock is held.
     Alive(usize),
     /// There is an epoch; the lock is held.
     IsOpen,
-    /// `levels()` say low power or sleep; the lock is held.
+    /// `is_asleep()`: the levels say low power or sleep.
     LevelsLow,
     HasVmas(usize),
     IsAttached(usize),

@@ -256,19 +256,19 @@ impl Builder {
             if early {
                 this.zap(buffer);
             }
-            this.put(Instr::Take(Lock::Access, Mode::Write));
+            this.put(Instr::Take(Lock::Revoked(buffer), Mode::Write));
             let trusts = this.has(Bug::RevokeTrustsTheEvent).then(|| {
                 let ok = this.unless(Cond::StateOk(buffer));
                 let go_on = this.goto();
                 this.land(ok);
                 this.act(Act::MarkRevoked(buffer));
-                this.put(Instr::Give(Lock::Access));
+                this.put(Instr::Give(Lock::Revoked(buffer)));
                 let done = this.goto();
                 this.land(go_on);
                 done
             });
             this.act(Act::MarkRevoked(buffer));
-            this.put(Instr::Give(Lock::Access));
+            this.put(Instr::Give(Lock::Revoked(buffer)));
             if !early {
                 this.zap(buffer);
             }
@@ -282,6 +282,18 @@ impl Builder {
         });
     }
 
+    /// Takes the locks that the state of a buffer holds with, as `Buffer::state` and `Buffer::fault` do.
+    fn look(&mut self, buffer: usize) {
+        self.put(Instr::Take(Lock::Revoked(buffer), Mode::Read));
+        self.put(Instr::Take(Lock::Access, Mode::Read));
+    }
+
+    /// Gives them back.
+    fn seen(&mut self, buffer: usize) {
+        self.put(Instr::Give(Lock::Access));
+        self.put(Instr::Give(Lock::Revoked(buffer)));
+    }
+
     /// `Buffer::fault`, in a VMA that is locked: the state holds until the entry is in.
     fn fault(&mut self, buffer: usize, vma: usize) {
         let stock = self.has(Bug::FaultTakesMemoryLock);
@@ -289,10 +301,10 @@ impl Builder {
             if stock {
                 this.put(Instr::Take(Lock::Memory, Mode::Read));
             }
-            this.put(Instr::Take(Lock::Access, Mode::Read));
+            this.look(buffer);
             let shut = this.unless(Cond::StateOk(buffer));
             if this.has(Bug::FaultInsertsWithoutTheLock) {
-                this.put(Instr::Give(Lock::Access));
+                this.seen(buffer);
             }
             this.act(Act::Entry {
                 buffer,
@@ -300,12 +312,12 @@ impl Builder {
                 there: true,
             });
             if !this.has(Bug::FaultInsertsWithoutTheLock) {
-                this.put(Instr::Give(Lock::Access));
+                this.seen(buffer);
             }
             this.act(Act::Saw(Sight::Entry));
             let done = this.goto();
             this.land(shut);
-            this.put(Instr::Give(Lock::Access));
+            this.seen(buffer);
             this.act(Act::Saw(Sight::Sigbus));
             this.land(done);
             if stock {
@@ -321,9 +333,9 @@ impl Builder {
             if this.has(Bug::FaultTakesMemoryLock) {
                 this.locked(Lock::Memory, Mode::Read, |_| {});
             }
-            this.put(Instr::Take(Lock::Access, Mode::Read));
+            this.look(buffer);
             let dead = this.unless(Cond::Alive(buffer));
-            this.put(Instr::Give(Lock::Access));
+            this.seen(buffer);
             this.act(Act::Vma {
                 buffer,
                 opened: true,
@@ -332,7 +344,7 @@ impl Builder {
             then(this);
             let over = this.goto();
             this.land(dead);
-            this.put(Instr::Give(Lock::Access));
+            this.seen(buffer);
             this.put(Instr::Give(Lock::Mmap));
             this.land(over);
         });
@@ -342,23 +354,23 @@ impl Builder {
     fn attach(&mut self, buffer: usize, then: impl FnOnce(&mut Self)) {
         self.within("Buffer::attach", |this| {
             // `alive`.
-            this.put(Instr::Take(Lock::Access, Mode::Read));
+            this.look(buffer);
             let dead = this.unless(Cond::Alive(buffer));
-            this.put(Instr::Give(Lock::Access));
+            this.seen(buffer);
             this.act(Act::Attached { buffer, yes: true });
-            this.put(Instr::Take(Lock::Access, Mode::Read));
+            this.look(buffer);
             let shut = this.unless(Cond::StateOk(buffer));
-            this.put(Instr::Give(Lock::Access));
+            this.seen(buffer);
             this.within("importer", then);
             let detach = this.goto();
             this.land(shut);
-            this.put(Instr::Give(Lock::Access));
+            this.seen(buffer);
             this.land(detach);
             // `detach`.
             this.act(Act::Attached { buffer, yes: false });
             let over = this.goto();
             this.land(dead);
-            this.put(Instr::Give(Lock::Access));
+            this.seen(buffer);
             this.land(over);
         });
     }
@@ -370,10 +382,10 @@ impl Builder {
             if !early {
                 this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
             }
-            this.put(Instr::Take(Lock::Access, Mode::Read));
+            this.look(buffer);
             let look = !this.has(Bug::MapDoesNotLook);
             let shut = look.then(|| this.unless(Cond::StateOk(buffer)));
-            this.put(Instr::Give(Lock::Access));
+            this.seen(buffer);
             if early {
                 this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
             }
@@ -394,7 +406,7 @@ impl Builder {
             if let Some(shut) = shut {
                 this.land(shut);
             }
-            this.put(Instr::Give(Lock::Access));
+            this.seen(buffer);
             if !early {
                 this.put(Instr::Give(Lock::Resv(buffer)));
             }
@@ -445,15 +457,10 @@ impl Builder {
             return;
         }
         self.within("driver::notice_wake_up", |this| {
-            // `Leases::levels`.
-            this.put(Instr::Take(Lock::Access, Mode::Read));
+            // `Leases::is_asleep`: one word.
             let awake = this.unless(Cond::LevelsLow);
-            this.put(Instr::Give(Lock::Access));
             this.locked(Lock::Memory, Mode::Read, |this| this.update(Change::Sample));
-            let done = this.goto();
             this.land(awake);
-            this.put(Instr::Give(Lock::Access));
-            this.land(done);
         });
     }
 
