@@ -16,6 +16,7 @@
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
 //! - [`importer`]: a device that does DMA to leases;
 //! - [`allocations`]: what the kernel allocates for this process;
+//! - [`random`]: steps drawn from a seed, and judged;
 //! - [`errno`]: error numbers with their names.
 
 // What a test looks at are bare system calls and memory that a kernel takes away: what is not safe about them is
@@ -39,6 +40,7 @@ pub mod probe;
 #[expect(unsafe_code, reason = "fork, SCM_RIGHTS")]
 pub mod process;
 pub mod race;
+pub mod random;
 #[expect(unsafe_code, reason = "ioctls")]
 pub mod vfio;
 pub mod wait;

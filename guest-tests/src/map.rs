@@ -5,7 +5,7 @@ use std::{
     io, mem,
     os::fd::{AsFd, AsRawFd},
     ptr,
-    sync::Once,
+    sync::{Once, atomic::AtomicU32},
 };
 
 use crate::{
@@ -410,6 +410,22 @@ impl Drop for Map {
             unsafe { libc::munmap(ptr::with_exposed_provenance_mut(address), len) };
         }
     }
+}
+
+/// Words that this process and those that it forks from now on have in common. Never unmapped.
+///
+/// # Panics
+///
+/// When there is no memory left, or `number` is more than a page has.
+#[must_use]
+pub fn shared_words(number: usize) -> &'static [AtomicU32] {
+    assert!(number * size_of::<AtomicU32>() <= PAGE as usize);
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+    // SAFETY: A new mapping replaces nothing.
+    let address = unsafe { libc::mmap(ptr::null_mut(), PAGE as usize, READ_WRITE, flags, -1, 0) };
+    assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+    // SAFETY: A page of zeroes that nobody unmaps, and that is used as atomic words only.
+    unsafe { std::slice::from_raw_parts(address.cast::<AtomicU32>(), number) }
 }
 
 /// A page with none behind it.

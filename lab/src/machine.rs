@@ -224,7 +224,7 @@ impl Preset {
     pub fn of_tests(binary: &str) -> Self {
         // Cargo adds `-` and a hash.
         match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
-            "command" | "splits" | "tph" | "witness" => Self::Device,
+            "command" | "random" | "splits" | "tph" | "witness" => Self::Device,
             "aer" | "removal" => Self::Ports,
             "nopat" => Self::NoPat,
             _ => Self::Full,

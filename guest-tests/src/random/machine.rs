@@ -1,0 +1,953 @@
+//! Makes a step on the real kernel.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::fd::{AsRawFd, OwnedFd},
+    panic::{self, AssertUnwindSafe},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use barlease_abi::{ALIAS_WC, DmaBufStatus, DmaBufTph, STATE_DEAD, STATE_OK};
+use barlease_oracle::{
+    MAIN, NoBuffer, Op, Oracle, Outcome, PAGE, Seen, Shot, Spec, Spoil, State, Step, TRANSFER,
+    Target, WrongMap,
+};
+use fastrand::Rng;
+
+use super::{
+    fire,
+    holder::{self, Holder, ask, protection},
+};
+use crate::{
+    errno::Answer,
+    importer::{Attachment, DYNAMIC, Importer, abi},
+    lease::{self, Request},
+    map::{How, READ, READ_WRITE, Sigbus, shared_words},
+    observe,
+    pci::{BARLEASE, Function},
+    process::{self, Child},
+    vfio::{
+        COMMAND, COMMAND_MASTER, COMMAND_MEMORY, CONFIG_REGION, Device, Group, LOW_POWER_ENTRY,
+        LOW_POWER_ENTRY_WITH_WAKEUP, LOW_POWER_EXIT, SET,
+    },
+};
+
+/// How long something may take that takes a moment: on a slow machine that does other things, too.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A device of the machine.
+#[derive(Debug)]
+pub struct Real {
+    /// What it is like.
+    pub spec: Spec,
+    /// The first physical address of the BAR.
+    pub start: u64,
+    /// Eventfds of low power until wake-up that have not been looked at for the last time.
+    pub events: Vec<OwnedFd>,
+    /// What they counted.
+    pub wake_ups: u64,
+    function: Function,
+    device: Option<Device>,
+    alias: Option<u32>,
+}
+
+impl Real {
+    /// The open device.
+    ///
+    /// # Panics
+    ///
+    /// When it is not open.
+    #[must_use]
+    pub fn open(&self) -> &Device {
+        self.device.as_ref().expect("an open device")
+    }
+
+    /// The region of the BAR, or of its alias.
+    fn region(&self, alias: bool) -> u32 {
+        if alias {
+            self.alias.expect("an alias")
+        } else {
+            self.spec.bar
+        }
+    }
+}
+
+/// The machine, and what was made in it.
+#[derive(Debug)]
+pub struct Machine {
+    /// The devices.
+    pub devices: Vec<Real>,
+    /// What this process holds.
+    pub main: Holder,
+    /// Attachments, and whether they ever had a mapping.
+    pub attachments: BTreeMap<usize, (Attachment, bool)>,
+    /// For looks after a step.
+    pub rng: Rng,
+    groups: BTreeMap<String, Arc<Group>>,
+    children: BTreeMap<usize, Child>,
+    importer: Importer,
+    phase: &'static AtomicU32,
+    can_sleep: bool,
+}
+
+/// What a step made that is to be kept.
+enum Made {
+    Nothing,
+    Buffer(OwnedFd),
+    Device(Device),
+    Attachment(Attachment),
+    Event(OwnedFd),
+    Alias(u32),
+}
+
+type Acted = (Outcome, Made);
+
+fn done<T>(answer: Answer<T>) -> Acted {
+    (outcome(answer), Made::Nothing)
+}
+
+fn outcome<T>(answer: Answer<T>) -> Outcome {
+    match answer {
+        Ok(_) => Outcome::Done,
+        Err(errno) => Outcome::Refused(errno.0),
+    }
+}
+
+impl Machine {
+    /// The devices of that name, bound and not open.
+    ///
+    /// # Panics
+    ///
+    /// When they cannot be had.
+    #[must_use]
+    pub fn new(specs: Vec<Spec>, seed: u64) -> Self {
+        let devices = specs.into_iter().map(|spec| {
+            let function = Function::named(spec.name);
+            function.bind(BARLEASE);
+            Real {
+                start: function.bar(spec.bar).0,
+                spec,
+                events: Vec::new(),
+                wake_ups: 0,
+                function,
+                device: None,
+                alias: None,
+            }
+        });
+        Self {
+            devices: devices.collect(),
+            main: Holder::default(),
+            attachments: BTreeMap::new(),
+            rng: Rng::with_seed(!seed),
+            groups: BTreeMap::new(),
+            children: BTreeMap::new(),
+            importer: Importer::open(),
+            phase: &shared_words(1)[0],
+            can_sleep: fs::write("/sys/power/pm_test", "none").is_ok(),
+        }
+    }
+
+    /// Whether the system can pretend to sleep.
+    #[must_use]
+    pub fn can_sleep(&self) -> bool {
+        self.can_sleep
+    }
+
+    /// Makes a step.
+    ///
+    /// # Panics
+    ///
+    /// When something that is touched, or waited for, while it is made is not as it must be.
+    pub fn make(&mut self, step: &Step, oracle: &Oracle) -> Outcome {
+        let op = &step.op;
+        if let Some(outcome) = self.change(op, oracle) {
+            return outcome;
+        }
+        let mut rng = self.rng.clone();
+        let mut pick = |below| rng.u64(..below);
+        let shots = if step.under_fire || op.kind() == barlease_oracle::Kind::Storm {
+            oracle.shots(op, &mut pick)
+        } else {
+            Vec::new()
+        };
+        self.rng = rng;
+        let closing = match *op {
+            Op::Close { device } => self.devices[device].device.take(),
+            _ => None,
+        };
+        let this = &*self;
+        let act = || this.act(op, closing, oracle, &shots);
+        let waited = oracle.waited_for(op);
+        let (outcome, made) = if step.under_fire {
+            this.under_fire(oracle, &shots, || this.waiting(oracle, op, &waited, act))
+        } else {
+            this.waiting(oracle, op, &waited, act)
+        };
+        self.keep(op, made, oracle);
+        outcome
+    }
+
+    /// Makes a step while all processes touch their mappings.
+    fn under_fire<R>(&self, oracle: &Oracle, shots: &[Shot], act: impl FnOnce() -> R) -> R {
+        let of = |process: usize| -> Vec<Shot> {
+            let all = shots.iter().copied();
+            all.filter(|shot| oracle.mappings[&shot.mapping].process == process)
+                .collect()
+        };
+        self.phase.store(fire::DURING, Ordering::SeqCst);
+        let mut shooting = Vec::new();
+        for (&process, child) in &self.children {
+            let shots = of(process);
+            if !shots.is_empty() {
+                holder::send(&child.link, &holder::fire_request(&shots));
+                shooting.push(child);
+            }
+        }
+        let ours = of(MAIN);
+        thread::scope(|scope| {
+            let _off = Off(self.phase);
+            let own = [&ours, &ours].map(|shots| {
+                let maps = &self.main.maps;
+                (!shots.is_empty())
+                    .then(|| scope.spawn(move || fire::shoot(maps, shots, self.phase)))
+            });
+            let result = act();
+            self.phase.store(fire::AFTER, Ordering::SeqCst);
+            for shooter in own.into_iter().flatten() {
+                if let Err(panic) = shooter.join() {
+                    panic::resume_unwind(panic);
+                }
+            }
+            for child in shooting {
+                let _touches = holder::receive(&child.link);
+            }
+            result
+        })
+    }
+
+    /// Makes a step that must wait for these importers.
+    fn waiting<R: Send>(
+        &self,
+        oracle: &Oracle,
+        op: &Op,
+        waited: &[usize],
+        act: impl FnOnce() -> R + Send,
+    ) -> R {
+        if waited.is_empty() {
+            return act();
+        }
+        let before: Vec<_> = waited
+            .iter()
+            .map(|number| self.attachments[number].0.status().interruptions)
+            .collect();
+        thread::scope(|scope| {
+            let acting = scope.spawn(act);
+            let look = || {
+                for (number, before) in waited.iter().zip(&before) {
+                    let attachment = &self.attachments[number].0;
+                    if oracle.attachments[number].mapped {
+                        wait_for("an invalidation", || {
+                            attachment.status().interruptions > *before
+                        });
+                    }
+                }
+                // Everybody was told: before that, everything was taken from page tables.
+                let held = |number: &usize| {
+                    let attachment = &oracle.attachments[number];
+                    attachment.mapped && attachment.hold
+                };
+                if waited.iter().any(held) {
+                    self.everything_is_gone(oracle, op);
+                }
+                for number in waited {
+                    assert!(!acting.is_finished(), "{op:?} did not wait for {number}");
+                    let expected = oracle.attachments[number];
+                    let attachment = &self.attachments[number].0;
+                    if expected.fence {
+                        attachment.signal().expect("a fence");
+                    }
+                    if expected.mapped && expected.hold {
+                        attachment.unmap().expect("a mapping that is held");
+                    }
+                }
+            };
+            if let Err(panic) = panic::catch_unwind(AssertUnwindSafe(look)) {
+                // Whoever waits must not for ever.
+                for number in waited {
+                    let attachment = &self.attachments[number].0;
+                    attachment.hold(false);
+                    let _ = attachment.unmap();
+                    let _ = attachment.signal();
+                }
+                panic::resume_unwind(panic);
+            }
+            match acting.join() {
+                Ok(result) => result,
+                Err(panic) => panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    /// Checks that this process has nothing any more of what `op`, which waits, takes away.
+    fn everything_is_gone(&self, oracle: &Oracle, op: &Op) {
+        let taken = oracle.taken_by(op);
+        for (&number, mapping) in &oracle.mappings {
+            let Target::Buffer(buffer) = mapping.target else {
+                continue;
+            };
+            let first = mapping.pages.iter().position(|page| {
+                page.is_some_and(|page| page != barlease_oracle::Protection::None)
+            });
+            if let (MAIN, true, Some(page)) = (mapping.process, taken.contains(&buffer), first) {
+                let touch = self.main.maps[&(number as u64)].read(page as u64 * PAGE);
+                assert_eq!(touch, Err(Sigbus), "mapping {number} while {op:?} waits");
+            }
+        }
+    }
+
+    /// A request to a process.
+    fn ask(&mut self, process: usize, request: &[u64]) -> Vec<u64> {
+        if process == MAIN {
+            return self.main.answer(request, self.phase);
+        }
+        let link = &self.children[&process].link;
+        holder::send(link, request);
+        holder::receive(link)
+    }
+
+    /// A request whose reply is an errno.
+    fn ask_errno(&mut self, process: usize, request: &[u64]) -> Outcome {
+        match self.ask(process, request)[..] {
+            [0] => Outcome::Done,
+            [errno] => Outcome::Refused(errno as i32),
+            _ => panic!("no errno"),
+        }
+    }
+
+    /// Loads a word.
+    pub fn read(&mut self, process: usize, mapping: usize, at: u64) -> Outcome {
+        match self.ask(process, &[ask::READ, mapping as u64, at])[..] {
+            [0, _] => Outcome::Sigbus,
+            [_, word] => Outcome::Words(vec![word as u32]),
+            _ => panic!("no word"),
+        }
+    }
+
+    /// Makes a step that changes what processes hold; `None` if it is another one.
+    fn change(&mut self, op: &Op, oracle: &Oracle) -> Option<Outcome> {
+        let process_of = |mapping: usize| oracle.mappings[&mapping].process;
+        Some(match *op {
+            Op::Rebind { device } => {
+                self.rebind(device);
+                Outcome::Done
+            }
+            Op::CloseBuffer { buffer, process } => {
+                self.ask(process, &[ask::CLOSE, buffer as u64]);
+                Outcome::Done
+            }
+            Op::Send { buffer, process } => {
+                let fd = &self.main.fds[&(buffer as u64)];
+                let link = &self.children[&process].link;
+                holder::send(link, &[ask::TAKE, buffer as u64]);
+                link.send_fd(fd);
+                assert!(holder::receive(link).is_empty());
+                Outcome::Done
+            }
+            Op::Map {
+                buffer,
+                process,
+                offset,
+                length,
+                protection: prot,
+                large,
+            } => {
+                let request = [
+                    ask::MAP,
+                    buffer as u64,
+                    oracle.next as u64,
+                    offset,
+                    length,
+                    protection(prot) as u64,
+                    large.into(),
+                ];
+                self.ask_errno(process, &request)
+            }
+            Op::MapBar {
+                device,
+                alias,
+                offset,
+                length,
+            } => {
+                let this = &self.devices[device];
+                let at = u64::from(this.region(alias)) << 40 | offset;
+                match How::shared().map(this.open(), at, length) {
+                    Ok(map) => {
+                        self.main.maps.insert(oracle.next as u64, map);
+                        Outcome::Done
+                    }
+                    Err(errno) => Outcome::Refused(errno.0),
+                }
+            }
+            Op::Unmap { mapping } => {
+                self.ask(process_of(mapping), &[ask::UNMAP, mapping as u64]);
+                Outcome::Done
+            }
+            Op::UnmapPart {
+                mapping,
+                first,
+                pages,
+            } => {
+                let request = [ask::UNMAP_PART, mapping as u64, first * PAGE, pages * PAGE];
+                self.ask(process_of(mapping), &request);
+                Outcome::Done
+            }
+            Op::Protect {
+                mapping,
+                first,
+                pages,
+                protection: prot,
+            } => {
+                let request = [
+                    ask::PROTECT,
+                    mapping as u64,
+                    first * PAGE,
+                    pages * PAGE,
+                    protection(prot) as u64,
+                ];
+                self.ask_errno(process_of(mapping), &request)
+            }
+            Op::Move { mapping } => {
+                self.ask_errno(process_of(mapping), &[ask::MOVE, mapping as u64])
+            }
+            Op::Fork { ref touches } => {
+                let mut request = vec![ask::FORK];
+                for &(mapping, at) in touches {
+                    let works = oracle.is_accessible(mapping);
+                    request.extend([mapping as u64, at, works.into()]);
+                }
+                match self.ask(MAIN, &request)[..] {
+                    [1] => Outcome::Done,
+                    _ => Outcome::Sigbus,
+                }
+            }
+            Op::Spawn => {
+                self.spawn(oracle);
+                Outcome::Done
+            }
+            Op::Kill { process } => {
+                let child = self.children.remove(&process).expect("a process");
+                if self.rng.bool() {
+                    holder::send(&child.link, &[ask::END]);
+                    child.join();
+                } else {
+                    drop(child);
+                }
+                Outcome::Done
+            }
+            Op::Read { mapping, at } => self.read(process_of(mapping), mapping, at),
+            Op::Write { mapping, at, value } => {
+                let request = [ask::WRITE, mapping as u64, at, value.into()];
+                match self.ask(process_of(mapping), &request)[..] {
+                    [1] => Outcome::Done,
+                    _ => Outcome::Sigbus,
+                }
+            }
+            Op::Detach { attachment } => {
+                let (attachment, _) = self.attachments.remove(&attachment).expect("attached");
+                outcome(attachment.detach())
+            }
+            _ => return None,
+        })
+    }
+
+    /// Unbinds and binds the functions of a group, none of which is open.
+    fn rebind(&mut self, device: usize) {
+        let set = self.devices[device].spec.set.clone();
+        self.groups.remove(&self.devices[device].function.group());
+        for &member in &set {
+            self.devices[member].function.unbind();
+        }
+        for &member in &set {
+            self.devices[member].function.bind(BARLEASE);
+        }
+    }
+
+    /// A process with copies of all our mappings.
+    fn spawn(&mut self, oracle: &Oracle) {
+        let copies = oracle.copies_from(oracle.next + 1);
+        let maps = &mut self.main.maps;
+        let phase = self.phase;
+        let child = Child::start(&[], |link| {
+            // Of the copy of this process's memory; that of this process stays as it is.
+            let mut all = std::mem::take(maps);
+            let maps = copies.iter().map(|(number, of)| {
+                let map = all.remove(&(*of as u64)).expect("a mapping to copy");
+                (*number as u64, map)
+            });
+            let holder = Holder {
+                fds: BTreeMap::new(),
+                maps: maps.collect(),
+            };
+            holder.serve(link, phase);
+        });
+        self.children.insert(oracle.next, child);
+    }
+
+    /// Makes a step that leaves what processes hold as it is.
+    #[expect(clippy::too_many_lines, reason = "one arm an operation")]
+    fn act(&self, op: &Op, closing: Option<Device>, oracle: &Oracle, shots: &[Shot]) -> Acted {
+        let device = |number: usize| self.devices[number].open();
+        let fd = |number: usize| &self.main.fds[&(number as u64)];
+        let attachment = |number: usize| &self.attachments[&number].0;
+        match *op {
+            Op::Open { device } => self.open(device),
+            Op::Close { .. } => {
+                drop(closing);
+                (Outcome::Done, Made::Nothing)
+            }
+            Op::Export {
+                device: number,
+                ref ranges,
+                writable,
+            } => {
+                let bar = self.devices[number].spec.bar;
+                let access = if writable {
+                    libc::O_RDWR
+                } else {
+                    libc::O_RDONLY
+                };
+                let request = Request::new(bar, ranges).open_flags(access | libc::O_CLOEXEC);
+                match device(number).request(&request) {
+                    Ok(fd) => (Outcome::Done, Made::Buffer(fd)),
+                    Err(errno) => (Outcome::Refused(errno.0), Made::Nothing),
+                }
+            }
+            Op::ExportSpoilt {
+                device: number,
+                spoil,
+            } => done(export_spoilt(
+                device(number),
+                &self.devices[number].spec,
+                spoil,
+            )),
+            Op::Revoke {
+                device: number,
+                buffer,
+            } => done(device(number).revoke(fd(buffer))),
+            Op::RevokeNothing {
+                device: number,
+                what,
+            } => done(match what {
+                NoBuffer::Closed => device(number).revoke_number(lease::no_such_fd()),
+                NoBuffer::Other => device(number).revoke(process::eventfd()),
+            }),
+            Op::Status { device, buffer } => (self.status(device, buffer), Made::Nothing),
+            Op::MemoryType {
+                device: number,
+                buffer,
+                value,
+            } => done(device(number).memattr(fd(buffer), value)),
+            Op::SteeringTags {
+                device: number,
+                buffer,
+                flags,
+                tag,
+                extended,
+                hint,
+            } => done(device(number).tph_raw(DmaBufTph {
+                dmabuf_fd: fd(buffer).as_raw_fd(),
+                flags,
+                steering_tag_ext: extended,
+                steering_tag: tag,
+                ph: hint,
+            })),
+            Op::ReadTag { buffer, extended } => {
+                let seen = match self.importer.steering_tag(fd(buffer), extended) {
+                    Ok((tag, hint)) => Outcome::Tag(tag as u16, hint as u8),
+                    Err(errno) => Outcome::Refused(errno.0),
+                };
+                (seen, Made::Nothing)
+            }
+            Op::MapSpoilt { buffer, how } => {
+                let size = oracle.buffers[&buffer].size();
+                let fd = fd(buffer);
+                let read = How::shared().protection(READ);
+                done(match how {
+                    WrongMap::Private => read.private().map(fd, 0, PAGE),
+                    WrongMap::PastEnd => read.map(fd, size - PAGE, 2 * PAGE),
+                    WrongMap::Writable => How::shared().protection(READ_WRITE).map(fd, 0, PAGE),
+                })
+            }
+            Op::Alias { device: number } => {
+                match device(number).alias(self.devices[number].spec.bar, ALIAS_WC) {
+                    Ok(index) => (Outcome::Done, Made::Alias(index)),
+                    Err(errno) => (Outcome::Refused(errno.0), Made::Nothing),
+                }
+            }
+            Op::AliasSpoilt {
+                device: number,
+                of_alias,
+            } => {
+                let region = if of_alias {
+                    self.devices[number].region(true)
+                } else {
+                    CONFIG_REGION
+                };
+                done(device(number).alias(region, ALIAS_WC))
+            }
+            Op::ReadFd {
+                device: number,
+                alias,
+                at,
+            } => {
+                let mut bytes = [0; 4];
+                let region = self.devices[number].region(alias);
+                let seen = match device(number).read(region, at, &mut bytes) {
+                    Ok(4) => Outcome::Words(vec![u32::from_ne_bytes(bytes)]),
+                    Ok(short) => panic!("read {short} bytes"),
+                    Err(errno) => Outcome::Refused(errno.0),
+                };
+                (seen, Made::Nothing)
+            }
+            Op::WriteFd {
+                device: number,
+                alias,
+                at,
+                value,
+            } => {
+                let region = self.devices[number].region(alias);
+                done(device(number).write(region, at, &value.to_ne_bytes()))
+            }
+            Op::Attach { buffer } => match self.importer.attach(fd(buffer)) {
+                Ok(attachment) => (Outcome::Done, Made::Attachment(attachment)),
+                Err(errno) => (Outcome::Refused(errno.0), Made::Nothing),
+            },
+            Op::AttachSpoilt {
+                buffer,
+                peer_to_peer,
+            } => {
+                let able = if peer_to_peer {
+                    abi::ATTACH_P2P
+                } else {
+                    abi::ATTACH_INVALIDATE
+                };
+                assert_ne!(able, DYNAMIC);
+                done(self.importer.attach_as(fd(buffer), able))
+            }
+            Op::MapDma { attachment: number } => done(attachment(number).map()),
+            Op::UnmapDma { attachment: number } => done(attachment(number).unmap()),
+            Op::Hold {
+                attachment: number,
+                hold,
+            } => {
+                attachment(number).hold(hold);
+                (Outcome::Done, Made::Nothing)
+            }
+            Op::Fence { attachment: number } => done(attachment(number).fence()),
+            Op::Signal { attachment: number } => done(attachment(number).signal()),
+            Op::ReadDma {
+                attachment: number,
+                at,
+            } => {
+                let seen = match attachment(number).read(at, TRANSFER as usize) {
+                    Ok(bytes) => Outcome::Words(
+                        bytes
+                            .chunks_exact(4)
+                            .map(|word| u32::from_le_bytes(word.try_into().expect("four")))
+                            .collect(),
+                    ),
+                    Err(errno) => Outcome::Refused(errno.0),
+                };
+                (seen, Made::Nothing)
+            }
+            Op::WriteDma {
+                attachment: number,
+                at,
+                value,
+            } => {
+                let words = (0..TRANSFER as u32 / 4).map(|word| value.wrapping_add(word));
+                let bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
+                done(attachment(number).write(at, &bytes))
+            }
+            Op::Memory {
+                device: number,
+                on,
+                long,
+            } => {
+                set_memory(device(number), on, long);
+                (Outcome::Done, Made::Nothing)
+            }
+            Op::Master { device: number, on } => {
+                let command = device(number).command() & !COMMAND_MASTER;
+                let master = if on { COMMAND_MASTER } else { 0 };
+                device(number).set_command(command | master);
+                (Outcome::Done, Made::Nothing)
+            }
+            Op::Power {
+                device: number,
+                state,
+            } => {
+                device(number).set_power_state(state.into());
+                (Outcome::Done, Made::Nothing)
+            }
+            Op::EnterLowPower { device, wake_up } => self.enter_low_power(device, wake_up),
+            Op::LeaveLowPower { device: number } => {
+                done(device(number).feature(SET | LOW_POWER_EXIT, &mut []))
+            }
+            Op::Access { device: number } => done(device(number).info()),
+            Op::Reset { device: number } => done(device(number).reset()),
+            Op::SysfsReset { device: number } => {
+                let answer = device(number).function().reset();
+                self.access(number);
+                done(answer)
+            }
+            Op::FunctionReset { device: number } => {
+                function_reset(device(number));
+                (Outcome::Done, Made::Nothing)
+            }
+            Op::HotReset { device: number } => {
+                let answer = device(number).hot_reset(&[device(number).group()]);
+                self.access_set(number);
+                done(answer)
+            }
+            Op::BusReset { device: number } => {
+                let answer = device(number).function().port().reset_subordinate();
+                self.access_set(number);
+                done(answer)
+            }
+            Op::Sleep => {
+                assert!(observe::pretend_to_sleep());
+                (Outcome::Done, Made::Nothing)
+            }
+            Op::Storm { device, rounds } => {
+                let ours = shots.iter().copied();
+                let ours: Vec<_> = ours
+                    .filter(|shot| oracle.mappings[&shot.mapping].process == MAIN)
+                    .collect();
+                self.storm(device, rounds, oracle, &ours);
+                (Outcome::Done, Made::Nothing)
+            }
+            _ => panic!("{op:?} changes what processes hold"),
+        }
+    }
+
+    /// The module learns that somebody else woke a device when it is accessed next.
+    fn access(&self, device: usize) {
+        if let Some(device) = &self.devices[device].device {
+            device.info().expect("the device's info");
+        }
+    }
+
+    fn access_set(&self, device: usize) {
+        let set = &self.devices[device].spec.set;
+        set.iter().for_each(|&member| self.access(member));
+    }
+
+    fn open(&self, device: usize) -> Acted {
+        let function = &self.devices[device].function;
+        let group = match self.groups.get(&function.group()) {
+            Some(group) => Arc::clone(group),
+            None => Group::open(function),
+        };
+        match group.device(function) {
+            Ok(device) => {
+                let memory = device.command() & COMMAND_MEMORY != 0;
+                (Outcome::Opened(memory), Made::Device(device))
+            }
+            Err(errno) => (Outcome::Refused(errno.0), Made::Nothing),
+        }
+    }
+
+    fn enter_low_power(&self, number: usize, wake_up: bool) -> Acted {
+        let device = self.devices[number].open();
+        let event = process::eventfd();
+        let answer = if wake_up {
+            let mut payload = [0; 8];
+            payload[..4].copy_from_slice(&event.as_raw_fd().to_ne_bytes());
+            device.feature(SET | LOW_POWER_ENTRY_WITH_WAKEUP, &mut payload)
+        } else {
+            device.feature(SET | LOW_POWER_ENTRY, &mut [])
+        };
+        match answer {
+            Ok(_) => {
+                // It is put to sleep a little after the call; an access before that would not wake it.
+                wait_for("a device to sleep", || {
+                    device.function().runtime_status() == "suspended"
+                });
+                (Outcome::Done, Made::Event(event))
+            }
+            Err(errno) => (Outcome::Refused(errno.0), Made::Nothing),
+        }
+    }
+
+    /// STATUS.
+    #[must_use]
+    pub fn status(&self, device: usize, buffer: usize) -> Outcome {
+        let device = self.devices[device].open();
+        match device.status(&self.main.fds[&(buffer as u64)]) {
+            Ok(status) => Outcome::Status(seen(&status)),
+            Err(errno) => Outcome::Refused(errno.0),
+        }
+    }
+
+    /// Keeps what a step made.
+    fn keep(&mut self, op: &Op, made: Made, oracle: &Oracle) {
+        let number = oracle.next;
+        match (made, op) {
+            (Made::Buffer(fd), _) => drop(self.main.fds.insert(number as u64, fd)),
+            (Made::Attachment(attachment), _) => {
+                self.attachments.insert(number, (attachment, false));
+            }
+            (Made::Device(device), &Op::Open { device: number }) => {
+                let group = device.group();
+                let name = device.function().group();
+                self.groups.insert(name, Arc::clone(group));
+                self.devices[number].device = Some(device);
+            }
+            (Made::Event(event), &Op::EnterLowPower { device, wake_up }) if wake_up => {
+                self.devices[device].events.push(event);
+            }
+            (Made::Alias(index), &Op::Alias { device }) => {
+                self.devices[device].alias = Some(index);
+            }
+            (Made::Nothing, &Op::MapDma { attachment }) => {
+                let (attachment, was_mapped) =
+                    self.attachments.get_mut(&attachment).expect("attached");
+                *was_mapped |= attachment.is_mapped();
+            }
+            _ => {}
+        }
+    }
+
+    /// Gives everything up, and looks whether it is gone.
+    ///
+    /// # Panics
+    ///
+    /// When it is not.
+    pub fn finish(&mut self, oracle: &Oracle) {
+        observe::mark("random test: the end");
+        for number in oracle.attachments.keys() {
+            // An importer that held would be waited for.
+            drop(self.attachments.remove(number));
+        }
+        for (_, child) in std::mem::take(&mut self.children) {
+            holder::send(&child.link, &[ask::END]);
+            child.join();
+        }
+        self.main = Holder::default();
+        for device in &mut self.devices {
+            device.device = None;
+        }
+        self.groups.clear();
+        for device in &self.devices {
+            wait_for("buffers to go", || {
+                observe::buffers(&device.function).is_empty()
+            });
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // Otherwise what is dropped first may wait for what is dropped later.
+            for (attachment, _) in self.attachments.values() {
+                attachment.hold(false);
+            }
+            self.attachments.clear();
+        }
+    }
+}
+
+/// Says that it is over when a step panics.
+struct Off<'a>(&'a AtomicU32);
+
+impl Drop for Off<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.store(fire::OFF, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Waits until something is so.
+fn wait_for(what: &str, is_so: impl Fn() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < end, "waited in vain for {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn seen(status: &DmaBufStatus) -> Seen {
+    Seen {
+        state: match status.state {
+            STATE_OK => {
+                assert_eq!(status.reasons, 0);
+                State::Ok
+            }
+            STATE_DEAD => {
+                assert_eq!(status.reasons, 0);
+                State::Dead
+            }
+            _ => State::Revoked(status.reasons),
+        },
+        memattr: status.memattr,
+        region: status.region_index,
+        size: status.size,
+        ranges: status.nr_ranges,
+        attachments: status.nr_attachments,
+    }
+}
+
+/// Writes COMMAND, alone or within the first 64 bytes of config space.
+fn set_memory(device: &Device, on: bool, long: bool) {
+    if !long {
+        return device.set_memory(on);
+    }
+    let mut bytes: [u8; 64] = device.config(0);
+    let low = &mut bytes[COMMAND as usize];
+    *low &= !(COMMAND_MEMORY as u8);
+    if on {
+        *low |= COMMAND_MEMORY as u8;
+    }
+    device.set_config(0, &bytes);
+}
+
+/// Bit 15 of Device Control.
+pub(super) fn function_reset(device: &Device) {
+    let control = device.capability(0x10).expect("PCI Express") + 8;
+    let [low, high]: [u8; 2] = device.config(control);
+    device.set_config(control, &[low, high | 0x80]);
+}
+
+fn export_spoilt(device: &Device, spec: &Spec, spoil: Spoil) -> Answer<OwnedFd> {
+    let good = |ranges: &[(u64, u64)]| Request::new(spec.bar, ranges);
+    let page = good(&[(0, PAGE)]);
+    device.request(&match spoil {
+        Spoil::Flags => page.flags(1),
+        Spoil::OpenFlags => page.open_flags(libc::O_RDWR | libc::O_NONBLOCK),
+        Spoil::NoRanges => page.nr_ranges(0),
+        Spoil::TooManyRanges => page.nr_ranges(65_537),
+        Spoil::EmptyRange => good(&[(0, PAGE), (PAGE, 0)]),
+        Spoil::UnalignedOffset => good(&[(8, PAGE)]),
+        Spoil::UnalignedLength => good(&[(0, PAGE + 8)]),
+        Spoil::PastEnd => {
+            let (_, length) = device.function().bar(spec.bar);
+            good(&[(length - PAGE, 2 * PAGE)])
+        }
+        Spoil::ConfigRegion => Request::new(CONFIG_REGION, &[(0, PAGE)]),
+        Spoil::NoRegion => Request::new(77, &[(0, PAGE)]),
+        Spoil::ShortArgument => page.nr_ranges(2),
+        Spoil::Msix => {
+            let (region, offset) = spec.msix.expect("an MSI-X table");
+            Request::new(region, &[(offset, PAGE)])
+        }
+    })
+}

@@ -1,0 +1,152 @@
+//! Everything at once.
+
+use std::{
+    os::fd::AsFd,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use barlease_oracle::{Oracle, PAGE, Shot};
+
+use super::machine::{self, Machine};
+use crate::{
+    errno::{EAGAIN, EBUSY, EINVAL, EIO, ENODEV, Errno},
+    importer::Importer,
+    lease::State,
+    map::{Map, Sigbus},
+    observe,
+    vfio::{COMMAND, CONFIG_REGION, Device, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
+};
+
+/// What a reset or a change of power may answer while others are at it.
+fn allowed(answer: Result<(), Errno>) {
+    if let Err(errno) = answer {
+        assert!(
+            [EAGAIN, EBUSY, EINVAL, EIO].contains(&errno),
+            "a reset in a storm: {errno:?}"
+        );
+    }
+}
+
+impl Machine {
+    /// Lets threads use a device in every way at once, `rounds` times each. It ends with memory on and awake.
+    ///
+    /// # Panics
+    ///
+    /// When something is accessible that was revoked, or a touch reaches something else than the memory.
+    pub(super) fn storm(&self, number: usize, rounds: u32, oracle: &Oracle, shots: &[Shot]) {
+        let this = &self.devices[number];
+        let spec = &this.spec;
+        let device = this.open();
+        let over = AtomicBool::new(false);
+        let command = || {
+            // While a reset is on, a write may be refused or lost.
+            let _ = device.write(CONFIG_REGION, COMMAND, &[4]);
+            let _ = device.write(CONFIG_REGION, COMMAND, &[6]);
+        };
+        let reset = || {
+            if spec.resets {
+                allowed(device.reset());
+                allowed(device.function().reset());
+            }
+            if spec.function_reset {
+                machine::function_reset(device);
+            }
+            if spec.bus_reset {
+                allowed(device.hot_reset(&[device.group()]));
+                allowed(device.function().port().reset_subordinate());
+            }
+        };
+        let power = || {
+            allowed(device.feature(SET | LOW_POWER_ENTRY, &mut []).map(drop));
+            allowed(device.feature(SET | LOW_POWER_EXIT, &mut []).map(drop));
+            if spec.d3hot {
+                let pmcsr = device.pmcsr();
+                let _ = device.write(CONFIG_REGION, pmcsr, &[3]);
+                let _ = device.write(CONFIG_REGION, pmcsr, &[0]);
+            }
+        };
+        let lease = || lease_and_revoke(device, spec.bar);
+        let import = || import(device, spec.bar);
+        let look = || {
+            let _ = observe::buffers_text(device.function());
+            // Another fd of the same open.
+            drop(device.group().device(device.function()));
+        };
+        let touch = || {
+            for shot in shots {
+                let of = oracle.device_of(shot.mapping);
+                let map = &self.main.maps[&(shot.mapping as u64)];
+                if let (Ok(seen), Some(word)) = (map.read(shot.at), shot.word) {
+                    assert_eq!(seen, word, "device {of}, {shot:?}");
+                }
+            }
+            thread::yield_now();
+        };
+        thread::scope(|scope| {
+            // Also when one of them panics.
+            let _ends = Ends(&over);
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    touch();
+                }
+            });
+            let work: [&(dyn Fn() + Sync); 6] = [&command, &reset, &power, &lease, &import, &look];
+            let workers = work.map(|work| scope.spawn(move || (0..rounds).for_each(|_| work())));
+            let results = workers.map(thread::ScopedJoinHandle::join);
+            over.store(true, Ordering::Relaxed);
+            for result in results {
+                if let Err(panic) = result {
+                    std::panic::resume_unwind(panic);
+                }
+            }
+        });
+        if spec.d3hot {
+            device.set_power_state(0);
+        }
+        device.set_memory(true);
+    }
+}
+
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What no one else knows of: whatever happens to the device, REVOKE is the end of it.
+fn lease_and_revoke(device: &Device, bar: u32) {
+    let ranges = [(PAGE, 2 * PAGE), (0, PAGE)];
+    let fd = device.export(bar, &ranges).expect("an export in a storm");
+    let map = Map::new(&fd, 3 * PAGE).expect("an mmap in a storm");
+    let _ = map.read(0);
+    let _ = map.read(2 * PAGE);
+    device.revoke(&fd).expect("a revocation in a storm");
+    for page in 0..3 {
+        assert_eq!(map.read(page * PAGE), Err(Sigbus), "page {page}");
+    }
+    assert_eq!(device.state(&fd), State::Dead);
+}
+
+fn import(device: &Device, bar: u32) {
+    let fd = device
+        .export(bar, &[(0, PAGE), (4 * PAGE, PAGE)])
+        .expect("an export in a storm");
+    let attachment = match Importer::open().attach(fd.as_fd()) {
+        Ok(attachment) => attachment,
+        Err(errno) => return assert_eq!(errno, ENODEV, "an attach in a storm"),
+    };
+    for _ in 0..2 {
+        match attachment.map() {
+            Ok(()) => drop(attachment.unmap()),
+            Err(errno) => assert_eq!(errno, ENODEV, "a DMA mapping in a storm"),
+        }
+    }
+    if attachment.map().is_ok() {
+        device.revoke(&fd).expect("a revocation in a storm");
+        assert!(!attachment.is_mapped());
+        assert_eq!(attachment.translate(0), None);
+    }
+}
