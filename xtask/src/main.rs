@@ -9,6 +9,7 @@ mod demo;
 mod dist;
 mod kmod;
 mod pool;
+mod random;
 mod test;
 mod vm;
 
@@ -33,6 +34,8 @@ enum Task {
     Test(test::Options),
     /// Measure stock vfio-pci and Barlease side by side
     Bench(bench::Options),
+    /// The random test: steps drawn from a seed, in a guest, each judged by the contract
+    Random(random::Options),
     /// Build, check or format the kernel module.
     Kmod(kmod::Options),
     /// Make packages: the command, the module for DKMS, what Debian's kernel headers lack
@@ -72,6 +75,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Random(options) => random::run(&options),
         Task::Kmod(options) => kmod::run(&options),
         Task::Dist(options) => dist::run(&options),
         Task::Vm(task) => vm::run(task),

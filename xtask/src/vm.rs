@@ -228,7 +228,7 @@ fn with_module<'a>(mut run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
 fn with_environment(mut run: Run<'_>) -> Run<'_> {
     for (name, value) in std::env::vars() {
         if name.starts_with("BARLEASE_TEST_")
-            || ["RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_NOCAPTURE"].contains(&name.as_str())
+            || ["CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_NOCAPTURE"].contains(&name.as_str())
         {
             run = run.env(name, value);
         }

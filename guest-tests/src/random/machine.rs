@@ -10,7 +10,6 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
-    time::{Duration, Instant},
 };
 
 use barlease_abi::{ALIAS_WC, DmaBufStatus, DmaBufTph, STATE_DEAD, STATE_OK};
@@ -36,10 +35,8 @@ use crate::{
         COMMAND, COMMAND_MASTER, COMMAND_MEMORY, CONFIG_REGION, Device, Group, LOW_POWER_ENTRY,
         LOW_POWER_ENTRY_WITH_WAKEUP, LOW_POWER_EXIT, SET,
     },
+    wait,
 };
-
-/// How long something may take that takes a moment: on a slow machine that does other things, too.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A device of the machine.
 #[derive(Debug)]
@@ -252,7 +249,7 @@ impl Machine {
                 for (number, before) in waited.iter().zip(&before) {
                     let attachment = &self.attachments[number].0;
                     if oracle.attachments[number].mapped {
-                        wait_for("an invalidation", || {
+                        wait::until("an invalidation", || {
                             attachment.status().interruptions > *before
                         });
                     }
@@ -777,7 +774,7 @@ impl Machine {
         match answer {
             Ok(_) => {
                 // It is put to sleep a little after the call; an access before that would not wake it.
-                wait_for("a device to sleep", || {
+                wait::until("a device to sleep", || {
                     device.function().runtime_status() == "suspended"
                 });
                 (Outcome::Done, Made::Event(event))
@@ -846,7 +843,7 @@ impl Machine {
         }
         self.groups.clear();
         for device in &self.devices {
-            wait_for("buffers to go", || {
+            wait::until("buffers to go", || {
                 observe::buffers(&device.function).is_empty()
             });
         }
@@ -873,15 +870,6 @@ impl Drop for Off<'_> {
         if thread::panicking() {
             self.0.store(fire::OFF, Ordering::SeqCst);
         }
-    }
-}
-
-/// Waits until something is so.
-fn wait_for(what: &str, is_so: impl Fn() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < end, "waited in vain for {what}");
-        thread::sleep(Duration::from_millis(1));
     }
 }
 
