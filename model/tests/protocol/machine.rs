@@ -157,6 +157,8 @@ pub(crate) enum Change2 {
     Memory(bool),
     InReset(bool),
     LowPower(bool),
+    /// D3hot, or D0.
+    Sleeping(bool),
     /// Something that wakes it came.
     Wake,
 }
@@ -253,6 +255,7 @@ pub(crate) struct Device {
     pub(crate) memory: bool,
     pub(crate) in_reset: bool,
     pub(crate) low_power: bool,
+    pub(crate) sleeping: bool,
     /// The function is enabled: open, as the core sees it.
     pub(crate) enabled: bool,
 }
@@ -305,6 +308,7 @@ impl World {
                 memory: true,
                 in_reset: false,
                 low_power: false,
+                sleeping: false,
                 enabled: true,
             },
             threads: Vec::new(),
@@ -327,7 +331,7 @@ impl World {
             memory_off: !self.device.memory,
             // The kernel turns decoding off meanwhile.
             undecoded: self.device.in_reset,
-            sleeping: false,
+            sleeping: self.device.sleeping,
             low_power: self.device.low_power,
         }
     }
@@ -343,7 +347,7 @@ impl World {
     /// Whether the memory may be reached, as the hardware is.
     fn usable(&self) -> bool {
         let device = &self.device;
-        device.enabled && device.memory && !device.in_reset && !device.low_power
+        device.enabled && device.memory && !device.in_reset && !device.low_power && !device.sleeping
     }
 
     /// Whether a process or a device reaches a buffer.
@@ -420,6 +424,7 @@ impl World {
                 Change2::Memory(on) => self.device.memory = on,
                 Change2::InReset(yes) => self.device.in_reset = yes,
                 Change2::LowPower(yes) => self.device.low_power = yes,
+                Change2::Sleeping(yes) => self.device.sleeping = yes,
                 Change2::Wake => self.device.low_power = false,
             },
             Act::Gone(buffer) => self.buffers[buffer].gone = true,
@@ -428,6 +433,7 @@ impl World {
                 if !yes {
                     self.device.memory = true;
                     self.device.low_power = false;
+                    self.device.sleeping = false;
                 }
             }
             Act::Done(buffer) => count(&mut self.buffers[buffer].users, false),

@@ -33,6 +33,8 @@ enum Who {
     VfioReset,
     MemoryOff,
     MemoryOn,
+    D3hot,
+    D0,
     LowPower,
     LowPowerUntilWakeUp,
     Access,
@@ -45,12 +47,12 @@ enum Who {
 }
 
 use Who::{
-    Access, Close, CloseAndOpen, Error, Exporter, FencedImporter, LowPower, LowPowerUntilWakeUp,
-    MemoryOff, MemoryOn, OtherToucher, QuickImporter, Reader, Release, Revoker, Sleep,
-    SlowImporter, SysfsReset, Toucher, VfioReset,
+    Access, Close, CloseAndOpen, D0, D3hot, Error, Exporter, FencedImporter, LowPower,
+    LowPowerUntilWakeUp, MemoryOff, MemoryOn, OtherToucher, QuickImporter, Reader, Release,
+    Revoker, Sleep, SlowImporter, SysfsReset, Toucher, VfioReset,
 };
 
-const ALL: [Who; 20] = [
+const ALL: [Who; 22] = [
     Toucher,
     OtherToucher,
     Exporter,
@@ -62,6 +64,8 @@ const ALL: [Who; 20] = [
     VfioReset,
     MemoryOff,
     MemoryOn,
+    D3hot,
+    D0,
     LowPower,
     LowPowerUntilWakeUp,
     Access,
@@ -107,6 +111,8 @@ fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
             VfioReset => module::vfio_reset(bug),
             MemoryOff => module::command(bug, false),
             MemoryOn => module::command(bug, true),
+            D3hot => module::power(bug, true),
+            D0 => module::power(bug, false),
             LowPower => module::low_power(bug, true),
             LowPowerUntilWakeUp => module::low_power(bug, false),
             Access => module::access(bug),
@@ -285,6 +291,8 @@ planted! {
         FaultTakesMemoryLock, [Toucher, Reader, MemoryOff], NO_DEADLOCK;
     a_close_that_drains_late_is_found:
         CloseDrainsLate, [Toucher, Close], INACCESSIBLE;
+    a_reset_that_leaves_the_function_asleep_on_record_is_found:
+        ResetForgetsPower, [D3hot, SysfsReset], NOT_STUCK;
     a_release_that_does_not_wait_for_who_looks_is_found:
         ReleaseDoesNotLock, [Toucher, QuickImporter, MemoryOff, Release], NOT_DANGLING;
     a_reset_that_does_not_wait_for_the_drain_is_found:

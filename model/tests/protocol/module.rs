@@ -48,6 +48,8 @@ pub(crate) enum Bug {
     CloseDrainsLate,
     /// A reset begins before the drain is over.
     ResetBeforeDrain,
+    /// The end of a reset does not look whether the function was woken.
+    ResetForgetsPower,
     /// A release does not wait for who looks at the dma-buf.
     ReleaseDoesNotLock,
 }
@@ -474,8 +476,15 @@ impl Builder {
         if !early {
             self.act(Act::Device(Change2::InReset(true)));
         }
+        // The PCI core wakes the function for it.
+        self.act(Act::Device(Change2::Sleeping(false)));
         self.act(Act::Device(Change2::InReset(false)));
-        self.within("Driver::reset_done", |this| this.update(Change::ResetDone));
+        let change = if self.has(Bug::ResetForgetsPower) {
+            Change::End(Event::Reset)
+        } else {
+            Change::ResetDone
+        };
+        self.within("Driver::reset_done", |this| this.update(change));
     }
 }
 
@@ -607,6 +616,18 @@ pub(crate) fn command(bug: Option<Bug>, on: bool) -> Program {
     this.notice_wake_up();
     let name = if on { "memory on" } else { "memory off" };
     this.end(name, true)
+}
+
+/// A write to PMCSR: D3hot, or D0.
+pub(crate) fn power(bug: Option<Bug>, sleeping: bool) -> Program {
+    let mut this = Builder::new(bug);
+    this.bracketed(Event::ConfigWrite, |this| {
+        this.locked(Lock::Memory, Mode::Write, |this| {
+            this.act(Act::Device(Change2::Sleeping(sleeping)));
+        });
+    });
+    this.notice_wake_up();
+    this.end(if sleeping { "D3hot" } else { "D0" }, true)
 }
 
 /// Enters low power, and leaves it if `leaves` (`Barlease::feature`).
