@@ -4,16 +4,27 @@ use std::{collections::BTreeMap, fmt};
 
 use crate::{Kind, Outcome, Step};
 
+/// How a step was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct How {
+    under_fire: bool,
+    waited: bool,
+}
+
 /// Counters.
 #[derive(Clone, Debug, Default)]
 pub struct Coverage {
-    counts: BTreeMap<(Kind, bool, String), u64>,
+    counts: BTreeMap<(Kind, How, String), u64>,
 }
 
 impl Coverage {
-    /// Counts a step.
-    pub fn add(&mut self, step: &Step, outcome: &Outcome) {
-        let key = (step.op.kind(), step.under_fire, outcome.name());
+    /// Counts a step; `waited` is whether it had to wait for an importer.
+    pub fn add(&mut self, step: &Step, waited: bool, outcome: &Outcome) {
+        let how = How {
+            under_fire: step.under_fire,
+            waited,
+        };
+        let key = (step.op.kind(), how, outcome.name());
         *self.counts.entry(key).or_default() += 1;
     }
 
@@ -23,6 +34,16 @@ impl Coverage {
         let counts = self.counts.iter();
         counts
             .filter(|((of, ..), _)| *of == kind)
+            .map(|(_, count)| count)
+            .sum()
+    }
+
+    /// How many steps had to wait for an importer.
+    #[must_use]
+    pub fn waited(&self) -> u64 {
+        let counts = self.counts.iter();
+        counts
+            .filter(|((_, how, _), _)| how.waited)
             .map(|(_, count)| count)
             .sum()
     }
@@ -42,10 +63,11 @@ impl fmt::Display for Coverage {
             if self.of(kind) == 0 {
                 write!(f, " never")?;
             }
-            for ((of, fire, outcome), count) in &self.counts {
+            for ((of, how, outcome), count) in &self.counts {
                 if *of == kind {
-                    let fire = if *fire { " under fire" } else { "" };
-                    write!(f, " {outcome}{fire}: {count};")?;
+                    let waited = if how.waited { " after waiting" } else { "" };
+                    let fire = if how.under_fire { " under fire" } else { "" };
+                    write!(f, " {outcome}{waited}{fire}: {count};")?;
                 }
             }
             writeln!(f)?;

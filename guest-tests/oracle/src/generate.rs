@@ -105,6 +105,20 @@ impl Generator {
         self.pick(all.filter(|&device| oracle.devices[device].fd))
     }
 
+    /// An open device to reset: as often as not one that is not as it usually is.
+    fn device_to_reset(&mut self, oracle: &Oracle) -> Option<usize> {
+        let all = 0..oracle.devices.len();
+        let unusual = all.filter(|&number| {
+            let device = &oracle.devices[number];
+            device.fd && oracle.reasons(number) != 0
+        });
+        let unusual: Vec<_> = unusual.collect();
+        if unusual.is_empty() || self.rng.bool() {
+            return self.open_device(oracle);
+        }
+        self.pick(unusual)
+    }
+
     /// One of these, mostly one that `is_good`.
     fn prefer(&mut self, from: Vec<usize>, is_good: impl Fn(usize) -> bool) -> Option<usize> {
         let good: Vec<_> = from.iter().copied().filter(|&item| is_good(item)).collect();
@@ -520,15 +534,22 @@ impl Generator {
                     self.prefer(all, |number| oracle.state(buffer(number)) == State::Dead)?;
                 Op::Detach { attachment }
             }
-            Kind::MapDma => Op::MapDma {
-                attachment: self.attachment(oracle)?,
-            },
+            Kind::MapDma => {
+                let all = oracle.attachments.keys().copied().collect();
+                let could = |number| {
+                    let attachment = &oracle.attachments[&number];
+                    !attachment.mapped && oracle.state(attachment.buffer) == State::Ok
+                };
+                Op::MapDma {
+                    attachment: self.prefer(all, could)?,
+                }
+            }
             Kind::UnmapDma => Op::UnmapDma {
                 attachment: self.attachment(oracle)?,
             },
             Kind::Hold => Op::Hold {
                 attachment: self.attachment(oracle)?,
-                hold: self.rng.bool(),
+                hold: self.rng.u8(..) < 200,
             },
             Kind::Fence => {
                 let attachment = self.attachment(oracle)?;
@@ -594,24 +615,24 @@ impl Generator {
                 device: self.open_device(oracle)?,
             },
             Kind::Reset => Op::Reset {
-                device: self.open_device(oracle)?,
+                device: self.device_to_reset(oracle)?,
             },
             Kind::SysfsReset => {
-                let device = self.open_device(oracle)?;
+                let device = self.device_to_reset(oracle)?;
                 if !oracle.devices[device].spec.resets {
                     return None;
                 }
                 Op::SysfsReset { device }
             }
             Kind::FunctionReset => {
-                let device = self.open_device(oracle)?;
+                let device = self.device_to_reset(oracle)?;
                 if !oracle.devices[device].spec.function_reset {
                     return None;
                 }
                 Op::FunctionReset { device }
             }
             Kind::HotReset | Kind::BusReset => {
-                let device = self.open_device(oracle)?;
+                let device = self.device_to_reset(oracle)?;
                 let this = &oracle.devices[device];
                 // Those that are woken by it are looked at through their fds.
                 let mut set = this.spec.set.iter().map(|&member| &oracle.devices[member]);

@@ -410,7 +410,8 @@ fn course_of(seed: u64, steps: u64) -> (Vec<Step>, Coverage, Oracle) {
     for _ in 0..steps {
         let step = generator.draw(&oracle);
         let outcome = oracle.predict(&step.op);
-        coverage.add(&step, &outcome);
+        let waited = !oracle.waited_for(&step.op).is_empty();
+        coverage.add(&step, waited, &outcome);
         if let Err(objection) = oracle.step(&step.op, &outcome) {
             panic!("{step:?}: {objection}");
         }
@@ -431,6 +432,7 @@ fn a_long_course_has_every_operation_and_each_outcome_that_matters() {
     for seed in 0..3 {
         let (_, coverage, _) = course_of(seed, 3000);
         assert_eq!(coverage.missing(), [], "seed {seed}");
+        assert!(coverage.waited() > 20, "seed {seed}: {coverage}");
     }
     for seed in 3..5 {
         let (_, coverage, _) = course_of(seed, 6000);

@@ -10,12 +10,13 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
+    time::Duration,
 };
 
 use barlease_abi::{ALIAS_WC, DmaBufStatus, DmaBufTph, STATE_DEAD, STATE_OK};
 use barlease_oracle::{
-    MAIN, NoBuffer, Op, Oracle, Outcome, PAGE, Seen, Shot, Spec, Spoil, State, Step, TRANSFER,
-    Target, WrongMap,
+    LowPower, MAIN, NoBuffer, Op, Oracle, Outcome, PAGE, Seen, Shot, Spec, Spoil, State, Step,
+    TRANSFER, Target, WrongMap,
 };
 use fastrand::Rng;
 
@@ -37,6 +38,9 @@ use crate::{
     },
     wait,
 };
+
+/// How long who waits for an importer is looked at.
+const TOO_EARLY: Duration = Duration::from_millis(30);
 
 /// A device of the machine.
 #[derive(Debug)]
@@ -262,6 +266,8 @@ impl Machine {
                 if waited.iter().any(held) {
                     self.everything_is_gone(oracle, op);
                 }
+                // Time to come back too early.
+                thread::sleep(TOO_EARLY);
                 for number in waited {
                     assert!(!acting.is_finished(), "{op:?} did not wait for {number}");
                     let expected = oracle.attachments[number];
@@ -701,7 +707,7 @@ impl Machine {
             Op::Reset { device: number } => done(device(number).reset()),
             Op::SysfsReset { device: number } => {
                 let answer = device(number).function().reset();
-                self.access(number);
+                self.access_if_woken(number, oracle);
                 done(answer)
             }
             Op::FunctionReset { device: number } => {
@@ -710,12 +716,12 @@ impl Machine {
             }
             Op::HotReset { device: number } => {
                 let answer = device(number).hot_reset(&[device(number).group()]);
-                self.access_set(number);
+                self.access_set_if_woken(number, oracle);
                 done(answer)
             }
             Op::BusReset { device: number } => {
                 let answer = device(number).function().port().reset_subordinate();
-                self.access_set(number);
+                self.access_set_if_woken(number, oracle);
                 done(answer)
             }
             Op::Sleep => {
@@ -734,16 +740,18 @@ impl Machine {
         }
     }
 
-    /// The module learns that somebody else woke a device when it is accessed next.
-    fn access(&self, device: usize) {
-        if let Some(device) = &self.devices[device].device {
+    /// The module learns that somebody else woke a device when it is accessed next. Nothing else is left to that access.
+    fn access_if_woken(&self, number: usize, oracle: &Oracle) {
+        if oracle.devices[number].low == LowPower::UntilWakeUp {
+            let device = self.devices[number].open();
             device.info().expect("the device's info");
         }
     }
 
-    fn access_set(&self, device: usize) {
-        let set = &self.devices[device].spec.set;
-        set.iter().for_each(|&member| self.access(member));
+    fn access_set_if_woken(&self, device: usize, oracle: &Oracle) {
+        for &member in &self.devices[device].spec.set {
+            self.access_if_woken(member, oracle);
+        }
     }
 
     fn open(&self, device: usize) -> Acted {

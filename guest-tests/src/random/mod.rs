@@ -193,6 +193,7 @@ pub fn run(options: Options) -> Coverage {
         trail
             .steps
             .push_back(format!("{number}: {:?}{fire}", step.op));
+        let waited = !oracle.waited_for(&step.op).is_empty();
         let outcome = machine.make(&step, &oracle);
         if let Some(line) = trail.steps.back_mut() {
             let _ = write!(line, " -> {}", outcome.name());
@@ -200,7 +201,7 @@ pub fn run(options: Options) -> Coverage {
         if let Err(objection) = oracle.step(&step.op, &outcome) {
             panic!("step {number}, {:?}: {objection}", step.op);
         }
-        coverage.add(&step, &outcome);
+        coverage.add(&step, waited, &outcome);
         machine.check(&mut oracle, &step.op);
         trail.number += 1;
     }
