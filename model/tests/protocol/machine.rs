@@ -115,8 +115,16 @@ pub(crate) enum Act {
     Remove(usize),
     /// `attached |= is_attached()` of a drain.
     NoteAttached(usize),
-    /// Forgets that.
+    /// Forgets that, and what was looked up.
     NoteNothing,
+    /// Looks up which buffers are in the table.
+    LookUp,
+    /// Writes down whether the device sleeps, as `Access` says.
+    StoreAsleep,
+    /// Notes what `Access` says the device said, with its lock held, to write it down later (a planted bug).
+    NoteLevels,
+    /// Writes that down.
+    StoreNoted,
     /// A change of the hardware, or of what the core keeps of it.
     Device(Change2),
     /// REVOKE has returned: the buffer is gone for good.
@@ -172,8 +180,8 @@ pub(crate) enum Cond {
     Alive(usize),
     /// There is an epoch; the lock is held.
     IsOpen,
-    /// `is_asleep()`: the levels say low power or sleep.
-    LevelsLow,
+    /// `is_asleep()`; no lock is held.
+    IsAsleep,
     HasVmas(usize),
     IsAttached(usize),
     /// Its `unmapped` is busy.
@@ -184,7 +192,8 @@ pub(crate) enum Cond {
     /// None.
     FencesSignalled(usize),
     IsLive(usize),
-    InTable(usize),
+    /// It was in the table when this thread looked.
+    InBatch(usize),
     IsMapped(usize),
     /// The drain of this thread has met importers.
     NotedAttached,
@@ -245,6 +254,8 @@ struct Thread {
     at: u8,
     /// `attached` of a drain.
     attached: bool,
+    /// The buffers that it has looked up.
+    batch: [bool; BUFFERS],
     /// What it sampled.
     levels: Levels,
 }
@@ -264,6 +275,8 @@ pub(crate) struct Device {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct World {
     access: Access,
+    /// `Leases::asleep`.
+    asleep: bool,
     locks: [Semaphore; Lock::COUNT],
     pub(crate) buffers: [Buffer; BUFFERS],
     pub(crate) importers: [Importer; IMPORTERS],
@@ -301,6 +314,7 @@ impl World {
         access.open(Levels::default());
         Self {
             access,
+            asleep: false,
             locks: Default::default(),
             buffers: Default::default(),
             importers: Default::default(),
@@ -363,7 +377,7 @@ impl World {
             Cond::StateOk(buffer) => self.state(buffer) == State::Ok,
             Cond::Alive(buffer) => self.state(buffer) != State::Dead,
             Cond::IsOpen => self.access.epoch().is_some(),
-            Cond::LevelsLow => self.access.levels().low_power || self.access.levels().sleeping,
+            Cond::IsAsleep => self.asleep,
             Cond::HasVmas(buffer) => buffers[buffer].vmas != 0,
             Cond::IsAttached(buffer) => buffers[buffer].attachments != 0,
             Cond::IsBusy(buffer) => buffers[buffer].busy,
@@ -371,7 +385,7 @@ impl World {
             Cond::FencePending(buffer) => self.fence_pending(buffer),
             Cond::FencesSignalled(buffer) => !self.fence_pending(buffer),
             Cond::IsLive(buffer) => buffers[buffer].live,
-            Cond::InTable(buffer) => buffers[buffer].in_table,
+            Cond::InBatch(buffer) => self.threads[thread].batch[buffer],
             Cond::IsMapped(importer) => self.importers[importer].mapped,
             Cond::NotedAttached => self.threads[thread].attached,
             Cond::FdIdle => {
@@ -419,7 +433,18 @@ impl World {
             Act::NoteAttached(buffer) => {
                 self.threads[thread].attached |= self.buffers[buffer].attachments != 0;
             }
-            Act::NoteNothing => self.threads[thread].attached = false,
+            Act::NoteNothing => {
+                self.threads[thread].attached = false;
+                self.threads[thread].batch = [false; BUFFERS];
+            }
+            Act::LookUp => {
+                for buffer in 0..BUFFERS {
+                    self.threads[thread].batch[buffer] = self.buffers[buffer].in_table;
+                }
+            }
+            Act::StoreAsleep => self.asleep = sleeps(self.access.levels()),
+            Act::NoteLevels => self.threads[thread].levels = self.access.levels(),
+            Act::StoreNoted => self.asleep = sleeps(self.threads[thread].levels),
             Act::Device(change) => match change {
                 Change2::Memory(on) => self.device.memory = on,
                 Change2::InReset(yes) => self.device.in_reset = yes,
@@ -497,8 +522,12 @@ impl World {
 fn is_free(instr: Instr) -> bool {
     matches!(
         instr,
-        Instr::Goto(_) | Instr::Give(_) | Instr::Do(Act::Saw(_))
+        Instr::Goto(_) | Instr::Give(_) | Instr::Do(Act::Saw(_) | Act::NoteNothing)
     )
+}
+
+fn sleeps(levels: Levels) -> bool {
+    levels.sleeping || levels.low_power
 }
 
 fn count(number: &mut u8, up: bool) {

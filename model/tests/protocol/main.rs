@@ -285,6 +285,8 @@ planted! {
         SampleBeforeTheLock, [MemoryOff, MemoryOn], NOT_STUCK;
     a_wake_up_that_nobody_notices_is_found:
         NoNotice, [LowPowerUntilWakeUp, Access], NOT_STUCK;
+    a_word_on_sleep_that_is_written_too_late_is_found:
+        AsleepStoredLate, [SysfsReset, LowPowerUntilWakeUp, Access], NOT_STUCK;
     a_drain_that_locks_access_is_found:
         DrainLocksAccess, [QuickImporter, MemoryOff], NO_DEADLOCK;
     a_fault_that_takes_the_memory_lock_is_found:

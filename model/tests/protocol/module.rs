@@ -40,6 +40,8 @@ pub(crate) enum Bug {
     SampleBeforeTheLock,
     /// Nobody notices a wake-up.
     NoNotice,
+    /// Whether the device sleeps is written down when others may have changed it.
+    AsleepStoredLate,
     /// Access is locked during a drain.
     DrainLocksAccess,
     /// A fault takes `memory_lock`, as stock vfio-pci's does, and mmap too.
@@ -153,20 +155,27 @@ impl Builder {
         });
     }
 
-    /// `Leases::update`.
+    /// `Leases::update`: `asleep` is read without a lock, and written with it.
     fn update(&mut self, change: Change) {
+        let late = self.has(Bug::AsleepStoredLate);
         self.within("Leases::update", |this| {
             this.locked(Lock::Access, Mode::Write, |this| {
                 this.act(Act::Access(change));
+                this.act(if late {
+                    Act::NoteLevels
+                } else {
+                    Act::StoreAsleep
+                });
             });
+            if late {
+                this.act(Act::StoreNoted);
+            }
         });
     }
 
-    /// `Leases::drain`: zap all; if anything is attached, tell all, then wait for all. `for_each` looks a buffer up in the
-    /// table, which is one step, and holds no lock while it has it.
+    /// `Leases::drain`: zap all; if anything is attached, tell all, then wait for all.
     fn drain(&mut self) {
         self.within("Leases::drain", |this| {
-            this.act(Act::NoteNothing);
             this.for_each(|this, buffer| {
                 if !this.has(Bug::ZapBeforeBegin) {
                     this.zap(buffer);
@@ -179,12 +188,15 @@ impl Builder {
                 this.for_each(Self::wait);
             }
             this.land(nothing);
+            this.act(Act::NoteNothing);
         });
     }
 
+    /// `Leases::for_each`: looks up so many buffers at a time that here it is all, and holds no lock while it has them.
     fn for_each(&mut self, f: impl Fn(&mut Self, usize)) {
+        self.act(Act::LookUp);
         for buffer in 0..BUFFERS {
-            let absent = self.unless(Cond::InTable(buffer));
+            let absent = self.unless(Cond::InBatch(buffer));
             f(self, buffer);
             self.land(absent);
         }
@@ -459,8 +471,7 @@ impl Builder {
             return;
         }
         self.within("driver::notice_wake_up", |this| {
-            // `Leases::is_asleep`: one word.
-            let awake = this.unless(Cond::LevelsLow);
+            let awake = this.unless(Cond::IsAsleep);
             this.locked(Lock::Memory, Mode::Read, |this| this.update(Change::Sample));
             this.land(awake);
         });
