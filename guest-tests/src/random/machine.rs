@@ -249,35 +249,43 @@ impl Machine {
             .collect();
         thread::scope(|scope| {
             let acting = scope.spawn(act);
+            let told = |number: &usize| {
+                let at = waited.iter().position(|other| other == number);
+                let before = at.and_then(|at| before.get(at)).copied();
+                Some(self.attachments[number].0.status().interruptions) > before
+            };
             let look = || {
-                for (number, before) in waited.iter().zip(&before) {
-                    let attachment = &self.attachments[number].0;
-                    if oracle.attachments[number].mapped {
-                        wait::until("an invalidation", || {
-                            attachment.status().interruptions > *before
+                // The kernel prepares the functions of a set for their reset one after the other.
+                let mut devices: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+                for &number in waited {
+                    let buffer = oracle.attachments[&number].buffer;
+                    let device = oracle.buffers[&buffer].device;
+                    devices.entry(device).or_default().push(number);
+                }
+                let is_mapped = |number: &usize| oracle.attachments[number].mapped;
+                let is_over = || acting.is_finished();
+                // Who has no mapping but a fence is told nothing.
+                devices.retain(|&device, of| {
+                    let is_told = of.iter().any(is_mapped);
+                    if !is_told {
+                        self.look_and_release(oracle, op, device, of, is_over);
+                    }
+                    is_told
+                });
+                while !devices.is_empty() {
+                    let mut next = None;
+                    wait::until("an invalidation", || {
+                        let mut devices = devices.iter();
+                        let found = devices.find(|(_, of)| {
+                            let mut mapped = of.iter().filter(|number| is_mapped(number));
+                            mapped.all(&told)
                         });
-                    }
-                }
-                // Everybody was told: before that, everything was taken from page tables.
-                let held = |number: &usize| {
-                    let attachment = &oracle.attachments[number];
-                    attachment.mapped && attachment.hold
-                };
-                if waited.iter().any(held) {
-                    self.everything_is_gone(oracle, op);
-                }
-                // Time to come back too early.
-                thread::sleep(TOO_EARLY);
-                for number in waited {
-                    assert!(!acting.is_finished(), "{op:?} did not wait for {number}");
-                    let expected = oracle.attachments[number];
-                    let attachment = &self.attachments[number].0;
-                    if expected.fence {
-                        attachment.signal().expect("a fence");
-                    }
-                    if expected.mapped && expected.hold {
-                        attachment.unmap().expect("a mapping that is held");
-                    }
+                        next = found.map(|(&device, _)| device);
+                        next.is_some()
+                    });
+                    let device = next.expect("a device");
+                    let of = devices.remove(&device).expect("its importers");
+                    self.look_and_release(oracle, op, device, &of, is_over);
                 }
             };
             if let Err(panic) = panic::catch_unwind(AssertUnwindSafe(look)) {
@@ -297,17 +305,50 @@ impl Machine {
         })
     }
 
-    /// Checks that this process has nothing any more of what `op`, which waits, takes away.
-    fn everything_is_gone(&self, oracle: &Oracle, op: &Op) {
+    /// Checks that `op` waits for these importers of a device, with nothing of it left to processes, and ends the wait.
+    fn look_and_release(
+        &self,
+        oracle: &Oracle,
+        op: &Op,
+        device: usize,
+        of: &[usize],
+        is_over: impl Fn() -> bool,
+    ) {
+        let held = |number: &usize| {
+            let attachment = &oracle.attachments[number];
+            attachment.mapped && attachment.hold
+        };
+        // All were told: before that, everything was taken out of page tables.
+        if of.iter().any(held) {
+            self.everything_is_gone(oracle, op, device);
+        }
+        // Time to come back too early.
+        thread::sleep(TOO_EARLY);
+        for number in of {
+            assert!(!is_over(), "{op:?} did not wait for {number}");
+            let attachment = &self.attachments[number].0;
+            if oracle.attachments[number].fence {
+                attachment.signal().expect("a fence");
+            }
+            if held(number) {
+                attachment.unmap().expect("a mapping that is held");
+            }
+        }
+    }
+
+    /// Checks that this process has nothing any more of what `op`, which waits, takes away of a device.
+    fn everything_is_gone(&self, oracle: &Oracle, op: &Op, device: usize) {
         let taken = oracle.taken_by(op);
         for (&number, mapping) in &oracle.mappings {
             let Target::Buffer(buffer) = mapping.target else {
                 continue;
             };
-            let first = mapping.pages.iter().position(|page| {
+            let is_taken = oracle.buffers[&buffer].device == device && taken.contains(&buffer);
+            let mut pages = mapping.pages.iter();
+            let first = pages.position(|page| {
                 page.is_some_and(|page| page != barlease_oracle::Protection::None)
             });
-            if let (MAIN, true, Some(page)) = (mapping.process, taken.contains(&buffer), first) {
+            if let (MAIN, true, Some(page)) = (mapping.process, is_taken, first) {
                 let touch = self.main.maps[&(number as u64)].read(page as u64 * PAGE);
                 assert_eq!(touch, Err(Sigbus), "mapping {number} while {op:?} waits");
             }
