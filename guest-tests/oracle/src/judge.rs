@@ -494,8 +494,9 @@ impl Oracle {
             }
             Op::Power { device, state } => {
                 self.take(op);
-                if matches!(state, 0 | 3) {
-                    self.devices[device].power = state;
+                let device = &mut self.devices[device];
+                if matches!(state, 0 | 3) || device.spec.d1_d2 {
+                    device.power = state;
                 }
                 DONE
             }

@@ -19,8 +19,10 @@ pub struct Spec {
     pub resets: bool,
     /// Whether it has function-level reset.
     pub function_reset: bool,
-    /// Whether it has D3hot; D1 and D2 it has not.
+    /// Whether it has D3hot.
     pub d3hot: bool,
+    /// Whether it has D1 and D2, too.
+    pub d1_d2: bool,
     /// Whether it completes steering tags, both kinds.
     pub tags: bool,
     /// Where the MSI-X table is: region and offset.

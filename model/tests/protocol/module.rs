@@ -263,6 +263,18 @@ impl Builder {
         });
     }
 
+    /// `Buffer::state` begins: both locks are held while it is looked at.
+    fn lock_state(&mut self, buffer: usize) {
+        self.put(Instr::Take(Lock::Revoked(buffer), Mode::Read));
+        self.put(Instr::Take(Lock::Access, Mode::Read));
+    }
+
+    /// It ends.
+    fn unlock_state(&mut self, buffer: usize) {
+        self.put(Instr::Give(Lock::Access));
+        self.put(Instr::Give(Lock::Revoked(buffer)));
+    }
+
     /// `Buffer::revoke`.
     fn revoke(&mut self, buffer: usize) {
         self.within("Buffer::revoke", |this| {
@@ -315,10 +327,10 @@ impl Builder {
             if stock {
                 this.put(Instr::Take(Lock::Memory, Mode::Read));
             }
-            this.look(buffer);
+            this.lock_state(buffer);
             let shut = this.unless(Cond::StateOk(buffer));
             if this.has(Bug::FaultInsertsWithoutTheLock) {
-                this.seen(buffer);
+                this.unlock_state(buffer);
             }
             this.act(Act::Entry {
                 buffer,
@@ -326,12 +338,12 @@ impl Builder {
                 there: true,
             });
             if !this.has(Bug::FaultInsertsWithoutTheLock) {
-                this.seen(buffer);
+                this.unlock_state(buffer);
             }
             this.act(Act::Saw(Sight::Entry));
             let done = this.goto();
             this.land(shut);
-            this.seen(buffer);
+            this.unlock_state(buffer);
             this.act(Act::Saw(Sight::Sigbus));
             this.land(done);
             if stock {
@@ -347,9 +359,9 @@ impl Builder {
             if this.has(Bug::FaultTakesMemoryLock) {
                 this.locked(Lock::Memory, Mode::Read, |_| {});
             }
-            this.look(buffer);
+            this.lock_state(buffer);
             let dead = this.unless(Cond::Alive(buffer));
-            this.seen(buffer);
+            this.unlock_state(buffer);
             this.act(Act::Vma {
                 buffer,
                 opened: true,
@@ -358,7 +370,7 @@ impl Builder {
             then(this);
             let over = this.goto();
             this.land(dead);
-            this.seen(buffer);
+            this.unlock_state(buffer);
             this.put(Instr::Give(Lock::Mmap));
             this.land(over);
         });
@@ -368,23 +380,23 @@ impl Builder {
     fn attach(&mut self, buffer: usize, then: impl FnOnce(&mut Self)) {
         self.within("Buffer::attach", |this| {
             // `alive`.
-            this.look(buffer);
+            this.lock_state(buffer);
             let dead = this.unless(Cond::Alive(buffer));
-            this.seen(buffer);
+            this.unlock_state(buffer);
             this.act(Act::Attached { buffer, yes: true });
-            this.look(buffer);
+            this.lock_state(buffer);
             let shut = this.unless(Cond::StateOk(buffer));
-            this.seen(buffer);
+            this.unlock_state(buffer);
             this.within("importer", then);
             let detach = this.goto();
             this.land(shut);
-            this.seen(buffer);
+            this.unlock_state(buffer);
             this.land(detach);
             // `detach`.
             this.act(Act::Attached { buffer, yes: false });
             let over = this.goto();
             this.land(dead);
-            this.seen(buffer);
+            this.unlock_state(buffer);
             this.land(over);
         });
     }
@@ -396,10 +408,10 @@ impl Builder {
             if !early {
                 this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
             }
-            this.look(buffer);
+            this.lock_state(buffer);
             let look = !this.has(Bug::MapDoesNotLook);
             let shut = look.then(|| this.unless(Cond::StateOk(buffer)));
-            this.seen(buffer);
+            this.unlock_state(buffer);
             if early {
                 this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
             }
@@ -420,7 +432,7 @@ impl Builder {
             if let Some(shut) = shut {
                 this.land(shut);
             }
-            this.seen(buffer);
+            this.unlock_state(buffer);
             if !early {
                 this.put(Instr::Give(Lock::Resv(buffer)));
             }
