@@ -174,7 +174,7 @@ pub(crate) enum Change2 {
 /// Something that is so or not.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Cond {
-    /// `Access::state` of a buffer is `Ok`; the locks of both are held.
+    /// `Access::state` of a buffer is `Ok`; its lock is held.
     StateOk(usize),
     /// It is not `Dead`; the lock is held.
     Alive(usize),

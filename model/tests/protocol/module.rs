@@ -308,18 +308,6 @@ impl Builder {
         });
     }
 
-    /// Takes the locks that the state of a buffer holds with, as `Buffer::state` and `Buffer::fault` do.
-    fn look(&mut self, buffer: usize) {
-        self.put(Instr::Take(Lock::Revoked(buffer), Mode::Read));
-        self.put(Instr::Take(Lock::Access, Mode::Read));
-    }
-
-    /// Gives them back.
-    fn seen(&mut self, buffer: usize) {
-        self.put(Instr::Give(Lock::Access));
-        self.put(Instr::Give(Lock::Revoked(buffer)));
-    }
-
     /// `Buffer::fault`, in a VMA that is locked: the state holds until the entry is in.
     fn fault(&mut self, buffer: usize, vma: usize) {
         let stock = self.has(Bug::FaultTakesMemoryLock);
