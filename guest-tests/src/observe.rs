@@ -175,7 +175,16 @@ pub fn random() -> u64 {
 ///
 /// When it can and does not.
 pub fn pretend_to_sleep() -> bool {
-    if fs::write("/sys/power/pm_test", "freezer").is_err() {
+    pretend_to_sleep_as_far_as("freezer")
+}
+
+/// The same, as far as a step that `/sys/power/pm_test` has, such as `devices`: these sleep, too, and wake up.
+///
+/// # Panics
+///
+/// When the kernel can and does not.
+pub fn pretend_to_sleep_as_far_as(step: &str) -> bool {
+    if fs::write("/sys/power/pm_test", step).is_err() {
         return false;
     }
     let _ = fs::write("/sys/module/suspend/parameters/pm_test_delay", "1");

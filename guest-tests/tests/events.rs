@@ -881,6 +881,26 @@ fn system_sleep_takes_away_and_wake_up_gives_back() {
     leased.is(State::Ok);
 }
 
+#[test]
+fn a_sleep_of_the_devices_too_takes_away_and_wake_up_gives_back() {
+    for name in ["display", "nvme"] {
+        // The drivers', and the bus's with a power state.
+        for step in ["devices", "platform"] {
+            let leased = leased(name);
+            if !observe::pretend_to_sleep_as_far_as(step) {
+                return;
+            }
+            assert!(leased.faults() > 0, "{name}, {step}");
+            leased.is(State::Ok);
+            leased.device.set_memory(false);
+            observe::pretend_to_sleep_as_far_as(step);
+            leased.is(MEMORY_OFF);
+            leased.device.set_memory(true);
+            leased.is(State::Ok);
+        }
+    }
+}
+
 impl Leased {
     fn is_dead(&self) {
         assert_eq!(self.state(), State::Dead);
