@@ -707,7 +707,13 @@ impl Guest<'_> {
         started: Instant,
     ) -> Result<Outcome> {
         let log = self.log();
-        let text = fs::read(&log).unwrap_or_default();
+        let text = match fs::read(&log) {
+            Ok(text) => text,
+            // An emulator that did not start has made none.
+            Err(_) if progress.verdict.is_none() => Vec::new(),
+            // What was not read may have had a splat.
+            Err(error) => return Err(error).with_context(|| format!("read {}", log.display())),
+        };
         let text = String::from_utf8_lossy(&text);
         if let Some(splat) = splat::scan(&text) {
             return Err(Failure::Splat { splat, log }.into());
