@@ -121,7 +121,16 @@ impl Device {
     ///
     /// That of the ioctl.
     pub fn request_shared(&self, payload: &[AtomicU32]) -> Answer<OwnedFd> {
-        let fd = self.feature_shared(GET | u32::from(FEATURE_DMA_BUF), payload)?;
+        self.request_shared_of(FEATURE_DMA_BUF, payload)
+    }
+
+    /// The same of another feature that makes dma-bufs.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn request_shared_of(&self, feature: u16, payload: &[AtomicU32]) -> Answer<OwnedFd> {
+        let fd = self.feature_shared(GET | u32::from(feature), payload)?;
         // SAFETY: The fd is new and nobody else's.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }

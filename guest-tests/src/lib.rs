@@ -17,6 +17,7 @@
 //! - [`importer`]: a device that does DMA to leases;
 //! - [`allocations`]: what the kernel allocates for this process;
 //! - [`random`]: steps drawn from a seed, and judged;
+//! - [`faults`]: allocations that fail on request, and what must not be left behind;
 //! - [`errno`]: error numbers with their names.
 
 // What a test looks at are bare system calls and memory that a kernel takes away: what is not safe about them is
@@ -26,6 +27,8 @@ pub mod allocations;
 #[expect(unsafe_code, reason = "an ioctl, fds by number")]
 pub mod attributes;
 pub mod errno;
+#[expect(unsafe_code, reason = "finit_module, fork, sched_setaffinity")]
+pub mod faults;
 #[expect(unsafe_code, reason = "ioctls, delete_module")]
 pub mod importer;
 #[expect(unsafe_code, reason = "ioctls and fds by number")]

@@ -152,7 +152,8 @@ impl How {
 /// Reserves `len` bytes of address space, `skew` bytes behind a multiple of `align`: to be replaced, so that no other
 /// thread gets in between.
 fn reserve(len: u64, align: u64, skew: u64) -> usize {
-    let all = (len.next_multiple_of(PAGE) + align + skew) as usize;
+    // A whole multiple, so that a mapping has the last unit of alignment to itself.
+    let all = (len.next_multiple_of(align) + align + skew) as usize;
     // SAFETY: A new mapping replaces nothing.
     let address = unsafe {
         libc::mmap(
@@ -296,10 +297,19 @@ impl Map {
     ///
     /// When there is no `/dev/zero`.
     pub fn receive_zeros(&self) -> Answer<isize> {
-        let zero = std::fs::File::open("/dev/zero").expect("/dev/zero");
+        self.receive_from(std::fs::File::open("/dev/zero").expect("/dev/zero"))
+    }
+
+    /// Lets the kernel store four bytes at its beginning that it reads from a file.
+    ///
+    /// # Errors
+    ///
+    /// That of the system call: no signal comes of it.
+    pub fn receive_from(&self, file: impl AsFd) -> Answer<isize> {
         let place = ptr::with_exposed_provenance_mut(self.byte(0));
+        let fd = file.as_fd().as_raw_fd();
         // SAFETY: Four bytes of a mapping of this process that no reference leads to.
-        crate::errno::answer(unsafe { libc::read(zero.as_raw_fd(), place, 4) })
+        crate::errno::answer(unsafe { libc::read(fd, place, 4) })
     }
 
     /// Has the kernel copy four bytes of it as a debugger does: pages that can be pinned only.
@@ -329,11 +339,21 @@ impl Map {
     ///
     /// When the kernel refuses.
     pub fn unmap(&mut self, offset: u64, len: u64) {
+        self.try_unmap(offset, len).expect("munmap");
+    }
+
+    /// Unmaps a part, which takes memory when it is not at an end.
+    ///
+    /// # Errors
+    ///
+    /// That of munmap.
+    pub fn try_unmap(&mut self, offset: u64, len: u64) -> Answer<()> {
         let from = self.address + offset as usize;
         // SAFETY: A part of our mapping, which no reference leads to.
         let result = unsafe { libc::munmap(ptr::with_exposed_provenance_mut(from), len as usize) };
-        assert_eq!(result, 0, "munmap: {}", io::Error::last_os_error());
+        crate::errno::answer(result)?;
         self.forget(from, len as usize);
+        Ok(())
     }
 
     /// Leaves a part to others when this is dropped.
@@ -366,8 +386,24 @@ impl Map {
     /// # Errors
     ///
     /// That of mremap; it is where it was then.
-    pub fn moved(mut self) -> Result<Self, (Self, Errno)> {
-        let wanted = reserve(self.len as u64, PAGE, 0);
+    pub fn moved(self) -> Result<Self, (Self, Errno)> {
+        let place = self.place();
+        self.moved_to(&place)
+    }
+
+    /// Addresses to move it to.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        Place(reserve(self.len as u64, PAGE, 0))
+    }
+
+    /// Moves it to a place that nothing has been moved to.
+    ///
+    /// # Errors
+    ///
+    /// That of mremap; it is where it was then.
+    pub fn moved_to(mut self, place: &Place) -> Result<Self, (Self, Errno)> {
+        let wanted = place.0;
         // SAFETY: Our mapping, moved over what was reserved for it.
         let address = unsafe {
             libc::mremap(
@@ -427,6 +463,10 @@ pub fn shared_words(number: usize) -> &'static [AtomicU32] {
     // SAFETY: A page of zeroes that nobody unmaps, and that is used as atomic words only.
     unsafe { std::slice::from_raw_parts(address.cast::<AtomicU32>(), number) }
 }
+
+/// Addresses that are reserved for a mapping. They stay so when they are not used, and are in nobody's way.
+#[derive(Debug)]
+pub struct Place(usize);
 
 /// A page with none behind it.
 pub(crate) struct Edge(Map);

@@ -77,6 +77,24 @@ impl Function {
         }
     }
 
+    /// Names the driver that it may be bound to; an empty line allows all.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    pub fn set_override(&self, driver: &str) {
+        write(&self.path("driver_override"), driver).expect("set driver_override");
+    }
+
+    /// Lets the kernel find a driver for it.
+    ///
+    /// # Panics
+    ///
+    /// When the kernel refuses to look for one.
+    pub fn probe(&self) {
+        write(Path::new("/sys/bus/pci/drivers_probe"), &self.bdf).expect("probe");
+    }
+
     /// Unbinds it from whatever it is bound to. Waits for as long as its device is open.
     ///
     /// # Panics

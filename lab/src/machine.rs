@@ -161,17 +161,20 @@ pub enum Preset {
     NoPat,
     /// What the benchmarks need. No device can be reset, so opening one does not wait for its reset.
     Bench,
+    /// As `device`, with a kernel that keeps who has allocated what.
+    Tracked,
 }
 
 impl Preset {
     /// All presets.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Display,
         Self::Full,
         Self::Device,
         Self::Ports,
         Self::NoPat,
         Self::Bench,
+        Self::Tracked,
     ];
 
     /// Its name.
@@ -184,6 +187,7 @@ impl Preset {
             Self::Ports => "ports",
             Self::NoPat => "nopat",
             Self::Bench => "bench",
+            Self::Tracked => "tracked",
         }
     }
 
@@ -216,6 +220,12 @@ impl Preset {
                 append: vec!["tsc=reliable".to_owned()],
                 ..Machine::new(bench())
             },
+            Self::Tracked => Machine {
+                // The lists that it makes of that need long pieces of memory.
+                memory: 2048,
+                append: vec!["slab_debug=U".to_owned()],
+                ..Machine::new(own())
+            },
         }
     }
 
@@ -227,6 +237,7 @@ impl Preset {
             "command" | "random" | "splits" | "tph" | "witness" => Self::Device,
             "aer" | "removal" => Self::Ports,
             "nopat" => Self::NoPat,
+            "fault_injection" => Self::Tracked,
             _ => Self::Full,
         }
     }
