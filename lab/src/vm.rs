@@ -50,9 +50,12 @@ use crate::terminal::RawTerminal;
 /// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it is five times that.
 pub const TIMEOUT: Duration = Duration::from_secs(360);
 
-/// How long a guest may take until its init starts, on a kernel of Debian's. On a busy machine an emulated one has been
-/// seen to stand still while it brought up its second processor.
+/// How long a guest may take until its init starts, on a kernel of Debian's; twice that on a debug kernel, which takes 20 s.
+/// Of some hundred guests an emulated one stands still while it brings up its second processor.
 const BOOT: Duration = Duration::from_secs(120);
+
+/// How often a guest is booted again after a fault of the emulator.
+const RETRIES: u32 = 2;
 
 /// How many folders of earlier runs are kept.
 const RUNS_KEPT: usize = 30;
@@ -340,7 +343,7 @@ impl<'a> Run<'a> {
         let archive = folder.join("initramfs.cpio");
         self.write_archive(&archive)?;
         let mut output = std::mem::replace(&mut self.output, Output::Capture);
-        let mut again = true;
+        let mut retries = RETRIES;
         loop {
             let guest = Guest {
                 prepared: self.prepared,
@@ -354,12 +357,12 @@ impl<'a> Run<'a> {
                 timeout: self.timeout,
             };
             let result = guest.boot(&mut output);
-            if let Some(fault) = emulator_fault(&result).filter(|_| again) {
-                again = false;
-                let kept = folder.join("console.first.log");
+            if let Some(fault) = emulator_fault(&result).filter(|_| retries > 0) {
+                let kept = folder.join(format!("console.{retries}.log"));
+                retries -= 1;
                 fs::rename(folder.join("console.log"), &kept)?;
                 eprintln!(
-                    "the emulator's known fault ({fault}); booting once more. log: {}",
+                    "the emulator's known fault ({fault}); booting again. log: {}",
                     kept.display()
                 );
                 continue;
@@ -654,7 +657,7 @@ impl Guest<'_> {
 
     /// How long it may take until its init starts.
     fn boot_limit(&self) -> Duration {
-        BOOT * self.prepared.kernel.slowness()
+        BOOT * self.prepared.kernel.slowness().min(2)
     }
 
     /// Whether its init has said that it started.
