@@ -20,10 +20,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
 
 use crate::apt::{Apt, Package};
 use crate::cache::{self, Cache, Stamp, fingerprint, unfinished};
+use crate::extra::Extra;
 use crate::kernel::Kernel;
 use crate::plan::{KernelPlan, Plan};
 use crate::report::{Step, seconds};
@@ -127,13 +127,6 @@ pub(crate) fn asked_for(kernel: &str) -> Option<Option<&str>> {
     }
 }
 
-/// What was added to a sysroot.
-#[derive(Debug, Serialize, Deserialize)]
-struct Added {
-    asked: Vec<String>,
-    packages: Vec<Package>,
-}
-
 /// The debug kernel that belongs to one of Debian's.
 pub(crate) struct Debug<'a> {
     pub(crate) cache: &'a Cache,
@@ -164,7 +157,7 @@ impl Debug<'_> {
 
     /// The kernel, when it is complete.
     pub(crate) fn ready(&self) -> Option<Kernel> {
-        let added = self.added()?;
+        let added = self.tools().added()?;
         if !self.stamp(&added).fits(&self.stamp_file()) {
             return None;
         }
@@ -174,10 +167,7 @@ impl Debug<'_> {
 
     /// Makes what is missing.
     pub(crate) fn make(&self, apt: &Apt) -> Result<()> {
-        let added = match self.added() {
-            Some(added) => added,
-            None => self.add(apt)?,
-        };
+        let added = self.tools().add(apt)?;
         if self.stamp(&added).fits(&self.stamp_file()) {
             return Ok(());
         }
@@ -214,40 +204,19 @@ impl Debug<'_> {
         cache::remove(&work.build.folder)
     }
 
-    fn added_file(&self) -> PathBuf {
-        self.sysroot.path("debug-tools.json")
+    fn tools(&self) -> Extra<'_> {
+        Extra {
+            plan: self.plan,
+            sysroot: self.sysroot,
+            names: TOOLS,
+            note: "debug-tools.json",
+            what: "clang and LLD",
+            purpose: "to build a kernel for debugging",
+        }
     }
 
-    fn added(&self) -> Option<Added> {
-        cache::read_json(&self.added_file()).filter(|added: &Added| added.asked == TOOLS)
-    }
-
-    /// Adds clang and LLD to the tool chain.
-    fn add(&self, apt: &Apt) -> Result<Added> {
-        // At the versions that are there: nothing of it may change.
-        let mut wanted: Vec<_> = self
-            .plan
-            .tools
-            .iter()
-            .map(|package| format!("{}={}", package.name, package.version))
-            .collect();
-        wanted.extend(TOOLS.iter().map(|name| (*name).to_owned()));
-        let mut packages = apt.closure(&wanted)?;
-        packages.retain(|package| !self.plan.tools.contains(package));
-        apt.download(&packages, "to build a kernel for debugging")?;
-        let files: Vec<_> = packages.iter().map(|package| apt.file(package)).collect();
-        self.sysroot.unpack(&files, "clang and LLD")?;
-        apt.forget(&packages)?;
-        let added = Added {
-            asked: TOOLS.iter().map(|name| (*name).to_owned()).collect(),
-            packages,
-        };
-        cache::write_json(&self.added_file(), &added)?;
-        Ok(added)
-    }
-
-    fn stamp(&self, added: &Added) -> Stamp {
-        let packages = added.packages.iter().map(Package::file_name);
+    fn stamp(&self, added: &[Package]) -> Stamp {
+        let packages = added.iter().map(Package::file_name);
         Stamp::of(packages.chain([
             self.kernel.source.file_name(),
             self.plan.rustc.clone(),

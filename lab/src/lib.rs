@@ -15,6 +15,7 @@
 //! | [`machine`] | what devices a guest has |
 //! | [`vm`] | boots a guest, runs a command in it, judges the result |
 //! | [`emulator`] | KVM or not |
+//! | [`selftests`] | the kernel's own tests of VFIO and IOMMUFD |
 //! | [`splat`] | what must not be in a kernel's log |
 //! | [`cache`], [`report`], [`version`] | folders and locks; progress; Debian's version order |
 //! | [`guest`] | the other side: what a program inside a guest can ask of the host |
@@ -47,6 +48,8 @@ mod debug;
 #[cfg(feature = "host")]
 pub mod emulator;
 #[cfg(feature = "host")]
+mod extra;
+#[cfg(feature = "host")]
 mod initramfs;
 #[cfg(feature = "host")]
 pub mod kernel;
@@ -64,6 +67,8 @@ pub mod plan;
 pub mod prepare;
 #[cfg(feature = "host")]
 pub mod report;
+#[cfg(feature = "host")]
+pub mod selftests;
 #[cfg(feature = "host")]
 mod served;
 #[cfg(feature = "host")]

@@ -10,6 +10,7 @@ mod dist;
 mod kmod;
 mod pool;
 mod random;
+mod selftests;
 mod test;
 mod vm;
 
@@ -36,6 +37,8 @@ enum Task {
     Bench(bench::Options),
     /// The random test: steps drawn from a seed, in a guest, each judged by the contract
     Random(random::Options),
+    /// The kernel's own tests of VFIO and IOMMUFD, with the stock driver and with ours, side by side
+    Selftests(selftests::Options),
     /// Build, check or format the kernel module.
     Kmod(kmod::Options),
     /// Make packages: the command, the module for DKMS, what Debian's kernel headers lack
@@ -76,6 +79,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Random(options) => random::run(&options),
+        Task::Selftests(options) => selftests::run(&options),
         Task::Kmod(options) => kmod::run(&options),
         Task::Dist(options) => dist::run(&options),
         Task::Vm(task) => vm::run(task),

@@ -14,8 +14,8 @@ use serde_json::Value;
 use crate::checkout;
 use crate::test::{Count, parse_result};
 
-/// What a guest may take of this machine's memory: 1 GiB of its own, and what QEMU needs.
-const MEMORY: u64 = 2 << 30;
+/// What the guest of a test takes of this machine's memory, in MiB: 1 GiB of its own, and what QEMU needs.
+const MEMORY: u32 = 2048;
 
 /// The test binaries of `guest-tests/` and the guest tests to run on a kernel.
 pub(crate) struct Pool<'a> {
@@ -36,10 +36,15 @@ pub(crate) struct Binary {
 
 /// As many guests as there are processors, and as fit into memory.
 pub(crate) fn jobs() -> usize {
+    guests_of(MEMORY)
+}
+
+/// How many guests can run at a time, each of which takes so many MiB.
+pub(crate) fn guests_of(memory: u32) -> usize {
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let fit = available(&info).map_or(processors, |bytes| {
-        usize::try_from(bytes / MEMORY).unwrap_or(usize::MAX)
+        usize::try_from(bytes / (u64::from(memory) << 20)).unwrap_or(usize::MAX)
     });
     processors.min(fit).max(1)
 }

@@ -10,7 +10,7 @@ use barlease_lab::prepare::{self, Request, prepare};
 use barlease_lab::report::seconds;
 use clap::Args;
 
-use crate::{canary, checkout, kmod, pool};
+use crate::{canary, checkout, kmod, pool, selftests};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -27,7 +27,7 @@ pub(crate) struct Options {
     /// Guests at a time [default: one for each processor, and no more than memory allows]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
-    /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs
+    /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs, `selftests` the kernel's own tests
     filter: Option<String>,
 }
 
@@ -150,6 +150,13 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
         let name = format!("canaries on {kernel}");
         if built && options.has("canaries") {
             steps.step(&name, || canary::run(&prepared));
+        }
+        let name = format!("selftests of the kernel on {kernel}");
+        // They need IOMMUFD, which Debian's kernels do not have.
+        if built && options.has("selftests") && prepared.kernel.is_debug() {
+            steps.step(&name, || {
+                selftests::compare(&prepared, selftests::Choice::QUICK)
+            });
         }
         let name = format!("guest tests on {kernel}");
         if built {
