@@ -477,12 +477,8 @@ fn remarks(emulator: &str) -> String {
 /// A folder of its own for a run, `runs/<time>-<process>`; those of long ago are removed.
 fn run_folder(prepared: &Prepared) -> Result<PathBuf> {
     let runs = prepared.cache.path("runs");
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap_or_default();
-    let folder = runs.join(format!("{}-{}", now.as_millis(), std::process::id()));
-    fs::create_dir_all(&folder)
-        .with_context(|| format!("make the run's folder {}", folder.display()))?;
+    fs::create_dir_all(&runs).with_context(|| format!("make the folder {}", runs.display()))?;
+    let folder = new_folder(&runs)?;
     let mut all: Vec<_> = fs::read_dir(&runs)?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .collect();
@@ -494,6 +490,25 @@ fn run_folder(prepared: &Prepared) -> Result<PathBuf> {
         }
     }
     Ok(folder)
+}
+
+/// A process may start two runs at the same time.
+fn new_folder(runs: &Path) -> Result<PathBuf> {
+    loop {
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap_or_default();
+        let folder = runs.join(format!("{}-{}", now.as_millis(), std::process::id()));
+        match fs::create_dir(&folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            made => {
+                made.with_context(|| format!("make the run's folder {}", folder.display()))?;
+                return Ok(folder);
+            }
+        }
+    }
 }
 
 /// One boot.
@@ -956,6 +971,14 @@ fn forward_input(to: &UnixStream) -> Option<JoinHandle<()>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_that_start_at_once_have_folders_of_their_own() {
+        let runs = tempfile::tempdir().unwrap();
+        let folders: std::collections::BTreeSet<_> =
+            (0..20).map(|_| new_folder(runs.path()).unwrap()).collect();
+        assert_eq!(folders.len(), 20);
+    }
 
     #[test]
     fn names_of_screenshots_stay_in_their_folder() {
