@@ -34,7 +34,7 @@ pub(crate) struct Options {
     /// Only what is quick: what `cargo xtask test` runs
     #[arg(long)]
     quick: bool,
-    /// Show also what tests say that fail with both drivers
+    /// Name also the tests that fail with both drivers, with what they say
     #[arg(long, short)]
     verbose: bool,
     /// Run only programs that have this in `DEVICE PROGRAM`, such as `igb` or `vfio_pci_driver_test`
@@ -48,7 +48,7 @@ pub(crate) struct Choice<'a> {
     pub(crate) quick: bool,
     /// What `DEVICE PROGRAM` must have in it.
     pub(crate) filter: Option<&'a str>,
-    /// Whether to show what tests say that fail with both.
+    /// Whether to name those that fail with both.
     pub(crate) verbose: bool,
 }
 
@@ -190,11 +190,14 @@ fn try_compare(prepared: &Prepared, choice: Choice<'_>, count: &mut Count) -> Re
         let mut again = cases.clone();
         again.retain(|case| {
             let name = case.name();
-            let worse = both.worse(&name);
-            for test in &worse {
-                println!("once more, since it was worse: {name} {test}");
+            let worse = both.worse(&name).len();
+            let void = has_all && both.is_void(&name);
+            if void {
+                println!("once more, since nothing passes with {STOCK}: {name}");
+            } else if worse > 0 {
+                println!("once more, since {worse} of its tests are worse: {name}");
             }
-            !worse.is_empty() || has_all && both.is_void(&name)
+            void || worse > 0
         });
         if again.is_empty() {
             break;
@@ -327,7 +330,8 @@ impl Both {
             for (test, (before, _)) in &stock.tests {
                 let after = ours.verdict(test);
                 let is_worse = worse.contains(&test.as_str());
-                if is_worse || after != *before || after == Verdict::Failed {
+                let both_fail = after == Verdict::Failed && *before == after;
+                if after != *before || both_fail && verbose {
                     let mark = if is_worse { "WORSE: " } else { "" };
                     let (before, after) = (before.word(), after.word());
                     println!("    {mark}{before}, {after}: {test}");
