@@ -401,6 +401,37 @@ fn a_hot_reset_gives_back_to_each_function_what_it_had() {
     leases[1].is(&devices[1], State::Ok);
 }
 
+/// With the stock driver they are lost: what run-time power management saves when a function falls asleep in the middle of
+/// the reset is what is restored after it.
+#[test]
+fn functions_that_fall_asleep_in_a_bus_reset_keep_their_bars() {
+    let (devices, leases) = open_pair();
+    leases[1].lease.write(PAGE, 0xcafe).unwrap();
+    let bars = || {
+        devices
+            .each_ref()
+            .map(|device| device.function().config()[0x10..0x28].to_vec())
+    };
+    let before = bars();
+    let port = devices[0].function().port();
+    let sleeps = AtomicU32::new(0);
+    let doze = || {
+        let device = &devices[1];
+        device.feature(SET | LOW_POWER_ENTRY, &mut []).unwrap();
+        sleeps.fetch_add(1, Ordering::Relaxed);
+        device.feature(SET | LOW_POWER_EXIT, &mut []).unwrap();
+    };
+    race::meanwhile(&[&doze], || {
+        for _ in 0..30 {
+            race::whatever(port.reset_subordinate());
+            assert_eq!(bars(), before);
+        }
+    });
+    assert_ne!(sleeps.load(Ordering::Relaxed), 0);
+    leases[1].is(&devices[1], State::Ok);
+    assert_eq!(leases[1].lease.read(PAGE), Ok(0xcafe));
+}
+
 #[test]
 fn a_hot_reset_that_is_refused_changes_nothing() {
     let (devices, leases) = open_pair();

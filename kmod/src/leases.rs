@@ -58,8 +58,8 @@ pub(crate) struct Leases {
     providers: Arc<Providers>,
     #[pin]
     access: RwSem<Access>,
-    /// Whether the device sleeps, as `access` says: 0 or 1. Written with `access` locked for writing, read by whoever
-    /// had an access through the device fd, who is to pay nothing where nothing sleeps.
+    /// Whether the device sleeps, or was seen half awake, as `access` says: 0 or 1. Written with `access` locked for
+    /// writing, read by whoever had an access through the device fd, who is to pay nothing where nothing sleeps.
     asleep: Atomic<u32>,
     #[pin]
     table: Mutex<Table>,
@@ -150,11 +150,14 @@ impl Leases {
         let mut access = self.access.write();
         change(&mut access);
         let levels = access.levels();
-        self.asleep
-            .store(u32::from(levels.sleeping || levels.low_power), Release);
+        // Before a reset the core wakes the device outside of any event, and then restores it. An event that ends between
+        // the two finds a device that is awake and decodes nothing.
+        let half_awake = levels.undecoded && !levels.memory_off;
+        let asleep = levels.sleeping || levels.low_power || half_awake;
+        self.asleep.store(u32::from(asleep), Release);
     }
 
-    /// Whether the device slept when it was asked last.
+    /// Whether the device slept, or was half awake, when it was asked last.
     pub(crate) fn is_asleep(&self) -> bool {
         self.asleep.load(Acquire) != 0
     }

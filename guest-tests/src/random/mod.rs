@@ -25,7 +25,7 @@ use std::{
 
 use barlease_oracle::{Coverage, Generator, Oracle, Spec};
 
-use crate::observe;
+use crate::{observe, pci::Function};
 
 /// How many of the last steps are told.
 const TRAIL: usize = 40;
@@ -145,6 +145,17 @@ impl Drop for Trail {
             );
             for step in &self.steps {
                 let _ = writeln!(text, "  {step}");
+            }
+            for Spec { name, .. } in specs() {
+                let function = Function::named(name);
+                let config = function.config();
+                let _ = writeln!(
+                    text,
+                    "  {name}: {}, COMMAND {:02x?}, base addresses {:02x?}",
+                    function.power_state(),
+                    &config[4..6],
+                    &config[0x10..0x28]
+                );
             }
             let _ = writeln!(
                 text,

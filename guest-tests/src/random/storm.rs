@@ -2,7 +2,10 @@
 
 use std::{
     os::fd::AsFd,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
 };
 
@@ -39,6 +42,10 @@ impl Machine {
         let spec = &this.spec;
         let device = this.open();
         let over = AtomicBool::new(false);
+        // A function-level reset in D3hot leaves the function in D0, but QEMU goes on to keep its memory from everybody as
+        // in D3hot. Resets through the device fd exclude writes to PMCSR; those through sysfs do not.
+        let power_state = Mutex::new(());
+        let alone = || power_state.lock().unwrap_or_else(PoisonError::into_inner);
         let command = || {
             // While a reset is on, a write may be refused or lost.
             let _ = device.write(CONFIG_REGION, COMMAND, &[4]);
@@ -47,6 +54,7 @@ impl Machine {
         let reset = || {
             if spec.resets {
                 allowed(device.reset());
+                let _alone = alone();
                 allowed(device.function().reset());
             }
             if spec.function_reset {
@@ -61,6 +69,7 @@ impl Machine {
             allowed(device.feature(SET | LOW_POWER_ENTRY, &mut []).map(drop));
             allowed(device.feature(SET | LOW_POWER_EXIT, &mut []).map(drop));
             if spec.d3hot {
+                let _alone = alone();
                 let pmcsr = device.pmcsr();
                 let _ = device.write(CONFIG_REGION, pmcsr, &[3]);
                 let _ = device.write(CONFIG_REGION, pmcsr, &[0]);

@@ -59,6 +59,21 @@ void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain)
 	dev_pm_domain_set(dev, domain);
 }
 
+void bl_pm_runtime_get_noresume(struct device *dev)
+{
+	pm_runtime_get_noresume(dev);
+}
+
+void bl_pm_runtime_barrier(struct device *dev)
+{
+	pm_runtime_barrier(dev);
+}
+
+void bl_pm_runtime_put(struct device *dev)
+{
+	pm_runtime_put(dev);
+}
+
 bool bl_iomapped(const void __iomem *address)
 {
 	return !IS_ERR_OR_NULL((const void __force *)address);

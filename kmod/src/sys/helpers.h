@@ -9,6 +9,7 @@
 #include <linux/dma-mapping.h>
 #include <linux/mm_types.h>
 #include <linux/pci.h>
+#include <linux/pm_runtime.h>
 #include <linux/ratelimit_types.h>
 #include <linux/rwsem.h>
 #include <uapi/linux/dma-buf.h>
@@ -22,6 +23,9 @@ void bl_ratelimit_init(struct ratelimit_state *state);
 const char *bl_pci_name(const struct pci_dev *pdev);
 bool bl_pci_is_gone(const struct pci_dev *pdev);
 void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain);
+void bl_pm_runtime_get_noresume(struct device *dev);
+void bl_pm_runtime_barrier(struct device *dev);
+void bl_pm_runtime_put(struct device *dev);
 bool bl_iomapped(const void __iomem *address);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
 struct dma_fence *bl_pending_fence(struct dma_resv *resv);

@@ -12,7 +12,7 @@ use super::{
     p2p::Providers,
     payload::UserPayload,
     vma::NewVma,
-    wake::{self, Domain},
+    wake::{self, Awake, Domain},
 };
 use crate::{
     abi::DmaRange,
@@ -295,6 +295,8 @@ struct Layout<D> {
     driver: UnsafeCell<MaybeUninit<Bound<D>>>,
     /// Of the function while it is bound.
     domain: Domain,
+    /// While the function is being reset.
+    awake: Awake,
 }
 
 struct Bound<D> {
@@ -815,8 +817,17 @@ impl<D: Driver> Vtable<D> {
     /// To be called by the PCI core only, as `pci_error_handlers.reset_prepare` of a function that is
     /// bound to the driver.
     unsafe extern "C" fn reset_prepare(pdev: *mut bindings::pci_dev) {
+        let prepare = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
+            driver.reset_prepare(function);
+            // SAFETY: Computes an address inside of the function.
+            let dev = unsafe { &raw mut (*pdev).dev };
+            // SAFETY: The PCI core holds the device's lock. If the memory lock is held, which the
+            // core's run-time operations take, it is by an operation of the core that keeps the
+            // function awake meanwhile: an ioctl, a write to config space, a hot reset.
+            unsafe { layout.awake.hold(dev) };
+        };
         // SAFETY: This is an error handler.
-        unsafe { Self::with_driver(pdev, D::reset_prepare) };
+        unsafe { Self::with_layout(pdev, prepare) };
     }
 
     /// # Safety
@@ -824,8 +835,15 @@ impl<D: Driver> Vtable<D> {
     /// To be called by the PCI core only, as `pci_error_handlers.reset_done` of a function that is
     /// bound to the driver.
     unsafe extern "C" fn reset_done(pdev: *mut bindings::pci_dev) {
+        let done = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
+            driver.reset_done(function);
+            // SAFETY: Computes an address inside of the function.
+            let dev = unsafe { &raw mut (*pdev).dev };
+            // SAFETY: The PCI core still holds the device's lock.
+            unsafe { layout.awake.release(dev) };
+        };
         // SAFETY: This is an error handler.
-        unsafe { Self::with_driver(pdev, D::reset_done) };
+        unsafe { Self::with_layout(pdev, done) };
     }
 
     /// # Safety

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Wake-ups: run-time power management has brought a device back.
+//! Run-time power management of a device: noticing that it was woken, and keeping it from falling
+//! asleep.
 //!
 //! A driver's own run-time operations are not to be had: the core replaces the driver's `pm` when a
 //! device is registered, for all its devices. A PM domain stands before the bus's operations, which
@@ -10,7 +11,11 @@
 //! C header: [`include/linux/pm_domain.h`](srctree/include/linux/pm_domain.h)
 
 use super::bindings;
-use kernel::{prelude::*, types::Opaque};
+use kernel::{
+    prelude::*,
+    sync::atomic::{Atomic, Relaxed},
+    types::Opaque,
+};
 
 /// The PM domain of one device. All zeroes is a domain that no device has.
 #[repr(transparent)]
@@ -57,6 +62,49 @@ impl Domain {
         }
         // SAFETY: No operation of the domain is running, and none begins after this.
         unsafe { bindings::bl_pm_domain_set(dev, core::ptr::null_mut()) };
+    }
+}
+
+/// Holds that keep one device from falling asleep, for the time of a reset. All zeroes is none.
+///
+/// Falling asleep saves the device's config space (`pci_pm_runtime_suspend`). In the middle of a
+/// reset that is what the reset has left of it, which the reset's end then restores: base addresses
+/// of zero. The kernel keeps a function awake while that function alone is reset, and while a hot
+/// reset is made through the device fd; but not the functions behind a bridge that is reset
+/// (`reset_subordinate` of sysfs).
+#[repr(transparent)]
+pub(super) struct Awake(Atomic<u32>);
+
+impl Awake {
+    /// Keeps `dev` from falling asleep until [`Self::release`]. If it is about to, waits until it
+    /// is done with that. One that sleeps is not woken.
+    ///
+    /// # Safety
+    ///
+    /// `dev` must be valid. The lock of the device must be held, and no lock that its run-time
+    /// operations take, unless it is held awake already.
+    pub(super) unsafe fn hold(&self, dev: *mut bindings::device) {
+        // SAFETY: `dev` is valid by the caller.
+        unsafe { bindings::bl_pm_runtime_get_noresume(dev) };
+        // SAFETY: As above. What is waited for needs no lock of the caller; what is held awake is
+        // not about to change.
+        unsafe { bindings::bl_pm_runtime_barrier(dev) };
+        self.0.fetch_add(1, Relaxed);
+    }
+
+    /// Undoes one [`Self::hold`]; nothing if there was none.
+    ///
+    /// # Safety
+    ///
+    /// `dev` must be that of `hold`, and its lock must be held.
+    pub(super) unsafe fn release(&self, dev: *mut bindings::device) {
+        // The device's lock is held, so nobody is in between.
+        let holds = self.0.load(Relaxed);
+        if holds != 0 {
+            self.0.store(holds - 1, Relaxed);
+            // SAFETY: `dev` is valid by the caller. Gives back what `hold` took.
+            unsafe { bindings::bl_pm_runtime_put(dev) };
+        }
     }
 }
 

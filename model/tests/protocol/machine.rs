@@ -527,7 +527,7 @@ fn is_free(instr: Instr) -> bool {
 }
 
 fn sleeps(levels: Levels) -> bool {
-    levels.sleeping || levels.low_power
+    levels.sleeping || levels.low_power || levels.undecoded && !levels.memory_off
 }
 
 fn count(number: &mut u8, up: bool) {
