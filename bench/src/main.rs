@@ -12,12 +12,13 @@ struct Options {
     native: bool,
     quick: bool,
     one_processor: bool,
-    only: Option<String>,
+    /// Sets whose name has one of these in it; none is all.
+    only: Vec<String>,
 }
 
 fn main() -> ExitCode {
     let Some(options) = options(std::env::args().skip(1)) else {
-        eprintln!("usage: barlease-bench [native] [--quick] [--one-processor] [--only NAME]");
+        eprintln!("usage: barlease-bench [native] [--quick] [--one-processor] [--only NAME]...");
         return ExitCode::from(2);
     };
     let report = Report {
@@ -39,14 +40,14 @@ fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
         native: false,
         quick: false,
         one_processor: false,
-        only: None,
+        only: Vec::new(),
     };
     while let Some(word) = words.next() {
         match word.as_str() {
             "native" => options.native = true,
             "--quick" => options.quick = true,
             "--one-processor" => options.one_processor = true,
-            "--only" => options.only = Some(words.next()?),
+            "--only" => options.only.push(words.next()?),
             _ => return None,
         }
     }
@@ -68,8 +69,8 @@ fn take(options: &Options) -> Vec<Measure> {
     }
     let mut all = Vec::new();
     for set in sets {
-        let wanted = options.only.as_deref();
-        if wanted.is_some_and(|wanted| !set.name.contains(wanted)) {
+        let mut wanted = options.only.iter();
+        if !options.only.is_empty() && !wanted.any(|wanted| set.name.contains(wanted)) {
             continue;
         }
         if options.one_processor && set.needs_processors {

@@ -26,14 +26,15 @@ use crate::{
         payload::UserPayload,
         sleep::SleepNotifier,
         vfio_pci::{
-            CONFIG_REGION, Capabilities, Device, Driver, FEATURE_GET, FEATURE_LOW_POWER_ENTRY,
-            FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK, FEATURE_PROBE, FEATURE_SET,
-            Function, OFFSET_SHIFT, RegionInfo, UserBuffer,
+            Answer, CONFIG_REGION, Capabilities, Device, Driver, FEATURE_GET,
+            FEATURE_LOW_POWER_ENTRY, FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK,
+            FEATURE_PROBE, FEATURE_SET, Function, NUM_REGIONS, OFFSET_SHIFT, RegionInfo,
+            UserBuffer,
         },
         vma::{self, NewVma},
     },
 };
-use core::mem::size_of;
+use core::{mem::size_of, ops::Range};
 use kernel::{
     new_mutex,
     prelude::*,
@@ -124,24 +125,27 @@ impl Driver for Barlease {
         device.driver().leases.close();
     }
 
-    fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
-        let count = regions::access(device, buffer, position, |buffer, position| {
+    #[inline]
+    fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
+        let answer = if region_of(*position) < u64::from(NUM_REGIONS) {
             device.core_read(buffer, position)
-        });
-        notice_wake_up(device);
-        count
-    }
-
-    fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
-        let count = if *position as u64 >> OFFSET_SHIFT == CONFIG_REGION {
-            write_config(device, buffer, position)
         } else {
-            regions::access(device, buffer, position, |buffer, position| {
-                device.core_write(buffer, position)
-            })
+            regions::access(*device, buffer, position, Device::core_read)
         };
         notice_wake_up(device);
-        count
+        answer
+    }
+
+    #[inline]
+    fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
+        // BARs, and the ROM, come before config space.
+        let answer = if region_of(*position) < CONFIG_REGION {
+            device.core_write(buffer, position)
+        } else {
+            write_further(*device, buffer, position)
+        };
+        notice_wake_up(device);
+        answer
     }
 
     fn may_export(&self, bar: u32, ranges: &[abi::DmaRange]) -> Result {
@@ -258,37 +262,59 @@ fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() 
 /// Some operations of the core set D0, and one ends low power of a device that is awake. No event tells
 /// us, so whoever had an access asks.
 fn notice_wake_up(device: &Device<'_, Barlease>) {
-    let leases = &device.driver().leases;
-    if !leases.is_asleep() {
-        return;
+    if device.driver().leases().is_asleep() {
+        ask(*device);
     }
+}
+
+#[cold]
+fn ask(device: Device<'_, Barlease>) {
     let lock = device.memory_lock();
+    let leases = device.driver().leases();
     leases.update(|access| access.set_levels(device.levels(&lock)));
 }
 
-/// Writes to config space, with each part that may take memory away in brackets.
-fn write_config(
-    device: &Device<'_, Barlease>,
-    buffer: UserBuffer,
-    position: &mut i64,
-) -> Result<usize> {
-    let region = CONFIG_REGION << OFFSET_SHIFT;
-    let begin = *position as u64 - region;
-    let end = begin.saturating_add(buffer.len() as u64);
-    if end > device.function().config_size() {
-        // The core refuses it before it writes anything; cut, its first parts would pass.
+/// The region index at a position in the device fd.
+fn region_of(position: i64) -> u64 {
+    position as u64 >> OFFSET_SHIFT
+}
+
+/// Writes to config space, with each part that may take memory away in brackets, and what is behind it.
+#[inline(never)]
+fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
+    let region = region_of(*position);
+    if region >= u64::from(NUM_REGIONS) {
+        return regions::access(device, buffer, position, Device::core_write);
+    }
+    if region != CONFIG_REGION {
         return device.core_write(buffer, position);
     }
-    let mut next = begin;
-    while let Some(piece) = device.driver().sensitive.next_piece(next, end) {
-        let part = buffer.part((piece.pos - begin) as usize, piece.len as usize);
-        let mut at = (region + piece.pos) as i64;
+    let begin = *position as u64 - (CONFIG_REGION << OFFSET_SHIFT);
+    let end = begin.saturating_add(buffer.len() as u64);
+    // The core refuses what goes past the end before it writes anything; cut, its first parts would
+    // pass.
+    if !device.driver().sensitive.touches(begin, end) || end > device.function().config_size() {
+        return device.core_write(buffer, position);
+    }
+    write_in_pieces(device, buffer, position, begin..end).into()
+}
+
+#[inline(never)]
+fn write_in_pieces(
+    device: Device<'_, Barlease>,
+    buffer: UserBuffer,
+    position: &mut i64,
+    range: Range<u64>,
+) -> Result<usize> {
+    let mut next = range.start;
+    while let Some(piece) = device.driver().sensitive.next_piece(next, range.end) {
+        let part = buffer.part((piece.pos - range.start) as usize, piece.len as usize);
+        let mut at = ((CONFIG_REGION << OFFSET_SHIFT) + piece.pos) as i64;
+        let mut write = || device.core_write(part, &mut at).into_result();
         if piece.sensitive {
-            bracketed(device, Event::ConfigWrite, || {
-                device.core_write(part, &mut at)
-            })?;
+            bracketed(&device, Event::ConfigWrite, write)?;
         } else {
-            device.core_write(part, &mut at)?;
+            write()?;
         }
         next = piece.pos + piece.len;
     }

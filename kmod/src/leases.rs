@@ -35,17 +35,14 @@
 use crate::{
     buffer::Buffer,
     model::access::{Access, Epoch, Event, Levels, State},
-    sys::{p2p::Providers, ratelimit::Ratelimit, rwsem::RwSem, sleep::Sleeper},
+    sys::{flag::Flag, p2p::Providers, ratelimit::Ratelimit, rwsem::RwSem, sleep::Sleeper},
 };
 use kernel::{
     new_mutex,
     prelude::*,
     rbtree::{RBTree, RBTreeNodeReservation},
     str::CString,
-    sync::{
-        Arc, Mutex,
-        atomic::{Acquire, Atomic, Release},
-    },
+    sync::{Arc, Mutex},
 };
 
 /// All buffers of one bound function.
@@ -58,9 +55,9 @@ pub(crate) struct Leases {
     providers: Arc<Providers>,
     #[pin]
     access: RwSem<Access>,
-    /// Whether the device sleeps, or was seen half awake, as `access` says: 0 or 1. Written with `access` locked for
-    /// writing, read by whoever had an access through the device fd, who is to pay nothing where nothing sleeps.
-    asleep: Atomic<u32>,
+    /// Whether the device sleeps, or was seen half awake, as `access` says. Written with `access` locked for writing, read
+    /// by whoever had an access through the device fd, who is to pay nothing where nothing sleeps.
+    asleep: Flag,
     #[pin]
     table: Mutex<Table>,
     #[pin]
@@ -88,7 +85,7 @@ impl Leases {
                 bdf,
                 providers,
                 access <- RwSem::new(Access::new()),
-                asleep: Atomic::new(0),
+                asleep: Flag::new(),
                 table <- new_mutex!(
                     Table { buffers: RBTree::new(), next: 0 },
                     "barlease::table"
@@ -154,12 +151,12 @@ impl Leases {
         // the two finds a device that is awake and decodes nothing.
         let half_awake = levels.undecoded && !levels.memory_off;
         let asleep = levels.sleeping || levels.low_power || half_awake;
-        self.asleep.store(u32::from(asleep), Release);
+        self.asleep.set(asleep);
     }
 
     /// Whether the device slept, or was half awake, when it was asked last.
     pub(crate) fn is_asleep(&self) -> bool {
-        self.asleep.load(Acquire) != 0
+        self.asleep.get()
     }
 
     /// Runs `f` with the state of a buffer of `epoch`, which does not change until `f` is done.

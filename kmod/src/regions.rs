@@ -18,7 +18,7 @@ use crate::{
         errno,
         payload::{UserPayload, pod_bytes},
         vfio_pci::{
-            BARS, Capabilities, Device, FEATURE_GET, NUM_REGIONS, OFFSET_SHIFT, RegionInfo,
+            Answer, BARS, Capabilities, Device, FEATURE_GET, NUM_REGIONS, OFFSET_SHIFT, RegionInfo,
             UserBuffer,
         },
         vma::{self, MemoryType, NewVma},
@@ -131,26 +131,25 @@ pub(crate) fn info(
     )
 }
 
-/// Runs `access`, a read or a write at a position in the device fd, at the position in the BAR if
-/// it is in an alias.
-pub(crate) fn access(
-    device: &Device<'_, Barlease>,
+/// Runs `access`, a read or a write at a position in the device fd behind the regions that every
+/// device has, at the position in the BAR if it is in an alias.
+#[inline(never)]
+pub(crate) fn access<'a>(
+    device: Device<'a, Barlease>,
     buffer: UserBuffer,
     position: &mut i64,
-    access: impl FnOnce(UserBuffer, &mut i64) -> Result<usize>,
-) -> Result<usize> {
+    access: impl FnOnce(&Device<'a, Barlease>, UserBuffer, &mut i64) -> Answer,
+) -> Answer {
     let region = *position as u64 >> OFFSET_SHIFT;
-    if region < u64::from(NUM_REGIONS) {
-        return access(buffer, position);
-    }
-    let Some(alias) = alias_at(device, region) else {
-        return access(buffer, position);
+    let Some(alias) = alias_at(&device, region) else {
+        return access(&device, buffer, position);
     };
     let shift = (region - u64::from(alias.bar)) << OFFSET_SHIFT;
     let mut in_bar = *position - shift as i64;
-    let count = access(buffer, &mut in_bar)?;
+    let answer = access(&device, buffer, &mut in_bar);
+    // The core moves it when it succeeds.
     *position = in_bar + shift as i64;
-    Ok(count)
+    answer
 }
 
 /// mmap of the device fd.

@@ -45,8 +45,10 @@ impl Sensitive {
         [COMMAND, pmcsr]
     }
 
-    fn touches(&self, pos: u64, end: u64) -> bool {
-        self.bytes().iter().any(|&byte| pos <= byte && byte < end)
+    /// Whether a write of `[pos, end)` may take memory away.
+    pub fn touches(&self, pos: u64, end: u64) -> bool {
+        let [command, pmcsr] = self.bytes();
+        pos <= command && command < end || pos <= pmcsr && pmcsr < end
     }
 
     /// The first piece of a write of `[pos, end)`; `None` when nothing is left.

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: stock vfio-pci and Barlease side by side, in a guest.
 
+mod compare;
 mod page;
 mod plot;
 
@@ -27,15 +28,18 @@ pub(crate) struct Options {
     /// Fewer rounds and shorter curves, to see that all works
     #[arg(long)]
     quick: bool,
-    /// Only measures whose name has this in it, such as `export`
-    #[arg(long, value_name = "NAME")]
-    only: Option<String>,
+    /// Only measures whose name has one of these in it, such as `export,touch`
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    only: Vec<String>,
     /// Only with this clock [default: both, one guest each]
     #[arg(long)]
     clock: Option<ClockChoice>,
     /// Put the results where the documentation has them, instead of the target folder
-    #[arg(long, conflicts_with_all = ["quick", "only", "clock"])]
+    #[arg(long, conflicts_with_all = ["quick", "only", "clock", "compare"])]
     publish: bool,
+    /// Say how the ratios differ from those that the documentation has
+    #[arg(long)]
+    compare: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -48,6 +52,25 @@ enum ClockChoice {
 
 /// Far more than what it takes.
 const LIMIT: Duration = Duration::from_secs(900);
+
+/// What [`regressions`] measures: cheap, and the same each time when instructions are counted.
+const REPEATABLE: &[&str] = &["export", "importer", "touch", "take-away", "descriptor"];
+
+/// Measures what is repeatable, counted in instructions, and says how it differs from what the documentation has.
+pub(crate) fn regressions(prepared: &Prepared) -> Result<()> {
+    let module = kmod::build(prepared, false)?;
+    let program = checkout::guest_program("barlease-bench", "barlease-bench")?;
+    let options = Options {
+        kernel: KernelChoice { kernel: None },
+        quick: true,
+        only: REPEATABLE.iter().copied().map(str::to_owned).collect(),
+        clock: Some(ClockChoice::Instructions),
+        publish: false,
+        compare: true,
+    };
+    let report = in_guest(&options, prepared, &module, &program, Clock::Instructions)?;
+    compare::print(&report)
+}
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let start = Instant::now();
@@ -87,6 +110,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let text = page::results(&reports);
     fs::write(folder.join("results.md"), &text)?;
     println!("\n{}", page::summary(&reports));
+    if options.compare {
+        reports.iter().try_for_each(compare::print)?;
+    }
     println!(
         "Tables, plots and JSON: {}\nAll of it took {}.",
         folder.display(),
@@ -100,7 +126,7 @@ fn arguments(options: &Options) -> Vec<String> {
     if options.quick {
         words.push("--quick".to_owned());
     }
-    if let Some(only) = &options.only {
+    for only in &options.only {
         words.extend(["--only".to_owned(), only.clone()]);
     }
     words

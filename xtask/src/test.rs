@@ -10,7 +10,7 @@ use barlease_lab::prepare::{self, Request, prepare};
 use barlease_lab::report::seconds;
 use clap::Args;
 
-use crate::{canary, checkout, kmod, pool, selftests};
+use crate::{bench, canary, checkout, kmod, pool, selftests};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -27,7 +27,8 @@ pub(crate) struct Options {
     /// Guests at a time [default: one for each processor, and no more than memory allows]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
-    /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs, `selftests` the kernel's own tests
+    /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs, `selftests` the kernel's own tests,
+    /// `instructions` what operations cost compared with the published results
     filter: Option<String>,
 }
 
@@ -135,7 +136,7 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
         binaries = pool::binaries()?;
         Ok(())
     });
-    for wanted in kernels(&options.kernel)? {
+    for (place, wanted) in kernels(&options.kernel)?.into_iter().enumerate() {
         let prepared = prepare(&Request {
             kernel: wanted,
             update: false,
@@ -171,6 +172,12 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
             });
         } else {
             steps.skip(&name, "the module does not build");
+        }
+        // Once: the published results are those of one kernel.
+        if built && place == 0 && options.has("instructions") && !prepared.kernel.is_debug() {
+            steps.report(&format!("instructions on {kernel}"), || {
+                bench::regressions(&prepared)
+            });
         }
     }
     Ok(())
@@ -212,6 +219,25 @@ impl Steps {
 
     fn make<T>(&mut self, name: &str, work: impl FnOnce() -> Result<T>) -> bool {
         self.step(name, || (Count::default(), work().map(drop)))
+    }
+
+    /// What says something and proves nothing: it cannot fail.
+    fn report(&mut self, name: &str, work: impl FnOnce() -> Result<()>) {
+        println!("\n=== {name}");
+        let started = Instant::now();
+        let verdict = match work() {
+            Ok(()) => Verdict::Passed,
+            Err(error) => {
+                println!("no report: {error:#}");
+                Verdict::Skipped("no report".to_owned())
+            }
+        };
+        self.done.push(Done {
+            name: name.to_owned(),
+            taken: started.elapsed(),
+            count: Count::default(),
+            verdict,
+        });
     }
 
     fn step(&mut self, name: &str, work: impl FnOnce() -> (Count, Result<()>)) -> bool {

@@ -14,6 +14,7 @@ mod wake;
 pub(crate) mod debugfs_root;
 pub(crate) mod dma_buf;
 pub(crate) mod errno;
+pub(crate) mod flag;
 pub(crate) mod idle;
 pub(crate) mod p2p;
 pub(crate) mod params;

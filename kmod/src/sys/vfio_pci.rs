@@ -81,10 +81,10 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     fn closing(device: &Device<'_, Self>);
 
     /// A read from the device fd.
-    fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize>;
+    fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer;
 
     /// A write to the device fd.
-    fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Result<usize>;
+    fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer;
 
     /// Whether the stock exporter may export these ranges, offset and length in bytes, of a BAR.
     fn may_export(&self, bar: u32, ranges: &[DmaRange]) -> Result;
@@ -143,6 +143,30 @@ impl UserBuffer {
             address: self.address.wrapping_add(offset),
             len,
         }
+    }
+}
+
+/// The answer to a read or a write: bytes, or a negative errno.
+///
+/// The core's is passed on without a look at it: an access of four bytes to a BAR is little more than
+/// its system call.
+#[repr(transparent)]
+#[must_use]
+pub(crate) struct Answer(isize);
+
+impl Answer {
+    /// Bytes, or the error.
+    pub(crate) fn into_result(self) -> Result<usize> {
+        count_or_error(self.0)
+    }
+}
+
+impl From<Result<usize>> for Answer {
+    fn from(result: Result<usize>) -> Self {
+        Self(match result {
+            Ok(count) => count as isize,
+            Err(error) => error.to_errno() as isize,
+        })
     }
 }
 
@@ -309,6 +333,14 @@ pub(crate) struct Device<'a, D> {
     layout: &'a Layout<D>,
 }
 
+impl<D> Clone for Device<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D> Copy for Device<'_, D> {}
+
 /// The core's `memory_lock`, held for reading.
 ///
 /// # Invariants
@@ -452,21 +484,19 @@ impl<'a, D: Driver> Device<'a, D> {
     }
 
     /// `vfio_pci_core_read`.
-    pub(crate) fn core_read(&self, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
+    pub(crate) fn core_read(&self, buffer: UserBuffer, position: &mut i64) -> Answer {
         // SAFETY: The device is open; the core checks the user memory.
-        let count = unsafe {
+        Answer(unsafe {
             bindings::vfio_pci_core_read(self.vdev(), buffer.address, buffer.len, position)
-        };
-        count_or_error(count)
+        })
     }
 
     /// `vfio_pci_core_write`.
-    pub(crate) fn core_write(&self, buffer: UserBuffer, position: &mut i64) -> Result<usize> {
+    pub(crate) fn core_write(&self, buffer: UserBuffer, position: &mut i64) -> Answer {
         // SAFETY: The device is open; the core checks the user memory.
-        let count = unsafe {
+        Answer(unsafe {
             bindings::vfio_pci_core_write(self.vdev(), buffer.address, buffer.len, position)
-        };
-        count_or_error(count)
+        })
     }
 
     /// `vfio_pci_core_ioctl`.
@@ -721,7 +751,7 @@ impl<D: Driver> Vtable<D> {
         let position = unsafe { &mut *position };
         // SAFETY: The device is open during the call.
         let device = unsafe { Device::from_raw(vdev) };
-        from_result(|| D::read(&device, buffer, position).map(|count| count as isize))
+        D::read(&device, buffer, position).0
     }
 
     /// # Safety
@@ -739,7 +769,7 @@ impl<D: Driver> Vtable<D> {
         let position = unsafe { &mut *position };
         // SAFETY: The device is open during the call.
         let device = unsafe { Device::from_raw(vdev) };
-        from_result(|| D::write(&device, buffer, position).map(|count| count as isize))
+        D::write(&device, buffer, position).0
     }
 
     /// # Safety
