@@ -1,8 +1,8 @@
-//! The debug lane: a kernel of the lab's own making, with everything on that watches a kernel.
+//! The debug lane: kernels of the lab's own making, with everything on that watches a kernel.
 //!
-//! It is built from the same `linux-source` as Debian's newest kernel that can be used, in the same tool chain; clang and LLD
-//! are added, because KASAN and Rust go together with them only. The configuration is `allnoconfig` and the options in
-//! `lab/debug/*.config`, and each of them must have been taken.
+//! They are built from the same `linux-source` as Debian's newest kernel that can be used, in the same tool chain; clang and
+//! LLD are added, because KASAN and Rust, and KCSAN and Rust, go together with them only. The configuration is `allnoconfig`
+//! and the options in `lab/debug/*.config`, and each of them must have been taken.
 //!
 //! What is kept has the shape of Debian's packages, and a build tree for modules beside it:
 //!
@@ -33,11 +33,83 @@ use crate::sysroot::{Sysroot, logged, reason};
 /// What the debug lane needs besides the tool chain.
 const TOOLS: &[&str] = &["clang", "lld", "llvm"];
 
-/// The options, in the order in which they are given to `make allnoconfig`.
-const OPTIONS: &[&str] = &[
-    include_str!("../debug/base.config"),
-    include_str!("../debug/checks.config"),
-];
+/// What a kernel of the lab's own making watches. KASAN and KCSAN exclude each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Memory and locks, with KASAN and lockdep; it can also let allocations fail.
+    Memory,
+    /// Data races, with KCSAN.
+    Races,
+}
+
+impl Watch {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Memory, Self::Races];
+
+    /// What kernels that watch this are called.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Memory => "debug",
+            Self::Races => "kcsan",
+        }
+    }
+
+    /// How it watches.
+    #[must_use]
+    pub fn means(self) -> &'static str {
+        match self {
+            Self::Memory => "KASAN and lockdep",
+            Self::Races => "KCSAN",
+        }
+    }
+
+    /// The options, in the order in which they are given to `make allnoconfig`.
+    fn options(self) -> [String; 2] {
+        let base = include_str!("../debug/base.config");
+        let (base, more) = match self {
+            Self::Memory => (base.to_owned(), include_str!("../debug/checks.config")),
+            Self::Races => (
+                base.replace("\"-debug\"", "\"-kcsan\""),
+                include_str!("../debug/kcsan.config"),
+            ),
+        };
+        [base, more.to_owned()]
+    }
+
+    /// Changes the source; empty where nothing is to be changed. It may run again on what it has changed.
+    fn patch(self) -> &'static str {
+        match self {
+            Self::Memory => "",
+            Self::Races => INSTRUMENT_RUST,
+        }
+    }
+}
+
+/// Linux 7.3-rc7 has KCSAN instrument C only. What its runtime offers is what LLVM calls for a thread sanitizer, whatever the
+/// language, so Rust gets the flags that C files get (`scripts/Makefile.kcsan`), and a target that says that it can have
+/// one. All of Rust gets them: `rustc` links no crates of which only some have a sanitizer.
+const INSTRUMENT_RUST: &str = r#"
+set -eu
+cd /work/src
+for file in scripts/generate_rust_target.rs scripts/Makefile.kcsan; do
+    before=/work/before/$(basename "$file")
+    if [ ! -e "$before" ]; then
+        mkdir -p /work/before
+        cp -p "$file" "$before"
+    fi
+    cp -p "$before" "$file"
+done
+sed -i 's/\["kcfi", "kernel-address"\]/["kcfi", "kernel-address", "thread"]/' scripts/generate_rust_target.rs
+grep -q '"kernel-address", "thread"' scripts/generate_rust_target.rs
+cat >>scripts/Makefile.kcsan <<'END'
+
+KBUILD_RUSTFLAGS += -Zsanitizer=thread \
+	-Cllvm-args=-tsan-compound-read-before-write=1 \
+	-Cllvm-args=-tsan-distinguish-volatile=1 \
+	-Cllvm-args=-tsan-instrument-func-entry-exit=0
+END
+"#;
 
 /// Machines whose code is left in the archive.
 const OTHER_MACHINES: &[&str] = &[
@@ -119,26 +191,31 @@ echo "$release" >"$out/release"
 /// How long nothing is said by a build that is not watched on a terminal.
 const SILENCE: Duration = Duration::from_secs(120);
 
-/// The release whose source is meant by `debug` (the newest) or `debug-7.3`; `None` for a kernel of Debian's.
-pub(crate) fn asked_for(kernel: &str) -> Option<Option<&str>> {
-    match kernel.strip_prefix("debug")? {
-        "" => Some(None),
-        rest => rest.strip_prefix('-').map(Some),
-    }
+/// What is meant by `debug` or `kcsan`, and the release whose source is (the newest, or that of `debug-7.3`); `None` for a
+/// kernel of Debian's.
+pub(crate) fn asked_for(kernel: &str) -> Option<(Watch, Option<&str>)> {
+    Watch::ALL.into_iter().find_map(|watch| {
+        let release = match kernel.strip_prefix(watch.name())? {
+            "" => None,
+            rest => Some(rest.strip_prefix('-')?),
+        };
+        Some((watch, release))
+    })
 }
 
-/// The debug kernel that belongs to one of Debian's.
+/// A kernel of the debug lane that belongs to one of Debian's.
 pub(crate) struct Debug<'a> {
     pub(crate) cache: &'a Cache,
     pub(crate) plan: &'a Plan,
     pub(crate) kernel: &'a KernelPlan,
     pub(crate) sysroot: &'a Sysroot,
+    pub(crate) watch: Watch,
 }
 
 impl Debug<'_> {
     /// Its name, such as `debug-7.3`.
     pub(crate) fn name(&self) -> String {
-        self.kernel.debug_name()
+        self.kernel.debug_name(self.watch)
     }
 
     fn folder(&self) -> PathBuf {
@@ -162,7 +239,8 @@ impl Debug<'_> {
             return None;
         }
         let release = fs::read_to_string(self.folder().join("release")).ok()?;
-        Some(Kernel::debug(self.folder(), &self.name(), release.trim()))
+        let (name, release) = (self.name(), release.trim());
+        Some(Kernel::debug(self.folder(), &name, release, self.watch))
     }
 
     /// Makes what is missing.
@@ -187,6 +265,7 @@ impl Debug<'_> {
                 name: &self.name(),
                 left_out: &left_out(),
             },
+            watch: self.watch,
         };
         if !work.build.is_unpacked(&self.kernel.source.file_name()) {
             apt.download(source, "to build a kernel for debugging")?;
@@ -220,7 +299,10 @@ impl Debug<'_> {
         Stamp::of(packages.chain([
             self.kernel.source.file_name(),
             self.plan.rustc.clone(),
-            fingerprint([OPTIONS.concat(), TRIM.to_owned()]),
+            fingerprint([
+                self.watch.options().concat() + self.watch.patch(),
+                TRIM.to_owned(),
+            ]),
         ]))
     }
 }
@@ -237,17 +319,22 @@ fn left_out() -> Vec<String> {
 /// A build in progress.
 struct Work<'a> {
     build: SourceBuild<'a>,
+    watch: Watch,
 }
 
 impl Work<'_> {
     fn configure(&self) -> Result<()> {
         let step = Step::start(format!("configuring {}", self.build.name));
-        cache::write(&self.build.folder.join("options"), OPTIONS.concat())?;
+        if !self.watch.patch().is_empty() {
+            self.run(self.watch.patch(), "have Rust instrumented")?;
+        }
+        let options = self.watch.options();
+        cache::write(&self.build.folder.join("options"), options.concat())?;
         self.run(CONFIGURE, &format!("configure {}", self.build.name))?;
         let path = self.build.folder.join("src/.config");
         let config =
             fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        for options in OPTIONS {
+        for options in &options {
             check(options, &config)?;
         }
         step.done();
@@ -357,8 +444,10 @@ mod tests {
 
     #[test]
     fn debug_kernels_are_asked_for_by_name() {
-        assert_eq!(asked_for("debug"), Some(None));
-        assert_eq!(asked_for("debug-7.3"), Some(Some("7.3")));
+        assert_eq!(asked_for("debug"), Some((Watch::Memory, None)));
+        assert_eq!(asked_for("debug-7.3"), Some((Watch::Memory, Some("7.3"))));
+        assert_eq!(asked_for("kcsan"), Some((Watch::Races, None)));
+        assert_eq!(asked_for("kcsan-7.3"), Some((Watch::Races, Some("7.3"))));
         assert_eq!(asked_for("7.3"), None);
         assert_eq!(asked_for("debugger"), None);
     }
@@ -382,17 +471,25 @@ mod tests {
 
     #[test]
     fn no_option_is_given_twice() {
-        let mut seen = std::collections::BTreeSet::new();
-        for line in OPTIONS.iter().flat_map(|options| options.lines()) {
-            let name = line
-                .trim_start_matches("# ")
-                .split(['=', ' '])
-                .next()
-                .unwrap_or_default();
-            if name.starts_with("CONFIG_") {
-                assert!(seen.insert(name), "{name}");
+        for (watch, means) in [
+            (Watch::Memory, ["CONFIG_KASAN", "CONFIG_PROVE_LOCKING"]),
+            (Watch::Races, ["CONFIG_KCSAN", "CONFIG_KCSAN_EARLY_ENABLE"]),
+        ] {
+            let options = watch.options().concat();
+            let mut seen = std::collections::BTreeSet::new();
+            for line in options.lines() {
+                let name = line
+                    .trim_start_matches("# ")
+                    .split(['=', ' '])
+                    .next()
+                    .unwrap_or_default();
+                if name.starts_with("CONFIG_") {
+                    assert!(seen.insert(name), "{name}");
+                }
             }
+            assert!(means.iter().all(|name| seen.contains(name)), "{watch:?}");
+            let name = format!("CONFIG_LOCALVERSION=\"-{}\"", watch.name());
+            assert!(options.lines().any(|line| line == name), "{name}");
         }
-        assert!(seen.contains("CONFIG_KASAN") && seen.contains("CONFIG_PROVE_LOCKING"));
     }
 }

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::cache;
+use crate::debug::Watch;
 use crate::machine::Machine;
 use crate::prepare::Prepared;
 use crate::report::Step;
@@ -20,6 +21,8 @@ pub enum Accel {
     Kvm,
     /// In software.
     Tcg,
+    /// In software, one processor at a time. Who waits in a loop (`pause`) lets the other one go on.
+    Turns,
     /// In software, one processor at a time, with a clock that counts instructions: each takes a nanosecond. What the
     /// guest measures does not depend on what else this machine does.
     Counting,
@@ -32,6 +35,7 @@ impl Accel {
         match self {
             Self::Kvm => "kvm",
             Self::Tcg => "tcg",
+            Self::Turns => "turns",
             Self::Counting => "counting",
         }
     }
@@ -40,6 +44,7 @@ impl Accel {
         match self {
             Self::Kvm => &["-accel", "kvm"],
             Self::Tcg => &["-accel", "tcg,thread=multi"],
+            Self::Turns => &["-accel", "tcg,thread=single"],
             // While all processors are idle the clock jumps to the next event.
             Self::Counting => &[
                 "-accel",
@@ -64,23 +69,35 @@ struct Probe {
 ///
 /// # Errors
 ///
-/// When `BARLEASE_ACCEL` is neither `kvm` nor `tcg`.
+/// When `BARLEASE_ACCEL` is none of the names of [`Accel`].
 pub fn accel(prepared: &Prepared) -> Result<Accel> {
     if let Some(accel) = asked_for(std::env::var("BARLEASE_ACCEL").ok().as_deref())? {
         return Ok(accel);
     }
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let path = prepared.cache.path("accel.json");
-    if let Some(probe) = cache::read_json::<Probe>(&path).filter(|probe| probe.boot == boot) {
-        return Ok(probe.accel);
-    }
-    let accel = if kvm_works(prepared) {
-        Accel::Kvm
+    let known = cache::read_json::<Probe>(&path).filter(|probe| probe.boot == boot);
+    let accel = if let Some(probe) = known {
+        probe.accel
     } else {
-        Accel::Tcg
+        let accel = if kvm_works(prepared) {
+            Accel::Kvm
+        } else {
+            Accel::Tcg
+        };
+        cache::write_json(&path, &Probe { boot, accel })?;
+        accel
     };
-    cache::write_json(&path, &Probe { boot, accel })?;
-    Ok(accel)
+    Ok(fit(accel, prepared.kernel.watches()))
+}
+
+/// What suits a kernel that watches this. KCSAN sees a race when one processor makes an access while another waits in the
+/// middle of one, for microseconds: emulated side by side on a busy machine they seldom run at the same time.
+fn fit(accel: Accel, watch: Option<Watch>) -> Accel {
+    match (accel, watch) {
+        (Accel::Tcg, Some(Watch::Races)) => Accel::Turns,
+        _ => accel,
+    }
 }
 
 fn asked_for(variable: Option<&str>) -> Result<Option<Accel>> {
@@ -88,9 +105,12 @@ fn asked_for(variable: Option<&str>) -> Result<Option<Accel>> {
         None | Some("") => Ok(None),
         Some("kvm") => Ok(Some(Accel::Kvm)),
         Some("tcg") => Ok(Some(Accel::Tcg)),
+        Some("turns") => Ok(Some(Accel::Turns)),
         Some("counting") => Ok(Some(Accel::Counting)),
         Some(other) => {
-            bail!("BARLEASE_ACCEL is `{other}`, but can only be `kvm`, `tcg` or `counting`")
+            bail!(
+                "BARLEASE_ACCEL is `{other}`, but can only be `kvm`, `tcg`, `turns` or `counting`"
+            )
         }
     }
 }
@@ -130,8 +150,17 @@ mod tests {
         assert_eq!(asked_for(None).unwrap(), None);
         assert_eq!(asked_for(Some("")).unwrap(), None);
         assert_eq!(asked_for(Some("tcg")).unwrap(), Some(Accel::Tcg));
+        assert_eq!(asked_for(Some("turns")).unwrap(), Some(Accel::Turns));
         assert_eq!(asked_for(Some("counting")).unwrap(), Some(Accel::Counting));
         assert_eq!(asked_for(Some("kvm")).unwrap(), Some(Accel::Kvm));
         assert!(asked_for(Some("xen")).is_err());
+    }
+
+    #[test]
+    fn processors_take_turns_where_races_are_looked_for() {
+        assert_eq!(fit(Accel::Tcg, None), Accel::Tcg);
+        assert_eq!(fit(Accel::Tcg, Some(Watch::Memory)), Accel::Tcg);
+        assert_eq!(fit(Accel::Tcg, Some(Watch::Races)), Accel::Turns);
+        assert_eq!(fit(Accel::Kvm, Some(Watch::Races)), Accel::Kvm);
     }
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::cache;
+use crate::debug::Watch;
 use crate::sysroot::Sysroot;
 
 /// The stock modules that a guest loads, without what they depend on.
@@ -29,7 +30,7 @@ enum Lane {
     /// Debian. What modules are built against is in the sysroot.
     Stock,
     /// The lab. What modules are built against is beside it.
-    Debug,
+    Debug(Watch),
 }
 
 /// Where the build tree of a debug kernel is bound in the sysroot.
@@ -45,26 +46,29 @@ impl Kernel {
         }
     }
 
-    pub(crate) fn debug(folder: PathBuf, name: &str, release: &str) -> Self {
+    pub(crate) fn debug(folder: PathBuf, name: &str, release: &str, watch: Watch) -> Self {
         Self {
             name: name.to_owned(),
             release: release.to_owned(),
             folder,
-            lane: Lane::Debug,
+            lane: Lane::Debug(watch),
         }
     }
 
-    /// Whether it is one of the debug lane, with KASAN and lockdep.
+    /// What it watches, if it is one of the lab's own making.
     #[must_use]
-    pub fn is_debug(&self) -> bool {
-        self.lane == Lane::Debug
+    pub fn watches(&self) -> Option<Watch> {
+        match self.lane {
+            Lane::Stock => None,
+            Lane::Debug(watch) => Some(watch),
+        }
     }
 
     /// How many times longer than on Debian's kernels anything may take.
     pub(crate) fn slowness(&self) -> u32 {
         match self.lane {
             Lane::Stock => 1,
-            Lane::Debug => 5,
+            Lane::Debug(_) => 5,
         }
     }
 
@@ -108,20 +112,20 @@ impl Kernel {
     pub fn build_folder(&self) -> String {
         match self.lane {
             Lane::Stock => format!("/usr/lib/modules/{}/build", self.release),
-            Lane::Debug => BUILD.to_owned(),
+            Lane::Debug(_) => BUILD.to_owned(),
         }
     }
 
     /// What must be bound into the sysroot for that, and where.
     pub(crate) fn build_bind(&self) -> Option<(PathBuf, &'static str)> {
-        self.is_debug().then(|| (self.folder.join("build"), BUILD))
+        self.watches().map(|_| (self.folder.join("build"), BUILD))
     }
 
     /// What `make` must be told besides that folder.
     pub(crate) fn make_arguments(&self) -> &'static [&'static str] {
         match self.lane {
             Lane::Stock => &[],
-            Lane::Debug => &["LLVM=1"],
+            Lane::Debug(_) => &["LLVM=1"],
         }
     }
 

@@ -1,7 +1,7 @@
 //! The lab: builds tool chain, kernels and guest images, and boots guests.
 //!
 //! What is tested is what users run: Debian's own unmodified kernels, with modules built by the compiler that built
-//! these kernels. Beside them is a debug kernel, built here, that watches itself. All of it comes as Debian packages and is unpacked into a cache folder; nothing is installed on the
+//! these kernels. Beside them are debug kernels, built here, that watch themselves. All of it comes as Debian packages and is unpacked into a cache folder; nothing is installed on the
 //! machine, and nothing needs root.
 //!
 //! | module | what |
@@ -10,7 +10,7 @@
 //! | [`plan`] | which packages and which kernel, and why |
 //! | [`sysroot`] | unpacked packages, and programs run from them |
 //! | [`kernel`] | an image and its modules |
-//! | `debug` | the kernel of the debug lane, and how it is built |
+//! | [`debug`] | the kernels of the debug lane, and how they are built |
 //! | [`kmod`] | builds the module of a checkout |
 //! | [`machine`] | what devices a guest has |
 //! | [`vm`] | boots a guest, runs a command in it, judges the result |
@@ -44,7 +44,7 @@ pub mod cache;
 #[cfg(feature = "host")]
 mod command;
 #[cfg(feature = "host")]
-mod debug;
+pub mod debug;
 #[cfg(feature = "host")]
 pub mod emulator;
 #[cfg(feature = "host")]

@@ -10,6 +10,7 @@ use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::apt::{Package, Record};
+use crate::debug::Watch;
 use crate::version;
 
 /// The flavour of Debian's kernels that is used.
@@ -127,10 +128,10 @@ impl Plan {
 }
 
 impl KernelPlan {
-    /// The name of the debug kernel that is built from its source, such as `debug-7.3`.
+    /// The name of a kernel that is built from its source, such as `debug-7.3`.
     #[must_use]
-    pub fn debug_name(&self) -> String {
-        source_name(&self.release).replacen("linux-source", "debug", 1)
+    pub fn debug_name(&self, watch: Watch) -> String {
+        source_name(&self.release).replacen("linux-source", watch.name(), 1)
     }
 
     /// A line that says whether it can be used, and why not.
@@ -384,7 +385,8 @@ mod tests {
         assert!(names.contains(&"linux-modules-7.2.13+deb14-amd64".to_owned()));
         assert!(names.contains(&"linux-source-7.2".to_owned()));
         assert_eq!(source_name("7.3-amd64"), "linux-source-7.3");
-        assert_eq!(mirror()[0].debug_name(), "debug-7.3");
+        assert_eq!(mirror()[0].debug_name(Watch::Memory), "debug-7.3");
+        assert_eq!(mirror()[0].debug_name(Watch::Races), "kcsan-7.3");
     }
 
     #[test]

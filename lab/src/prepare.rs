@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use crate::apt::{Apt, Package};
 use crate::cache::{self, Cache, Lock, Stamp, fingerprint, unfinished};
 use crate::command;
-use crate::debug::{self, Debug};
+use crate::debug::{self, Debug, Watch};
 use crate::kernel::Kernel;
 use crate::overlay;
 use crate::plan::{self, KernelPlan, Plan};
@@ -22,7 +22,7 @@ use crate::sysroot::Sysroot;
 /// What is asked for.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
-    /// The beginning of a kernel release, or `debug`, or `debug-` and such a beginning; `BARLEASE_KERNEL`, and then the
+    /// The beginning of a kernel release, or `debug` or `kcsan`, or such as `debug-` and such a beginning; `BARLEASE_KERNEL`, and then the
     /// newest of Debian's, when absent.
     pub kernel: Option<String>,
     /// Whether to look again at what the mirror has.
@@ -91,22 +91,24 @@ pub fn is_ready(cache: &Cache, plan: &Plan, kernel: &KernelPlan) -> bool {
     kernel.refusal.is_none() && Folders::of(cache, plan, kernel).complete(plan, kernel)
 }
 
-/// Whether the debug kernel from the source of a kernel is there.
+/// Whether the debug kernel from the source of a kernel that watches this is there.
 #[must_use]
-pub fn is_debug_ready(cache: &Cache, plan: &Plan, kernel: &KernelPlan) -> bool {
+pub fn is_debug_ready(cache: &Cache, plan: &Plan, kernel: &KernelPlan, watch: Watch) -> bool {
     let sysroot = Sysroot::at(sysroot_path(cache, &plan.tools));
     let debug = Debug {
         cache,
         plan,
         kernel,
         sysroot: &sysroot,
+        watch,
     };
     kernel.refusal.is_none() && debug.ready().is_some()
 }
 
 /// Which kernel is wanted.
 struct Wanted {
-    debug: bool,
+    /// None for a kernel of Debian's.
+    watch: Option<Watch>,
     /// The beginning of the release of a kernel of Debian's: of itself, or of that whose source is built.
     release: Option<String>,
 }
@@ -114,12 +116,12 @@ struct Wanted {
 impl Wanted {
     fn of(kernel: Option<String>) -> Self {
         match kernel.as_deref().and_then(debug::asked_for) {
-            Some(release) => Self {
-                debug: true,
+            Some((watch, release)) => Self {
+                watch: Some(watch),
                 release: release.map(str::to_owned),
             },
             None => Self {
-                debug: false,
+                watch: None,
                 release: kernel,
             },
         }
@@ -153,12 +155,13 @@ fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
     let kernel = plan.kernel(wanted.release.as_deref()).ok()?;
     let folders = Folders::of(cache, &plan, kernel);
     let sysroot = Sysroot::at(folders.sysroot.clone());
-    if wanted.debug {
+    if let Some(watch) = wanted.watch {
         let debug = Debug {
             cache,
             plan: &plan,
             kernel,
             sysroot: &sysroot,
+            watch,
         };
         return Some(Ready {
             kernel: debug.ready()?,
@@ -246,12 +249,13 @@ impl Maker {
             cache::write_json(&self.cache.path("plan.json"), &plan)?;
         }
         let kernel = plan.kernel(self.wanted.release.as_deref())?.clone();
-        if self.wanted.debug {
+        if let Some(watch) = self.wanted.watch {
             let debug = Debug {
                 cache: &self.cache,
                 plan: &plan,
                 kernel: &kernel,
                 sysroot: &sysroot,
+                watch,
             };
             debug.make(&apt)?;
         } else {

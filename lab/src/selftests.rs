@@ -100,7 +100,7 @@ fn build(prepared: &Prepared) -> Result<PathBuf> {
     let cache = &prepared.cache;
     let plan = prepare::plan(cache).context("read the plan from the cache")?;
     let release = match debug::asked_for(&prepared.kernel.name) {
-        Some(release) => release,
+        Some((_, release)) => release,
         None => Some(prepared.kernel.name.as_str()),
     };
     let source = &plan.kernel(release)?.source;

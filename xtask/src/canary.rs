@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use barlease_lab::debug::Watch;
 use barlease_lab::machine::Preset;
 use barlease_lab::prepare::Prepared;
 use barlease_lab::vm::{Failure, Output, Run};
@@ -18,8 +19,10 @@ struct Canary {
     sign: &'static str,
     /// What the report names.
     culprit: &'static str,
-    /// Whether only debug kernels see it.
-    debug_only: bool,
+    /// How many processes it takes.
+    processes: usize,
+    /// Which kernels see it: those that watch this, or all.
+    only: Option<Watch>,
 }
 
 const CANARIES: &[Canary] = &[
@@ -27,19 +30,29 @@ const CANARIES: &[Canary] = &[
         bug: "warning",
         sign: "WARNING:",
         culprit: "barlease_canary",
-        debug_only: false,
+        processes: 1,
+        only: None,
     },
     Canary {
         bug: "use_after_free",
         sign: "BUG: KASAN: slab-use-after-free",
         culprit: "barlease_canary",
-        debug_only: true,
+        processes: 1,
+        only: Some(Watch::Memory),
     },
     Canary {
         bug: "lock_inversion",
         sign: "WARNING: possible circular locking dependency detected",
         culprit: "canary_other",
-        debug_only: true,
+        processes: 1,
+        only: Some(Watch::Memory),
+    },
+    Canary {
+        bug: "data_race",
+        sign: "BUG: KCSAN: data-race",
+        culprit: "[barlease_canary]",
+        processes: 2,
+        only: Some(Watch::Races),
     },
 ];
 
@@ -64,7 +77,10 @@ pub(crate) fn run(prepared: &Prepared) -> (Count, Result<()>) {
     };
     add("without a bug", without(prepared, &module));
     for canary in CANARIES {
-        if prepared.kernel.is_debug() || !canary.debug_only {
+        if canary
+            .only
+            .is_none_or(|watch| prepared.kernel.watches() == Some(watch))
+        {
             add(canary.bug, canary.run(prepared, &module));
         }
     }
@@ -101,7 +117,8 @@ fn without(prepared: &Prepared, module: &Path) -> Result<String> {
 
 impl Canary {
     fn run(&self, prepared: &Prepared, module: &Path) -> Result<String> {
-        let script = format!("echo 1 >/sys/kernel/debug/barlease_canary/{}", self.bug);
+        let bug = format!("echo 1 >/sys/kernel/debug/barlease_canary/{} &", self.bug);
+        let script = [bug.repeat(self.processes), "wait".to_owned()].join("\n");
         let error = match guest(prepared, module, script).run() {
             Ok(outcome) => bail!("nothing was reported, exit code {}", outcome.code),
             Err(error) => error,

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use barlease_lab::debug::Watch;
 use barlease_lab::kmod::DRIVER;
 use barlease_lab::machine::{Machine, Preset};
 use barlease_lab::prepare::{Prepared, Request, prepare};
@@ -184,7 +185,7 @@ fn try_compare(prepared: &Prepared, choice: Choice<'_>, count: &mut Count) -> Re
         module: kmod::build(prepared, true)?,
     };
     // Debian's kernels have no IOMMUFD.
-    let has_all = prepared.kernel.is_debug();
+    let has_all = prepared.kernel.watches() == Some(Watch::Memory);
     let mut both = guests.both(&cases)?;
     for _ in 1..RUNS {
         let mut again = cases.clone();

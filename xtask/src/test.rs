@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use barlease_lab::debug::Watch;
 use barlease_lab::kmod as lab_kmod;
 use barlease_lab::prepare::{self, Request, prepare};
 use barlease_lab::report::seconds;
@@ -15,7 +16,7 @@ use crate::{bench, canary, checkout, kmod, pool, selftests};
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Kernels to test on, by the beginning of their release; `all` of Debian's that can be used; `debug` for the one with
-    /// KASAN and lockdep: `all,debug` is everything [default: the newest of Debian's]
+    /// KASAN and lockdep: `all,debug` is everything; `kcsan` for the one that finds data races [default: the newest of Debian's]
     #[arg(long, value_name = "RELEASE", value_delimiter = ',')]
     kernel: Vec<String>,
     /// Without module and guests
@@ -154,7 +155,7 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
         }
         let name = format!("selftests of the kernel on {kernel}");
         // They need IOMMUFD, which Debian's kernels do not have.
-        if built && options.has("selftests") && prepared.kernel.is_debug() {
+        if built && options.has("selftests") && prepared.kernel.watches() == Some(Watch::Memory) {
             steps.step(&name, || {
                 selftests::compare(&prepared, selftests::Choice::QUICK)
             });
@@ -174,7 +175,8 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
             steps.skip(&name, "the module does not build");
         }
         // Once: the published results are those of one kernel.
-        if built && place == 0 && options.has("instructions") && !prepared.kernel.is_debug() {
+        if built && place == 0 && options.has("instructions") && prepared.kernel.watches().is_none()
+        {
             steps.report(&format!("instructions on {kernel}"), || {
                 bench::regressions(&prepared)
             });

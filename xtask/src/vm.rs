@@ -1,5 +1,6 @@
 //! `cargo xtask vm`
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::str::FromStr;
@@ -7,12 +8,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::cache::Cache;
+use barlease_lab::debug::Watch;
 use barlease_lab::emulator::accel;
 use barlease_lab::kmod::DRIVER;
 use barlease_lab::machine::Preset;
 use barlease_lab::plan::Plan;
 use barlease_lab::prepare::{self, Prepared, Request, prepare};
 use barlease_lab::report::seconds;
+use barlease_lab::splat;
 use barlease_lab::vm::{Outcome, Run};
 use clap::{Args, Subcommand};
 
@@ -137,7 +140,7 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
             println!("kernel   {}", prepared.kernel.name);
             println!("compiler {}", prepared.rustc);
             println!("guests   {}", accel.name());
-            let against = if prepared.kernel.is_debug() {
+            let against = if prepared.kernel.watches().is_some() {
                 "build   "
             } else {
                 "overlay "
@@ -239,6 +242,14 @@ fn with_environment(mut run: Run<'_>) -> Run<'_> {
 fn finish(outcome: &Outcome) -> Result<ExitCode> {
     for path in &outcome.screenshots {
         eprintln!("screenshot: {}", path.display());
+    }
+    let log = fs::read(&outcome.log).unwrap_or_default();
+    let races = splat::races_of_others(&String::from_utf8_lossy(&log));
+    if races != 0 {
+        eprintln!(
+            "data races of the kernel's own code, without us: {races} reports in {}",
+            outcome.log.display()
+        );
     }
     eprintln!(
         "guest: up after {}, done after {}, exit code {}",
@@ -363,8 +374,9 @@ fn list(json: bool) -> Result<ExitCode> {
                 })
             })
             .chain(
-                debug_kernel(&cache, plan.as_ref())
-                    .map(|(name, ready)| serde_json::json!({"release": name, "ready": ready})),
+                debug_kernels(&cache, plan.as_ref())
+                    .into_iter()
+                    .map(|(name, _, ready)| serde_json::json!({"release": name, "ready": ready})),
             )
             .collect();
         let presets: Vec<_> = machines
@@ -390,9 +402,12 @@ fn list(json: bool) -> Result<ExitCode> {
                 };
                 println!("{}{ready}", kernel.verdict());
             }
-            if let Some((name, ready)) = debug_kernel(&cache, Some(plan)) {
+            for (name, watch, ready) in debug_kernels(&cache, Some(plan)) {
                 let ready = if ready { ", ready" } else { "" };
-                println!("  {name} (built here, with KASAN and lockdep): can be used{ready}");
+                println!(
+                    "  {name} (built here, with {}): can be used{ready}",
+                    watch.means()
+                );
             }
         }
     }
@@ -410,12 +425,17 @@ fn list(json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The debug kernel from the newest source, and whether it is ready.
-fn debug_kernel(cache: &Cache, plan: Option<&Plan>) -> Option<(String, bool)> {
-    let plan = plan?;
-    let kernel = plan.kernel(None).ok()?;
-    let ready = prepare::is_debug_ready(cache, plan, kernel);
-    Some((kernel.debug_name(), ready))
+/// The debug kernels from the newest source: name, what it watches, and whether it is ready.
+fn debug_kernels(cache: &Cache, plan: Option<&Plan>) -> Vec<(String, Watch, bool)> {
+    let newest = plan.and_then(|plan| Some((plan, plan.kernel(None).ok()?)));
+    let Some((plan, kernel)) = newest else {
+        return Vec::new();
+    };
+    let describe = |watch| {
+        let ready = prepare::is_debug_ready(cache, plan, kernel, watch);
+        (kernel.debug_name(watch), watch, ready)
+    };
+    Watch::ALL.map(describe).into()
 }
 
 #[cfg(test)]

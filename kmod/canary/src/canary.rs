@@ -9,14 +9,20 @@
 //! | `warning` | a condition that never holds, does | every kernel |
 //! | `use_after_free` | memory is read after it was freed | KASAN |
 //! | `lock_inversion` | two locks are taken in both orders | lockdep |
+//! | `data_race` | two processes that write here count with no lock; the first waits for the second | KCSAN |
 
 #![deny(unsafe_code)]
 
+use core::cell::UnsafeCell;
 use kernel::{
     debugfs::{Dir, File},
     new_mutex,
     prelude::*,
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{Atomic, Relaxed},
+    },
+    time::{Delta, delay::fsleep},
     uaccess::UserSliceReader,
     warn_on,
 };
@@ -38,6 +44,8 @@ struct Module {
     _use_after_free: File<()>,
     #[pin]
     _lock_inversion: File<Locks>,
+    #[pin]
+    _data_race: File<Counter>,
     // Dropped last: removes what is left in it.
     _dir: Dir,
 }
@@ -50,6 +58,7 @@ impl kernel::InPlaceModule for Module {
             _use_after_free <- dir.write_callback_file(c"use_after_free", (), &use_after_free),
             _lock_inversion <-
                 dir.write_callback_file(c"lock_inversion", Locks::new(), &lock_inversion),
+            _data_race <- dir.write_callback_file(c"data_race", Counter::new(), &data_race),
             _dir: dir.clone(),
         })
     }
@@ -97,5 +106,42 @@ fn lock_inversion(locks: &Locks, _: &mut UserSliceReader) -> Result {
     }
     let _other = locks.other.lock();
     let _one = locks.one.lock();
+    Ok(())
+}
+
+/// A number that is not guarded.
+struct Counter {
+    counting: Atomic<i32>,
+    value: UnsafeCell<u64>,
+}
+
+impl Counter {
+    fn new() -> Self {
+        Self {
+            counting: Atomic::new(0),
+            value: UnsafeCell::new(0),
+        }
+    }
+}
+
+#[allow(unsafe_code)] // It is the bug.
+// SAFETY: None. Two threads that count at a time are what must be reported.
+unsafe impl Sync for Counter {}
+
+/// How often it counts: KCSAN looks at one access of some thousands.
+const TIMES: u32 = 2_000_000;
+
+#[allow(unsafe_code)] // It is the bug.
+fn data_race(counter: &Counter, _: &mut UserSliceReader) -> Result {
+    counter.counting.fetch_add(1, Relaxed);
+    while counter.counting.load(Relaxed) < 2 {
+        fsleep(Delta::from_millis(1));
+    }
+    for _ in 0..TIMES {
+        // As if it were another place each time: else the loop would become one addition.
+        let value = core::hint::black_box(counter.value.get());
+        // SAFETY: None. The other thread counts, too.
+        unsafe { *value = (*value).wrapping_add(1) };
+    }
     Ok(())
 }

@@ -54,6 +54,15 @@ bool bl_pci_is_gone(const struct pci_dev *pdev)
 	return READ_ONCE(pdev->error_state) == pci_channel_io_perm_failure;
 }
 
+/*
+ * Set at enumeration, but the bits beside it change at any time, under locks
+ * of their own: what a read of the whole finds there does not matter.
+ */
+bool bl_pci_no_command_memory(const struct pci_dev *pdev)
+{
+	return data_race(pdev->no_command_memory != 0);
+}
+
 void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain)
 {
 	dev_pm_domain_set(dev, domain);

@@ -22,6 +22,7 @@ void bl_init_outer_rwsem(struct rw_semaphore *sem);
 void bl_ratelimit_init(struct ratelimit_state *state);
 const char *bl_pci_name(const struct pci_dev *pdev);
 bool bl_pci_is_gone(const struct pci_dev *pdev);
+bool bl_pci_no_command_memory(const struct pci_dev *pdev);
 void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain);
 void bl_pm_runtime_get_noresume(struct device *dev);
 void bl_pm_runtime_barrier(struct device *dev);

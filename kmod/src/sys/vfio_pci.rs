@@ -247,7 +247,7 @@ impl Function<'_> {
     /// Whether the memory bit of its COMMAND means something.
     fn has_memory_bit(&self) -> bool {
         // SAFETY: `pdev` is valid.
-        unsafe { (*self.pdev).no_command_memory() == 0 }
+        !unsafe { bindings::bl_pci_no_command_memory(self.pdev) }
     }
 
     /// Whether the function itself decodes memory, whatever its user reads. After a reset that
