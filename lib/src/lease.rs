@@ -183,6 +183,11 @@ impl Lease {
         Some(info)
     }
 
+    /// As [`Lease::info`], but for the memory type, which is that of the beginning.
+    pub(crate) fn described(&self) -> Option<&LeaseInfo> {
+        self.info.as_ref()
+    }
+
     /// Remembers it for [`Lease::info`].
     pub(crate) fn note_memory_type(&self, memory_type: MemoryType) {
         self.memory_type
@@ -254,11 +259,7 @@ impl Lease {
             size: self.size,
             writable: self.writable,
             object: self.object(),
-            ranges: self
-                .info
-                .as_ref()
-                .map(|info| info.ranges.clone())
-                .unwrap_or_default(),
+            ranges: self.described().map_or(&[], |info| &info.ranges),
             explain: explain_map,
         })
     }

@@ -48,13 +48,13 @@ impl Lease {
     ///
     /// Errors: [`Error::Io`].
     pub fn send(&self, socket: &UnixStream) -> Result<()> {
-        let body = match self.info() {
-            None => Vec::new(),
-            Some(info) => serde_json::to_vec(&info)
-                .map_err(|error| Error::from_io("send", Object::Socket, error.into()))?,
-        };
-        let mut message = header(body.len())?.to_vec();
-        message.extend(body);
+        let mut message = vec![0; HEADER];
+        if let Some(info) = self.info() {
+            serde_json::to_writer(&mut message, &info)
+                .map_err(|error| Error::from_io("send", Object::Socket, error.into()))?;
+        }
+        let header = header(message.len() - HEADER)?;
+        message.splice(..HEADER, header);
         // All at once: the receiver is woken once.
         send_with_fd(socket, &message, self)
     }
@@ -92,7 +92,7 @@ impl Lease {
 /// The description must fit the descriptor.
 fn checked(lease: Lease) -> Result<Lease> {
     let size = lease.size();
-    let fits = lease.info().is_none_or(|info| {
+    let fits = lease.described().is_none_or(|info| {
         info.size == size
             && info.writable == lease.is_writable()
             && (info.ranges.is_empty() || LeaseInfo::sum(&info.ranges) == Some(size))

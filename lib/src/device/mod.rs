@@ -15,7 +15,6 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio;
 
-use crate::BarRange;
 use crate::Bdf;
 use crate::Error;
 use crate::GuardedMapping;
@@ -220,10 +219,7 @@ impl Device {
             size: region.size,
             writable: region.writable,
             object: self.region_object(region.index),
-            ranges: vec![BarRange {
-                offset: 0,
-                length: region.size,
-            }],
+            ranges: &[],
             explain: Error::from_errno,
         }
     }

@@ -52,8 +52,8 @@ pub(crate) struct Source<'a> {
     /// For errors.
     pub(crate) object: Object,
     /// The ranges of the BAR that make it up, where known: the kernel needs addresses congruent
-    /// with these, not with offsets in the lease.
-    pub(crate) ranges: Vec<crate::BarRange>,
+    /// with these, not with offsets in the lease. None is one that starts where the BAR does.
+    pub(crate) ranges: &'a [crate::BarRange],
     /// Sorts the errnos that mean something of their own here.
     pub(crate) explain: fn(&'static str, Object, Errno) -> Error,
 }
@@ -156,7 +156,7 @@ impl MapOptions {
                 .map_err(|_| invalid("the range is larger than the address space".to_owned()))?,
             writable: source.writable && !self.read_only,
             residue: (!self.any_address)
-                .then(|| residue(&source.ranges, start, end))
+                .then(|| residue(source.ranges, start, end))
                 .flatten(),
         })
     }
