@@ -1,9 +1,8 @@
 //! What has changed since the results that the documentation has.
 
 use std::fmt::Write;
-use std::fs;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use barlease_bench::report::{Point, Report};
 
 use super::page;
@@ -30,9 +29,7 @@ impl Change {
 /// Says how the ratios of `now` differ from those in `docs/benchmarks`.
 pub(super) fn print(now: &Report) -> Result<()> {
     let name = format!("docs/benchmarks/{}.json", page::name(now.system.clock));
-    let path = checkout::top().join(&name);
-    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let then: Report = serde_json::from_str(&text).with_context(|| format!("read {name}"))?;
+    let then = super::read(&checkout::top().join(&name))?;
     println!("{}", text_of(&name, &changes(&then, now)));
     Ok(())
 }
