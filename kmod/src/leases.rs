@@ -150,8 +150,8 @@ impl Leases {
         // Before a reset the core wakes the device outside of any event, and then restores it. An event that ends between
         // the two finds a device that is awake and decodes nothing.
         let half_awake = levels.undecoded && !levels.memory_off;
-        let asleep = levels.sleeping || levels.low_power || half_awake;
-        self.asleep.set(asleep);
+        self.asleep
+            .set(levels.sleeping || levels.low_power || half_awake);
     }
 
     /// Whether the device slept, or was half awake, when it was asked last.

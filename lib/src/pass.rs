@@ -48,7 +48,9 @@ impl Lease {
     ///
     /// Errors: [`Error::Io`].
     pub fn send(&self, socket: &UnixStream) -> Result<()> {
-        let mut message = vec![0; HEADER];
+        // Room for a description of a few ranges.
+        let mut message = Vec::with_capacity(HEADER + 256);
+        message.resize(HEADER, 0);
         if let Some(info) = self.info() {
             serde_json::to_writer(&mut message, &info)
                 .map_err(|error| Error::from_io("send", Object::Socket, error.into()))?;

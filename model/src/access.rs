@@ -108,7 +108,7 @@ pub struct Levels {
     /// virtual function).
     pub memory_off: bool,
     /// The device itself decodes no memory, whatever the user reads: it was reset and nobody has
-    /// restored it.
+    /// restored it. Where `memory_off` holds, it need not be known.
     pub undecoded: bool,
     /// The power state is D1 or deeper.
     pub sleeping: bool,

@@ -423,10 +423,12 @@ impl<'a, D: Driver> Device<'a, D> {
         let command = unsafe { vconfig.add(bindings::PCI_COMMAND as usize).read_volatile() };
         // SAFETY: The device is valid; the flag changes under the memory lock.
         let low_power = unsafe { (&raw const (*self.core()).pm_runtime_engaged).read_volatile() };
+        let memory_off =
+            function.has_memory_bit() && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0;
         Levels {
-            memory_off: function.has_memory_bit()
-                && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0,
-            undecoded: !function.decodes_memory(),
+            memory_off,
+            // Not asked where it makes no difference: it is a read from the bus.
+            undecoded: !memory_off && !function.decodes_memory(),
             sleeping: function.is_sleeping(),
             low_power,
         }
