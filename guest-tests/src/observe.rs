@@ -4,10 +4,18 @@ use std::{
     cell::RefCell,
     fs::{self, File},
     io::Read,
-    mem, thread,
+    mem,
+    path::Path,
+    thread,
 };
 
 use crate::{pci::Function, wait};
+
+/// Whether the kernel has lockdep, as the debug kernel does.
+#[must_use]
+pub fn locks_are_watched() -> bool {
+    Path::new("/proc/lockdep").exists()
+}
 
 /// Writes the name of the test that runs into the kernel's log, once a test.
 pub fn mark_test() {

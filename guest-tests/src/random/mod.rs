@@ -103,8 +103,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// Those of the environment: `BARLEASE_TEST_SEED`, or a fresh one; `BARLEASE_TEST_SECONDS`, or 120 where `CI` is `true`,
-    /// or 20; `BARLEASE_TEST_STEPS`.
+    /// Those of the environment: `BARLEASE_TEST_SEED`, or a fresh one; `BARLEASE_TEST_SECONDS`, or 120 where `CI` is `true`
+    /// and the kernel watches locks, or 30 where `CI` is `true`, or 20; `BARLEASE_TEST_STEPS`.
     ///
     /// # Panics
     ///
@@ -119,7 +119,12 @@ impl Options {
             )
         };
         let ci = std::env::var("CI").is_ok_and(|value| value == "true");
-        let seconds = number("BARLEASE_TEST_SECONDS").unwrap_or(if ci { 120 } else { 20 });
+        let default = match (ci, observe::locks_are_watched()) {
+            (true, true) => 120,
+            (true, false) => 30,
+            (false, _) => 20,
+        };
+        let seconds = number("BARLEASE_TEST_SECONDS").unwrap_or(default);
         Self {
             // Short enough to be typed.
             seed: number("BARLEASE_TEST_SEED").unwrap_or_else(|| observe::random() % 1_000_000_000),
