@@ -73,6 +73,18 @@ void bl_pm_runtime_get_noresume(struct device *dev)
 	pm_runtime_get_noresume(dev);
 }
 
+/* With the lock: rpm_suspend() looks at the usage count and changes the status under it. */
+bool bl_pm_runtime_is_active(struct device *dev)
+{
+	unsigned long flags;
+	bool active;
+
+	spin_lock_irqsave(&dev->power.lock, flags);
+	active = dev->power.runtime_status == RPM_ACTIVE;
+	spin_unlock_irqrestore(&dev->power.lock, flags);
+	return active;
+}
+
 void bl_pm_runtime_barrier(struct device *dev)
 {
 	pm_runtime_barrier(dev);

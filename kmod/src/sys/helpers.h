@@ -25,6 +25,7 @@ bool bl_pci_is_gone(const struct pci_dev *pdev);
 bool bl_pci_no_command_memory(const struct pci_dev *pdev);
 void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain);
 void bl_pm_runtime_get_noresume(struct device *dev);
+bool bl_pm_runtime_is_active(struct device *dev);
 void bl_pm_runtime_barrier(struct device *dev);
 void bl_pm_runtime_put(struct device *dev);
 bool bl_iomapped(const void __iomem *address);

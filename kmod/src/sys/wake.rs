@@ -86,9 +86,14 @@ impl Awake {
     pub(super) unsafe fn hold(&self, dev: *mut bindings::device) {
         // SAFETY: `dev` is valid by the caller.
         unsafe { bindings::bl_pm_runtime_get_noresume(dev) };
-        // SAFETY: As above. What is waited for needs no lock of the caller; what is held awake is
-        // not about to change.
-        unsafe { bindings::bl_pm_runtime_barrier(dev) };
+        // Who is awake now stays so: what wants it to sleep looks at the hold before it begins. What
+        // has begun before is waited for, and only that: a wait for work that waits for a lock of the
+        // caller could be one for ever.
+        // SAFETY: As above.
+        if !unsafe { bindings::bl_pm_runtime_is_active(dev) } {
+            // SAFETY: As above. It was not held awake, so the caller has no lock that matters.
+            unsafe { bindings::bl_pm_runtime_barrier(dev) };
+        }
         self.0.fetch_add(1, Relaxed);
     }
 
