@@ -127,7 +127,7 @@ impl Driver for Barlease {
 
     #[inline]
     fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
-        let answer = if region_of(*position) < u64::from(NUM_REGIONS) {
+        let answer = if regions::region_of(*position) < u64::from(NUM_REGIONS) {
             device.core_read(buffer, position)
         } else {
             regions::access(*device, buffer, position, Device::core_read)
@@ -139,7 +139,7 @@ impl Driver for Barlease {
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
         // BARs, and the ROM, come before config space.
-        let answer = if region_of(*position) < CONFIG_REGION {
+        let answer = if regions::region_of(*position) < CONFIG_REGION {
             device.core_write(buffer, position)
         } else {
             write_further(*device, buffer, position)
@@ -274,15 +274,10 @@ fn ask(device: Device<'_, Barlease>) {
     leases.update(|access| access.set_levels(device.levels(&lock)));
 }
 
-/// The region index at a position in the device fd.
-fn region_of(position: i64) -> u64 {
-    position as u64 >> OFFSET_SHIFT
-}
-
 /// Writes to config space, with each part that may take memory away in brackets, and what is behind it.
 #[inline(never)]
 fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
-    let region = region_of(*position);
+    let region = regions::region_of(*position);
     if region >= u64::from(NUM_REGIONS) {
         return regions::access(device, buffer, position, Device::core_write);
     }

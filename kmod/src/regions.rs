@@ -30,6 +30,11 @@ use kernel::prelude::*;
 /// Bits of a page offset of the device fd that are the offset in a region.
 const PAGE_OFFSET_BITS: u32 = OFFSET_SHIFT - PAGE_SHIFT;
 
+/// The region index at a position in the device fd.
+pub(crate) fn region_of(position: i64) -> u64 {
+    position as u64 >> OFFSET_SHIFT
+}
+
 /// The mapping flags that an alias of a BAR may have here.
 fn supported_flags() -> u32 {
     if vma::write_combining_is_real() {
@@ -140,7 +145,7 @@ pub(crate) fn access<'a>(
     position: &mut i64,
     access: impl FnOnce(&Device<'a, Barlease>, UserBuffer, &mut i64) -> Answer,
 ) -> Answer {
-    let region = *position as u64 >> OFFSET_SHIFT;
+    let region = region_of(*position);
     let Some(alias) = alias_at(&device, region) else {
         return access(&device, buffer, position);
     };

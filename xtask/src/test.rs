@@ -234,12 +234,7 @@ impl Steps {
                 Verdict::Skipped("no report".to_owned())
             }
         };
-        self.done.push(Done {
-            name: name.to_owned(),
-            taken: started.elapsed(),
-            count: Count::default(),
-            verdict,
-        });
+        self.note(name, started.elapsed(), Count::default(), verdict);
     }
 
     fn step(&mut self, name: &str, work: impl FnOnce() -> (Count, Result<()>)) -> bool {
@@ -261,22 +256,21 @@ impl Steps {
             }
         };
         let passed = verdict == Verdict::Passed;
-        self.done.push(Done {
-            name: name.to_owned(),
-            taken: started.elapsed(),
-            count,
-            verdict,
-        });
+        self.note(name, started.elapsed(), count, verdict);
         passed
     }
 
     fn skip(&mut self, name: &str, reason: &str) {
         println!("\n=== {name}\nskipped: {reason}");
         let verdict = Verdict::Skipped(reason.to_owned());
+        self.note(name, Duration::ZERO, Count::default(), verdict);
+    }
+
+    fn note(&mut self, name: &str, taken: Duration, count: Count, verdict: Verdict) {
         self.done.push(Done {
             name: name.to_owned(),
-            taken: Duration::ZERO,
-            count: Count::default(),
+            taken,
+            count,
             verdict,
         });
     }
