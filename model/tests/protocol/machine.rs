@@ -24,6 +24,9 @@ pub(crate) enum Lock {
     Device,
     /// The vfio core's `memory_lock`.
     Memory,
+    /// Not a lock of the kernel's, but as one: a run-time sleep or wake-up of the device is under way
+    /// (`RPM_SUSPENDING`, `RPM_RESUMING`), and whoever wants to wake it waits for that.
+    Transition,
     /// `Buffer::live`.
     Live(usize),
     /// The reservation lock of a buffer's dma-buf.
@@ -35,7 +38,7 @@ pub(crate) enum Lock {
 }
 
 impl Lock {
-    const COUNT: usize = 4 + 3 * BUFFERS;
+    const COUNT: usize = 5 + 3 * BUFFERS;
 
     fn index(self) -> usize {
         match self {
@@ -43,9 +46,10 @@ impl Lock {
             Self::Device => 1,
             Self::Memory => 2,
             Self::Access => 3,
-            Self::Live(buffer) => 4 + buffer,
-            Self::Resv(buffer) => 4 + BUFFERS + buffer,
-            Self::Revoked(buffer) => 4 + 2 * BUFFERS + buffer,
+            Self::Transition => 4,
+            Self::Live(buffer) => 5 + buffer,
+            Self::Resv(buffer) => 5 + BUFFERS + buffer,
+            Self::Revoked(buffer) => 5 + 2 * BUFFERS + buffer,
         }
     }
 }
@@ -121,6 +125,10 @@ pub(crate) enum Act {
     LookUp,
     /// Writes down whether the device sleeps, as `Access` says.
     StoreAsleep,
+    /// The same, but what was seen half awake does not count (a planted bug).
+    StoreAsleepOnly,
+    /// Notes whether the core has the device in low power, to set it later.
+    NoteLowPower,
     /// Notes what `Access` says the device said, with its lock held, to write it down later (a planted bug).
     NoteLevels,
     /// Writes that down.
@@ -150,9 +158,20 @@ pub(crate) enum Change {
     SetAndEnd(Event),
     /// Samples the device.
     Sample,
-    /// What `reset_done` does.
+    /// What `reset_done` does: notes what a reset changes, and ends it.
     ResetDone,
-    EndAll(Event),
+    /// The same, with no look whether the device decodes (a planted bug).
+    ResetDoneHalf,
+    /// What `error_resume` does.
+    ErrorResume,
+    /// The same, with no look whether the device decodes (a planted bug).
+    ErrorResumeHalf,
+    /// What `woken` does: notes what a wake-up changes, and whether low power was noted to go on.
+    Woken,
+    /// Takes the device for awake, whatever it says (a planted bug).
+    WokenForGood,
+    /// Says that memory is off (a planted bug).
+    MemoryOff,
     /// Ends every event at once (a planted bug).
     EndEverything,
     Open,
@@ -164,11 +183,32 @@ pub(crate) enum Change {
 pub(crate) enum Change2 {
     Memory(bool),
     InReset(bool),
-    LowPower(bool),
-    /// D3hot, or D0.
-    Sleeping(bool),
-    /// Something that wakes it came.
-    Wake,
+    /// The core's low power begins: until a wake-up, or until its user ends it.
+    LowPower {
+        until_wake_up: bool,
+    },
+    /// It ends.
+    LeaveLowPower,
+    /// It ends if it was until a wake-up.
+    WakeUp,
+    /// D3hot.
+    FallAsleep,
+    /// D0. What has slept decodes nothing yet.
+    HalfAwake,
+    /// It has back what it lost by its sleep.
+    Restored,
+    /// D0, of a function that loses nothing by its sleep.
+    Awake,
+    /// Run-time power management has put it to sleep, or has woken it.
+    Suspended(bool),
+    /// Config space is saved, for whoever restores it next.
+    Saved,
+    /// Somebody keeps it awake, or does so no more.
+    Held(bool),
+    /// It was pulled out.
+    Gone,
+    /// What was pulled out was taken away from everybody.
+    Removed,
 }
 
 /// Something that is so or not.
@@ -199,6 +239,16 @@ pub(crate) enum Cond {
     NotedAttached,
     /// No thread uses the fd of the device.
     FdIdle,
+    /// Nor will any open it.
+    OwnersGone,
+    /// Run-time power management may put the device to sleep.
+    MaySuspend,
+    /// It has done so.
+    IsSuspended,
+    /// It has done so or is about to, or is about to wake it: not `RPM_ACTIVE`.
+    IsInactive,
+    /// `is_gone()`.
+    IsGone,
     /// Nobody has a reference to a buffer's dma-buf.
     Unused(usize),
 }
@@ -263,12 +313,76 @@ struct Thread {
 /// The device as it really is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Device {
-    pub(crate) memory: bool,
-    pub(crate) in_reset: bool,
-    pub(crate) low_power: bool,
-    pub(crate) sleeping: bool,
+    memory: bool,
+    in_reset: bool,
+    /// The core's `pm_runtime_engaged`.
+    low_power: bool,
+    until_wake_up: bool,
+    sleeping: bool,
+    /// It is awake, and was not given back yet what it lost by its sleep.
+    half_awake: bool,
+    /// `RPM_SUSPENDED`.
+    suspended: bool,
+    /// Who keeps it awake, but for the core as long as it is not in low power.
+    holds: u8,
+    /// What is saved of config space is what a reset has left of it.
+    saved_nothing: bool,
+    /// And that was restored.
+    lost: bool,
+    /// It was pulled out.
+    gone: bool,
+    /// And taken away: its addresses may be given to something else.
+    removed: bool,
     /// The function is enabled: open, as the core sees it.
-    pub(crate) enabled: bool,
+    enabled: bool,
+}
+
+impl Device {
+    /// Whether the device says that it decodes memory. One that was pulled out says nothing, but not each is asked: a
+    /// virtual function has no memory bit (`Function::decodes_memory`).
+    fn decodes(&self) -> bool {
+        self.memory && !self.in_reset && !self.half_awake && !self.lost
+    }
+
+    fn change(&mut self, change: Change2) {
+        match change {
+            Change2::Memory(on) => self.memory = on,
+            Change2::InReset(true) => self.in_reset = true,
+            Change2::InReset(false) => {
+                self.in_reset = false;
+                self.lost |= self.saved_nothing;
+            }
+            Change2::LowPower { until_wake_up } => {
+                self.low_power = true;
+                self.until_wake_up = until_wake_up;
+            }
+            Change2::LeaveLowPower => self.low_power = false,
+            Change2::WakeUp => self.low_power &= !self.until_wake_up,
+            Change2::FallAsleep => self.sleeping = true,
+            Change2::HalfAwake => {
+                self.half_awake = self.sleeping;
+                self.sleeping = false;
+            }
+            Change2::Restored => self.half_awake = false,
+            Change2::Awake => self.sleeping = false,
+            Change2::Suspended(yes) => self.suspended = yes,
+            Change2::Saved => self.saved_nothing = self.in_reset,
+            Change2::Held(yes) => count(&mut self.holds, yes),
+            Change2::Gone => self.gone = true,
+            Change2::Removed => self.removed = self.gone,
+        }
+    }
+}
+
+/// What a thread does with the fd of the device, which is closed when nobody uses it any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Uses {
+    /// Nothing.
+    Nothing,
+    /// It uses it.
+    Fd,
+    /// It closes it, and may open it again.
+    Open,
 }
 
 /// Everything.
@@ -294,8 +408,8 @@ pub(crate) struct Program {
     pub(crate) name: String,
     /// What it does, one step after the other.
     pub(crate) steps: Vec<(Instr, &'static str)>,
-    /// Whether it uses the fd of the device, which is closed when no such thread runs.
-    pub(crate) uses_fd: bool,
+    /// What it does with the fd of the device.
+    pub(crate) uses: Uses,
 }
 
 /// Programs that run at once, from a device that is open and usable, with buffers that are or are to be exported.
@@ -322,7 +436,15 @@ impl World {
                 memory: true,
                 in_reset: false,
                 low_power: false,
+                until_wake_up: false,
                 sleeping: false,
+                half_awake: false,
+                suspended: false,
+                holds: 0,
+                saved_nothing: false,
+                lost: false,
+                gone: false,
+                removed: false,
                 enabled: true,
             },
             threads: Vec::new(),
@@ -339,14 +461,22 @@ impl World {
         this.in_table = true;
     }
 
-    /// What the device says.
+    /// What the device says (`Device::levels`).
     fn levels(&self) -> Levels {
         Levels {
             memory_off: !self.device.memory,
-            // The kernel turns decoding off meanwhile.
-            undecoded: self.device.in_reset,
+            undecoded: self.device.memory && !self.device.decodes(),
             sleeping: self.device.sleeping,
             low_power: self.device.low_power,
+        }
+    }
+
+    /// What resets and wake-ups change of it (`driver::note_state_of`).
+    fn noted(&self) -> Levels {
+        Levels {
+            undecoded: !self.device.decodes(),
+            sleeping: self.device.sleeping,
+            ..self.access.levels()
         }
     }
 
@@ -361,7 +491,8 @@ impl World {
     /// Whether the memory may be reached, as the hardware is.
     fn usable(&self) -> bool {
         let device = &self.device;
-        device.enabled && device.memory && !device.in_reset && !device.low_power && !device.sleeping
+        let there = device.enabled && !device.removed;
+        there && device.decodes() && !device.low_power && !device.sleeping
     }
 
     /// Whether a process or a device reaches a buffer.
@@ -388,14 +519,25 @@ impl World {
             Cond::InBatch(buffer) => self.threads[thread].batch[buffer],
             Cond::IsMapped(importer) => self.importers[importer].mapped,
             Cond::NotedAttached => self.threads[thread].attached,
-            Cond::FdIdle => {
-                let mut threads = self.threads.iter().zip(programs);
-                threads.all(|(thread, program)| {
-                    !program.uses_fd || usize::from(thread.at) == program.steps.len()
-                })
+            Cond::FdIdle => self.are_over(programs, |uses| uses == Uses::Fd),
+            Cond::OwnersGone => self.are_over(programs, |uses| uses != Uses::Nothing),
+            Cond::MaySuspend => self.device.low_power && self.device.holds == 0,
+            Cond::IsSuspended => self.device.suspended,
+            Cond::IsInactive => {
+                let transition = &self.locks[Lock::Transition.index()];
+                self.device.suspended || transition.writer.is_some()
             }
+            Cond::IsGone => self.device.gone,
             Cond::Unused(buffer) => buffers[buffer].users == 0,
         }
+    }
+
+    /// Whether every thread is that uses the fd in such a way.
+    fn are_over(&self, programs: &[Program], which: impl Fn(Uses) -> bool) -> bool {
+        let mut threads = self.threads.iter().zip(programs);
+        threads.all(|(thread, program)| {
+            !which(program.uses) || usize::from(thread.at) == program.steps.len()
+        })
     }
 
     fn fence_pending(&self, buffer: usize) -> bool {
@@ -443,15 +585,14 @@ impl World {
                 }
             }
             Act::StoreAsleep => self.asleep = sleeps(self.access.levels()),
+            Act::StoreAsleepOnly => {
+                let levels = self.access.levels();
+                self.asleep = levels.sleeping || levels.low_power;
+            }
             Act::NoteLevels => self.threads[thread].levels = self.access.levels(),
+            Act::NoteLowPower => self.threads[thread].levels.low_power = self.device.low_power,
             Act::StoreNoted => self.asleep = sleeps(self.threads[thread].levels),
-            Act::Device(change) => match change {
-                Change2::Memory(on) => self.device.memory = on,
-                Change2::InReset(yes) => self.device.in_reset = yes,
-                Change2::LowPower(yes) => self.device.low_power = yes,
-                Change2::Sleeping(yes) => self.device.sleeping = yes,
-                Change2::Wake => self.device.low_power = false,
-            },
+            Act::Device(change) => self.device.change(change),
             Act::Gone(buffer) => self.buffers[buffer].gone = true,
             Act::Disabled(yes) => {
                 self.device.enabled = !yes;
@@ -459,6 +600,7 @@ impl World {
                     self.device.memory = true;
                     self.device.low_power = false;
                     self.device.sleeping = false;
+                    self.device.half_awake = false;
                 }
             }
             Act::Done(buffer) => count(&mut self.buffers[buffer].users, false),
@@ -468,6 +610,7 @@ impl World {
 
     fn change(&mut self, thread: usize, change: Change) {
         let now = self.levels();
+        let noted = self.noted();
         let sampled = self.threads[thread].levels;
         let access = &mut self.access;
         match change {
@@ -487,14 +630,39 @@ impl World {
             }
             Change::Sample => access.set_levels(now),
             Change::ResetDone => {
+                access.set_levels(noted);
+                access.end(Event::Reset);
+            }
+            Change::ResetDoneHalf => {
                 access.set_levels(Levels {
-                    undecoded: now.undecoded,
-                    sleeping: now.sleeping,
-                    ..access.levels()
+                    undecoded: false,
+                    ..noted
                 });
                 access.end(Event::Reset);
             }
-            Change::EndAll(event) => access.end_all(event),
+            Change::ErrorResume => {
+                access.set_levels(noted);
+                access.end_all(Event::Error);
+            }
+            Change::ErrorResumeHalf => {
+                access.set_levels(Levels {
+                    undecoded: false,
+                    ..noted
+                });
+                access.end_all(Event::Error);
+            }
+            Change::Woken => access.set_levels(Levels {
+                low_power: sampled.low_power,
+                ..noted
+            }),
+            Change::WokenForGood => access.set_levels(Levels {
+                memory_off: now.memory_off,
+                ..Levels::default()
+            }),
+            Change::MemoryOff => access.set_levels(Levels {
+                memory_off: true,
+                ..access.levels()
+            }),
             Change::EndEverything => {
                 access.set_levels(now);
                 Event::ALL.iter().for_each(|&event| access.end_all(event));
@@ -673,7 +841,8 @@ impl Model for Protocol {
                     || (0..BUFFERS).all(|buffer| {
                         let this = &world.buffers[buffer];
                         let current = this.epoch.is_some() && this.epoch == world.access.epoch();
-                        let may = world.usable() && current && !this.revoked;
+                        // What was restored wrongly is stuck, though the state says so.
+                        let may = (world.usable() || world.device.lost) && current && !this.revoked;
                         may == (world.state(buffer) == State::Ok)
                     })
             }),

@@ -16,72 +16,45 @@ mod module;
 use std::num::NonZeroUsize;
 
 use machine::{INACCESSIBLE, NO_DEADLOCK, NOT_DANGLING, NOT_STUCK, Program, Protocol, World};
-use module::{Bug, Kind};
+use module::{Bug, Kind, Next, Setting};
 use stateright::{Checker, Model, Path};
 
-/// A thread of a combination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Who {
-    Toucher,
-    OtherToucher,
-    Exporter,
-    QuickImporter,
-    SlowImporter,
-    FencedImporter,
-    Revoker,
-    SysfsReset,
-    VfioReset,
-    MemoryOff,
-    MemoryOn,
-    D3hot,
-    D0,
-    LowPower,
-    LowPowerUntilWakeUp,
-    Access,
-    Sleep,
-    Error,
-    Close,
-    CloseAndOpen,
-    Release,
-    Reader,
+macro_rules! threads {
+    ($($name:ident)+) => {
+        /// A thread of a combination.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        enum Who {
+            $($name,)+
+        }
+
+        use Who::{$($name,)+};
+
+        const ALL: &[Who] = &[$($name,)+];
+    };
 }
 
-use Who::{
-    Access, Close, CloseAndOpen, D0, D3hot, Error, Exporter, FencedImporter, LowPower,
-    LowPowerUntilWakeUp, MemoryOff, MemoryOn, OtherToucher, QuickImporter, Reader, Release,
-    Revoker, Sleep, SlowImporter, SysfsReset, Toucher, VfioReset,
-};
+threads! {
+    Toucher OtherToucher Exporter
+    QuickImporter SlowImporter FencedImporter
+    Revoker
+    SysfsReset BusReset VfioReset
+    MemoryOff MemoryOn D3hot D0
+    LowPower LowPowerForGood LowPowerUntilWakeUp Access HostWakeUp
+    Sleep Error
+    Close CloseAndOpen NextOwner PulledOut Unbound
+    Release Reader
+}
 
-const ALL: [Who; 22] = [
-    Toucher,
-    OtherToucher,
-    Exporter,
-    QuickImporter,
-    SlowImporter,
-    FencedImporter,
-    Revoker,
-    SysfsReset,
-    VfioReset,
-    MemoryOff,
-    MemoryOn,
-    D3hot,
-    D0,
-    LowPower,
-    LowPowerUntilWakeUp,
-    Access,
-    Sleep,
-    Error,
-    Close,
-    CloseAndOpen,
-    Release,
-    Reader,
-];
+/// Those after which run-time power management may put the device to sleep.
+const LOW_POWER: [Who; 3] = [LowPower, LowPowerForGood, LowPowerUntilWakeUp];
 
 /// These threads at once. Buffer 0 is exported at first; buffer 1 is the exporter's.
 fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
     let mut start = World::new();
     start.export(0);
     let mut importers = 0;
+    let sleeps = who.iter().any(|this| LOW_POWER.contains(this));
+    let setting = Setting { bug, sleeps };
     let mut programs = Vec::new();
     for &this in who {
         let import = |start: &mut World, kind: Kind, number: &mut usize| {
@@ -89,39 +62,48 @@ fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
             importer.quick = kind != Kind::Slow;
             *number += 1;
             start.buffers[0].users += 1;
-            module::importer(bug, *number - 1, 0, kind)
+            module::importer(setting, *number - 1, 0, kind)
         };
         let program: Program = match this {
             Toucher | OtherToucher => {
                 start.buffers[0].users += 1;
-                module::toucher(bug, 0, usize::from(this == OtherToucher))
+                module::toucher(setting, 0, usize::from(this == OtherToucher))
             }
             Exporter => {
                 start.buffers[1].users += 1;
-                module::exporter(bug, 1, 0)
+                module::exporter(setting, 1, 0)
             }
             QuickImporter => import(&mut start, Kind::Quick, &mut importers),
             SlowImporter => import(&mut start, Kind::Slow, &mut importers),
             FencedImporter => import(&mut start, Kind::Fenced, &mut importers),
             Revoker => {
                 start.buffers[0].users += 1;
-                module::revoker(bug, 0)
+                module::revoker(setting, 0)
             }
-            SysfsReset => module::sysfs_reset(bug),
-            VfioReset => module::vfio_reset(bug),
-            MemoryOff => module::command(bug, false),
-            MemoryOn => module::command(bug, true),
-            D3hot => module::power(bug, true),
-            D0 => module::power(bug, false),
-            LowPower => module::low_power(bug, true),
-            LowPowerUntilWakeUp => module::low_power(bug, false),
-            Access => module::access(bug),
-            Sleep => module::sleep(bug),
-            Error => module::error(bug),
-            Close => module::close(bug, false),
-            CloseAndOpen => module::close(bug, true),
-            Release => module::releaser(bug, 0),
-            Reader => module::reader(bug),
+            SysfsReset => module::sysfs_reset(setting),
+            BusReset => module::bus_reset(setting),
+            VfioReset => module::vfio_reset(setting),
+            MemoryOff => module::command(setting, false),
+            MemoryOn => module::command(setting, true),
+            D3hot => module::power(setting, true),
+            D0 => module::power(setting, false),
+            LowPower => module::low_power(setting, false, true),
+            LowPowerForGood => module::low_power(setting, false, false),
+            LowPowerUntilWakeUp => module::low_power(setting, true, false),
+            Access => module::access(setting),
+            HostWakeUp => module::host_wake_up(setting),
+            Sleep => module::sleep(setting),
+            Error => module::error(setting),
+            Close => module::close(setting, Next::Nothing),
+            CloseAndOpen => module::close(setting, Next::Open),
+            NextOwner => {
+                start.buffers[1].users += 1;
+                module::close(setting, Next::OpenAndExport { buffer: 1, vma: 0 })
+            }
+            PulledOut => module::removal(setting, true),
+            Unbound => module::removal(setting, false),
+            Release => module::releaser(setting, 0),
+            Reader => module::reader(setting),
         };
         programs.push(program);
     }
@@ -132,14 +114,19 @@ fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
 fn fits(who: &[Who]) -> bool {
     let number = |of: &[Who]| who.iter().filter(|this| of.contains(this)).count();
     number(&[QuickImporter, SlowImporter, FencedImporter]) <= machine::IMPORTERS
-        && [Toucher, OtherToucher, Exporter, Release, Error]
+        && [Toucher, OtherToucher, Release, Error]
             .iter()
             .all(|&one| number(&[one]) <= 1)
-        && number(&[Close, CloseAndOpen]) <= 1
+        // It has the same buffer.
+        && number(&[Exporter, NextOwner]) <= 1
+        && number(&[Close, CloseAndOpen, NextOwner]) <= 1
+        && number(&[PulledOut, Unbound]) <= 1
         // It is the other's copy.
         && (number(&[OtherToucher]) == 0 || number(&[Toucher]) == 1)
-        // A device that is asleep until wake-up is asleep at the end, or is woken by somebody who notices.
-        && number(&[LowPower, LowPowerUntilWakeUp]) <= 1
+        // The core refuses the second.
+        && number(&LOW_POWER) <= 1
+        // Else there is nothing to wake.
+        && (number(&[Access, HostWakeUp]) == 0 || number(&LOW_POWER) == 1)
 }
 
 /// All multisets of `size` of these that make sense.
@@ -200,7 +187,7 @@ fn size() -> usize {
 
 #[test]
 fn nothing_is_reached_that_must_not_be_and_nothing_is_stuck() {
-    let combinations = combinations(&ALL, size());
+    let combinations = combinations(ALL, size());
     let number = combinations.len();
     let mut states = 0;
     for who in combinations {
@@ -220,6 +207,8 @@ fn larger_ones_hold_too() {
         &[Toucher, FencedImporter, SysfsReset, Close],
         &[Toucher, OtherToucher, MemoryOff, MemoryOn],
         &[Reader, Toucher, MemoryOff, SysfsReset],
+        &[Toucher, LowPower, HostWakeUp, BusReset],
+        &[Toucher, NextOwner, PulledOut, MemoryOn],
     ] {
         let states = check(who);
         println!("{who:?}: {states} states");
@@ -284,9 +273,9 @@ planted! {
     a_sample_that_is_set_too_late_is_found:
         SampleBeforeTheLock, [MemoryOff, MemoryOn], NOT_STUCK;
     a_wake_up_that_nobody_notices_is_found:
-        NoNotice, [LowPowerUntilWakeUp, Access], NOT_STUCK;
+        NoNotice, [LowPower], NOT_STUCK;
     a_word_on_sleep_that_is_written_too_late_is_found:
-        AsleepStoredLate, [SysfsReset, LowPowerUntilWakeUp, Access], NOT_STUCK;
+        AsleepStoredLate, [SysfsReset, LowPower], NOT_STUCK;
     a_drain_that_locks_access_is_found:
         DrainLocksAccess, [QuickImporter, MemoryOff], NO_DEADLOCK;
     a_fault_that_takes_the_memory_lock_is_found:
@@ -299,4 +288,22 @@ planted! {
         ReleaseDoesNotLock, [Toucher, QuickImporter, MemoryOff, Release], NOT_DANGLING;
     a_reset_that_does_not_wait_for_the_drain_is_found:
         ResetBeforeDrain, [Toucher, SysfsReset], INACCESSIBLE;
+    a_wake_up_that_nobody_hears_is_found:
+        WakeUpUnheard, [LowPowerUntilWakeUp, HostWakeUp], NOT_STUCK;
+    a_wake_up_that_gives_back_without_asking_is_found:
+        WakeUpDoesNotAsk, [Toucher, LowPowerForGood, HostWakeUp], INACCESSIBLE;
+    a_device_that_is_half_awake_and_taken_for_awake_is_found:
+        HalfAwakeIsAwake, [Toucher, D3hot, VfioReset, Error], INACCESSIBLE;
+    a_device_that_was_half_awake_and_is_not_asked_again_is_found:
+        HalfAwakeIsForgotten, [D3hot, VfioReset, Error], NOT_STUCK;
+    a_device_that_falls_asleep_in_a_reset_is_found:
+        ResetDoesNotHold, [LowPower, BusReset], NOT_STUCK;
+    a_device_that_began_to_fall_asleep_before_a_reset_is_found:
+        HoldDoesNotWait, [LowPower, BusReset], NOT_STUCK;
+    a_device_that_was_pulled_out_and_is_left_to_its_owner_is_found:
+        UnbindingLeavesIt, [Toucher, PulledOut], INACCESSIBLE;
+    a_device_that_was_pulled_out_and_is_given_back_is_found:
+        UnbindingSaysMemoryOff, [Toucher, MemoryOn, PulledOut], INACCESSIBLE;
+    a_device_that_is_opened_after_it_was_pulled_out_is_found:
+        OpenedDoesNotLook, [NextOwner, PulledOut], INACCESSIBLE;
 }

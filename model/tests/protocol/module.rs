@@ -8,7 +8,7 @@
 use barlease_model::access::Event;
 
 use crate::machine::{
-    Act, BUFFERS, Change, Change2, Cond, Instr, Lock, Mode, Program, Sight, VMAS,
+    Act, BUFFERS, Change, Change2, Cond, Instr, Lock, Mode, Program, Sight, Uses, VMAS,
 };
 
 /// A bug that is planted into the module's programs.
@@ -38,8 +38,26 @@ pub(crate) enum Bug {
     NoNesting,
     /// The device is sampled before the lock is taken.
     SampleBeforeTheLock,
-    /// Nobody notices a wake-up.
+    /// Who had an access does not notice that the device was woken.
     NoNotice,
+    /// Nobody hears that run-time power management has woken the device.
+    WakeUpUnheard,
+    /// A wake-up gives back without asking the device.
+    WakeUpDoesNotAsk,
+    /// A device that is half awake is taken for awake.
+    HalfAwakeIsAwake,
+    /// That a device was seen half awake is not remembered.
+    HalfAwakeIsForgotten,
+    /// A reset does not keep the device awake.
+    ResetDoesNotHold,
+    /// It does, but does not wait for a sleep that has begun.
+    HoldDoesNotWait,
+    /// What was pulled out is left to its owner.
+    UnbindingLeavesIt,
+    /// What was pulled out is said to have memory off, which whoever asks the device takes back.
+    UnbindingSaysMemoryOff,
+    /// Who opens the device does not look whether it was pulled out.
+    OpenedDoesNotLook,
     /// Whether the device sleeps is written down when others may have changed it.
     AsleepStoredLate,
     /// Access is locked during a drain.
@@ -56,10 +74,22 @@ pub(crate) enum Bug {
     ReleaseDoesNotLock,
 }
 
+/// What all programs have in common.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Setting {
+    /// The bug that is planted.
+    pub(crate) bug: Option<Bug>,
+    /// Whether some thread enters low power.
+    pub(crate) sleeps: bool,
+}
+
 /// Writes programs.
 #[derive(Debug)]
 pub(crate) struct Builder {
     bug: Option<Bug>,
+    /// Some thread lets run-time power management put the device to sleep. Where none does, each finds it awake, and the
+    /// steps of run-time power management are left out.
+    sleeps: bool,
     of: Vec<&'static str>,
     steps: Vec<(Instr, &'static str)>,
 }
@@ -68,9 +98,10 @@ pub(crate) struct Builder {
 struct Later(usize);
 
 impl Builder {
-    fn new(bug: Option<Bug>) -> Self {
+    fn new(setting: Setting) -> Self {
         Self {
-            bug,
+            bug: setting.bug,
+            sleeps: setting.sleeps,
             of: vec![""],
             steps: Vec::new(),
         }
@@ -125,11 +156,13 @@ impl Builder {
         self.put(Instr::Give(lock));
     }
 
-    fn end(self, name: &str, uses_fd: bool) -> Program {
+    fn end(self, name: &str, uses: Uses) -> Program {
+        // A thread's place is kept in a byte.
+        assert!(self.steps.len() < 256, "{name} is too long");
         Program {
             name: name.to_owned(),
             steps: self.steps,
-            uses_fd,
+            uses,
         }
     }
 }
@@ -163,6 +196,8 @@ impl Builder {
                 this.act(Act::Access(change));
                 this.act(if late {
                     Act::NoteLevels
+                } else if this.has(Bug::HalfAwakeIsForgotten) {
+                    Act::StoreAsleepOnly
                 } else {
                     Act::StoreAsleep
                 });
@@ -170,6 +205,20 @@ impl Builder {
             if late {
                 this.act(Act::StoreNoted);
             }
+        });
+    }
+
+    /// `Leases::close`.
+    fn close(&mut self) {
+        let late = self.has(Bug::CloseDrainsLate);
+        self.within("Leases::close", |this| {
+            this.locked(Lock::Access, Mode::Write, |this| {
+                this.act(Act::Access(Change::Close));
+            });
+            if late {
+                this.act(Act::Disabled(true));
+            }
+            this.drain();
         });
     }
 
@@ -477,6 +526,33 @@ impl Builder {
         });
     }
 
+    /// `driver::unbinding`; the device lock is held. The ghost of it: nothing may reach from here on what was pulled out.
+    fn unbinding(&mut self) {
+        self.within("Barlease::unbinding", |this| {
+            let there = this.unless(Cond::IsGone);
+            match this.bug {
+                Some(Bug::UnbindingLeavesIt) => {}
+                Some(Bug::UnbindingSaysMemoryOff) => {
+                    this.update(Change::MemoryOff);
+                    this.drain();
+                }
+                _ => this.close(),
+            }
+            this.act(Act::Device(Change2::Removed));
+            this.land(there);
+        });
+    }
+
+    /// `driver::opened`; `unbinding` may have come before.
+    fn opened(&mut self) {
+        self.within("Barlease::opened", |this| {
+            this.locked(Lock::Memory, Mode::Read, |this| this.update(Change::Open));
+            if !this.has(Bug::OpenedDoesNotLook) {
+                this.unbinding();
+            }
+        });
+    }
+
     /// `reset_prepare`, the reset, and `reset_done`, as the PCI core calls them.
     fn reset(&mut self) {
         let early = self.has(Bug::ResetBeforeDrain);
@@ -484,29 +560,129 @@ impl Builder {
             self.act(Act::Device(Change2::InReset(true)));
         }
         self.begin(Event::Reset);
+        self.hold_awake();
+        // `pci_dev_save_and_disable`. A function that loses its config space when it is woken would be saved without it,
+        // and wait for its user to restore it: this one does not.
+        self.act(Act::Device(Change2::Awake));
+        if self.sleeps {
+            self.act(Act::Device(Change2::Saved));
+        }
         if !early {
             self.act(Act::Device(Change2::InReset(true)));
         }
-        // The PCI core wakes the function for it.
-        self.act(Act::Device(Change2::Sleeping(false)));
         self.act(Act::Device(Change2::InReset(false)));
-        let change = if self.has(Bug::ResetForgetsPower) {
-            Change::End(Event::Reset)
-        } else {
-            Change::ResetDone
+        let change = match self.bug {
+            Some(Bug::ResetForgetsPower) => Change::End(Event::Reset),
+            Some(Bug::HalfAwakeIsAwake) => Change::ResetDoneHalf,
+            _ => Change::ResetDone,
         };
-        self.within("Driver::reset_done", |this| this.update(change));
+        self.within("Barlease::reset_done", |this| this.update(change));
+        self.let_sleep();
+    }
+}
+
+// ---- kmod/src/sys/wake.rs, and what stands around it --------------------------------------------
+
+impl Builder {
+    /// `Awake::hold`.
+    fn hold_awake(&mut self) {
+        if !self.sleeps || self.has(Bug::ResetDoesNotHold) {
+            return;
+        }
+        self.within("Awake::hold", |this| {
+            this.act(Act::Device(Change2::Held(true)));
+            if this.has(Bug::HoldDoesNotWait) {
+                return;
+            }
+            let active = this.unless(Cond::IsInactive);
+            // `pm_runtime_barrier`.
+            this.locked(Lock::Transition, Mode::Write, |_| {});
+            this.land(active);
+        });
+    }
+
+    /// `Awake::release`.
+    fn let_sleep(&mut self) {
+        if self.sleeps && !self.has(Bug::ResetDoesNotHold) {
+            self.within("Awake::release", |this| {
+                this.act(Act::Device(Change2::Held(false)));
+            });
+        }
+    }
+
+    /// `f` with the device awake: `pm_runtime_resume_and_get` and `pm_runtime_put`, which the vfio core has around an
+    /// ioctl and the vfio-pci core around a read or a write.
+    fn awake(&mut self, f: impl FnOnce(&mut Self)) {
+        if !self.sleeps {
+            return f(self);
+        }
+        self.act(Act::Device(Change2::Held(true)));
+        self.resume();
+        f(self);
+        self.act(Act::Device(Change2::Held(false)));
+    }
+
+    /// `rpm_resume`, which calls the domain's operation: `Vtable::runtime_resume`.
+    fn resume(&mut self) {
+        self.put(Instr::Take(Lock::Transition, Mode::Write));
+        let awake = self.unless(Cond::IsSuspended);
+        self.within("Vtable::runtime_resume", |this| {
+            // `pci_pm_runtime_resume`, then `vfio_pci_core_runtime_resume`.
+            this.act(Act::Device(Change2::HalfAwake));
+            this.act(Act::Device(Change2::Restored));
+            this.locked(Lock::Memory, Mode::Write, |this| {
+                this.act(Act::Device(Change2::WakeUp));
+            });
+            this.woken();
+        });
+        self.act(Act::Device(Change2::Suspended(false)));
+        self.land(awake);
+        self.put(Instr::Give(Lock::Transition));
+    }
+
+    /// `driver::woken`. Low power is looked at before `access` is locked: who changes it asks again.
+    fn woken(&mut self) {
+        let change = match self.bug {
+            Some(Bug::WakeUpUnheard) => return,
+            Some(Bug::WakeUpDoesNotAsk) => Change::WokenForGood,
+            _ => Change::Woken,
+        };
+        self.within("Barlease::woken", |this| {
+            this.act(Act::NoteLowPower);
+            this.update(change);
+        });
+    }
+
+    /// `rpm_suspend`, which run-time power management calls some time, or never, when nobody keeps the device awake:
+    /// `vfio_pci_core_runtime_suspend`, then `pci_pm_runtime_suspend`.
+    fn suspend(&mut self) {
+        self.within("rpm_suspend", |this| {
+            this.put(Instr::Take(Lock::Transition, Mode::Write));
+            let held = this.unless(Cond::MaySuspend);
+            this.locked(Lock::Memory, Mode::Write, Self::set_d0);
+            this.act(Act::Device(Change2::Saved));
+            this.act(Act::Device(Change2::FallAsleep));
+            this.act(Act::Device(Change2::Suspended(true)));
+            this.land(held);
+            this.put(Instr::Give(Lock::Transition));
+        });
+    }
+
+    /// `vfio_pci_set_power_state` to D0, with `memory_lock` held.
+    fn set_d0(&mut self) {
+        self.act(Act::Device(Change2::HalfAwake));
+        self.act(Act::Device(Change2::Restored));
     }
 }
 
 // ---- The threads --------------------------------------------------------------------------------
 
 /// A process that touches a VMA of a buffer twice, and unmaps it.
-pub(crate) fn toucher(bug: Option<Bug>, buffer: usize, vma: usize) -> Program {
-    let mut this = Builder::new(bug);
+pub(crate) fn toucher(setting: Setting, buffer: usize, vma: usize) -> Program {
+    let mut this = Builder::new(setting);
     map_and_touch(&mut this, buffer, vma);
     this.act(Act::Done(buffer));
-    this.end(&format!("toucher of {buffer}.{vma}"), false)
+    this.end(&format!("toucher of {buffer}.{vma}"), Uses::Nothing)
 }
 
 /// Faults and munmap are with the `mmap_lock` held, or the lock of the VMA, which excludes the same.
@@ -528,21 +704,26 @@ fn map_and_touch(this: &mut Builder, buffer: usize, vma: usize) {
     });
 }
 
-/// A process that exports a buffer, and touches it (`Buffer::make`).
-pub(crate) fn exporter(bug: Option<Bug>, buffer: usize, vma: usize) -> Program {
-    let mut this = Builder::new(bug);
+/// A process that exports a buffer, and touches it.
+pub(crate) fn exporter(setting: Setting, buffer: usize, vma: usize) -> Program {
+    let mut this = Builder::new(setting);
+    export_and_touch(&mut this, buffer, vma);
+    this.end(&format!("exporter of {buffer}"), Uses::Fd)
+}
+
+/// `Buffer::make`, and touches of what was made.
+fn export_and_touch(this: &mut Builder, buffer: usize, vma: usize) {
     this.put(Instr::Take(Lock::Access, Mode::Read));
     let closed = this.unless(Cond::IsOpen);
     this.act(Act::Make(buffer));
     this.put(Instr::Give(Lock::Access));
     this.act(Act::Add(buffer));
-    map_and_touch(&mut this, buffer, vma);
+    map_and_touch(this, buffer, vma);
     let done = this.goto();
     this.land(closed);
     this.put(Instr::Give(Lock::Access));
     this.land(done);
     this.act(Act::Done(buffer));
-    this.end(&format!("exporter of {buffer}"), true)
 }
 
 /// What an importer does with its mapping before it undoes it.
@@ -557,8 +738,8 @@ pub(crate) enum Kind {
 }
 
 /// An importer that attaches, maps, and undoes that some time.
-pub(crate) fn importer(bug: Option<Bug>, importer: usize, buffer: usize, kind: Kind) -> Program {
-    let mut this = Builder::new(bug);
+pub(crate) fn importer(setting: Setting, importer: usize, buffer: usize, kind: Kind) -> Program {
+    let mut this = Builder::new(setting);
     this.attach(buffer, |this| {
         this.map(buffer, importer, kind == Kind::Fenced, |this| {
             this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
@@ -581,147 +762,217 @@ pub(crate) fn importer(bug: Option<Bug>, importer: usize, buffer: usize, kind: K
     this.act(Act::Done(buffer));
     this.end(
         &format!("importer {importer}, {kind:?}, of {buffer}"),
-        false,
+        Uses::Nothing,
     )
 }
 
 /// REVOKE. The ghost of it: from here on nothing may reach the buffer.
-pub(crate) fn revoker(bug: Option<Bug>, buffer: usize) -> Program {
-    let mut this = Builder::new(bug);
+pub(crate) fn revoker(setting: Setting, buffer: usize) -> Program {
+    let mut this = Builder::new(setting);
     this.revoke(buffer);
     this.act(Act::Gone(buffer));
     this.act(Act::Done(buffer));
-    this.end(&format!("revoker of {buffer}"), true)
+    this.end(&format!("revoker of {buffer}"), Uses::Fd)
 }
 
-/// A reset through sysfs: without `memory_lock`.
-pub(crate) fn sysfs_reset(bug: Option<Bug>) -> Program {
-    let mut this = Builder::new(bug);
+/// A reset through sysfs, of the function (`reset_store`): without `memory_lock`.
+pub(crate) fn sysfs_reset(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
+    this.awake(|this| this.locked(Lock::Device, Mode::Write, Builder::reset));
+    this.end("reset through sysfs", Uses::Nothing)
+}
+
+/// A reset through sysfs, of the bridge above (`reset_subordinate_store`): without `memory_lock`, and nothing is woken.
+pub(crate) fn bus_reset(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
     this.locked(Lock::Device, Mode::Write, Builder::reset);
-    this.end("reset through sysfs", false)
+    this.end("reset of the bridge", Uses::Nothing)
 }
 
 /// `VFIO_DEVICE_RESET`, or a function-level reset through config space: with `memory_lock`, and not if the PCI core resets
 /// it already (`vfio_pci_ioctl_reset`, `pci_try_reset_function`).
-pub(crate) fn vfio_reset(bug: Option<Bug>) -> Program {
-    let mut this = Builder::new(bug);
-    this.put(Instr::Take(Lock::Memory, Mode::Write));
-    this.put(Instr::TryTake(Lock::Device, usize::MAX));
-    let busy = Later(this.here() - 1);
-    this.reset();
-    this.put(Instr::Give(Lock::Device));
-    this.land(busy);
-    this.put(Instr::Give(Lock::Memory));
-    this.notice_wake_up();
-    this.end("VFIO reset", true)
+pub(crate) fn vfio_reset(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
+    this.awake(|this| {
+        this.put(Instr::Take(Lock::Memory, Mode::Write));
+        this.set_d0();
+        this.put(Instr::TryTake(Lock::Device, usize::MAX));
+        let busy = Later(this.here() - 1);
+        this.reset();
+        this.put(Instr::Give(Lock::Device));
+        this.land(busy);
+        this.put(Instr::Give(Lock::Memory));
+        this.notice_wake_up();
+    });
+    this.end("VFIO reset", Uses::Fd)
 }
 
 /// A write to COMMAND (`driver::write_config`).
-pub(crate) fn command(bug: Option<Bug>, on: bool) -> Program {
-    let mut this = Builder::new(bug);
+pub(crate) fn command(setting: Setting, on: bool) -> Program {
+    let mut this = Builder::new(setting);
     this.bracketed(Event::ConfigWrite, |this| {
-        this.locked(Lock::Memory, Mode::Write, |this| {
-            this.act(Act::Device(Change2::Memory(on)));
+        this.awake(|this| {
+            this.locked(Lock::Memory, Mode::Write, |this| {
+                this.act(Act::Device(Change2::Memory(on)));
+            });
         });
     });
     this.notice_wake_up();
     let name = if on { "memory on" } else { "memory off" };
-    this.end(name, true)
+    this.end(name, Uses::Fd)
 }
 
 /// A write to PMCSR: D3hot, or D0.
-pub(crate) fn power(bug: Option<Bug>, sleeping: bool) -> Program {
-    let mut this = Builder::new(bug);
+pub(crate) fn power(setting: Setting, sleeping: bool) -> Program {
+    let mut this = Builder::new(setting);
     this.bracketed(Event::ConfigWrite, |this| {
-        this.locked(Lock::Memory, Mode::Write, |this| {
-            this.act(Act::Device(Change2::Sleeping(sleeping)));
+        this.awake(|this| {
+            this.locked(Lock::Memory, Mode::Write, |this| {
+                if sleeping {
+                    this.act(Act::Device(Change2::FallAsleep));
+                } else {
+                    this.set_d0();
+                }
+            });
         });
     });
     this.notice_wake_up();
-    this.end(if sleeping { "D3hot" } else { "D0" }, true)
+    this.end(if sleeping { "D3hot" } else { "D0" }, Uses::Fd)
 }
 
-/// Enters low power, and leaves it if `leaves` (`Barlease::feature`).
-pub(crate) fn low_power(bug: Option<Bug>, leaves: bool) -> Program {
-    let mut this = Builder::new(bug);
-    this.bracketed(Event::LowPower, |this| {
-        this.locked(Lock::Memory, Mode::Write, |this| {
-            this.act(Act::Device(Change2::LowPower(true)));
-        });
-    });
-    if leaves {
-        this.locked(Lock::Memory, Mode::Write, |this| {
-            this.act(Act::Device(Change2::LowPower(false)));
-        });
+/// Enters low power, until its end or until a wake-up (`Barlease::feature`). Run-time power management may put the device
+/// to sleep after that. Then it `leaves`, if it does.
+pub(crate) fn low_power(setting: Setting, until_wake_up: bool, leaves: bool) -> Program {
+    let mut this = Builder::new(setting);
+    this.awake(|this| {
         this.notice_wake_up();
+        this.bracketed(Event::LowPower, |this| {
+            this.locked(Lock::Memory, Mode::Write, |this| {
+                this.act(Act::Device(Change2::LowPower { until_wake_up }));
+            });
+        });
+    });
+    this.suspend();
+    if leaves {
+        this.awake(|this| {
+            this.notice_wake_up();
+            this.locked(Lock::Memory, Mode::Write, |this| {
+                this.act(Act::Device(Change2::LeaveLowPower));
+            });
+            this.notice_wake_up();
+        });
     }
-    this.end("low power", true)
+    this.end("low power", Uses::Fd)
 }
 
-/// An access through the device fd, which wakes the device from low power until wake-up.
-pub(crate) fn access(bug: Option<Bug>) -> Program {
-    let mut this = Builder::new(bug);
-    // `vfio_pci_core_runtime_resume`.
-    this.locked(Lock::Memory, Mode::Write, |this| {
-        this.act(Act::Device(Change2::Wake));
-    });
+/// An access through the device fd, which wakes the device.
+pub(crate) fn access(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
+    this.awake(|_| {});
     this.notice_wake_up();
-    this.end("access", true)
+    this.end("access", Uses::Fd)
+}
+
+/// The host wakes the device (`power/control`, PME), and lets it sleep again.
+pub(crate) fn host_wake_up(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
+    this.awake(|_| {});
+    this.end("wake-up by the host", Uses::Nothing)
 }
 
 /// System sleep (`Leases::fall_asleep`, `wake_up`).
-pub(crate) fn sleep(bug: Option<Bug>) -> Program {
-    let mut this = Builder::new(bug);
+pub(crate) fn sleep(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
     this.begin(Event::Sleep);
     this.update(Change::End(Event::Sleep));
-    this.end("system sleep", false)
+    this.end("system sleep", Uses::Nothing)
 }
 
-/// A device error and its recovery (`Driver::error_detected`, `error_resume`).
-pub(crate) fn error(bug: Option<Bug>) -> Program {
-    let mut this = Builder::new(bug);
-    this.begin(Event::Error);
-    this.update(Change::EndAll(Event::Error));
-    this.end("error", false)
+/// A device error and its recovery (`Barlease::error_detected`, `error_resume`), each with the device lock held
+/// (`report_error_detected`, `report_resume`).
+pub(crate) fn error(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
+    this.locked(Lock::Device, Mode::Write, |this| this.begin(Event::Error));
+    let change = if this.has(Bug::HalfAwakeIsAwake) {
+        Change::ErrorResumeHalf
+    } else {
+        Change::ErrorResume
+    };
+    this.locked(Lock::Device, Mode::Write, |this| this.update(change));
+    this.end("error", Uses::Nothing)
 }
 
-/// The last fd is closed, when nobody uses it; and the device is opened again if `reopens` (`Driver::closing`, `opened`).
-pub(crate) fn close(bug: Option<Bug>, reopens: bool) -> Program {
-    let mut this = Builder::new(bug);
+/// The last fd is closed, when nobody uses it; then what `and_then` says.
+pub(crate) fn close(setting: Setting, and_then: Next) -> Program {
+    let mut this = Builder::new(setting);
     this.put(Instr::Await(Cond::FdIdle));
-    let late = this.has(Bug::CloseDrainsLate);
-    this.within("Leases::close", |this| {
-        this.locked(Lock::Access, Mode::Write, |this| {
-            this.act(Act::Access(Change::Close));
-        });
-        if late {
-            this.act(Act::Disabled(true));
-        }
-        this.drain();
-    });
-    this.act(Act::Disabled(true));
-    if reopens {
+    closing(&mut this);
+    if and_then != Next::Nothing {
         this.act(Act::Disabled(false));
-        this.within("Driver::opened", |this| {
-            this.locked(Lock::Memory, Mode::Read, |this| this.update(Change::Open));
-        });
+        this.opened();
     }
-    this.end("close", false)
+    if let Next::OpenAndExport { buffer, vma } = and_then {
+        export_and_touch(&mut this, buffer, vma);
+    }
+    this.end("close", Uses::Open)
+}
+
+/// What happens after a close.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Nothing.
+    Nothing,
+    /// The device is opened.
+    Open,
+    /// And something is exported through the new fd.
+    OpenAndExport { buffer: usize, vma: usize },
+}
+
+/// `Vtable::close_device`: `Barlease::closing`, then the core ends low power (`vfio_pci_core_disable`), and disables the
+/// function.
+fn closing(this: &mut Builder) {
+    this.within("Vtable::close_device", |this| {
+        this.close();
+        if this.sleeps {
+            this.locked(Lock::Memory, Mode::Write, |this| {
+                this.act(Act::Device(Change2::LeaveLowPower));
+            });
+            this.resume();
+        }
+        this.act(Act::Disabled(true));
+    });
+}
+
+/// The driver is unbound (`Vtable::remove`), with the device lock held: what was pulled out is taken away at once, what was
+/// not when its owner, who is asked to, closes it.
+pub(crate) fn removal(setting: Setting, pulled_out: bool) -> Program {
+    let mut this = Builder::new(setting);
+    if pulled_out {
+        this.act(Act::Device(Change2::Gone));
+    }
+    this.locked(Lock::Device, Mode::Write, |this| {
+        this.unbinding();
+        // `vfio_unregister_group_dev`.
+        this.put(Instr::Await(Cond::OwnersGone));
+        closing(this);
+    });
+    let name = if pulled_out { "pulled out" } else { "unbound" };
+    this.end(name, Uses::Nothing)
 }
 
 /// The last reference to a buffer's dma-buf goes.
-pub(crate) fn releaser(bug: Option<Bug>, buffer: usize) -> Program {
-    let mut this = Builder::new(bug);
+pub(crate) fn releaser(setting: Setting, buffer: usize) -> Program {
+    let mut this = Builder::new(setting);
     this.put(Instr::Await(Cond::Unused(buffer)));
     this.release(buffer);
-    this.end(&format!("release of {buffer}"), false)
+    this.end(&format!("release of {buffer}"), Uses::Nothing)
 }
 
 /// A read through the device fd that copies to user memory with `memory_lock` held, and faults there: on ordinary memory.
-pub(crate) fn reader(bug: Option<Bug>) -> Program {
-    let mut this = Builder::new(bug);
+pub(crate) fn reader(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
     this.locked(Lock::Memory, Mode::Read, |this| {
         this.locked(Lock::Mmap, Mode::Read, |_| {});
     });
-    this.end("read that faults", true)
+    this.end("read that faults", Uses::Fd)
 }
