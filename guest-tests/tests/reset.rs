@@ -16,6 +16,7 @@ use barlease_guest_tests::{
     pci::{BARLEASE, Function, STOCK},
     race,
     vfio::{Device, Group, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
+    wait,
 };
 
 /// All of them have their memory in BAR2.
@@ -94,22 +95,20 @@ fn is_seen_by_everybody(device: &Device, leased: &Leased, reset: impl Fn()) {
         }
     };
     // A reset can be over before a slow toucher's turn comes: then there is another.
-    for _ in 0..10 {
-        race::meanwhile(
-            &[
-                &|| touch(&leased.lease, &lease),
-                &|| touch(&leased.bar, &bar),
-                &ask,
-            ],
-            &reset,
-        );
-        let seen = [&lease, &bar, &reasons].map(|seen| seen.load(Ordering::Relaxed));
-        if !seen.contains(&0) {
-            break;
-        }
-    }
-    assert!(lease.into_inner() > 0, "no touch of the lease gave SIGBUS");
-    assert!(bar.into_inner() > 0, "no touch of the BAR gave SIGBUS");
+    wait::until(
+        "a touch of lease and BAR, and a question, in a reset",
+        || {
+            race::meanwhile(
+                &[
+                    &|| touch(&leased.lease, &lease),
+                    &|| touch(&leased.bar, &bar),
+                    &ask,
+                ],
+                &reset,
+            );
+            [&lease, &bar, &reasons].map(|seen| seen.load(Ordering::Relaxed) != 0) == [true; 3]
+        },
+    );
     assert_eq!(reasons.into_inner() & REASON_RESET, REASON_RESET);
 }
 
@@ -326,8 +325,11 @@ fn a_buffer_exported_during_a_reset_is_ok_after_it() {
             .unwrap();
         let _ = bar.read(0);
     };
-    race::meanwhile(&[&export], || device.function().reset().unwrap());
-    assert!(exported.into_inner() > 0, "none was born in the reset");
+    // A reset can be over before an export's turn comes: then there is another.
+    wait::until("a buffer born in a reset", || {
+        race::meanwhile(&[&export], || device.function().reset().unwrap());
+        exported.load(Ordering::Relaxed) > 0
+    });
     leased.is(&device, State::Ok);
 }
 

@@ -2,6 +2,7 @@
 #![cfg(barlease_guest)]
 
 use std::{
+    cell::Cell,
     os::fd::{AsFd, OwnedFd},
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
@@ -454,20 +455,18 @@ fn nobody_touches_while_memory_is_off() {
             window.check(|| reads_magic(&map, 0));
         }
     };
-    let mut rounds = 0;
     race::meanwhile(
         &[&|| touch(one), &|| touch(two), &|| touch(three), &anew],
         || {
-            while rounds < 30 {
+            for _ in 0..30 {
                 device.set_memory(false);
                 window.shut(thread::yield_now);
                 device.set_memory(true);
                 thread::yield_now();
-                rounds += 1;
             }
+            wait::until("a touch", || worked.load(Ordering::Relaxed) > 0);
         },
     );
-    assert!(worked.into_inner() > 0);
     for map in &maps {
         map.touch_all().unwrap();
     }
@@ -530,9 +529,9 @@ fn resets_race_with_open_and_close() {
     let function = Function::named("memory");
     function.bind(BARLEASE);
     let sysfs = || race::whatever(function.reset());
-    let mut opened = 0;
+    let opened = Cell::new(0);
     race::meanwhile(&[&sysfs], || {
-        for_a_while(1500, || {
+        let open = || {
             let device = match Group::open(&function).device(&function) {
                 Ok(device) => device,
                 // Opening resets too, and does not wait for its turn.
@@ -543,10 +542,14 @@ fn resets_race_with_open_and_close() {
             let _ = map.read(0);
             drop(device);
             assert_eq!(map.read(0), Err(Sigbus));
-            opened += 1;
+            opened.set(opened.get() + 1);
+        };
+        for_a_while(1500, open);
+        wait::until("an open between two resets", || {
+            open();
+            opened.get() > 0
         });
     });
-    assert!(opened > 0);
     let device = Device::open("memory");
     let fd = device.export(2, &[(0, PAGE)]).unwrap();
     Map::new(&fd, PAGE).unwrap().read(0).unwrap();
