@@ -7,6 +7,7 @@
 //! get.
 
 pub mod measures;
+pub mod profile;
 pub mod report;
 pub mod rounds;
 pub mod statistics;

@@ -6,21 +6,31 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use barlease_bench::measures::{self, Context};
+use barlease_bench::profile;
 use barlease_bench::report::{Measure, Report, System};
 
 struct Options {
     native: bool,
     quick: bool,
     one_processor: bool,
+    profile: bool,
     /// Sets whose name has one of these in it; none is all.
     only: Vec<String>,
 }
 
 fn main() -> ExitCode {
     let Some(options) = options(std::env::args().skip(1)) else {
-        eprintln!("usage: barlease-bench [native] [--quick] [--one-processor] [--only NAME]...");
+        eprintln!(
+            "usage: barlease-bench [native] [--quick] [--one-processor] [--profile] [--only NAME]..."
+        );
         return ExitCode::from(2);
     };
+    if options.profile {
+        if let Err(error) = profile::activate() {
+            eprintln!("bench: the kernel does not let itself be profiled: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
     let report = Report {
         system: system(&options),
         measures: take(&options),
@@ -40,12 +50,14 @@ fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
         native: false,
         quick: false,
         one_processor: false,
+        profile: false,
         only: Vec::new(),
     };
     while let Some(word) = words.next() {
         match word.as_str() {
             "native" => options.native = true,
             "--quick" => options.quick = true,
+            "--profile" => options.profile = true,
             "--one-processor" => options.one_processor = true,
             "--only" => options.only.push(words.next()?),
             _ => return None,

@@ -6,6 +6,7 @@
 
 use std::time::Instant;
 
+use crate::profile::{self, Samples};
 use crate::report::{Goal, Measure, Point, Unit};
 use crate::statistics::{Summary, median};
 
@@ -20,7 +21,10 @@ pub enum Side {
 
 /// What is measured in a turn of one side.
 #[derive(Debug, Default)]
-pub struct Batch(Vec<(Place, Vec<f64>)>);
+pub struct Batch {
+    values: Vec<(Place, Vec<f64>)>,
+    profiles: Vec<(Place, Samples)>,
+}
 
 /// A curve, and where on it.
 type Place = (String, Option<u64>);
@@ -29,9 +33,9 @@ impl Batch {
     /// Adds a sample of a curve.
     pub fn add(&mut self, curve: &str, x: impl Into<Option<u64>>, value: f64) {
         let place = (curve.to_owned(), x.into());
-        match self.0.iter_mut().find(|(known, _)| *known == place) {
+        match self.values.iter_mut().find(|(known, _)| *known == place) {
             Some((_, samples)) => samples.push(value),
-            None => self.0.push((place, vec![value])),
+            None => self.values.push((place, vec![value])),
         }
     }
 
@@ -53,6 +57,10 @@ impl Batch {
             let taken = start.elapsed().as_nanos() as f64;
             self.add(curve, x, taken / f64::from(calls));
         }
+        // Of calls of their own: those that are sampled take longer.
+        if let Some(profile) = profile::sampled(f) {
+            self.profiles.push(((curve.to_owned(), x), profile));
+        }
     }
 }
 
@@ -69,6 +77,8 @@ pub struct Rounds {
     measure: Measure,
     /// For each place the medians of its batches.
     values: Vec<(Place, Vec<f64>, Vec<f64>)>,
+    /// For each place the samples of each side.
+    profiles: Vec<(Place, Samples, Samples)>,
 }
 
 impl Rounds {
@@ -85,6 +95,7 @@ impl Rounds {
                 points: Vec::new(),
             },
             values: Vec::new(),
+            profiles: Vec::new(),
         }
     }
 
@@ -109,6 +120,7 @@ impl Rounds {
                 turn(side, &mut batch);
                 if round > 0 {
                     self.add(side, &batch);
+                    self.add_profiles(side, batch.profiles);
                 }
             }
         }
@@ -117,7 +129,7 @@ impl Rounds {
 
     /// Adds a batch of one side.
     pub fn add(&mut self, side: Side, batch: &Batch) {
-        for (place, samples) in &batch.0 {
+        for (place, samples) in &batch.values {
             let Some(value) = median(samples) else {
                 continue;
             };
@@ -134,9 +146,45 @@ impl Rounds {
         }
     }
 
+    fn add_profiles(&mut self, side: Side, profiles: Vec<(Place, Samples)>) {
+        for (place, samples) in profiles {
+            let at = self.profiles.iter().position(|(known, ..)| *known == place);
+            let at = at.unwrap_or_else(|| {
+                let none = Samples::default;
+                self.profiles.push((place, none(), none()));
+                self.profiles.len() - 1
+            });
+            let (_, ours, theirs) = &mut self.profiles[at];
+            match side {
+                Side::Ours => ours.merge(samples),
+                Side::Theirs => theirs.merge(samples),
+            }
+        }
+    }
+
+    fn print_profiles(&self) {
+        for (place, ours, theirs) in &self.profiles {
+            let of_place = self.values.iter().find(|(known, ..)| known == place);
+            let Some((_, our_values, their_values)) = of_place else {
+                continue;
+            };
+            let whole = |values: &[f64]| median(values).unwrap_or_default();
+            let (curve, x) = place;
+            let axis = self.measure.axis.as_deref().unwrap_or_default();
+            let title = match x {
+                Some(x) => format!("{curve}, {x} {axis}"),
+                None => curve.clone(),
+            };
+            let ours = (ours, whole(our_values));
+            let theirs = (theirs, whole(their_values));
+            println!("{}", profile::table(&title, ours, theirs));
+        }
+    }
+
     /// Sums up. `goal` says what is to be reached where.
     #[must_use]
     pub fn finish(mut self, goal: impl Fn(&str, Option<u64>) -> Option<Goal>) -> Measure {
+        self.print_profiles();
         for ((curve, x), ours, theirs) in self.values {
             let Some(sum) = Summary::of(&ours) else {
                 continue;

@@ -38,6 +38,9 @@ pub(crate) struct Options {
     /// the other one stay
     #[arg(long, conflicts_with_all = ["quick", "only", "compare"])]
     publish: bool,
+    /// Show in which of the kernel's functions the two sides differ, for each point that is timed
+    #[arg(long, conflicts_with_all = ["publish", "compare"])]
+    profile: bool,
     /// Say how the ratios differ from those that the documentation has
     #[arg(long)]
     compare: bool,
@@ -67,6 +70,7 @@ pub(crate) fn regressions(prepared: &Prepared) -> Result<()> {
         only: REPEATABLE.iter().copied().map(str::to_owned).collect(),
         clock: Some(ClockChoice::Instructions),
         publish: false,
+        profile: false,
         compare: true,
     };
     let report = in_guest(&options, prepared, &module, &program, Clock::Instructions)?;
@@ -135,6 +139,9 @@ fn arguments(options: &Options) -> Vec<String> {
     let mut words = Vec::new();
     if options.quick {
         words.push("--quick".to_owned());
+    }
+    if options.profile {
+        words.push("--profile".to_owned());
     }
     for only in &options.only {
         words.extend(["--only".to_owned(), only.clone()]);
