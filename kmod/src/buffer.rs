@@ -15,6 +15,7 @@ use crate::{
         dma_buf::{DmaBuf, Exporter, Fence, Live, MappedInode, NAME_LEN, Operations},
         errno,
         idle::Idle,
+        items::Items,
         p2p::{Importer, Mapped, Run},
         rwsem::RwSem,
         vma::{self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
@@ -36,7 +37,7 @@ pub(crate) struct Contents {
     /// Bytes: the sum of the segments.
     pub(crate) size: u64,
     /// Where its pages are.
-    pub(crate) segments: KVVec<Segment>,
+    pub(crate) segments: Items<Segment>,
 }
 
 /// Ranges of one BAR, exported as a dma-buf.
@@ -69,7 +70,7 @@ pub(crate) struct Buffer {
     /// Importers attached.
     attachments: Atomic<i64>,
     inode: SetOnce<MappedInode>,
-    ticket: SetOnce<Ticket>,
+    ticket: Ticket,
     /// Locked by what looks at the dma-buf; its release locks it first.
     #[pin]
     live: Live<Guarded>,
@@ -122,8 +123,7 @@ impl Buffer {
         vma: Option<&NewVma<'_>>,
     ) -> Result<(Arc<Self>, DmaBuf)> {
         let epoch = leases.epoch()?;
-        let name = name_of(leases.bdf(), contents.bar, memory_type);
-        let name = CStr::from_bytes_until_nul(&name).map_err(|_| EINVAL)?;
+        let name = leases.names().of(contents.bar, memory_type);
         let size = contents.size;
         let buffer = Arc::pin_init(
             pin_init!(Self {
@@ -138,17 +138,16 @@ impl Buffer {
                 wc_vmas: Atomic::new(0),
                 attachments: Atomic::new(0),
                 inode: SetOnce::new(),
-                ticket: SetOnce::new(),
+                ticket: leases.ticket(),
                 live <- Live::new(Guarded { tph: Tph::NONE, mappings: 0 }),
                 unmapped <- Idle::new(),
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
         let mut dmabuf = DmaBuf::export(buffer.clone(), size, flags)?;
-        dmabuf.set_name(name)?;
+        dmabuf.set_name(&name)?;
         buffer.inode.populate(dmabuf.inode());
-        let ticket = leases.add(buffer.clone())?;
-        buffer.ticket.populate(ticket);
+        leases.add(&buffer.ticket, buffer.clone())?;
         Ok((buffer, dmabuf))
     }
 
@@ -342,21 +341,47 @@ impl Buffer {
     }
 }
 
-/// `barlease:<BDF>/<bar>`, with `+wc` behind it where it is that; cut where the name of a dma-buf ends.
-fn name_of(bdf: &CStr, bar: u32, memory_type: MemoryType) -> [u8; NAME_LEN] {
-    let suffix: &[u8] = match memory_type {
-        MemoryType::Uncached => b"",
-        MemoryType::WriteCombining => b"+wc",
-    };
-    // A BAR has one digit.
-    let number = [b'/', b'0'.wrapping_add(bar as u8)];
-    let parts = [b"barlease:", bdf.to_bytes(), &number, suffix];
-    let mut name = [0; NAME_LEN];
-    let places = name.iter_mut().take(NAME_LEN - 1);
-    for (place, byte) in places.zip(parts.into_iter().flatten()) {
-        *place = *byte;
+/// The names of a function's dma-bufs: `barlease:<BDF>/<bar>`, with `+wc` behind it where it is that; cut where such a name
+/// ends.
+pub(crate) struct Names {
+    /// What they begin with.
+    start: [u8; NAME_LEN],
+    length: usize,
+}
+
+impl Names {
+    /// Those of the function `bdf`.
+    pub(crate) fn new(bdf: &CStr) -> Self {
+        let mut this = Self {
+            start: [0; NAME_LEN],
+            length: 0,
+        };
+        let parts = [b"barlease:", bdf.to_bytes(), b"/"];
+        // Not the last: it stays NUL.
+        let places = this.start.iter_mut().take(NAME_LEN - 1);
+        for (place, byte) in places.zip(parts.into_iter().flatten()) {
+            *place = *byte;
+            this.length += 1;
+        }
+        this
     }
-    name
+
+    fn of(&self, bar: u32, memory_type: MemoryType) -> [u8; NAME_LEN] {
+        let suffix: &[u8] = match memory_type {
+            MemoryType::Uncached => b"",
+            MemoryType::WriteCombining => b"+wc",
+        };
+        let mut name = self.start;
+        let mut places = name.iter_mut().take(NAME_LEN - 1).skip(self.length);
+        if let Some(place) = places.next() {
+            // A BAR has one digit.
+            *place = b'0'.wrapping_add(bar as u8);
+        }
+        for (place, byte) in places.zip(suffix) {
+            *place = *byte;
+        }
+        name
+    }
 }
 
 /// The uAPI's number of a memory type.
@@ -399,15 +424,17 @@ impl Exporter for Buffer {
     }
 
     fn attach(&self) -> Result {
-        // Before the provider, which a device that was closed no longer has.
-        self.alive()?;
-        drop(self.leases.providers().get(self.contents.bar)?);
         self.attachments.fetch_add(1, Relaxed);
-        if self.state() == State::Ok {
-            return Ok(());
+        let found = match self.state() {
+            State::Ok => self.leases.providers().get(self.contents.bar).map(drop),
+            State::Revoked(_) | State::Dead => Err(ENODEV),
+        };
+        if found.is_err() {
+            self.detach();
+            // A device that was closed meanwhile has no provider.
+            self.alive()?;
         }
-        self.detach();
-        Err(ENODEV)
+        found
     }
 
     fn detach(&self) {
@@ -438,9 +465,7 @@ impl Exporter for Buffer {
     }
 
     fn release(this: Arc<Self>) {
-        if let Some(ticket) = this.ticket.as_ref() {
-            this.leases.remove(ticket);
-        }
+        this.leases.remove(&this.ticket);
     }
 }
 

@@ -9,6 +9,7 @@ use crate::{
     model::ranges::{self, Bar, RangeError, Segment},
     refuse,
     sys::{
+        items::Items,
         params,
         payload::UserPayload,
         vfio_pci::{BARS, Device, FEATURE_GET},
@@ -128,17 +129,16 @@ impl From<AllocError> for Refused {
 fn place(
     bar: &Bar,
     asked: &[abi::DmaRange],
-) -> core::result::Result<(u64, KVVec<Segment>), Refused> {
+) -> core::result::Result<(u64, Items<Segment>), Refused> {
     let shapes = asked.iter().map(|range| (range.offset, range.length));
     let size = ranges::total_length(shapes, PAGE_SIZE)?;
-    let mut segments = KVVec::with_capacity(asked.len(), GFP_KERNEL_ACCOUNT)?;
     let mut end = 0;
-    for range in asked {
+    let segments = Items::of(asked, GFP_KERNEL_ACCOUNT, |range| {
         let address = bar.place(range.offset, range.length)?;
         let segment = Segment::after(end, address, range.length, PAGE_SHIFT);
         end = segment.end;
-        segments.push(segment, GFP_KERNEL_ACCOUNT)?;
-    }
+        Ok::<_, Refused>(segment)
+    })?;
     Ok((size, segments))
 }
 

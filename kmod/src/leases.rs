@@ -33,7 +33,7 @@
 //! lock of its buffer, until its entry is in, so the zap that follows finds it.
 
 use crate::{
-    buffer::Buffer,
+    buffer::{Buffer, Names},
     model::access::{Access, Epoch, Event, Levels, State},
     sys::{flag::Flag, p2p::Providers, ratelimit::Ratelimit, rwsem::RwSem, sleep::Sleeper},
 };
@@ -42,7 +42,10 @@ use kernel::{
     prelude::*,
     rbtree::{RBTree, RBTreeNodeReservation},
     str::CString,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{Atomic, Relaxed},
+    },
 };
 
 /// All buffers of one bound function.
@@ -52,6 +55,7 @@ use kernel::{
 #[pin_data]
 pub(crate) struct Leases {
     bdf: CString,
+    names: Names,
     providers: Arc<Providers>,
     #[pin]
     access: RwSem<Access>,
@@ -60,20 +64,24 @@ pub(crate) struct Leases {
     asleep: Flag,
     #[pin]
     table: Mutex<Table>,
+    /// Buffers in the table, or a few more. Needs no order of its own: what has an entry in a page table, or a mapping of an
+    /// importer, was counted before, and got that with `access` locked, which a drain comes after.
+    count: Atomic<i64>,
+    /// How many tickets were drawn.
+    tickets: Atomic<u64>,
     #[pin]
     log_limit: Ratelimit,
 }
 
-/// Buffers that have not been released, in the order of their making.
+/// Buffers that have not been released, in the order of their tickets.
 struct Table {
     buffers: RBTree<u64, Arc<Buffer>>,
-    next: u64,
 }
 
 /// How many buffers are looked up at a time.
 const BATCH: usize = 16;
 
-/// The right to take one buffer out of the table.
+/// A place in the table, and the right to take one buffer out of it.
 pub(crate) struct Ticket(u64);
 
 impl Leases {
@@ -82,14 +90,17 @@ impl Leases {
         let bdf = CString::try_from_fmt(fmt!("{bdf}"))?;
         Arc::pin_init(
             try_pin_init!(Self {
+                names: Names::new(&bdf),
                 bdf,
                 providers,
                 access <- RwSem::new(Access::new()),
                 asleep: Flag::new(),
                 table <- new_mutex!(
-                    Table { buffers: RBTree::new(), next: 0 },
+                    Table { buffers: RBTree::new() },
                     "barlease::table"
                 ),
+                count: Atomic::new(0),
+                tickets: Atomic::new(0),
                 log_limit <- Ratelimit::new(),
             }),
             GFP_KERNEL,
@@ -99,6 +110,11 @@ impl Leases {
     /// Name of the function.
     pub(crate) fn bdf(&self) -> &CStr {
         &self.bdf
+    }
+
+    /// The names of its dma-bufs.
+    pub(crate) fn names(&self) -> &Names {
+        &self.names
     }
 
     /// What importers reach its BARs by.
@@ -170,19 +186,25 @@ impl Leases {
         f(access.state(epoch, revoked))
     }
 
-    /// Adds a buffer, which every drain from here on finds.
-    pub(crate) fn add(&self, buffer: Arc<Buffer>) -> Result<Ticket> {
-        let node = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?;
-        let mut table = self.table.lock();
-        let id = table.next;
-        table.next += 1;
-        table.buffers.insert(node.into_node(id, buffer));
-        Ok(Ticket(id))
+    /// A ticket, for one buffer.
+    pub(crate) fn ticket(&self) -> Ticket {
+        Ticket(self.tickets.fetch_add(1, Relaxed))
     }
 
-    /// Takes a buffer out.
+    /// Adds the buffer of that ticket, which every drain from here on finds.
+    pub(crate) fn add(&self, ticket: &Ticket, buffer: Arc<Buffer>) -> Result {
+        let node = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?.into_node(ticket.0, buffer);
+        self.count.fetch_add(1, Relaxed);
+        self.table.lock().buffers.insert(node);
+        Ok(())
+    }
+
+    /// Takes a buffer out, if it was ever added.
     pub(crate) fn remove(&self, ticket: &Ticket) {
         let node = self.table.lock().buffers.remove_node(&ticket.0);
+        if node.is_some() {
+            self.count.fetch_sub(1, Relaxed);
+        }
         // What this may drop last is dropped without the lock.
         drop(node);
     }
@@ -190,17 +212,17 @@ impl Leases {
     /// Calls `f` with each buffer, without a lock. Buffers that are added meanwhile may be left
     /// out. Allocates nothing, since it must not fail.
     pub(crate) fn for_each(&self, mut f: impl FnMut(&Buffer)) {
-        let mut next = Some(0);
+        let mut next = (self.count.load(Relaxed) != 0).then_some(0);
         while let Some(id) = next {
             let mut batch = [const { None }; BATCH];
             next = self.at_or_after(id, &mut batch);
-            for buffer in batch.iter().flatten() {
+            for buffer in batch.iter().map_while(Option::as_ref) {
                 f(buffer);
             }
         }
     }
 
-    /// Fills `batch` with the buffers from `id` on; where to go on, unless there are no more.
+    /// Fills `batch`, from its first place on, with the buffers from `id` on; where to go on, unless there are no more.
     fn at_or_after(&self, id: u64, batch: &mut [Option<Arc<Buffer>>; BATCH]) -> Option<u64> {
         let mut table = self.table.lock();
         let mut cursor = table.buffers.cursor_lower_bound_mut(&id)?;

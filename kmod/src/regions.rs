@@ -16,6 +16,7 @@ use crate::{
     refuse,
     sys::{
         errno,
+        items::Items,
         payload::{UserPayload, pod_bytes},
         vfio_pci::{
             Answer, BARS, Capabilities, Device, FEATURE_GET, NUM_REGIONS, OFFSET_SHIFT, RegionInfo,
@@ -174,13 +175,11 @@ pub(crate) fn mmap(device: &Device<'_, Barlease>, vma: NewVma<'_>) -> Result {
     let bar = bar as u32;
     let start = device.bar(bar)?.start;
     let size = vma.length();
-    let mut segments = KVVec::with_capacity(1, GFP_KERNEL_ACCOUNT)?;
     let segment = Segment::after(0, start + (page << PAGE_SHIFT), size, PAGE_SHIFT);
-    segments.push(segment, GFP_KERNEL_ACCOUNT)?;
     let contents = Contents {
         bar,
         size,
-        segments,
+        segments: Items::One(segment),
     };
     Buffer::map_bar(device.driver().leases(), contents, memory_type, vma)
 }

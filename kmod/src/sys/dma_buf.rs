@@ -264,10 +264,12 @@ impl DmaBuf {
         Some(result)
     }
 
-    /// Names it, as `DMA_BUF_SET_NAME` does. Only before anybody else can know of it.
-    pub(crate) fn set_name(&mut self, name: &CStr) -> Result {
-        // SAFETY: `name` is a C string.
-        let copy = unsafe { bindings::kstrdup(name.as_char_ptr(), bindings::GFP_KERNEL) };
+    /// Names it, as `DMA_BUF_SET_NAME` does. Only before anybody else can know of it. The last byte of `name` does not count.
+    pub(crate) fn set_name(&mut self, name: &[u8; NAME_LEN]) -> Result {
+        // SAFETY: `name` is at least as long as that; the copy gets a NUL behind it.
+        let copy = unsafe {
+            bindings::kmemdup_nul(name.as_ptr().cast(), NAME_LEN - 1, bindings::GFP_KERNEL)
+        };
         if copy.is_null() {
             return Err(ENOMEM);
         }

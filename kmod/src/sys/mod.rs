@@ -16,6 +16,7 @@ pub(crate) mod dma_buf;
 pub(crate) mod errno;
 pub(crate) mod flag;
 pub(crate) mod idle;
+pub(crate) mod items;
 pub(crate) mod p2p;
 pub(crate) mod params;
 pub(crate) mod payload;

@@ -2,6 +2,7 @@
 
 //! Payloads of `VFIO_DEVICE_FEATURE`, copied once from user memory and back.
 
+use super::items::Items;
 use crate::abi;
 use core::mem::{MaybeUninit, size_of, size_of_val};
 use kernel::{
@@ -103,7 +104,10 @@ impl PayloadReader {
     }
 
     /// The next `count` structures, in one copy. As for `read`.
-    pub(crate) fn read_many<T: Payload>(&mut self, count: usize) -> Result<KVVec<T>> {
+    pub(crate) fn read_many<T: Payload>(&mut self, count: usize) -> Result<Items<T>> {
+        if count == 1 {
+            return self.read().map(Items::One);
+        }
         let mut values = KVVec::<T>::with_capacity(count, GFP_KERNEL)?;
         let places = values.spare_capacity_mut().get_mut(..count).ok_or(EINVAL)?;
         // SAFETY: The places are valid for writes of their size, and `MaybeUninit<u8>` may be
@@ -118,6 +122,6 @@ impl PayloadReader {
         // SAFETY: There is room for `count`; `read_raw` initialized all their bytes, and every bit
         // pattern is a `T: Payload`.
         unsafe { values.inc_len(count) };
-        Ok(values)
+        Ok(Items::Many(values))
     }
 }
