@@ -48,6 +48,8 @@ pub const SET: u32 = 1 << 17;
 /// `VFIO_DEVICE_FEATURE`: only ask.
 pub const PROBE: u32 = 1 << 18;
 
+/// Feature: the token without which the virtual functions of a physical function are not opened.
+pub const VF_TOKEN: u32 = 0;
 /// Feature: enter low power.
 pub const LOW_POWER_ENTRY: u32 = 3;
 /// Feature: enter low power until something wakes the device.
@@ -173,7 +175,20 @@ impl Group {
     ///
     /// That of the ioctl.
     pub fn device(self: &Arc<Self>, function: &Function) -> Answer<Device> {
-        let name = CString::new(function.bdf.as_str()).expect("a name");
+        self.device_called(function, &function.bdf)
+    }
+
+    /// Opens a virtual function with the token that its physical function was given.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn device_with_token(self: &Arc<Self>, function: &Function, token: &str) -> Answer<Device> {
+        self.device_called(function, &format!("{} vf_token={token}", function.bdf))
+    }
+
+    fn device_called(self: &Arc<Self>, function: &Function, name: &str) -> Answer<Device> {
+        let name = CString::new(name).expect("a name");
         let fd = self.file.as_raw_fd();
         // SAFETY: The argument is a C string.
         let fd = answer(unsafe { libc::ioctl(fd, GROUP_GET_DEVICE_FD, name.as_ptr()) })?;
