@@ -9,7 +9,13 @@ use std::{
     thread,
 };
 
-use crate::{pci::Function, wait};
+use barlease_lab::guest;
+
+use crate::{
+    errno::EBUSY,
+    pci::{self, Function},
+    wait,
+};
 
 /// Whether the kernel has lockdep, as the debug kernel does.
 #[must_use]
@@ -199,4 +205,23 @@ pub fn pretend_to_sleep_as_far_as(step: &str) -> bool {
     fs::write("/sys/power/state", "mem").expect("sleep");
     fs::write("/sys/power/pm_test", "none").expect("no test of sleep");
     true
+}
+
+/// Has the system sleep (to idle: all devices sleep, processors too, until an interrupt wakes them), and woken by the host.
+///
+/// # Panics
+///
+/// When it does not.
+pub fn sleep() {
+    let number = || fs::read_to_string("/sys/power/suspend_stats/success").expect("a number");
+    let before = number();
+    // Woken before it slept, it did not.
+    wait::until("sleep", || {
+        let slept =
+            guest::woken_by_the_host(|| pci::write(Path::new("/sys/power/state"), "freeze"));
+        match slept.expect("the host") {
+            Ok(()) | Err(EBUSY) => number() != before,
+            Err(errno) => panic!("sleep: {errno:?}"),
+        }
+    });
 }

@@ -901,6 +901,38 @@ fn a_sleep_of_the_devices_too_takes_away_and_wake_up_gives_back() {
     }
 }
 
+#[test]
+fn a_real_sleep_takes_away_and_wake_up_gives_back() {
+    for name in ["display", "nvme"] {
+        let leased = leased(name);
+        leased.map.write(8, 0x600d).unwrap();
+        assert_eq!(leased.faults(), 0);
+        observe::sleep();
+        assert!(leased.faults() > 0, "{name}");
+        leased.is(State::Ok);
+        assert_eq!(leased.map.read(8), Ok(0x600d));
+        leased.device.set_memory(false);
+        observe::sleep();
+        leased.is(MEMORY_OFF);
+        leased.device.set_memory(true);
+        leased.is(State::Ok);
+    }
+}
+
+#[test]
+fn a_device_that_was_in_low_power_before_a_sleep_is_in_low_power_after_it() {
+    let leased = leased("nvme");
+    leased.map.write(8, 0x600d).unwrap();
+    enter_low_power(&leased.device);
+    wait_until_suspended(&leased.device);
+    observe::sleep();
+    assert_eq!(leased.map.read(8), Err(Sigbus));
+    leased.is(LOW_POWER);
+    leave_low_power(&leased.device);
+    leased.is(State::Ok);
+    assert_eq!(leased.map.read(8), Ok(0x600d));
+}
+
 impl Leased {
     fn is_dead(&self) {
         assert_eq!(self.state(), State::Dead);

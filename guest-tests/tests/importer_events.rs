@@ -287,6 +287,11 @@ fn system_sleep_takes_away_from_devices() {
 }
 
 #[test]
+fn a_real_system_sleep_takes_away_from_devices() {
+    check_passing("memory", |_| observe::sleep());
+}
+
+#[test]
 fn the_close_of_the_device_takes_away_from_devices_for_good() {
     for ranges in SHAPES {
         let Scene {

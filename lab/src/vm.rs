@@ -27,8 +27,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::{self, JoinHandle, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -780,21 +780,35 @@ impl Guest<'_> {
         };
         let mut lines = BufReader::new(&sockets.control);
         let mut line = Vec::new();
-        while lines
-            .read_until(b'\n', &mut line)
-            .is_ok_and(|length| length > 0)
-        {
-            if let Ok(message) = serde_json::from_slice(&line) {
-                let reply = self.answer(&message, &mut monitor, served, progress);
-                if message.get("ready").is_some() && self.interactive {
-                    forward_input(&sockets.payload);
+        thread::scope(|scope| {
+            let mut waking: Option<(mpsc::Sender<()>, ScopedJoinHandle<'_, ()>)> = None;
+            while lines
+                .read_until(b'\n', &mut line)
+                .is_ok_and(|length| length > 0)
+            {
+                if let Ok(message) = serde_json::from_slice::<Value>(&line) {
+                    if message.get("sleeps").is_some() {
+                        let (awake, is_awake) = mpsc::channel();
+                        let waker = scope.spawn(move || wake(&sockets.control, &is_awake));
+                        waking = Some((awake, waker));
+                    }
+                    if message.get("awake").is_some()
+                        && let Some((awake, waker)) = waking.take()
+                    {
+                        drop(awake);
+                        let _ = waker.join();
+                    }
+                    let reply = self.answer(&message, &mut monitor, served, progress);
+                    if message.get("ready").is_some() && self.interactive {
+                        forward_input(&sockets.payload);
+                    }
+                    if let Some(reply) = reply {
+                        let _ = (&sockets.control).write_all(format!("{reply}\n").as_bytes());
+                    }
                 }
-                if let Some(reply) = reply {
-                    let _ = (&sockets.control).write_all(format!("{reply}\n").as_bytes());
-                }
+                line.clear();
             }
-            line.clear();
-        }
+        });
     }
 
     fn answer(
@@ -820,6 +834,12 @@ impl Guest<'_> {
                     .run(command)
                     .map_or_else(refusal, |value| json!({"return": value})),
             );
+        }
+        if message.get("sleeps").is_some() {
+            return None;
+        }
+        if message.get("awake").is_some() {
+            return Some(json!({"ok": ""}));
         }
         if let Some(request) = message.get("device") {
             return Some(served.answer(request));
@@ -882,6 +902,18 @@ pub fn needs_libraries(program: &[u8]) -> bool {
         Some((0..count).any(|entry| long(table + entry * size) == Some(INTERPRETER)))
     };
     read().unwrap_or(false)
+}
+
+/// Wakes a guest that sleeps, or is about to, by empty lines until it says that it is awake: one that comes too early
+/// wakes nobody. Less and less often, so that a guest that is slow falls asleep in between.
+fn wake(mut control: &UnixStream, is_awake: &mpsc::Receiver<()>) {
+    let mut pause = Duration::from_millis(250);
+    while is_awake.recv_timeout(pause) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if control.write_all(b"\n").is_err() {
+            return;
+        }
+        pause = (pause * 2).min(Duration::from_secs(16));
+    }
 }
 
 fn refusal(error: anyhow::Error) -> Value {
