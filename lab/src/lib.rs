@@ -14,6 +14,7 @@
 //! | [`kmod`] | builds the module of a checkout |
 //! | [`machine`] | what devices a guest has |
 //! | [`vm`] | boots a guest, runs a command in it, judges the result |
+//! | [`series`] | several commands in one guest |
 //! | [`emulator`] | KVM or not |
 //! | [`selftests`] | the kernel's own tests of VFIO and IOMMUFD |
 //! | [`splat`] | what must not be in a kernel's log |
@@ -69,6 +70,8 @@ pub mod prepare;
 pub mod report;
 #[cfg(feature = "host")]
 pub mod selftests;
+#[cfg(feature = "host")]
+pub mod series;
 #[cfg(feature = "host")]
 mod served;
 #[cfg(feature = "host")]

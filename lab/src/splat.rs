@@ -1,5 +1,7 @@
 //! Finds in a kernel's log what must never be there.
 
+use crate::series::BEGINS;
+
 /// Where the guest's init has taken over; it writes this line first.
 pub(crate) const INIT_STARTED: &str = "barlease-lab: init started";
 
@@ -102,6 +104,8 @@ pub struct Splat {
     pub line: String,
     /// That line with what is around it.
     pub excerpt: String,
+    /// The [part](crate::series) during which it came, in a guest that runs several.
+    pub part: Option<String>,
     /// How many lines with signs the log has.
     pub total: usize,
     /// Whether it is the known fault of the emulator: an `Oops: int3` before init has started.
@@ -129,9 +133,16 @@ pub fn scan(log: &str) -> Option<Splat> {
     Some(Splat {
         line: lines[first].to_owned(),
         excerpt: lines[from..to].join("\n"),
+        part: lines[..first].iter().rev().find_map(|line| part(line)),
         total: found.len(),
         emulator_fault: started.is_none() && lines[first].contains("Oops: int3"),
     })
+}
+
+/// The part that begins with this line.
+fn part(line: &str) -> Option<String> {
+    let (_, name) = line.split_once(BEGINS)?;
+    Some(name.to_owned())
 }
 
 fn is_splat(line: &str) -> bool {
@@ -219,6 +230,17 @@ mod tests {
             assert!(splat.excerpt.contains("Call Trace:"));
             assert!(!splat.emulator_fault, "{line}");
         }
+    }
+
+    #[test]
+    fn the_part_during_which_it_came_is_named() {
+        let log = "[    1.0] barlease-lab: begins first\n\
+                   [    2.0] barlease-lab: begins second\n\
+                   [    2.1] WARNING: here\n\
+                   [    3.0] barlease-lab: begins third\n\
+                   [    3.1] WARNING: there\n";
+        assert_eq!(scan(log).unwrap().part.as_deref(), Some("second"));
+        assert_eq!(scan("WARNING: here\n").unwrap().part, None);
     }
 
     #[test]

@@ -43,6 +43,7 @@ use crate::machine::Machine;
 use crate::monitor::Monitor;
 use crate::prepare::Prepared;
 use crate::report::seconds;
+use crate::series::{self, Part};
 use crate::served::{self, Served};
 use crate::splat::{self, INIT_STARTED, Splat};
 use crate::terminal::RawTerminal;
@@ -195,6 +196,7 @@ impl std::error::Error for Failure {}
 #[derive(Debug)]
 enum Payload {
     Command(Vec<String>),
+    Series(Vec<Part>),
     Shell { banner: String },
 }
 
@@ -286,6 +288,14 @@ impl<'a> Run<'a> {
         self
     }
 
+    /// Runs these one after the other instead, until one fails, as [`series`] says. What comes out of it can be taken apart
+    /// with [`series::Listener`].
+    #[must_use]
+    pub fn series(mut self, parts: Vec<Part>) -> Self {
+        self.payload = Payload::Series(parts);
+        self
+    }
+
     /// An interactive shell on our terminal instead of a command, without a time limit.
     #[must_use]
     pub fn shell(mut self, banner: impl Into<String>) -> Self {
@@ -317,7 +327,7 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// How long it may take, boot and all.
+    /// How long it may take, boot and all; each part of a series has that for itself.
     #[must_use]
     pub fn timeout(mut self, limit: Duration) -> Self {
         self.timeout = Some(limit);
@@ -378,8 +388,11 @@ impl<'a> Run<'a> {
         let mut archive = Initramfs::new(BufWriter::new(file), &busybox)?;
         self.add_modules(&mut archive)?;
         archive.file("lab/devices", self.machine.describe(), 0o644)?;
-        if let Some(limit) = self.timeout {
-            let seconds = limit.saturating_sub(LAST_WORDS).as_secs().max(1);
+        let patience = self
+            .timeout
+            .map(|limit| limit.saturating_sub(LAST_WORDS).as_secs().max(1));
+        // Each part of a series has its own.
+        if let (Some(seconds), false) = (patience, matches!(self.payload, Payload::Series(_))) {
             archive.file("lab/patience", format!("{seconds}\n"), 0o644)?;
         }
         if let Some(driver) = &self.driver {
@@ -390,6 +403,15 @@ impl<'a> Run<'a> {
         }
         match &self.payload {
             Payload::Command(words) => archive.file("lab/command", self.script(words), 0o644)?,
+            Payload::Series(parts) => {
+                let module = self.module.as_deref().map(file_name).transpose()?;
+                let module = module.map(|name| format!("/lib/modules/{name}"));
+                let module = module
+                    .as_deref()
+                    .map(|file| (file, &*self.module_parameters));
+                let script = self.exports() + &series::script(parts, module, patience);
+                archive.file("lab/command", script, 0o644)?;
+            }
             Payload::Shell { banner } => {
                 archive.file("lab/banner", banner, 0o644)?;
                 if let Some((rows, columns)) = crate::terminal::size() {
@@ -429,14 +451,17 @@ impl<'a> Run<'a> {
     }
 
     fn script(&self, words: &[String]) -> String {
-        let mut script = String::from("cd /root\n");
-        for (name, value) in &self.environment {
-            script.push_str(&format!("export {name}={}\n", quoted(value)));
-        }
+        let mut script = String::from("cd /root\n") + &self.exports();
         let words: Vec<_> = words.iter().map(|word| quoted(word)).collect();
         // A command of its own, so that its death by a signal is seen.
         script.push_str(&format!("{}\nexit $?\n", words.join(" ")));
         script
+    }
+
+    fn exports(&self) -> String {
+        let export =
+            |(name, value): &(String, String)| format!("export {name}={}\n", quoted(value));
+        self.environment.iter().map(export).collect()
     }
 }
 
@@ -539,6 +564,8 @@ enum End {
 #[derive(Debug, Default)]
 struct Progress {
     ready: Option<Instant>,
+    /// When the last part of a series that has begun did so.
+    part: Option<Instant>,
     verdict: Option<i32>,
     screenshots: Vec<PathBuf>,
 }
@@ -691,16 +718,14 @@ impl Guest<'_> {
             if child.try_wait().context("wait for QEMU")?.is_some() {
                 return Ok(End::Itself);
             }
-            if verdict_at.is_none()
-                && progress
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .verdict
-                    .is_some()
-            {
+            let (part, verdict) = {
+                let progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+                (progress.part.unwrap_or(started), progress.verdict)
+            };
+            if verdict_at.is_none() && verdict.is_some() {
                 verdict_at = Some(Instant::now());
             }
-            let late = self.timeout.is_some_and(|limit| started.elapsed() > limit);
+            let late = self.timeout.is_some_and(|limit| part.elapsed() > limit);
             let stuck = verdict_at.is_some_and(|at: Instant| at.elapsed() > grace);
             is_up |= started.elapsed() > self.boot_limit() && self.has_init();
             let still = !is_up && started.elapsed() > self.boot_limit();
@@ -822,6 +847,10 @@ impl Guest<'_> {
         let progress = || progress.lock().unwrap_or_else(PoisonError::into_inner);
         if message.get("ready").is_some() {
             progress().ready = Some(Instant::now());
+            return None;
+        }
+        if message.get("part").is_some() {
+            progress().part = Some(Instant::now());
             return None;
         }
         if let Some(code) = message.get("exit").and_then(Value::as_i64) {

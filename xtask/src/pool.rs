@@ -1,18 +1,21 @@
-//! Guests side by side: each test binary has one, and what it says is shown in one piece.
+//! Guests side by side, each of which runs some test binaries; what a binary says is shown in one piece.
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::prepare::Prepared;
+use barlease_lab::series::{Listener, Part};
+use barlease_lab::vm::{Failure, Output, Run};
 use serde_json::Value;
 
-use crate::checkout;
-use crate::test::{Count, parse_result};
+use crate::batch::{Batch, End, Outcome, Speed, judge, plan};
+use crate::test::Count;
+use crate::{checkout, vm};
 
 /// What the guest of a test takes of this machine's memory, in MiB: 1 GiB of its own, and what QEMU needs.
 const MEMORY: u32 = 2048;
@@ -21,6 +24,8 @@ const MEMORY: u32 = 2048;
 pub(crate) struct Pool<'a> {
     pub(crate) binaries: &'a [Binary],
     pub(crate) prepared: &'a Prepared,
+    /// Our module, built for that kernel.
+    pub(crate) module: &'a Path,
     pub(crate) filter: Option<&'a str>,
     /// How many guests at a time.
     pub(crate) jobs: usize,
@@ -97,40 +102,51 @@ fn binary(message: &str) -> Option<Binary> {
     })
 }
 
-/// What came of a binary.
-struct Outcome {
-    count: Count,
-    result: Result<()>,
-}
-
 impl Pool<'_> {
     /// Runs all of them, and says what failed.
     pub(crate) fn run(&self) -> (Count, Result<()>) {
-        let this = match std::env::current_exe() {
-            Ok(this) => this,
-            Err(error) => return (Count::default(), Err(error.into())),
+        let has_tests = |binary: &&Binary| vm::has_tests(&binary.path, self.filter);
+        let binaries = self.binaries.iter().filter(has_tests);
+        let names: Vec<_> = binaries.map(|binary| binary.name.as_str()).collect();
+        let speed = match self.prepared.kernel.watches() {
+            None => Speed::Stock,
+            Some(_) => Speed::Watched,
         };
-        let queue: Mutex<VecDeque<_>> = Mutex::new(self.binaries.iter().collect());
+        self.run_batches(plan(&names, self.jobs, speed))
+    }
+
+    /// Runs these batches, and says what failed.
+    pub(crate) fn run_batches(&self, batches: Vec<Batch>) -> (Count, Result<()>) {
+        let queue: Mutex<VecDeque<_>> = Mutex::new(batches.into());
         let done = Mutex::new(Vec::new());
         thread::scope(|scope| {
             for _ in 0..self.jobs {
                 scope.spawn(|| {
-                    while let Some(binary) = next(&queue) {
-                        let outcome = self.one(&this, binary);
-                        locked(&done).push((binary, outcome));
+                    while let Some(batch) = next(&queue) {
+                        let (outcomes, rest) = self.guest(&batch);
+                        locked(&done).extend(outcomes);
+                        if !rest.is_empty() {
+                            let names = rest;
+                            locked(&queue).push_front(Batch { names, ..batch });
+                        }
                     }
                 });
             }
         });
         let mut count = Count::default();
         let mut failed = Vec::new();
-        for (binary, outcome) in locked(&done).drain(..) {
-            count.passed += outcome.count.passed;
-            count.failed += outcome.count.failed;
-            if let Err(error) = outcome.result {
-                println!("{}: {error:#}; again:", binary.name);
-                println!("  {}", self.again(binary));
-                failed.push(binary.name.as_str());
+        for Outcome {
+            name,
+            count: more,
+            failure,
+        } in locked(&done).drain(..)
+        {
+            count = count + more;
+            if let Some(reason) = failure {
+                let reason = reason.lines().next().unwrap_or_default();
+                println!("{name}: {reason}; again:");
+                println!("  {}", self.again(&name));
+                failed.push(name);
             }
         }
         failed.sort_unstable();
@@ -144,73 +160,91 @@ impl Pool<'_> {
     }
 
     /// How a person runs that binary again.
-    fn again(&self, binary: &Binary) -> String {
+    fn again(&self, name: &str) -> String {
         format!(
-            "cd guest-tests && BARLEASE_KERNEL={} cargo test --test {}",
-            self.prepared.kernel.name, binary.name
+            "cd guest-tests && BARLEASE_KERNEL={} cargo test --test {name}",
+            self.prepared.kernel.name
         )
     }
 
-    fn one(&self, this: &Path, binary: &Binary) -> Outcome {
-        let mut said = Vec::new();
-        let mut command = Command::new(this);
-        command
-            .args(["vm", "test"])
-            .arg(&binary.path)
-            .args(self.filter)
-            .current_dir(checkout::top().join("guest-tests"))
-            .env("BARLEASE_KERNEL", &self.prepared.kernel.name)
-            .stdin(Stdio::null());
-        let result = run(&mut command, &mut said);
-        let mut count = Count::default();
-        for line in String::from_utf8_lossy(&said).lines() {
-            if let Some(more) = parse_result(line) {
-                count.passed += more.passed;
-                count.failed += more.failed;
+    /// Runs a batch in a guest. What a binary says is shown when it has ended.
+    fn guest(&self, batch: &Batch) -> (Vec<Outcome>, Vec<String>) {
+        let listener = Arc::new(Mutex::new(Listener::default()));
+        let kernel = self.prepared.kernel.name.clone();
+        let shown = kernel.clone();
+        let listens = Arc::clone(&listener);
+        let output = Output::Lines(Box::new(move |line| {
+            if let Some(part) = locked(&listens).line(line) {
+                show(&format!("{} on {shown}", part.name), &part.output);
+            }
+        }));
+        let result = self.series(batch).and_then(|run| run.output(output).run());
+        let heard = locked(&listener);
+        let end = match &result {
+            Ok(outcome) => End::Code(outcome.code),
+            Err(error) => End::of(error),
+        };
+        let (outcomes, rest) = judge(&batch.names, &heard, &end);
+        let title = format!("guest of {} on {kernel}", batch.names.join(", "));
+        let mut text = String::new();
+        if let Ok(outcome) = &result {
+            text += &vm::remarks(outcome);
+        }
+        for Outcome { name, failure, .. } in &outcomes {
+            let part = heard.parts.iter().find(|part| part.name == *name);
+            if let Some(part) = part.filter(|part| part.code.is_none()) {
+                text += &format!("what {name} said until the guest ended:\n{}", part.output);
+            }
+            if let Some(reason) = failure {
+                let before = batch.names.iter().take_while(|before| *before != name);
+                let before: Vec<_> = before.map(String::as_str).collect();
+                if !before.is_empty() {
+                    text += &format!("{name} ran after {}\n", before.join(", "));
+                }
+                text += &format!("{name} FAILED: {reason}\n");
             }
         }
-        if count != Count::default() || result.is_err() {
-            let mut out = io::stdout().lock();
-            let title = format!("\n--- {} on {}\n", binary.name, self.prepared.kernel.name);
-            let _ = out.write_all(title.as_bytes());
-            let _ = out.write_all(&said);
-            let _ = out.flush();
+        if !rest.is_empty() {
+            let rest = rest.join(", ");
+            text += &format!("what counts of these comes from another guest: {rest}\n");
         }
-        Outcome { count, result }
+        show(&title, &text);
+        (outcomes, rest)
+    }
+
+    fn series(&self, batch: &Batch) -> Result<Run<'_>> {
+        let mut run = Run::new(self.prepared, batch.preset.machine());
+        let mut parts = Vec::new();
+        for name in &batch.names {
+            let binary = self.binaries.iter().find(|binary| binary.name == *name);
+            let binary = binary.with_context(|| format!("there is no binary {name}"))?;
+            let place = format!("/lab/bin/{name}");
+            run = run.file(&binary.path, &place);
+            let words = [&place].into_iter().map(String::as_str).chain(self.filter);
+            parts.push(Part {
+                name: name.clone(),
+                words: words.map(str::to_owned).collect(),
+            });
+        }
+        vm::as_tests_run(run, self.module).map(|run| run.series(parts))
     }
 }
 
-/// Runs a command, and takes down what it says on both outputs.
-fn run(command: &mut Command, said: &mut Vec<u8>) -> Result<()> {
-    let said = Mutex::new(said);
-    let mut child = command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("start a guest")?;
-    let (output, errors) = (child.stdout.take(), child.stderr.take());
-    thread::scope(|scope| {
-        scope.spawn(|| take_down(output, &said));
-        scope.spawn(|| take_down(errors, &said));
-    });
-    let status = child.wait().context("wait for a guest")?;
-    if !status.success() {
-        bail!("ended with {status}");
+impl End {
+    fn of(error: &anyhow::Error) -> Self {
+        let part = match error.downcast_ref() {
+            Some(Failure::Splat { splat, .. }) => splat.part.clone(),
+            _ => None,
+        };
+        Self::Failed(format!("{error:#}"), part)
     }
-    Ok(())
 }
 
-/// Line by line, so that the two outputs mix only between lines.
-fn take_down(output: Option<impl Read>, said: &Mutex<&mut Vec<u8>>) {
-    let Some(output) = output else { return };
-    let mut lines = BufReader::new(output);
-    let mut line = Vec::new();
-    while lines
-        .read_until(b'\n', &mut line)
-        .is_ok_and(|length| length > 0)
-    {
-        locked(said).append(&mut line);
-    }
+/// Shows in one piece what guests that run side by side say.
+fn show(title: &str, text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = write!(out, "\n--- {title}\n{text}");
+    let _ = out.flush();
 }
 
 fn next<T>(queue: &Mutex<VecDeque<T>>) -> Option<T> {
@@ -256,18 +290,5 @@ mod tests {
         let info = "MemTotal: 24 kB\nMemAvailable:    8192 kB\n";
         assert_eq!(available(info), Some(8 << 20));
         assert_eq!(available("MemTotal: 24 kB\n"), None);
-    }
-
-    #[test]
-    fn both_outputs_and_the_exit_code_are_taken_down() {
-        let mut shell = Command::new("sh");
-        shell.args(["-c", "echo out; echo err >&2; exit 3"]);
-        let mut said = Vec::new();
-        let error = run(&mut shell, &mut said).unwrap_err().to_string();
-        assert!(error.contains('3'), "{error}");
-        let said = String::from_utf8(said).unwrap();
-        let mut lines: Vec<_> = said.lines().collect();
-        lines.sort_unstable();
-        assert_eq!(lines, ["err", "out"]);
     }
 }

@@ -1,6 +1,9 @@
 //! `cargo xtask test`: every check and every test, in order.
 
 use std::io::{self, BufRead, BufReader, Write};
+use std::iter::Sum;
+use std::ops::Add;
+use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -31,6 +34,23 @@ pub(crate) struct Options {
     /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs, `selftests` the kernel's own tests,
     /// `instructions` what operations cost compared with the published results
     filter: Option<String>,
+}
+
+impl Add for Count {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+        }
+    }
+}
+
+impl Sum for Count {
+    fn sum<I: Iterator<Item = Self>>(counts: I) -> Self {
+        counts.fold(Self::default(), Add::add)
+    }
 }
 
 impl Options {
@@ -143,8 +163,10 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
             update: false,
         })?;
         let kernel = prepared.kernel.name.clone();
+        let mut module = PathBuf::new();
         let built = steps.make(&format!("module for {kernel}"), || {
-            kmod::build(&prepared, true)
+            module = kmod::build(&prepared, true)?;
+            Ok(())
         });
         steps.make(&format!("clippy on the module for {kernel}"), || {
             kmod::clippy(&prepared, true)
@@ -166,6 +188,7 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
                 pool::Pool {
                     binaries: &binaries,
                     prepared: &prepared,
+                    module: &module,
                     filter: options.filter.as_deref(),
                     jobs: options.jobs.map_or_else(pool::jobs, usize::from),
                 }

@@ -1,5 +1,6 @@
 //! `cargo xtask vm`
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -19,7 +20,8 @@ use barlease_lab::splat;
 use barlease_lab::vm::{Outcome, Run};
 use clap::{Args, Subcommand};
 
-use crate::{KernelChoice, checkout, kmod};
+use crate::batch::Batch;
+use crate::{KernelChoice, checkout, kmod, pool};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Task {
@@ -35,6 +37,14 @@ pub(crate) enum Task {
     Exec(Exec),
     /// Run a test binary in a guest: what cargo's runner calls
     Test(Test),
+    /// Run some of the test binaries in one guest, one after the other, as `cargo xtask test` does
+    Together {
+        #[command(flatten)]
+        kernel: KernelChoice,
+        /// Files of guest-tests/tests, without .rs; the machine is that of the first
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
     /// A shell in a guest, with the module loaded and all devices bound
     Shell {
         #[command(flatten)]
@@ -150,6 +160,7 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
         }
         Task::Exec(options) => exec(&options),
         Task::Test(options) => test(&options),
+        Task::Together { kernel, names } => together(kernel, names),
         Task::Shell { machine } => shell(&machine),
         Task::List { json } => list(json),
         Task::Clean => {
@@ -214,8 +225,12 @@ fn program_to_copy(word: &str) -> Result<Option<PathBuf>> {
 }
 
 /// Our module, and those of the same build beside it without loading them.
-fn with_module<'a>(mut run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
-    let module = kmod::build(prepared, false)?;
+fn with_module<'a>(run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
+    with_modules_of(run, &kmod::build(prepared, false)?)
+}
+
+/// The same, of a build that has been made.
+fn with_modules_of<'a>(mut run: Run<'a>, module: &Path) -> Result<Run<'a>> {
     let folder = module.parent().unwrap_or(Path::new("."));
     for entry in std::fs::read_dir(folder)?.filter_map(Result::ok) {
         let path = entry.path();
@@ -240,26 +255,33 @@ fn with_environment(mut run: Run<'_>) -> Run<'_> {
 }
 
 fn finish(outcome: &Outcome) -> Result<ExitCode> {
+    eprint!("{}", remarks(outcome));
+    Ok(ExitCode::from(
+        u8::try_from(outcome.code).unwrap_or(u8::MAX),
+    ))
+}
+
+/// What is to be said of a guest at its end.
+pub(crate) fn remarks(outcome: &Outcome) -> String {
+    let mut said = String::new();
     for path in &outcome.screenshots {
-        eprintln!("screenshot: {}", path.display());
+        said += &format!("screenshot: {}\n", path.display());
     }
     let log = fs::read(&outcome.log).unwrap_or_default();
     let races = splat::races_of_others(&String::from_utf8_lossy(&log));
     if races != 0 {
-        eprintln!(
-            "data races of the kernel's own code, without us: {races} reports in {}",
+        said += &format!(
+            "data races of the kernel's own code, without us: {races} reports in {}\n",
             outcome.log.display()
         );
     }
-    eprintln!(
-        "guest: up after {}, done after {}, exit code {}",
+    said += &format!(
+        "guest: up after {}, done after {}, exit code {}\n",
         seconds(outcome.boot),
         seconds(outcome.total),
         outcome.code
     );
-    Ok(ExitCode::from(
-        u8::try_from(outcome.code).unwrap_or(u8::MAX),
-    ))
+    said
 }
 
 fn test(options: &Test) -> Result<ExitCode> {
@@ -284,16 +306,39 @@ fn test(options: &Test) -> Result<ExitCode> {
     };
     let prepared = choice.prepare()?;
     let place = in_lab(&options.binary)?;
-    let threads = std::env::var("RUST_TEST_THREADS").unwrap_or_else(|_| "1".to_owned());
-    let run = with_module(Run::new(&prepared, choice.preset.machine()), &prepared)?
-        .file(&options.binary, &place)
-        .env("RUST_TEST_THREADS", threads)
+    let run = Run::new(&prepared, choice.preset.machine()).file(&options.binary, &place);
+    let run = as_tests_run(run, &kmod::build(&prepared, false)?)?
         .command([place].into_iter().chain(options.arguments.iter().cloned()));
+    finish(&run.run()?)
+}
+
+fn together(kernel: KernelChoice, names: Vec<String>) -> Result<ExitCode> {
+    let prepared = prepare(&Request {
+        kernel: kernel.kernel,
+        update: false,
+    })?;
+    let binaries = pool::binaries()?;
+    let pool = pool::Pool {
+        binaries: &binaries,
+        prepared: &prepared,
+        module: &kmod::build(&prepared, false)?,
+        filter: None,
+        jobs: 1,
+    };
+    let preset = Preset::of_tests(&names[0]);
+    let (_, result) = pool.run_batches(vec![Batch { preset, names }]);
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// With our modules, and with variables and a time limit as tests have them.
+pub(crate) fn as_tests_run<'a>(run: Run<'a>, module: &Path) -> Result<Run<'a>> {
+    let threads = std::env::var("RUST_TEST_THREADS").unwrap_or_else(|_| "1".to_owned());
+    let run = with_modules_of(run, module)?.env("RUST_TEST_THREADS", threads);
     let run = match test_timeout()? {
         Some(limit) => run.timeout(limit),
         None => run,
     };
-    finish(&with_environment(run).run()?)
+    Ok(with_environment(run))
 }
 
 fn file_stem(path: &Path) -> String {
@@ -305,18 +350,19 @@ fn file_stem(path: &Path) -> String {
 
 /// Whether the binary would only list its tests, or has none that fit: no guest is needed for that.
 fn runs_nothing(options: &Test) -> bool {
-    if options
-        .arguments
-        .iter()
-        .any(|argument| argument == "--list" || argument == "--help")
-    {
-        return true;
-    }
-    let mut list = Command::new(&options.binary);
-    list.args(&options.arguments)
-        .args(["--list", "--format", "terse"]);
-    list.output()
-        .is_ok_and(|listed| listed.status.success() && listed.stdout.is_empty())
+    let lists = |argument: &String| argument == "--list" || argument == "--help";
+    options.arguments.iter().any(lists) || !has_tests(&options.binary, &options.arguments)
+}
+
+/// Whether a test binary has tests that these arguments leave. What does not run here is taken to have some.
+pub(crate) fn has_tests(
+    binary: &Path,
+    arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+) -> bool {
+    let mut list = Command::new(binary);
+    list.args(arguments).args(["--list", "--format", "terse"]);
+    let listed = list.output();
+    !listed.is_ok_and(|listed| listed.status.success() && listed.stdout.is_empty())
 }
 
 fn test_timeout() -> Result<Option<Duration>> {
