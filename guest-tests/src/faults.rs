@@ -350,7 +350,7 @@ fn wait_until<T>(mut look: impl FnMut() -> T, wrong: impl Fn(&T) -> Option<Strin
     let end = Instant::now() + PATIENCE;
     while let Some(what) = wrong(&look()) {
         assert!(Instant::now() < end, "{what}");
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(1));
     }
 }
 

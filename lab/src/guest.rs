@@ -15,7 +15,7 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -192,19 +192,23 @@ impl Turn {
     }
 }
 
-fn read_line(channel: &mut File) -> io::Result<String> {
+/// Reads a reply. After its line nothing comes until the next request; before it there may be empty ones, which are to wake a
+/// guest.
+fn read_line(channel: &mut impl Read) -> io::Result<String> {
     let mut line = Vec::new();
-    let mut byte = [0];
+    let mut part = [0; 512];
     loop {
-        if channel.read(&mut byte)? == 0 {
-            return Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "the control channel is closed",
-            ));
+        match channel.read(&mut part)? {
+            0 => {
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the control channel is closed",
+                ));
+            }
+            length => line.extend_from_slice(&part[..length]),
         }
-        match byte[0] {
-            b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
-            other => line.push(other),
+        if let Some(line) = line.strip_suffix(b"\n") {
+            return Ok(String::from_utf8_lossy(line).trim_start().to_owned());
         }
     }
 }
@@ -280,6 +284,17 @@ mod tests {
             let object = format!("{{\"ok\":{}}}", quote(text));
             assert_eq!(string_member(&object, "ok").as_deref(), Some(text));
         }
+    }
+
+    #[test]
+    fn a_reply_is_a_line_however_it_comes() {
+        // As a serial port gives it: some bytes at a time.
+        let mut parts = (&b"{\"re"[..]).chain(&b"turn\":"[..]).chain(&b"{}}\n"[..]);
+        assert_eq!(read_line(&mut parts).unwrap(), "{\"return\":{}}");
+        assert_eq!(read_line(&mut &b"\n\n{}\n"[..]).unwrap(), "{}");
+        assert_eq!(read_line(&mut &b"\n"[..]).unwrap(), "");
+        let error = read_line(&mut &b"half"[..]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]
