@@ -55,6 +55,10 @@ pub const TIMEOUT: Duration = Duration::from_secs(360);
 /// Of some hundred guests an emulated one stands still while it brings up its second processor.
 const BOOT: Duration = Duration::from_secs(120);
 
+/// How long a guest may say nothing until its init starts, unless it cannot be booted again; twice that on a debug kernel. One that
+/// stands still is found out by that sooner than by the time that it takes.
+const SILENCE: Duration = Duration::from_secs(30);
+
 /// How often a guest is booted again after a fault of the emulator.
 const RETRIES: u32 = 2;
 
@@ -128,7 +132,7 @@ pub enum Failure {
     },
     /// The guest's kernel never came as far as init, so nothing of ours has run.
     NoInit {
-        /// The time it had.
+        /// The time it had, less when it had stopped to say anything.
         limit: Duration,
         /// The end of the kernel's log.
         tail: String,
@@ -365,6 +369,7 @@ impl<'a> Run<'a> {
                 screenshots: &screenshots,
                 interactive: matches!(self.payload, Payload::Shell { .. }),
                 timeout: self.timeout,
+                can_retry: retries > 0,
             };
             let result = guest.boot(&mut output);
             if let Some(fault) = emulator_fault(&result).filter(|_| retries > 0) {
@@ -547,6 +552,8 @@ struct Guest<'a> {
     screenshots: &'a Path,
     interactive: bool,
     timeout: Option<Duration>,
+    /// Whether it is booted again when its init does not start.
+    can_retry: bool,
 }
 
 /// How a guest ended.
@@ -699,7 +706,12 @@ impl Guest<'_> {
 
     /// How long it may take until its init starts.
     fn boot_limit(&self) -> Duration {
-        BOOT * self.prepared.kernel.slowness().min(2)
+        self.times(BOOT)
+    }
+
+    /// That much longer as a boot takes on this kernel.
+    fn times(&self, time: Duration) -> Duration {
+        time * self.prepared.kernel.slowness().min(2)
     }
 
     /// Whether its init has said that it started.
@@ -714,6 +726,7 @@ impl Guest<'_> {
         let grace = Duration::from_secs(20) * self.prepared.kernel.slowness();
         let mut verdict_at = None;
         let mut is_up = false;
+        let mut said = (0, Instant::now());
         loop {
             if child.try_wait().context("wait for QEMU")?.is_some() {
                 return Ok(End::Itself);
@@ -727,8 +740,15 @@ impl Guest<'_> {
             }
             let late = self.timeout.is_some_and(|limit| part.elapsed() > limit);
             let stuck = verdict_at.is_some_and(|at: Instant| at.elapsed() > grace);
-            is_up |= started.elapsed() > self.boot_limit() && self.has_init();
-            let still = !is_up && started.elapsed() > self.boot_limit();
+            if !is_up {
+                let length = fs::metadata(self.log()).map_or(0, |log| log.len());
+                if length != said.0 {
+                    said = (length, Instant::now());
+                    is_up = self.has_init();
+                }
+            }
+            let silent = self.can_retry && said.1.elapsed() > self.times(SILENCE);
+            let still = !is_up && (silent || started.elapsed() > self.boot_limit());
             if late || stuck || still {
                 child.kill().context("stop QEMU")?;
                 child.wait().context("wait for QEMU")?;
@@ -769,7 +789,7 @@ impl Guest<'_> {
                 return Err(Failure::Timeout { limit, tail, log }.into());
             }
             End::NoInit => {
-                let limit = self.boot_limit();
+                let limit = started.elapsed();
                 return Err(Failure::NoInit { limit, tail, log }.into());
             }
         }
