@@ -1,6 +1,7 @@
 //! Planted bugs: a kernel that does not report them would not report ours either.
 
 use std::path::Path;
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::debug::Watch;
@@ -8,8 +9,8 @@ use barlease_lab::machine::Preset;
 use barlease_lab::prepare::Prepared;
 use barlease_lab::vm::{Failure, Output, Run};
 
-use crate::kmod;
 use crate::test::Count;
+use crate::{kmod, pool};
 
 /// A bug of `kmod/canary`, and what the run must fail with.
 struct Canary {
@@ -75,14 +76,27 @@ pub(crate) fn run(prepared: &Prepared) -> (Count, Result<()>) {
         Ok(module) => module.with_file_name("barlease_canary.ko"),
         Err(error) => return (count, Err(error)),
     };
-    add("without a bug", without(prepared, &module));
-    for canary in CANARIES {
-        if canary
-            .only
-            .is_none_or(|watch| prepared.kernel.watches() == Some(watch))
-        {
-            add(canary.bug, canary.run(prepared, &module));
-        }
+    let watches = prepared.kernel.watches();
+    let seen = |canary: &&Canary| canary.only.is_none_or(|watch| watches == Some(watch));
+    let canaries = CANARIES.iter().filter(seen).map(Some);
+    let runs: Vec<_> = [None].into_iter().chain(canaries).collect();
+    for side_by_side in runs.chunks(pool::jobs()) {
+        thread::scope(|scope| {
+            let start = |canary: &Option<&'static Canary>| {
+                let (canary, module) = (*canary, &module);
+                let guest = scope.spawn(move || match canary {
+                    None => without(prepared, module),
+                    Some(canary) => canary.run(prepared, module),
+                });
+                (canary, guest)
+            };
+            let guests: Vec<_> = side_by_side.iter().map(start).collect();
+            for (canary, guest) in guests {
+                let name = canary.map_or("without a bug", |canary| canary.bug);
+                let panicked = |_| Err(anyhow::anyhow!("the lab panicked"));
+                add(name, guest.join().unwrap_or_else(panicked));
+            }
+        });
     }
     let result = if missed.is_empty() {
         Ok(())
