@@ -19,6 +19,10 @@ const ALONE: &[(&str, &str)] = &[
 /// Binaries that are the last in their guest, and why.
 const LAST: &[(&str, &str)] = &[
     (
+        "aer",
+        "a function that nobody has open loses its BARs when the link is reset",
+    ),
+    (
         "lifetime",
         "devices that it takes from the bus come back elsewhere",
     ),
