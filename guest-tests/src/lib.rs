@@ -13,6 +13,8 @@
 //! - [`wait`]: waiting for what must come, or must not yet;
 //! - [`probe`]: page-table entries, read back;
 //! - [`witness`]: devices that tell what has reached them;
+//! - [`aer`]: errors that a device reports;
+//! - [`slot`]: a slot that a device can be pulled out of;
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
 //! - [`importer`]: a device that does DMA to leases;
 //! - [`allocations`]: what the kernel allocates for this process;
@@ -22,6 +24,7 @@
 
 // What a test looks at are bare system calls and memory that a kernel takes away: what is not safe about them is
 // in these modules, so that no test needs `unsafe`.
+pub mod aer;
 #[expect(unsafe_code, reason = "gettid")]
 pub mod allocations;
 #[expect(unsafe_code, reason = "an ioctl, fds by number")]
@@ -44,6 +47,7 @@ pub mod probe;
 pub mod process;
 pub mod race;
 pub mod random;
+pub mod slot;
 #[expect(unsafe_code, reason = "ioctls")]
 pub mod vfio;
 pub mod wait;

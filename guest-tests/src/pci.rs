@@ -20,6 +20,7 @@ pub const STOCK: &str = "vfio-pci";
 const SLOT_INTERRUPTS: u16 = 1 << 5;
 /// Indicator and power.
 const SLOT_OFF: u16 = 0b11 << 8 | 1 << 10;
+const SLOT_ON: u16 = 0b01 << 8;
 
 /// A PCI function.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -155,6 +156,13 @@ impl Function {
     pub fn slot_is_off(&self) -> bool {
         let (_, _, control) = self.slot_control();
         control & SLOT_OFF == SLOT_OFF
+    }
+
+    /// Whether the slot behind this port is turned on, and the kernel is done with what is in it.
+    #[must_use]
+    pub fn slot_is_on(&self) -> bool {
+        let (_, _, control) = self.slot_control();
+        control & SLOT_OFF == SLOT_ON
     }
 
     /// Pulls the device out of the slot behind this port, without a word to the kernel: it notices

@@ -6,6 +6,10 @@ use std::{os::fd::OwnedFd, thread, time::Duration};
 use barlease_abi::{ALIAS_WC, REASON_ERROR, REASON_MEMORY_OFF};
 use barlease_guest_tests::{
     PAGE,
+    aer::{
+        BAR, DEVICE, FATAL, NEIGHBOUR, NON_FATAL, end_of_recovery, inject, report_corrected,
+        wait_for_recovery,
+    },
     errno::ENODEV,
     importer::{Attachment, Importer, KernelLog, check_that_nothing_is_left},
     lease::State,
@@ -16,53 +20,12 @@ use barlease_guest_tests::{
     vfio::{Device, ERR_IRQ},
     wait::{self, LONG},
 };
-use barlease_lab::guest;
 
-/// The only device that reports errors.
-const DEVICE: &str = "virtio";
-/// Another function of it, which reports none. Recovery is for both.
-const NEIGHBOUR: &str = "neighbour";
-/// The BAR with its registers.
-const BAR: u32 = 4;
 /// Offset of feature bits (virtio 1.2, 4.1.4.3): neither all zeroes nor all ones while the device answers.
 const FEATURES: u64 = 4;
 
-/// Not fatal at first (PCIe, 7.8.4.4): completion time-out.
-const NON_FATAL: &str = "COMP_TIME";
-/// Fatal at first: the link's protocol was violated. Recovery resets the link.
-const FATAL: &str = "DLP";
-/// Corrected by the hardware: receiver error.
-const CORRECTED: &str = "RCVR";
-
 const ERROR: State = State::Revoked(REASON_ERROR);
 const MEMORY_OFF: State = State::Revoked(REASON_MEMORY_OFF);
-
-/// Has the device report an error.
-fn inject(error: &str) {
-    let line = format!("pcie_aer_inject_error {DEVICE} {error}");
-    let command =
-        format!(r#"{{"execute":"human-monitor-command","arguments":{{"command-line":"{line}"}}}}"#);
-    let reply = guest::qmp(&command).expect("an error to inject");
-    assert!(reply.contains("OK id: virtio"), "{reply}");
-}
-
-/// Another error that comes before the kernel has cleared the status of this one may be taken for it.
-fn wait_for_recovery(log: &mut KernelLog) {
-    assert_eq!(end_of_recovery(log), "successful");
-}
-
-fn end_of_recovery(log: &mut KernelLog) -> String {
-    let mut end = None;
-    wait::until("recovery", || {
-        let lines = log.lines();
-        let mut ends = lines
-            .iter()
-            .filter_map(|line| line.split_once("device recovery "));
-        end = ends.next().map(|(_, end)| end.to_owned());
-        end.is_some()
-    });
-    end.unwrap_or_default()
-}
 
 /// An open device, a lease of it in processes and in edu, and mappings through the device fd.
 struct Scene {
@@ -212,10 +175,7 @@ fn each_of_several_errors_takes_away() {
 #[test]
 fn a_corrected_error_takes_nothing_away() {
     let scene = Scene::new();
-    let function = scene.device.function();
-    let before = function.errors("correctable");
-    inject(CORRECTED);
-    wait::until("the error", || function.errors("correctable") > before);
+    report_corrected();
     // Errors are handled one after the other.
     scene.survives(NON_FATAL);
     assert_eq!(scene.attachment.status().interruptions, 1);

@@ -2,9 +2,7 @@
 #![cfg(barlease_guest)]
 
 use std::{
-    fs, io,
     os::fd::{AsFd, OwnedFd},
-    path::Path,
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
@@ -17,80 +15,21 @@ use barlease_guest_tests::{
     lease::State,
     map::{How, Map, Sigbus},
     observe,
-    pci::{BARLEASE, Function},
     process::{self, Child},
     race,
+    slot::{DEVICE, Slot, Unproved, ask_back},
     vfio::{Device, REQUEST_IRQ},
     wait::{self, LONG},
 };
-use barlease_lab::guest;
 
-/// The device that comes and goes, alone in its slot. It has a function-level reset: a reset of the slot, as the core does
-/// it at open, takes the kernel's own locks in another order than a removal does.
-const DEVICE: &str = "card";
 /// The BAR with its registers, of 4 pages.
 const BAR: u32 = 4;
 /// Keeps what is written to it (virtio 1.2, 4.1.4.3: device_feature_select).
 const SELECT: u64 = 0;
 
-fn qmp(execute: &str, arguments: &str) -> io::Result<String> {
-    guest::qmp(&format!(
-        r#"{{"execute":"{execute}","arguments":{{{arguments}}}}}"#
-    ))
-}
-
-/// Where a kernel that proves the order of locks is told whether to.
-const PROVE_LOCKING: &str = "/proc/sys/kernel/prove_locking";
-
-/// The slot of the device.
-///
-/// While there is one, no order of locks is proved: the kernel's hot-plug driver has two of its own
-/// (`pciehp_unconfigure_device` takes `reset_lock` again under `pci_rescan_remove_lock`), and a kernel that has reported
-/// one inversion looks for no other.
-struct Slot {
-    function: Function,
-    port: Function,
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        let _ = fs::write(PROVE_LOCKING, "1");
-    }
-}
-
-impl Slot {
-    /// With the device in it.
-    fn new() -> Self {
-        if Path::new(PROVE_LOCKING).exists() {
-            fs::write(PROVE_LOCKING, "0").expect("no proof of locking");
-        }
-        let function = Function::named(DEVICE);
-        let port = function.port();
-        Self { function, port }
-    }
-
-    fn pull(&self) {
-        self.port.pull();
-    }
-
-    /// Waits until the kernel has given the device up and turned the slot off, which throws out what is in it.
-    fn wait_until_empty(&self) {
-        wait::until("removal", || !self.function.exists());
-        wait::until("the end of removal", || self.port.slot_is_off());
-    }
-
-    /// Puts another device in.
-    fn plug(&self) {
-        let arguments = format!(
-            r#""driver":"virtio-rng-pci","id":"{DEVICE}","rng":"virtio-source","bus":"rp6","addr":"00.0""#
-        );
-        // QEMU frees the name a little after the device is gone.
-        wait::until("a plug", || qmp("device_add", &arguments).is_ok());
-        // The kernel knows a device some time before drivers may have it.
-        wait::until("a new device", || {
-            self.function.exists() && self.function.try_bind(BARLEASE)
-        });
-    }
+/// The slot, with no order of locks proved: in each test a device is pulled out, or put in.
+fn slot() -> (Slot, Unproved) {
+    (Slot::new(), Unproved::new())
 }
 
 /// A device with everything that can be leased of it: a lease, mappings of it, of the BAR and of an alias, an importer.
@@ -153,7 +92,7 @@ impl Scene {
 
 #[test]
 fn what_is_pulled_out_is_dead_before_its_user_lets_go() {
-    let slot = Slot::new();
+    let (slot, _unproved) = slot();
     let scene = Scene::new();
     slot.pull();
     scene.is_wanted();
@@ -190,7 +129,7 @@ fn what_is_pulled_out_is_dead_before_its_user_lets_go() {
 
 #[test]
 fn a_slow_importer_is_waited_for_and_keeps_nothing_else_alive() {
-    let slot = Slot::new();
+    let (slot, _unproved) = slot();
     let scene = Scene::new();
     scene.attachment.hold(true);
     let quick_fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
@@ -218,7 +157,7 @@ fn a_slow_importer_is_waited_for_and_keeps_nothing_else_alive() {
 /// Somebody else has the lease, and nobody the device.
 #[test]
 fn a_holder_sees_nothing_but_sigbus() {
-    let slot = Slot::new();
+    let (slot, _unproved) = slot();
     let device = Device::open(DEVICE);
     let wanted = process::eventfd();
     device.trigger(REQUEST_IRQ, &wanted).unwrap();
@@ -251,7 +190,7 @@ fn a_holder_sees_nothing_but_sigbus() {
 
 #[test]
 fn a_device_that_nobody_has_open_is_pulled_out() {
-    let slot = Slot::new();
+    let (slot, _unproved) = slot();
     let Scene {
         attachment,
         device,
@@ -271,7 +210,7 @@ fn a_device_that_nobody_has_open_is_pulled_out() {
 #[test]
 fn pulled_out_in_the_midst_of_everything() {
     for _ in 0..3 {
-        let slot = Slot::new();
+        let (slot, _unproved) = slot();
         let scene = Scene::new();
         let lost = AtomicU32::new(0);
         let touch = || {
@@ -314,9 +253,9 @@ fn pulled_out_in_the_midst_of_everything() {
 /// Asked back, a device stays what it is until its user closes it, as with the stock driver.
 #[test]
 fn a_device_that_is_asked_back_is_leased_until_it_is_closed() {
-    let slot = Slot::new();
+    let (slot, _unproved) = slot();
     let scene = Scene::new();
-    qmp("device_del", &format!(r#""id":"{DEVICE}""#)).unwrap();
+    ask_back().unwrap();
     scene.is_wanted();
     assert_eq!(scene.device.state(&scene.fd), State::Ok);
     assert_eq!(observe::faults_of(|| scene.maps[0].touch_all().unwrap()), 0);

@@ -130,6 +130,22 @@ impl Machine {
         }
     }
 
+    /// The same with ports that the kernel itself looks after.
+    fn with_native_ports(devices: Vec<Device>) -> Self {
+        Self {
+            // A kernel without ASPM does not ask the firmware for ports.
+            append: vec!["pcie_ports=native".to_owned()],
+            // Else QEMU has ACPI look after slots, which takes a device away in order only.
+            arguments: [
+                "-global",
+                "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
+            ]
+            .map(str::to_owned)
+            .into(),
+            ..Self::new(devices)
+        }
+    }
+
     /// Lines `BDF NAME TEXT`, as the guest reads them.
     #[must_use]
     pub fn describe(&self) -> String {
@@ -157,6 +173,8 @@ pub enum Preset {
     Device,
     /// The same with a device that reports errors, and with slots that the kernel itself looks after.
     Ports,
+    /// As `device`, with what `ports` has more.
+    Random,
     /// As `full` without page attributes, so without write-combining.
     NoPat,
     /// What the benchmarks need. No device can be reset, so opening one does not wait for its reset.
@@ -167,11 +185,12 @@ pub enum Preset {
 
 impl Preset {
     /// All presets.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Display,
         Self::Full,
         Self::Device,
         Self::Ports,
+        Self::Random,
         Self::NoPat,
         Self::Bench,
         Self::Tracked,
@@ -185,6 +204,7 @@ impl Preset {
             Self::Full => "full",
             Self::Device => "device",
             Self::Ports => "ports",
+            Self::Random => "random",
             Self::NoPat => "nopat",
             Self::Bench => "bench",
             Self::Tracked => "tracked",
@@ -198,18 +218,8 @@ impl Preset {
             Self::Display => Machine::new(vec![display()]),
             Self::Full => Machine::new(full()),
             Self::Device => Machine::new(own()),
-            Self::Ports => Machine {
-                // A kernel without ASPM does not ask the firmware for ports.
-                append: vec!["pcie_ports=native".to_owned()],
-                // Else QEMU has ACPI look after slots, which takes a device away in order only.
-                arguments: [
-                    "-global",
-                    "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
-                ]
-                .map(str::to_owned)
-                .into(),
-                ..Machine::new(ports())
-            },
+            Self::Ports => Machine::with_native_ports(ports()),
+            Self::Random => Machine::with_native_ports(random()),
             Self::NoPat => Machine {
                 append: vec!["nopat".to_owned()],
                 ..Machine::new(full())
@@ -234,8 +244,9 @@ impl Preset {
     pub fn of_tests(binary: &str) -> Self {
         // Cargo adds `-` and a hash.
         match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
-            "command" | "random" | "splits" | "tph" | "witness" => Self::Device,
+            "command" | "splits" | "tph" | "witness" => Self::Device,
             "aer" | "removal" => Self::Ports,
+            "random" => Self::Random,
             "nopat" => Self::NoPat,
             "fault_injection" => Self::Tracked,
             _ => Self::Full,
@@ -307,30 +318,55 @@ fn own() -> Vec<Device> {
 
 fn ports() -> Vec<Device> {
     let mut devices = full();
-    devices.extend([
-        Device::root_port("rp5", 10),
+    devices.push(Device::root_port("rp5", 10));
+    devices.extend(reporting("rp5", "0000:05:00"));
+    devices.push(Device::root_port("rp6", 11));
+    devices.push(card("rp6", "0000:06:00.0"));
+    devices
+}
+
+fn random() -> Vec<Device> {
+    let mut devices = own();
+    devices.push(Device::root_port("rp7", 12));
+    devices.extend(reporting("rp7", "0000:07:00"));
+    // A reset of the bus behind a port with a slot is one of the slot, which takes the kernel's locks in another order
+    // than a removal does. So only the card has one.
+    for device in devices.iter_mut().filter(|device| device.bdf.is_none()) {
+        let arguments = device.arguments.last_mut().expect("a port's arguments");
+        arguments.push_str(",hotplug=off");
+    }
+    devices.push(Device::root_port("rp8", 13));
+    devices.push(card("rp8", "0000:08:00.0"));
+    devices
+}
+
+/// A device that reports errors, and its other function.
+fn reporting(bus: &str, bdf: &str) -> [Device; 2] {
+    [
         Device::new(
             "virtio",
-            "0000:05:00.0",
+            &format!("{bdf}.0"),
             "virtio-rng: BAR4 is 16 KiB of registers; Advanced Error Reporting, function-level reset",
-            "virtio-rng-pci,bus=rp5,addr=00.0,multifunction=on,aer=on,rng=virtio-source",
+            &format!("virtio-rng-pci,bus={bus},addr=00.0,multifunction=on,aer=on,rng=virtio-source"),
         )
         .with(&["-object", "rng-builtin,id=virtio-source"]),
         Device::new(
             "neighbour",
-            "0000:05:00.1",
+            &format!("{bdf}.1"),
             "virtio-rng: the other function of the device that reports errors; it reports none",
-            "virtio-rng-pci,bus=rp5,addr=00.1,rng=virtio-source",
+            &format!("virtio-rng-pci,bus={bus},addr=00.1,rng=virtio-source"),
         ),
-        Device::root_port("rp6", 11),
-        Device::new(
-            "card",
-            "0000:06:00.0",
-            "virtio-rng: BAR4 is 16 KiB of registers; function-level reset; alone in a slot, so it can be pulled out",
-            "virtio-rng-pci,bus=rp6,addr=00.0,rng=virtio-source",
-        ),
-    ]);
-    devices
+    ]
+}
+
+/// A device to be pulled out. It takes the back end of those that report errors.
+fn card(bus: &str, bdf: &str) -> Device {
+    Device::new(
+        "card",
+        bdf,
+        "virtio-rng: BAR4 is 16 KiB of registers; function-level reset; alone in a slot, so it can be pulled out",
+        &format!("virtio-rng-pci,bus={bus},addr=00.0,rng=virtio-source"),
+    )
 }
 
 fn edu() -> Device {

@@ -1,6 +1,6 @@
 //! What touches may give while a step is being made.
 
-use crate::{Op, Oracle, PAGE, Protection, Target};
+use crate::{Op, Oracle, PAGE, Protection, Severity, Target};
 
 /// A touch that is tried again and again while a step is being made, and for a while after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +59,15 @@ impl Oracle {
                 (false, false) => During::Sigbus,
                 _ => During::Either,
             };
-            let word = self.word(mapping, at);
+            let word = match *op {
+                // Until the kernel notices that it is not there, all ones are read.
+                Op::Pull { device } | Op::PullInStorm { device, .. }
+                    if device == self.device_of(mapping) =>
+                {
+                    None
+                }
+                _ => self.word(mapping, at),
+            };
             shots.push(Shot {
                 mapping,
                 at,
@@ -85,10 +93,15 @@ impl Oracle {
             | Op::Reset { device: of }
             | Op::SysfsReset { device: of }
             | Op::FunctionReset { device: of }
+            | Op::Pull { device: of }
+            | Op::PullInStorm { device: of, .. }
             | Op::Close { device: of } => of == device,
-            Op::HotReset { device: of } | Op::BusReset { device: of } => {
-                self.devices[of].spec.set.contains(&device)
-            }
+            Op::HotReset { device: of }
+            | Op::BusReset { device: of }
+            | Op::Error {
+                device: of,
+                severity: Severity::NonFatal,
+            } => self.devices[of].spec.set.contains(&device),
             Op::Sleep | Op::Storm { .. } => true,
             _ => false,
         }

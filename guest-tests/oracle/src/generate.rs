@@ -6,8 +6,8 @@ use barlease_abi::{TPH_ST, TPH_ST_EXT};
 use fastrand::Rng;
 
 use crate::{
-    HUGE, Kind, LowPower, MAIN, NoBuffer, Op, Oracle, PAGE, Protection, Spoil, State, Step,
-    TRANSFER, WrongMap,
+    HUGE, Kind, LowPower, MAIN, NoBuffer, Op, Oracle, PAGE, Protection, Severity, Spoil, State,
+    Step, TRANSFER, WrongMap,
 };
 
 /// Most of what there may be at a time.
@@ -78,6 +78,19 @@ impl Generator {
 
     /// A step towards a device that can be used: else most of them would mostly be off.
     fn mend(&mut self, oracle: &Oracle) -> Option<Op> {
+        let all = 0..oracle.devices.len();
+        let gone = self.pick(all.filter(|&device| oracle.devices[device].gone));
+        if let Some(device) = gone.filter(|_| self.rng.bool()) {
+            let this = &oracle.devices[device];
+            let bar = oracle.bar_mappings(device).first().copied();
+            let op = match bar {
+                _ if !this.open => Op::Plug { device },
+                _ if this.fd => Op::Close { device },
+                Some(mapping) => Op::Unmap { mapping },
+                None => return None,
+            };
+            return self.is_fair(&op, oracle).then_some(op);
+        }
         let device = self.open_device(oracle)?;
         let this = &oracle.devices[device];
         if this.low != LowPower::No {
@@ -102,16 +115,19 @@ impl Generator {
 
     fn open_device(&mut self, oracle: &Oracle) -> Option<usize> {
         let all = 0..oracle.devices.len();
+        self.pick(all.filter(|&device| oracle.is_usable(device)))
+    }
+
+    /// A device that we have an fd of; it may have been pulled out.
+    fn device_with_fd(&mut self, oracle: &Oracle) -> Option<usize> {
+        let all = 0..oracle.devices.len();
         self.pick(all.filter(|&device| oracle.devices[device].fd))
     }
 
     /// An open device to reset: as often as not one that is not as it usually is.
     fn device_to_reset(&mut self, oracle: &Oracle) -> Option<usize> {
         let all = 0..oracle.devices.len();
-        let unusual = all.filter(|&number| {
-            let device = &oracle.devices[number];
-            device.fd && oracle.reasons(number) != 0
-        });
+        let unusual = all.filter(|&number| oracle.is_usable(number) && oracle.reasons(number) != 0);
         let unusual: Vec<_> = unusual.collect();
         if unusual.is_empty() || self.rng.bool() {
             return self.open_device(oracle);
@@ -176,6 +192,9 @@ impl Generator {
             Some(Protection::Read) => !store,
             Some(Protection::None) | None => false,
         };
+        if store && oracle.devices[oracle.device_of(mapping)].spec.registers {
+            return None;
+        }
         let page = self.pick(pages.filter(|(_, page)| fits(page)).map(|(n, _)| n))?;
         Some((mapping, page as u64 * PAGE + self.word()))
     }
@@ -195,6 +214,12 @@ impl Generator {
     fn ranges(&mut self, oracle: &Oracle, device: usize) -> Vec<(u64, u64)> {
         let pages = oracle.devices[device].spec.size / PAGE;
         match self.rng.u8(..10) {
+            _ if pages < CROWDED => (0..self.rng.u64(1..=3))
+                .map(|_| {
+                    let first = self.rng.u64(..pages);
+                    (first * PAGE, self.rng.u64(1..=pages - first) * PAGE)
+                })
+                .collect(),
             // Large entries.
             0 | 1 => {
                 let first = self.rng.u64(..pages / 512 - 2) * HUGE;
@@ -229,8 +254,13 @@ impl Generator {
         let op = match kind {
             Kind::Open => {
                 let all = 0..oracle.devices.len();
-                let device = self.pick(all.filter(|&device| !oracle.devices[device].fd))?;
-                Op::Open { device }
+                let closed = |device: &usize| {
+                    let device = &oracle.devices[*device];
+                    !device.fd && !device.gone
+                };
+                Op::Open {
+                    device: self.pick(all.filter(closed))?,
+                }
             }
             Kind::Close => {
                 let all = 0..oracle.devices.len();
@@ -242,7 +272,10 @@ impl Generator {
             Kind::Rebind => {
                 let is_closed = |device: &usize| {
                     let mut set = oracle.devices[*device].spec.set.iter();
-                    set.all(|&member| !oracle.devices[member].open)
+                    set.all(|&member| {
+                        let member = &oracle.devices[member];
+                        !member.open && !member.gone
+                    })
                 };
                 let all = 0..oracle.devices.len();
                 Op::Rebind {
@@ -253,7 +286,7 @@ impl Generator {
                 if oracle.buffers.len() >= MOST_BUFFERS {
                     return None;
                 }
-                let device = self.open_device(oracle)?;
+                let device = self.device_with_fd(oracle)?;
                 Op::Export {
                     device,
                     ranges: self.ranges(oracle, device),
@@ -389,20 +422,22 @@ impl Generator {
                 if oracle.mappings.len() >= MOST_MAPPINGS {
                     return None;
                 }
-                let device = self.open_device(oracle)?;
+                let device = self.device_with_fd(oracle)?;
                 // They keep it open.
                 if oracle.bar_mappings(device).len() >= MOST_BARS {
                     return None;
                 }
-                let length = if self.rng.u8(..) < 60 {
+                let pages = oracle.devices[device].spec.size / PAGE;
+                let first = self.rng.u64(..CROWDED.min(pages));
+                let length = if pages > CROWDED && self.rng.u8(..) < 60 {
                     HUGE
                 } else {
-                    self.rng.u64(1..8) * PAGE
+                    self.rng.u64(1..8.min(pages - first + 1)) * PAGE
                 };
                 Op::MapBar {
                     device,
                     alias: oracle.devices[device].alias && self.rng.bool(),
-                    offset: self.rng.u64(..CROWDED) * PAGE,
+                    offset: first * PAGE,
                     length,
                 }
             }
@@ -503,8 +538,12 @@ impl Generator {
                 if this.low != LowPower::No || matches!(this.power, 1 | 2) {
                     return None;
                 }
+                if kind == Kind::WriteFd && this.spec.registers {
+                    return None;
+                }
+                let pages = this.spec.size / PAGE;
                 let alias = oracle.devices[device].alias && self.rng.bool();
-                let at = self.rng.u64(..CROWDED) * PAGE + self.word();
+                let at = self.rng.u64(..CROWDED.min(pages)) * PAGE + self.word();
                 if kind == Kind::ReadFd {
                     Op::ReadFd { device, alias, at }
                 } else {
@@ -567,6 +606,12 @@ impl Generator {
             Kind::ReadDma | Kind::WriteDma => {
                 let attachment = self.attachment(oracle)?;
                 let buffer = oracle.attachments[&attachment].buffer;
+                if oracle.devices[oracle.buffers[&buffer].device]
+                    .spec
+                    .registers
+                {
+                    return None;
+                }
                 let pages = oracle.buffers[&buffer].size() / PAGE;
                 let at = self.rng.u64(..pages) * PAGE + TRANSFER * self.rng.u64(..2);
                 if kind == Kind::ReadDma {
@@ -647,6 +692,52 @@ impl Generator {
                     Op::BusReset { device }
                 }
             }
+            Kind::Error => {
+                // Those that are woken by it are looked at through their fds.
+                let ready = |device: &usize| {
+                    let spec = &oracle.devices[*device].spec;
+                    let mut set = spec.set.iter().map(|&member| &oracle.devices[member]);
+                    spec.reports && set.all(|member| member.fd || !member.open)
+                };
+                let all = (0..oracle.devices.len()).filter(ready).collect();
+                Op::Error {
+                    device: self.prefer(all, |device| oracle.devices[device].open)?,
+                    severity: if self.rng.u8(..) < 48 {
+                        Severity::Corrected
+                    } else {
+                        Severity::NonFatal
+                    },
+                }
+            }
+            Kind::Pull => {
+                // To take it away the kernel would wake it.
+                let ready = |device: &usize| {
+                    let device = &oracle.devices[*device];
+                    device.spec.slot && !device.gone && device.low == LowPower::No
+                };
+                let all = (0..oracle.devices.len()).filter(ready).collect();
+                Op::Pull {
+                    device: self.prefer(all, |device| oracle.devices[device].open)?,
+                }
+            }
+            Kind::Plug => {
+                let all = oracle.devices.iter().enumerate();
+                let empty = all.filter(|(_, device)| device.gone && !device.open);
+                Op::Plug {
+                    device: self.pick(empty.map(|(number, _)| number))?,
+                }
+            }
+            Kind::PullInStorm => {
+                let device = self.open_device(oracle)?;
+                let rounds = self.rng.u32(1..4);
+                let op = Op::PullInStorm { device, rounds };
+                let this = &oracle.devices[device];
+                let ready = this.spec.slot && this.low == LowPower::No;
+                if !ready || !oracle.waited_for(&op).is_empty() {
+                    return None;
+                }
+                op
+            }
             Kind::Sleep => {
                 if !self.can_sleep || !oracle.waited_for(&Op::Sleep).is_empty() {
                     return None;
@@ -659,8 +750,10 @@ impl Generator {
                 let op = Op::Storm { device, rounds };
                 let mut set = oracle.devices[device].spec.set.iter();
                 let ready = set.all(|&member| {
-                    let member = &oracle.devices[member];
-                    member.low == LowPower::No && (member.fd || !member.open)
+                    let this = &oracle.devices[member];
+                    // A reset of the bus, if it comes about at all, wakes others.
+                    let awake = member == device || this.power == 0;
+                    awake && this.low == LowPower::No && (this.fd || !this.open)
                 });
                 if !ready || !oracle.waited_for(&op).is_empty() {
                     return None;
@@ -711,7 +804,7 @@ fn weight(kind: Kind) -> u32 {
         | Kind::Close
         | Kind::Kill
         | Kind::EnterLowPower => 4,
-        Kind::Sleep | Kind::Storm => 1,
+        Kind::Sleep | Kind::Storm | Kind::PullInStorm => 1,
         _ => 8,
     }
 }
@@ -720,7 +813,10 @@ fn weight(kind: Kind) -> u32 {
 fn cost(kind: Kind) -> u64 {
     match kind {
         Kind::Sleep => 30,
+        // The kernel waits a second before a slot is used again.
+        Kind::PullInStorm => 12,
         Kind::Storm => 6,
+        Kind::Pull | Kind::Plug => 3,
         Kind::ReadDma | Kind::WriteDma => 2,
         _ => 1,
     }
@@ -745,6 +841,8 @@ fn can_be_under_fire(kind: Kind) -> bool {
             | Kind::FunctionReset
             | Kind::HotReset
             | Kind::BusReset
+            | Kind::Error
+            | Kind::Pull
             | Kind::MapDma
             | Kind::UnmapDma
     )

@@ -6,7 +6,7 @@ use barlease_abi::{MEMATTR_NC, MEMATTR_WC, TPH_ST, TPH_ST_EXT};
 
 use crate::{
     Attachment, Buffer, LowPower, MAIN, Mapping, NoBuffer, Op, Oracle, Outcome, PAGE, Protection,
-    Seen, State, TRANSFER, Target, WrongMap,
+    Seen, Severity, State, TRANSFER, Target, WrongMap,
 };
 
 /// What must come of a step.
@@ -176,6 +176,9 @@ impl Oracle {
                 ref ranges,
                 writable,
             } => {
+                if self.devices[device].gone {
+                    return refused(libc::ENODEV);
+                }
                 let number = self.number();
                 let buffer = Buffer {
                     device,
@@ -307,6 +310,9 @@ impl Oracle {
                 offset,
                 length,
             } => {
+                if self.devices[device].gone {
+                    return refused(libc::ENODEV);
+                }
                 let mapping = Mapping {
                     process: MAIN,
                     target: Target::Bar(device),
@@ -533,6 +539,26 @@ impl Oracle {
                 }
                 DONE
             }
+            Op::Error { device, severity } => {
+                self.take(op);
+                if severity != Severity::Corrected {
+                    for member in self.devices[device].spec.set.clone() {
+                        self.access(member);
+                    }
+                }
+                DONE
+            }
+            Op::Pull { device } | Op::PullInStorm { device, .. } => {
+                self.take(op);
+                self.devices[device].gone = true;
+                DONE
+            }
+            Op::Plug { device } => {
+                let this = &mut self.devices[device];
+                this.gone = false;
+                this.words.clear();
+                DONE
+            }
             Op::Storm { device, .. } => {
                 self.take(op);
                 let device = &mut self.devices[device];
@@ -569,7 +595,8 @@ impl Oracle {
             | Op::Reset { device }
             | Op::SysfsReset { device }
             | Op::FunctionReset { device }
-            | Op::Storm { device, .. } => self.access(device),
+            | Op::Storm { device, .. }
+            | Op::PullInStorm { device, .. } => self.access(device),
             Op::HotReset { device } | Op::BusReset { device } => {
                 for member in self.devices[device].spec.set.clone() {
                     self.access(member);

@@ -161,10 +161,27 @@ pub enum Op {
     HotReset { device: usize },
     /// A reset of the bus through sysfs.
     BusReset { device: usize },
+    /// A device reports an error, and recovery from it is waited for.
+    Error { device: usize, severity: Severity },
+    /// A device is pulled out of its slot, without a word to anybody before.
+    Pull { device: usize },
+    /// Another one is put in, and bound.
+    Plug { device: usize },
     /// The system falls asleep as far as to freeze processes, and wakes up.
     Sleep,
     /// Threads that use the device in every way at once, so many times each. It ends with memory on and awake.
     Storm { device: usize, rounds: u32 },
+    /// Threads that use the device in every way at once while it is pulled out, and that many times after that.
+    PullInStorm { device: usize, rounds: u32 },
+}
+
+/// How bad an error is that a device reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// The hardware has corrected it.
+    Corrected,
+    /// A request was lost.
+    NonFatal,
 }
 
 /// What is wrong with an export.
@@ -324,5 +341,5 @@ kinds! {
     CloseBuffer Send Map MapSpoilt MapBar Alias AliasSpoilt Unmap UnmapPart Protect Move Fork Spawn Kill
     Read Write ReadFd WriteFd Attach AttachSpoilt Detach MapDma UnmapDma Hold Fence Signal ReadDma WriteDma
     Memory Master Power EnterLowPower LeaveLowPower Access Reset SysfsReset FunctionReset HotReset BusReset
-    Sleep Storm
+    Error Pull Plug Sleep Storm PullInStorm
 }

@@ -4,15 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use barlease_abi::{MEMATTR_WC, REASON_LOW_POWER, REASON_MEMORY_OFF};
 
-use crate::{Op, PAGE};
+use crate::{Op, PAGE, Severity};
 
 /// What a device of the machine is like.
 #[derive(Clone, Debug)]
 pub struct Spec {
     /// Its name.
     pub name: &'static str,
-    /// The BAR that is memory; what is written to it survives resets.
+    /// The BAR that is leased. What is written to it survives resets.
     pub bar: u32,
+    /// Whether it is registers that keep what they have as long as nobody writes them, and not memory.
+    pub registers: bool,
     /// Bytes of the BAR.
     pub size: u64,
     /// Whether it can be reset by itself.
@@ -31,6 +33,10 @@ pub struct Spec {
     pub set: Vec<usize>,
     /// Whether the bus that it is on can be reset.
     pub bus_reset: bool,
+    /// Whether it reports errors. Recovery is for the whole set.
+    pub reports: bool,
+    /// Whether it can be pulled out of its slot, in which it is alone.
+    pub slot: bool,
 }
 
 /// Whether a device is in low power.
@@ -49,6 +55,8 @@ pub enum LowPower {
 pub struct Device {
     /// What it is like.
     pub spec: Spec,
+    /// Whether it was pulled out. Its users may still have it open.
+    pub gone: bool,
     /// Whether we have its fd.
     pub fd: bool,
     /// Counts opens.
@@ -204,6 +212,7 @@ impl Oracle {
     pub fn new(specs: Vec<Spec>) -> Self {
         let devices = specs.into_iter().map(|spec| Device {
             spec,
+            gone: false,
             fd: false,
             epoch: 0,
             open: false,
@@ -241,12 +250,35 @@ impl Oracle {
         reasons
     }
 
+    /// Whether a device is there, and we have its fd.
+    #[must_use]
+    pub fn is_usable(&self, device: usize) -> bool {
+        let device = &self.devices[device];
+        device.fd && !device.gone
+    }
+
+    /// The devices that `op` ends the last use of after they were pulled out, or that are pulled out when nobody uses them:
+    /// their slots become empty.
+    #[must_use]
+    pub fn let_go_by(&self, op: &Op) -> Vec<usize> {
+        let mut after = self.clone();
+        // What comes of it is of no interest here.
+        let _ = after.step(op, &self.predict(op));
+        let is_empty = |of: &Self, device: usize| {
+            let device = &of.devices[device];
+            device.gone && !device.open
+        };
+        let all = 0..self.devices.len();
+        all.filter(|&device| is_empty(&after, device) && !is_empty(self, device))
+            .collect()
+    }
+
     /// The state of a buffer.
     #[must_use]
     pub fn state(&self, buffer: usize) -> State {
         let buffer = &self.buffers[&buffer];
         let device = &self.devices[buffer.device];
-        if buffer.revoked || !self.is_current(buffer) {
+        if buffer.revoked || device.gone || !self.is_current(buffer) {
             return State::Dead;
         }
         debug_assert!(device.open);
@@ -269,7 +301,7 @@ impl Oracle {
         match self.mappings[&mapping].target {
             Target::Buffer(buffer) => self.state(buffer) == State::Ok,
             // The mapping keeps the device open.
-            Target::Bar(device) => self.reasons(device) == 0,
+            Target::Bar(device) => !self.devices[device].gone && self.reasons(device) == 0,
         }
     }
 
@@ -349,6 +381,11 @@ impl Oracle {
             }
             Op::HotReset { device } | Op::BusReset { device } => of(&self.devices[device].spec.set),
             Op::Close { device } if self.bar_mappings(device).is_empty() => of(&[device]),
+            Op::Error {
+                device,
+                severity: Severity::NonFatal,
+            } => of(&self.devices[device].spec.set),
+            Op::Pull { device } | Op::PullInStorm { device, .. } => of(&[device]),
             Op::Sleep => of(&(0..self.devices.len()).collect::<Vec<_>>()),
             Op::Storm { device, .. } => of(&self.devices[device].spec.set),
             _ => Vec::new(),

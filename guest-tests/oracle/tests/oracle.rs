@@ -2,8 +2,8 @@
 
 use barlease_abi::{MEMATTR_WC, REASON_LOW_POWER, REASON_MEMORY_OFF, TPH_ST, TPH_ST_EXT};
 use barlease_oracle::{
-    Coverage, During, Generator, Kind, LowPower, MAIN, Op, Oracle, Outcome, PAGE, Protection, Spec,
-    Spoil, State, Step,
+    Coverage, During, Generator, Kind, LowPower, MAIN, Op, Oracle, Outcome, PAGE, Protection,
+    Severity, Spec, Spoil, State, Step,
 };
 
 const MIB: u64 = 1 << 20;
@@ -12,6 +12,7 @@ fn specs() -> Vec<Spec> {
     let all = Spec {
         name: "all",
         bar: 0,
+        registers: false,
         size: 16 * MIB,
         resets: true,
         function_reset: true,
@@ -21,6 +22,8 @@ fn specs() -> Vec<Spec> {
         msix: Some((2, 0)),
         set: vec![0],
         bus_reset: true,
+        reports: false,
+        slot: true,
     };
     let pair = Spec {
         name: "pair",
@@ -31,9 +34,19 @@ fn specs() -> Vec<Spec> {
         tags: false,
         msix: None,
         set: vec![1, 2],
+        reports: true,
+        slot: false,
         ..all.clone()
     };
-    vec![all, pair.clone(), pair]
+    let registers = Spec {
+        name: "registers",
+        registers: true,
+        size: 4 * PAGE,
+        set: vec![3],
+        reports: false,
+        ..pair.clone()
+    };
+    vec![all, pair.clone(), pair, registers]
 }
 
 /// What is done in a course, step by step; each must come out as said.
@@ -43,7 +56,7 @@ impl Course {
     /// With all devices open.
     fn new() -> Self {
         let mut course = Self(Oracle::new(specs()));
-        for device in 0..3 {
+        for device in 0..4 {
             course.is(Op::Open { device }, Outcome::Opened(true));
         }
         course
@@ -253,6 +266,112 @@ fn a_hot_reset_takes_from_the_whole_set() {
 }
 
 #[test]
+fn an_error_takes_from_the_whole_set_and_recovery_gives_back() {
+    let mut course = Course::new();
+    let error = |severity| Op::Error {
+        device: 1,
+        severity,
+    };
+    let leases = [course.leased(1), course.leased(2), course.leased(0)];
+    let mapped =
+        |course: &Course| leases.map(|(_, _, attachment)| course.0.attachments[&attachment].mapped);
+    course.done(error(Severity::Corrected));
+    assert_eq!(mapped(&course), [true; 3]);
+    course.done(error(Severity::NonFatal));
+    assert_eq!(mapped(&course), [false, false, true]);
+    assert!(
+        leases
+            .iter()
+            .all(|(buffer, ..)| course.0.state(*buffer) == State::Ok)
+    );
+    course.memory(1, false);
+    course.done(error(Severity::NonFatal));
+    assert_eq!(
+        course.0.state(leases[0].0),
+        State::Revoked(REASON_MEMORY_OFF)
+    );
+    // Recovery wakes a device.
+    course.done(Op::EnterLowPower {
+        device: 2,
+        wake_up: true,
+    });
+    course.done(error(Severity::NonFatal));
+    assert_eq!(course.0.state(leases[1].0), State::Ok);
+    assert_eq!(course.0.devices[2].wake_ups, 1);
+}
+
+#[test]
+fn what_was_pulled_out_is_dead_and_lets_go_when_nobody_uses_it() {
+    let mut course = Course::new();
+    let (buffer, mapping, attachment) = course.leased(0);
+    let (_, other, _) = course.leased(1);
+    let map_bar = Op::MapBar {
+        device: 0,
+        alias: false,
+        offset: 0,
+        length: PAGE,
+    };
+    let bar = course.made(map_bar.clone());
+    let pull = Op::Pull { device: 0 };
+    assert_eq!(course.0.let_go_by(&pull), []);
+    // All ones may be read until the kernel notices.
+    let word = Op::Write {
+        mapping,
+        at: 0,
+        value: 5,
+    };
+    course.done(word);
+    let shots = course.0.shots(&pull, |_| 0);
+    let of_mapping = |mapping| shots.iter().find(|shot| shot.mapping == mapping);
+    let shot = of_mapping(mapping).expect("a shot");
+    assert_eq!(
+        (shot.during, shot.after, shot.word),
+        (During::Either, false, None)
+    );
+    let shot = of_mapping(other).expect("a shot");
+    assert_eq!((shot.during, shot.after), (During::Works, true));
+    course.done(pull);
+    assert_eq!(course.0.state(buffer), State::Dead);
+    assert!(!course.0.attachments[&attachment].mapped);
+    for mapping in [mapping, bar] {
+        course.is(Op::Read { mapping, at: 0 }, Outcome::Sigbus);
+    }
+    course.is(map_bar, refused(libc::ENODEV));
+    let export = Op::Export {
+        device: 0,
+        ranges: vec![(0, PAGE)],
+        writable: true,
+    };
+    course.is(export.clone(), refused(libc::ENODEV));
+    // It can be revoked all the same, once.
+    let revoke = Op::Revoke { device: 0, buffer };
+    course.done(revoke.clone());
+    course.is(revoke, refused(libc::EBADFD));
+    let close = Op::Close { device: 0 };
+    assert_eq!(course.0.let_go_by(&close), []);
+    course.done(close);
+    let unmap = Op::Unmap { mapping: bar };
+    assert_eq!(course.0.let_go_by(&unmap), [0]);
+    course.done(unmap);
+    course.done(Op::Plug { device: 0 });
+    course.is(Op::Open { device: 0 }, Outcome::Opened(true));
+    course.done(export);
+    assert_eq!(course.0.state(buffer), State::Dead);
+    // One that nobody uses is let go at once.
+    course.done(Op::Close { device: 0 });
+    assert_eq!(course.0.let_go_by(&Op::Pull { device: 0 }), [0]);
+}
+
+#[test]
+fn nothing_is_stored_to_registers() {
+    let (course, ..) = course_of(21, 4000);
+    let is_store = |step: &&Step| matches!(step.op, Op::WriteFd { device: 3, .. });
+    assert_eq!(course.iter().filter(is_store).count(), 0);
+    let (_, _, oracle) = course_of(21, 4000);
+    assert!(oracle.devices[3].words.values().all(|&word| word == 0));
+}
+
+#[test]
 fn who_holds_is_waited_for_where_something_is_taken() {
     let mut course = Course::new();
     let (buffer, _, attachment) = course.leased(0);
@@ -457,6 +576,10 @@ fn a_long_course_has_every_operation_and_each_outcome_that_matters() {
             (Kind::WriteDma, &["done", "ENXIO"]),
             (Kind::Status, &["OK", "REVOKED", "DEAD", "ENODEV"]),
             (Kind::EnterLowPower, &["done", "EINVAL"]),
+            (Kind::Error, &["done", "under fire", "after waiting"]),
+            (Kind::Pull, &["done", "under fire"]),
+            (Kind::Export, &["done", "ENODEV"]),
+            (Kind::MapBar, &["done", "ENODEV"]),
             (Kind::SteeringTags, &["done", "EINVAL", "EOPNOTSUPP"]),
             (Kind::ReadTag, &["done", "EOPNOTSUPP"]),
         ] {

@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, File},
+    io::Read,
     os::fd::{AsRawFd, OwnedFd},
     panic::{self, AssertUnwindSafe},
     sync::{
@@ -15,8 +16,8 @@ use std::{
 
 use barlease_abi::{ALIAS_WC, DmaBufStatus, DmaBufTph, STATE_DEAD, STATE_OK};
 use barlease_oracle::{
-    LowPower, MAIN, NoBuffer, Op, Oracle, Outcome, PAGE, Seen, Shot, Spec, Spoil, State, Step,
-    TRANSFER, Target, WrongMap,
+    LowPower, MAIN, NoBuffer, Op, Oracle, Outcome, PAGE, Seen, Severity, Shot, Spec, Spoil, State,
+    Step, TRANSFER, Target, WrongMap,
 };
 use fastrand::Rng;
 
@@ -25,18 +26,20 @@ use super::{
     holder::{self, Holder, ask, protection},
 };
 use crate::{
+    aer,
     errno::Answer,
-    importer::{Attachment, DYNAMIC, Importer, abi},
+    importer::{Attachment, DYNAMIC, Importer, KernelLog, abi},
     lease::{self, Request},
     map::{How, READ, READ_WRITE, Sigbus, shared_words},
     observe,
     pci::{BARLEASE, Function},
     process::{self, Child},
+    slot::{Slot, Unproved},
     vfio::{
-        COMMAND, COMMAND_MASTER, COMMAND_MEMORY, CONFIG_REGION, Device, Group, LOW_POWER_ENTRY,
-        LOW_POWER_ENTRY_WITH_WAKEUP, LOW_POWER_EXIT, SET,
+        COMMAND, COMMAND_MASTER, COMMAND_MEMORY, CONFIG_REGION, Device, ERR_IRQ, Group,
+        LOW_POWER_ENTRY, LOW_POWER_ENTRY_WITH_WAKEUP, LOW_POWER_EXIT, REQUEST_IRQ, SET,
     },
-    wait,
+    wait::{self, LONG},
 };
 
 /// How long who waits for an importer is looked at.
@@ -53,6 +56,8 @@ pub struct Real {
     pub events: Vec<OwnedFd>,
     /// What they counted.
     pub wake_ups: u64,
+    /// Signalled when the device has reported an error, or is wanted back.
+    pub told: OwnedFd,
     function: Function,
     device: Option<Device>,
     alias: Option<u32>,
@@ -67,6 +72,15 @@ impl Real {
     #[must_use]
     pub fn open(&self) -> &Device {
         self.device.as_ref().expect("an open device")
+    }
+
+    /// How often its user was told something since the last time.
+    pub fn count_told(&self) -> u64 {
+        let mut bytes = [0; 8];
+        match File::from(self.told.try_clone().expect("an fd")).read_exact(&mut bytes) {
+            Ok(()) => u64::from_ne_bytes(bytes),
+            Err(_) => 0,
+        }
     }
 
     /// The region of the BAR, or of its alias.
@@ -94,6 +108,7 @@ pub struct Machine {
     children: BTreeMap<usize, Child>,
     importer: Importer,
     phase: &'static AtomicU32,
+    slot: Slot,
     can_sleep: bool,
 }
 
@@ -136,6 +151,7 @@ impl Machine {
                 spec,
                 events: Vec::new(),
                 wake_ups: 0,
+                told: process::eventfd(),
                 function,
                 device: None,
                 alias: None,
@@ -150,6 +166,7 @@ impl Machine {
             children: BTreeMap::new(),
             importer: Importer::open(),
             phase: &shared_words(1)[0],
+            slot: Slot::new(),
             can_sleep: fs::write("/sys/power/pm_test", "none").is_ok(),
         }
     }
@@ -166,13 +183,29 @@ impl Machine {
     ///
     /// When something that is touched, or waited for, while it is made is not as it must be.
     pub fn make(&mut self, step: &Step, oracle: &Oracle) -> Outcome {
+        if let Op::Pull { device } | Op::PullInStorm { device, .. } = step.op {
+            // Without an open device the file would keep what is to go.
+            let group = self.devices[device].function.group();
+            self.groups.remove(&group);
+        }
+        if oracle.let_go_by(&step.op).is_empty() {
+            return self.make_step(step, oracle);
+        }
+        let _unproved = Unproved::new();
+        let outcome = self.make_step(step, oracle);
+        self.slot.wait_until_empty();
+        outcome
+    }
+
+    fn make_step(&mut self, step: &Step, oracle: &Oracle) -> Outcome {
         let op = &step.op;
         if let Some(outcome) = self.change(op, oracle) {
             return outcome;
         }
         let mut rng = self.rng.clone();
         let mut pick = |below| rng.u64(..below);
-        let shots = if step.under_fire || op.kind() == barlease_oracle::Kind::Storm {
+        let is_storm = matches!(op, Op::Storm { .. } | Op::PullInStorm { .. });
+        let shots = if step.under_fire || is_storm {
             oracle.shots(op, &mut pick)
         } else {
             Vec::new()
@@ -391,6 +424,11 @@ impl Machine {
                 self.rebind(device);
                 Outcome::Done
             }
+            Op::Plug { device } => {
+                let _unproved = Unproved::new();
+                self.plug(device);
+                Outcome::Done
+            }
             Op::CloseBuffer { buffer, process } => {
                 self.ask(process, &[ask::CLOSE, buffer as u64]);
                 Outcome::Done
@@ -520,6 +558,13 @@ impl Machine {
         for &member in &set {
             self.devices[member].function.bind(BARLEASE);
         }
+    }
+
+    /// Puts another device into the empty slot.
+    fn plug(&mut self, device: usize) {
+        self.slot.plug();
+        let this = &mut self.devices[device];
+        this.start = this.function.bar(this.spec.bar).0;
     }
 
     /// A process with copies of all our mappings.
@@ -765,20 +810,75 @@ impl Machine {
                 self.access_set_if_woken(number, oracle);
                 done(answer)
             }
+            Op::Error {
+                device: number,
+                severity,
+            } => {
+                self.report(number, severity, oracle);
+                (Outcome::Done, Made::Nothing)
+            }
+            Op::Pull { device: number } => {
+                self.slot.pull();
+                if oracle.devices[number].open {
+                    self.wait_until_wanted(number);
+                } else {
+                    self.slot.wait_until_empty();
+                }
+                (Outcome::Done, Made::Nothing)
+            }
+            Op::PullInStorm { device, rounds } => {
+                let pull = || {
+                    self.slot.pull();
+                    self.wait_until_wanted(device);
+                };
+                let ours = of_main(oracle, shots);
+                self.pull_in_storm(device, rounds, oracle, &ours, pull);
+                (Outcome::Done, Made::Nothing)
+            }
             Op::Sleep => {
                 assert!(observe::pretend_to_sleep());
                 (Outcome::Done, Made::Nothing)
             }
             Op::Storm { device, rounds } => {
-                let ours = shots.iter().copied();
-                let ours: Vec<_> = ours
-                    .filter(|shot| oracle.mappings[&shot.mapping].process == MAIN)
-                    .collect();
-                self.storm(device, rounds, oracle, &ours);
+                self.storm(device, rounds, oracle, &of_main(oracle, shots));
                 (Outcome::Done, Made::Nothing)
             }
             _ => panic!("{op:?} changes what processes hold"),
         }
+    }
+
+    /// Has a device report an error, and waits until everybody has been told and the kernel is done with it.
+    fn report(&self, number: usize, severity: Severity, oracle: &Oracle) {
+        if severity == Severity::Corrected {
+            return aer::report_corrected();
+        }
+        let set = &self.devices[number].spec.set;
+        for &member in set {
+            self.devices[member].count_told();
+        }
+        let mut log = KernelLog::from_now();
+        aer::inject(aer::NON_FATAL);
+        aer::wait_for_recovery(&mut log);
+        for &member in set {
+            let Real { spec, .. } = &self.devices[member];
+            let told = self.devices[member].count_told();
+            let open = oracle.devices[member].open;
+            assert_eq!(
+                told,
+                u64::from(open),
+                "how often who has {} was told",
+                spec.name
+            );
+        }
+        self.access_set_if_woken(number, oracle);
+    }
+
+    fn wait_until_wanted(&self, device: usize) {
+        let wanted = &self.devices[device].told;
+        assert!(
+            process::is_signalled_within(wanted, LONG),
+            "not wanted back"
+        );
     }
 
     /// The module learns that somebody else woke a device when it is accessed next. Nothing else is left to that access.
@@ -796,7 +896,12 @@ impl Machine {
     }
 
     fn open(&self, device: usize) -> Acted {
-        let function = &self.devices[device].function;
+        let Real {
+            function,
+            spec,
+            told,
+            ..
+        } = &self.devices[device];
         let group = match self.groups.get(&function.group()) {
             Some(group) => Arc::clone(group),
             None => Group::open(function),
@@ -804,6 +909,10 @@ impl Machine {
         match group.device(function) {
             Ok(device) => {
                 let memory = device.command() & COMMAND_MEMORY != 0;
+                if spec.registers {
+                    let index = if spec.slot { REQUEST_IRQ } else { ERR_IRQ };
+                    device.trigger(index, told).expect("a trigger");
+                }
                 (Outcome::Opened(memory), Made::Device(device))
             }
             Err(errno) => (Outcome::Refused(errno.0), Made::Nothing),
@@ -886,11 +995,20 @@ impl Machine {
             holder::send(&child.link, &[ask::END]);
             child.join();
         }
+        let gone: Vec<_> = (0..self.devices.len())
+            .filter(|&device| oracle.devices[device].gone)
+            .collect();
+        let unproved = Unproved::new();
         self.main = Holder::default();
         for device in &mut self.devices {
             device.device = None;
         }
         self.groups.clear();
+        for device in gone {
+            self.slot.wait_until_empty();
+            self.plug(device);
+        }
+        drop(unproved);
         for device in &self.devices {
             wait::until("buffers to go", || {
                 observe::buffers(&device.function).is_empty()
@@ -909,6 +1027,13 @@ impl Drop for Machine {
             self.attachments.clear();
         }
     }
+}
+
+/// The shots of this process.
+fn of_main(oracle: &Oracle, shots: &[Shot]) -> Vec<Shot> {
+    let all = shots.iter().copied();
+    all.filter(|shot| oracle.mappings[&shot.mapping].process == MAIN)
+        .collect()
 }
 
 /// Says that it is over when a step panics.

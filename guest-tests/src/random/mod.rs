@@ -25,7 +25,7 @@ use std::{
 
 use barlease_oracle::{Coverage, Generator, Oracle, Spec};
 
-use crate::{observe, pci::Function};
+use crate::{PAGE, aer, observe, pci::Function, slot};
 
 /// How many of the last steps are told.
 const TRAIL: usize = 40;
@@ -33,13 +33,14 @@ const TRAIL: usize = 40;
 /// From so many steps on, each operation must have come.
 const LONG: u64 = 3000;
 
-/// The devices of the machine `device` that take part.
+/// The devices of the machine `random` that take part.
 #[must_use]
 pub fn specs() -> Vec<Spec> {
     const MIB: u64 = 1 << 20;
     let none = Spec {
         name: "",
         bar: 2,
+        registers: false,
         size: 16 * MIB,
         resets: false,
         function_reset: false,
@@ -49,6 +50,17 @@ pub fn specs() -> Vec<Spec> {
         msix: None,
         set: Vec::new(),
         bus_reset: false,
+        reports: false,
+        slot: false,
+    };
+    let registers = Spec {
+        bar: aer::BAR,
+        registers: true,
+        size: 4 * PAGE,
+        resets: true,
+        function_reset: true,
+        d3hot: true,
+        ..none.clone()
     };
     vec![
         Spec {
@@ -87,6 +99,25 @@ pub fn specs() -> Vec<Spec> {
             bar: 0,
             set: vec![4],
             ..none
+        },
+        Spec {
+            name: aer::DEVICE,
+            set: vec![5, 6],
+            bus_reset: true,
+            reports: true,
+            ..registers.clone()
+        },
+        Spec {
+            name: aer::NEIGHBOUR,
+            set: vec![5, 6],
+            bus_reset: true,
+            ..registers.clone()
+        },
+        Spec {
+            name: slot::DEVICE,
+            set: vec![7],
+            slot: true,
+            ..registers
         },
     ]
 }
@@ -153,6 +184,10 @@ impl Drop for Trail {
             }
             for Spec { name, .. } in specs() {
                 let function = Function::named(name);
+                if !function.exists() {
+                    let _ = writeln!(text, "  {name} is not there");
+                    continue;
+                }
                 let config = function.config();
                 let _ = writeln!(
                     text,

@@ -1,7 +1,7 @@
 //! Everything at once.
 
 use std::{
-    os::fd::AsFd,
+    os::fd::{AsFd, OwnedFd},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -13,6 +13,7 @@ use barlease_oracle::{Oracle, PAGE, Shot};
 
 use super::machine::{self, Machine};
 use crate::{
+    aer,
     errno::{EAGAIN, EBUSY, EINVAL, EIO, ENODEV, Errno},
     importer::Importer,
     lease::State,
@@ -76,21 +77,26 @@ impl Machine {
             }
         };
         let lease = || lease_and_revoke(device, spec.bar);
-        let import = || import(device, spec.bar);
+        let import = || {
+            let ranges = [(0, PAGE), (3 * PAGE, PAGE)];
+            let fd = device
+                .export(spec.bar, &ranges)
+                .expect("an export in a storm");
+            import(device, &fd);
+        };
         let look = || {
             let _ = observe::buffers_text(device.function());
             // Another fd of the same open.
             drop(device.group().device(device.function()));
         };
-        let touch = || {
-            for shot in shots {
-                let of = oracle.device_of(shot.mapping);
-                let map = &self.main.maps[&(shot.mapping as u64)];
-                if let (Ok(seen), Some(word)) = (map.read(shot.at), shot.word) {
-                    assert_eq!(seen, word, "device {of}, {shot:?}");
-                }
+        let touch = || self.touch(oracle, shots);
+        // While a reset is on, one may be lost.
+        let reports = |member: &usize| self.devices[*member].spec.reports;
+        let reports = spec.set.iter().any(reports);
+        let error = || {
+            if reports {
+                aer::inject(aer::NON_FATAL);
             }
-            thread::yield_now();
         };
         thread::scope(|scope| {
             // Also when one of them panics.
@@ -100,7 +106,8 @@ impl Machine {
                     touch();
                 }
             });
-            let work: [&(dyn Fn() + Sync); 6] = [&command, &reset, &power, &lease, &import, &look];
+            let work: [&(dyn Fn() + Sync); 7] =
+                [&command, &reset, &power, &lease, &import, &look, &error];
             let workers = work.map(|work| scope.spawn(move || (0..rounds).for_each(|_| work())));
             let results = workers.map(thread::ScopedJoinHandle::join);
             over.store(true, Ordering::Relaxed);
@@ -110,10 +117,94 @@ impl Machine {
                 }
             }
         });
+        if reports {
+            aer::wait_until_handled();
+        }
         if spec.d3hot {
             device.set_power_state(0);
         }
         device.set_memory(true);
+    }
+
+    /// Lets threads use a device in every way at once while `pull` pulls it out, and then so many times each.
+    ///
+    /// # Panics
+    ///
+    /// When something is accessible that was revoked, or anything is once `pull` has returned.
+    pub(super) fn pull_in_storm(
+        &self,
+        number: usize,
+        rounds: u32,
+        oracle: &Oracle,
+        shots: &[Shot],
+        pull: impl FnOnce(),
+    ) {
+        let this = &self.devices[number];
+        let bar = this.spec.bar;
+        let device = this.open();
+        let of_it = |shot: &&Shot| oracle.device_of(shot.mapping) == number;
+        let pulled = AtomicBool::new(false);
+        let command = || {
+            for command in [4, 6] {
+                let _ = device.write(CONFIG_REGION, COMMAND, &[command]);
+            }
+        };
+        // Not through sysfs: who has the device's lock waits for us to close it.
+        let reset = || {
+            let _ = device.reset();
+        };
+        let lease = || {
+            let is_gone = pulled.load(Ordering::SeqCst);
+            match device.export(bar, &[(PAGE, 2 * PAGE), (0, PAGE)]) {
+                Ok(fd) => {
+                    assert!(!is_gone, "an export of what was pulled out");
+                    revoke_mapped(device, &fd);
+                }
+                Err(errno) => assert_eq!(errno, ENODEV, "an export while it is pulled out"),
+            }
+        };
+        let import = || {
+            if let Ok(fd) = device.export(bar, &[(0, PAGE), (3 * PAGE, PAGE)]) {
+                import(device, &fd);
+            }
+        };
+        let look = || {
+            let _ = observe::buffers_text(device.function());
+        };
+        let touch = || {
+            let is_gone = pulled.load(Ordering::SeqCst);
+            for shot in shots.iter().filter(of_it) {
+                let touch = self.main.maps[&(shot.mapping as u64)].read(shot.at);
+                assert!(!is_gone || touch == Err(Sigbus), "pulled out, {shot:?}");
+            }
+            self.touch(oracle, shots);
+        };
+        let work: [&(dyn Fn() + Sync); 6] = [&command, &reset, &lease, &import, &look, &touch];
+        thread::scope(|scope| {
+            // Also when `pull` panics.
+            let _ends = Ends(&pulled);
+            for work in work {
+                let pulled = &pulled;
+                scope.spawn(move || {
+                    while !pulled.load(Ordering::SeqCst) {
+                        work();
+                    }
+                    (0..rounds).for_each(|_| work());
+                });
+            }
+            pull();
+        });
+    }
+
+    fn touch(&self, oracle: &Oracle, shots: &[Shot]) {
+        for shot in shots {
+            let of = oracle.device_of(shot.mapping);
+            let map = &self.main.maps[&(shot.mapping as u64)];
+            if let (Ok(seen), Some(word)) = (map.read(shot.at), shot.word) {
+                assert_eq!(seen, word, "device {of}, {shot:?}");
+            }
+        }
+        thread::yield_now();
     }
 }
 
@@ -121,7 +212,7 @@ struct Ends<'a>(&'a AtomicBool);
 
 impl Drop for Ends<'_> {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 
@@ -130,19 +221,28 @@ fn lease_and_revoke(device: &Device, bar: u32) {
     let ranges = [(PAGE, 2 * PAGE), (0, PAGE)];
     let fd = device.export(bar, &ranges).expect("an export in a storm");
     let map = Map::new(&fd, 3 * PAGE).expect("an mmap in a storm");
+    revoke_mapping(device, &fd, &map);
+}
+
+/// The same while the device may go away.
+fn revoke_mapped(device: &Device, fd: &OwnedFd) {
+    match Map::new(fd, 3 * PAGE) {
+        Ok(map) => revoke_mapping(device, fd, &map),
+        Err(errno) => assert_eq!(errno, ENODEV, "an mmap while it is pulled out"),
+    }
+}
+
+fn revoke_mapping(device: &Device, fd: &OwnedFd, map: &Map) {
     let _ = map.read(0);
     let _ = map.read(2 * PAGE);
-    device.revoke(&fd).expect("a revocation in a storm");
+    device.revoke(fd).expect("a revocation in a storm");
     for page in 0..3 {
         assert_eq!(map.read(page * PAGE), Err(Sigbus), "page {page}");
     }
-    assert_eq!(device.state(&fd), State::Dead);
+    assert_eq!(device.state(fd), State::Dead);
 }
 
-fn import(device: &Device, bar: u32) {
-    let fd = device
-        .export(bar, &[(0, PAGE), (4 * PAGE, PAGE)])
-        .expect("an export in a storm");
+fn import(device: &Device, fd: &OwnedFd) {
     let attachment = match Importer::open().attach(fd.as_fd()) {
         Ok(attachment) => attachment,
         Err(errno) => return assert_eq!(errno, ENODEV, "an attach in a storm"),
@@ -154,7 +254,7 @@ fn import(device: &Device, bar: u32) {
         }
     }
     if attachment.map().is_ok() {
-        device.revoke(&fd).expect("a revocation in a storm");
+        device.revoke(fd).expect("a revocation in a storm");
         assert!(!attachment.is_mapped());
         assert_eq!(attachment.translate(0), None);
     }
