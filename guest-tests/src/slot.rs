@@ -28,6 +28,10 @@ const PROVE_LOCKING: &str = "/proc/sys/kernel/prove_locking";
 /// that, after they have let it go for the time in which drivers are unbound or bound. A kernel that has reported one
 /// inversion looks for no other. One of the two orders alone is no inversion: a removal can be proved up to the moment at
 /// which drivers are unbound, and that is when the last user of the device has let go.
+///
+/// Another pair is `pci_bus_sem` and the `memory_lock` of vfio-pci: recovery from an error wakes functions that sleep
+/// (`vfio_pci_core_runtime_resume`) while it walks their bus (`pcie_do_recovery`), and a reset of the bus looks at what
+/// is on it (`pci_bridge_wait_for_secondary_bus`) with the memory locks held (`vfio_pci_dev_set_hot_reset`).
 #[derive(Debug)]
 pub struct Unproved(());
 

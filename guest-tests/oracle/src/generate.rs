@@ -135,6 +135,19 @@ impl Generator {
         self.pick(unusual)
     }
 
+    /// An open device to put to sleep; now and then one that sleeps.
+    fn device_to_sleep(&mut self, oracle: &Oracle) -> Option<usize> {
+        let all = 0..oracle.devices.len();
+        let sleeps = |&number: &usize| {
+            oracle.is_usable(number) && oracle.devices[number].low != LowPower::No
+        };
+        let asleep = self.pick(all.filter(sleeps));
+        if asleep.is_none() || self.rng.u8(..) < 200 {
+            return self.open_device(oracle);
+        }
+        asleep
+    }
+
     /// One of these, mostly one that `is_good`.
     fn prefer(&mut self, from: Vec<usize>, is_good: impl Fn(usize) -> bool) -> Option<usize> {
         let good: Vec<_> = from.iter().copied().filter(|&item| is_good(item)).collect();
@@ -652,7 +665,7 @@ impl Generator {
                 Op::Power { device, state }
             }
             Kind::EnterLowPower => Op::EnterLowPower {
-                device: self.open_device(oracle)?,
+                device: self.device_to_sleep(oracle)?,
                 wake_up: self.rng.bool(),
             },
             Kind::LeaveLowPower => Op::LeaveLowPower {
@@ -813,9 +826,8 @@ fn weight(kind: Kind) -> u32 {
 fn cost(kind: Kind) -> u64 {
     match kind {
         Kind::Sleep => 30,
+        Kind::Storm | Kind::PullInStorm => 6,
         // The kernel waits a second before a slot is used again.
-        Kind::PullInStorm => 12,
-        Kind::Storm => 6,
         Kind::Pull | Kind::Plug => 3,
         Kind::ReadDma | Kind::WriteDma => 2,
         _ => 1,

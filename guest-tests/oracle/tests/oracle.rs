@@ -23,7 +23,7 @@ fn specs() -> Vec<Spec> {
         set: vec![0],
         bus_reset: true,
         reports: false,
-        slot: true,
+        slot: false,
     };
     let pair = Spec {
         name: "pair",
@@ -35,7 +35,6 @@ fn specs() -> Vec<Spec> {
         msix: None,
         set: vec![1, 2],
         reports: true,
-        slot: false,
         ..all.clone()
     };
     let registers = Spec {
@@ -44,6 +43,7 @@ fn specs() -> Vec<Spec> {
         size: 4 * PAGE,
         set: vec![3],
         reports: false,
+        slot: true,
         ..pair.clone()
     };
     vec![all, pair.clone(), pair, registers]

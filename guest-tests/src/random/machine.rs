@@ -856,9 +856,15 @@ impl Machine {
         for &member in set {
             self.devices[member].count_told();
         }
+        let asleep = |&member: &usize| {
+            let member = &oracle.devices[member];
+            !member.open || member.low != LowPower::No
+        };
+        let unproved = set.iter().any(asleep).then(Unproved::new);
         let mut log = KernelLog::from_now();
         aer::inject(aer::NON_FATAL);
         aer::wait_for_recovery(&mut log);
+        drop(unproved);
         for &member in set {
             let Real { spec, .. } = &self.devices[member];
             let told = self.devices[member].count_told();
