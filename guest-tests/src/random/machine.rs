@@ -75,7 +75,7 @@ impl Real {
     }
 
     /// How often its user was told something since the last time.
-    pub fn count_told(&self) -> u64 {
+    fn count_told(&self) -> u64 {
         let mut bytes = [0; 8];
         match File::from(self.told.try_clone().expect("an fd")).read_exact(&mut bytes) {
             Ok(()) => u64::from_ne_bytes(bytes),
@@ -818,21 +818,17 @@ impl Machine {
                 (Outcome::Done, Made::Nothing)
             }
             Op::Pull { device: number } => {
-                self.slot.pull();
                 if oracle.devices[number].open {
-                    self.wait_until_wanted(number);
+                    self.pull(number);
                 } else {
+                    self.slot.pull();
                     self.slot.wait_until_empty();
                 }
                 (Outcome::Done, Made::Nothing)
             }
             Op::PullInStorm { device, rounds } => {
-                let pull = || {
-                    self.slot.pull();
-                    self.wait_until_wanted(device);
-                };
                 let ours = of_main(oracle, shots);
-                self.pull_in_storm(device, rounds, oracle, &ours, pull);
+                self.pull_in_storm(device, rounds, oracle, &ours);
                 (Outcome::Done, Made::Nothing)
             }
             Op::Sleep => {
@@ -879,7 +875,10 @@ impl Machine {
         self.access_set_if_woken(number, oracle);
     }
 
-    fn wait_until_wanted(&self, device: usize) {
+    /// Pulls an open device out, and waits until its user is asked to close it.
+    pub(super) fn pull(&self, device: usize) {
+        self.devices[device].count_told();
+        self.slot.pull();
         let wanted = &self.devices[device].told;
         assert!(
             process::is_signalled_within(wanted, LONG),

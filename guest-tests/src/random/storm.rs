@@ -132,18 +132,17 @@ impl Machine {
         device.set_memory(true);
     }
 
-    /// Lets threads use a device in every way at once while `pull` pulls it out, and then so many times each.
+    /// Lets threads use a device in every way at once while it is pulled out, and then so many times each.
     ///
     /// # Panics
     ///
-    /// When something is accessible that was revoked, or anything is once `pull` has returned.
+    /// When something is accessible that was revoked, or anything is once its user was asked to close it.
     pub(super) fn pull_in_storm(
         &self,
         number: usize,
         rounds: u32,
         oracle: &Oracle,
         shots: &[Shot],
-        pull: impl FnOnce(),
     ) {
         let this = &self.devices[number];
         let bar = this.spec.bar;
@@ -187,7 +186,7 @@ impl Machine {
         };
         let work: [&(dyn Fn() + Sync); 6] = [&command, &reset, &lease, &import, &look, &touch];
         thread::scope(|scope| {
-            // Also when `pull` panics.
+            // Also when this panics.
             let _ends = Ends(&pulled);
             for work in work {
                 let pulled = &pulled;
@@ -198,7 +197,7 @@ impl Machine {
                     (0..rounds).for_each(|_| work());
                 });
             }
-            pull();
+            self.pull(number);
         });
     }
 
