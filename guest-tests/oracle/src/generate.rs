@@ -49,8 +49,18 @@ impl Generator {
             .collect();
         // Whatever it is that was done least, now and then: nothing is left out for long.
         let mend = self.mend(oracle).filter(|_| self.rng.u8(..) < 48);
+        // Few devices have these, and most of the time nobody would notice.
+        let rare = match self.rng.u8(..) {
+            0..16 => Some(Kind::Error),
+            16..22 => Some(Kind::Pull),
+            _ => None,
+        };
+        let meets = |op: &Op| Some(op.kind()) == rare && !oracle.mappings_taken_by(op).is_empty();
+        let rare = possible.iter().position(meets);
         let op = if let Some(op) = mend {
             op
+        } else if let Some(index) = rare {
+            possible.swap_remove(index)
         } else if self.rng.u8(..) < 40 {
             let drawn =
                 |op: &Op| self.drawn.get(&op.kind()).copied().unwrap_or(0) * cost(op.kind());
@@ -806,10 +816,10 @@ impl Generator {
 
 fn weight(kind: Kind) -> u32 {
     match kind {
-        Kind::Export | Kind::Read | Kind::Write => 30,
+        Kind::Open | Kind::Export | Kind::Read | Kind::Write => 30,
         Kind::Map => 40,
         Kind::Send | Kind::Attach | Kind::MapDma => 20,
-        Kind::Memory | Kind::Revoke | Kind::Open | Kind::Rebind => 12,
+        Kind::Memory | Kind::Revoke => 12,
         // Slow, or the end of much.
         Kind::MapBar
         | Kind::ReadDma

@@ -360,34 +360,59 @@ impl Oracle {
     /// event of that.
     #[must_use]
     pub fn taken_by(&self, op: &Op) -> Vec<usize> {
-        let of = |devices: &[usize]| -> Vec<usize> {
-            let all = self.buffers.iter();
-            all.filter(|(_, buffer)| devices.contains(&buffer.device))
-                .map(|(&number, _)| number)
-                .filter(|&number| self.state(number) == State::Ok)
-                .collect()
-        };
+        if let Op::Revoke { device, buffer } = *op {
+            return if self.revocable(device, buffer) {
+                vec![buffer]
+            } else {
+                Vec::new()
+            };
+        }
+        let devices = self.devices_hit_by(op);
+        let all = self.buffers.iter();
+        all.filter(|(_, buffer)| devices.contains(&buffer.device))
+            .map(|(&number, _)| number)
+            .filter(|&number| self.state(number) == State::Ok)
+            .collect()
+    }
+
+    /// The mappings that `op` takes away, if only for a moment.
+    #[must_use]
+    pub fn mappings_taken_by(&self, op: &Op) -> Vec<usize> {
+        let devices = self.devices_hit_by(op);
+        let buffers = self.taken_by(op);
+        let all = self.mappings.iter();
+        all.filter(|(_, mapping)| match mapping.target {
+            Target::Buffer(buffer) => buffers.contains(&buffer),
+            Target::Bar(device) => devices.contains(&device),
+        })
+        .map(|(&number, _)| number)
+        .collect()
+    }
+
+    /// The devices of which `op` takes everything away.
+    fn devices_hit_by(&self, op: &Op) -> Vec<usize> {
         match *op {
-            Op::Revoke { device, buffer } if self.revocable(device, buffer) => vec![buffer],
             Op::Memory { device, .. }
             | Op::Master { device, .. }
             | Op::Power { device, .. }
             | Op::EnterLowPower { device, .. }
-            | Op::FunctionReset { device } => of(&[device]),
+            | Op::FunctionReset { device }
+            | Op::Pull { device }
+            | Op::PullInStorm { device, .. } => vec![device],
             Op::Reset { device } | Op::SysfsReset { device }
                 if self.devices[device].spec.resets =>
             {
-                of(&[device])
+                vec![device]
             }
-            Op::HotReset { device } | Op::BusReset { device } => of(&self.devices[device].spec.set),
-            Op::Close { device } if self.bar_mappings(device).is_empty() => of(&[device]),
-            Op::Error {
+            Op::Close { device } if self.bar_mappings(device).is_empty() => vec![device],
+            Op::HotReset { device }
+            | Op::BusReset { device }
+            | Op::Storm { device, .. }
+            | Op::Error {
                 device,
                 severity: Severity::NonFatal,
-            } => of(&self.devices[device].spec.set),
-            Op::Pull { device } | Op::PullInStorm { device, .. } => of(&[device]),
-            Op::Sleep => of(&(0..self.devices.len()).collect::<Vec<_>>()),
-            Op::Storm { device, .. } => of(&self.devices[device].spec.set),
+            } => self.devices[device].spec.set.clone(),
+            Op::Sleep => (0..self.devices.len()).collect(),
             _ => Vec::new(),
         }
     }

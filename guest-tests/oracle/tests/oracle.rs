@@ -275,6 +275,10 @@ fn an_error_takes_from_the_whole_set_and_recovery_gives_back() {
     let leases = [course.leased(1), course.leased(2), course.leased(0)];
     let mapped =
         |course: &Course| leases.map(|(_, _, attachment)| course.0.attachments[&attachment].mapped);
+    let taken = |course: &Course, severity| course.0.mappings_taken_by(&error(severity));
+    assert_eq!(taken(&course, Severity::Corrected), []);
+    let both = leases.map(|(_, mapping, _)| mapping)[..2].to_vec();
+    assert_eq!(taken(&course, Severity::NonFatal), both);
     course.done(error(Severity::Corrected));
     assert_eq!(mapped(&course), [true; 3]);
     course.done(error(Severity::NonFatal));

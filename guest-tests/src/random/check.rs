@@ -12,6 +12,8 @@ use crate::{
 
 /// How many mappings are looked at after a step.
 const MAPPINGS: usize = 6;
+/// How many pages of a mapping that was taken away are looked at.
+const TAKEN: usize = 24;
 
 impl Machine {
     /// Looks at buffers, mappings and importers.
@@ -29,6 +31,31 @@ impl Machine {
         self.check_attachments(oracle, op);
         self.check_wake_ups(oracle, op);
         self.check_states(oracle, op);
+    }
+
+    /// Looks whether a step has taken these mappings away, though it may have given them back: what was touched before has
+    /// no entry any more.
+    ///
+    /// # Panics
+    ///
+    /// When something has.
+    pub fn check_taken(&self, oracle: &Oracle, taken: &[usize], op: &Op) {
+        for number in taken {
+            let Some(mapping) = oracle.mappings.get(number) else {
+                continue;
+            };
+            if mapping.process != MAIN {
+                continue;
+            }
+            let map = &self.main.maps[&(*number as u64)];
+            let pages = mapping.pages.iter().enumerate();
+            let there = pages.filter(|(_, page)| page.is_some()).take(TAKEN);
+            for (page, _) in there {
+                let at = page as u64 * PAGE;
+                let entry = probe::entry(map, at);
+                assert_eq!(entry, None, "{op:?} left mapping {number} at {at:#x}");
+            }
+        }
     }
 
     fn check_mapping(&mut self, oracle: &mut Oracle, number: usize, op: &Op) {

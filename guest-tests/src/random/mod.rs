@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use barlease_oracle::{Coverage, Generator, Oracle, Spec};
+use barlease_oracle::{Coverage, Generator, Op, Oracle, Spec};
 
 use crate::{PAGE, aer, observe, pci::Function, slot};
 
@@ -247,6 +247,7 @@ pub fn run(options: Options) -> Coverage {
             .steps
             .push_back(format!("{number}: {:?}{fire}", step.op));
         let waited = !oracle.waited_for(&step.op).is_empty();
+        let taken = oracle.mappings_taken_by(&step.op);
         let outcome = machine.make(&step, &oracle);
         if let Some(line) = trail.steps.back_mut() {
             let _ = write!(line, " -> {}", outcome.name());
@@ -255,6 +256,11 @@ pub fn run(options: Options) -> Coverage {
             panic!("step {number}, {:?}: {objection}", step.op);
         }
         coverage.add(&step, waited, &outcome);
+        // Nobody touches meanwhile.
+        let is_storm = matches!(step.op, Op::Storm { .. } | Op::PullInStorm { .. });
+        if !step.under_fire && !is_storm {
+            machine.check_taken(&oracle, &taken, &step.op);
+        }
         machine.check(&mut oracle, &step.op);
         trail.number += 1;
     }
