@@ -25,6 +25,8 @@ use std::{
 
 use barlease_oracle::{Coverage, Generator, Op, Oracle, Spec};
 
+use barlease_lab::guest;
+
 use crate::{PAGE, aer, observe, pci::Function, slot};
 
 /// How many of the last steps are told.
@@ -188,14 +190,7 @@ impl Drop for Trail {
                     let _ = writeln!(text, "  {name} is not there");
                     continue;
                 }
-                let config = function.config();
-                let _ = writeln!(
-                    text,
-                    "  {name}: {}, COMMAND {:02x?}, base addresses {:02x?}",
-                    function.power_state(),
-                    &config[4..6],
-                    &config[0x10..0x28]
-                );
+                let _ = writeln!(text, "  {name}: {}", circumstances(&function));
             }
             let _ = writeln!(
                 text,
@@ -204,6 +199,26 @@ impl Drop for Trail {
             );
             tell(&text);
         }
+    }
+}
+
+/// What decides whether a function's memory is decoded, as its config space has it.
+fn circumstances(function: &Function) -> String {
+    let config = function.config();
+    format!(
+        "{}, COMMAND {:02x?}, base addresses {:02x?}",
+        function.power_state(),
+        &config[4..6],
+        &config[0x10..0x28]
+    )
+}
+
+/// Where the emulator has the BARs of all functions: all ones for what it keeps from everybody, whatever config space says.
+fn decoded_by_the_emulator() -> String {
+    let ask = r#"{"execute":"human-monitor-command","arguments":{"command-line":"info pci"}}"#;
+    match guest::qmp(ask) {
+        Ok(answer) => answer.replace("\\r\\n", "\n"),
+        Err(error) => error.to_string(),
     }
 }
 

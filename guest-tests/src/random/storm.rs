@@ -11,7 +11,10 @@ use std::{
 
 use barlease_oracle::{Oracle, PAGE, Shot};
 
-use super::machine::{self, Machine};
+use super::{
+    circumstances, decoded_by_the_emulator,
+    machine::{self, Machine},
+};
 use crate::{
     aer,
     errno::{EAGAIN, EBUSY, EINVAL, EIO, ENODEV, Errno},
@@ -19,6 +22,7 @@ use crate::{
     lease::State,
     map::{Map, Sigbus},
     observe,
+    pci::Function,
     vfio::{COMMAND, CONFIG_REGION, Device, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
 };
 
@@ -206,7 +210,15 @@ impl Machine {
             let of = oracle.device_of(shot.mapping);
             let map = &self.main.maps[&(shot.mapping as u64)];
             if let (Ok(seen), Some(word)) = (map.read(shot.at), shot.word) {
-                assert_eq!(seen, word, "device {of}, {shot:?}");
+                let function = Function::named(self.devices[of].spec.name);
+                assert_eq!(
+                    seen,
+                    word,
+                    "device {of}, {shot:?}; again: {:?}; {}; {}",
+                    map.read(shot.at),
+                    circumstances(&function),
+                    decoded_by_the_emulator()
+                );
             }
         }
         thread::yield_now();
