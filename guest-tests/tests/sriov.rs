@@ -334,6 +334,21 @@ fn a_physical_function_that_has_virtual_ones_does_not_sleep() {
     map.touch_all().unwrap();
 }
 
+/// Making virtual functions wakes the physical one: it is what it says, D0.
+#[test]
+fn a_physical_function_that_was_woken_for_virtual_ones_is_accessible() {
+    let mut physical = Physical::new(0);
+    let own = physical.device.export(BAR, &[(0, PAGE)]).unwrap();
+    let map = Map::new(&own, PAGE).unwrap();
+    physical.device.set_power_state(3);
+    assert_eq!(map.read(0), Err(Sigbus));
+    physical.make(1);
+    assert_eq!(physical.device.function().power_state(), "D0");
+    // Before any access through the device fd, which would notice.
+    map.touch_all().unwrap();
+    assert_eq!(physical.device.state(&own), State::Ok);
+}
+
 // ---- The end --------------------------------------------------------------------------------------
 
 /// Virtual functions go; `act` makes them. They are leased until their owner, who is asked to, closes them.

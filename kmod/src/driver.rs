@@ -225,6 +225,10 @@ impl Driver for Barlease {
         });
     }
 
+    fn power_set(&self, function: &Function<'_>) {
+        self.leases.update(|access| note_state_of(function, access));
+    }
+
     fn woken(&self, function: &Function<'_>, low_power: bool) {
         self.leases.update(|access| {
             note_state_of(function, access);

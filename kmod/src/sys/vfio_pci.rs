@@ -118,6 +118,10 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// Recovery from an error succeeded.
     fn error_resume(&self, function: &Function<'_>);
 
+    /// The core may have set the function to D0, outside of any operation of its user. As for
+    /// `reset_prepare`.
+    fn power_set(&self, function: &Function<'_>);
+
     /// Run-time power management has woken the function, whoever wanted it and whether it is open or
     /// not. `low_power` is whether the user's wish for low power has outlived that. The core's
     /// `memory_lock` is not held.
@@ -791,8 +795,8 @@ impl<D: Driver> Vtable<D> {
     ///
     /// # Safety
     ///
-    /// The function must be bound during the call, which is so in an error handler and in `remove`
-    /// (the device lock is held), and in an operation of its PM domain.
+    /// The function must be bound during the call, which is so in an error handler, in `remove` and in
+    /// `sriov_configure` (the device lock is held), and in an operation of its PM domain.
     unsafe fn with_driver(pdev: *mut bindings::pci_dev, f: impl FnOnce(&D, &Function<'_>)) {
         // SAFETY: Same requirements.
         unsafe { Self::with_layout(pdev, |_, driver, function| f(driver, function)) };
@@ -977,7 +981,10 @@ impl<D: Driver> Vtable<D> {
         // SAFETY: `pdev` is valid.
         let core = unsafe { bindings::dev_get_drvdata(&raw mut (*pdev).dev) };
         // SAFETY: The function is bound and the device lock is held.
-        unsafe { bindings::vfio_pci_core_sriov_configure(core.cast(), count) }
+        let result = unsafe { bindings::vfio_pci_core_sriov_configure(core.cast(), count) };
+        // SAFETY: As above.
+        unsafe { Self::with_driver(pdev, D::power_set) };
+        result
     }
 }
 
