@@ -425,16 +425,15 @@ impl Exporter for Buffer {
 
     fn attach(&self) -> Result {
         self.attachments.fetch_add(1, Relaxed);
-        let found = match self.state() {
-            State::Ok => self.leases.providers().get(self.contents.bar).map(drop),
-            State::Revoked(_) | State::Dead => Err(ENODEV),
-        };
-        if found.is_err() {
-            self.detach();
-            // A device that was closed meanwhile has no provider.
-            self.alive()?;
+        let state = self.state();
+        let found = self.leases.providers().get(self.contents.bar).map(drop);
+        if state == State::Ok && found.is_ok() {
+            return Ok(());
         }
-        found
+        self.detach();
+        // Before the provider, which a device that was closed, meanwhile too, no longer has.
+        self.alive()?;
+        found.and(Err(ENODEV))
     }
 
     fn detach(&self) {
