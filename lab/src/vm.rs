@@ -837,11 +837,11 @@ impl Guest<'_> {
                         let waker = scope.spawn(move || wake(&sockets.control, &is_awake));
                         waking = Some((awake, waker));
                     }
-                    if message.get("awake").is_some()
-                        && let Some((awake, waker)) = waking.take()
-                    {
-                        drop(awake);
-                        let _ = waker.join();
+                    if message.get("awake").is_some() {
+                        if let Some((awake, waker)) = waking.take() {
+                            drop(awake);
+                            let _ = waker.join();
+                        }
                     }
                     let reply = self.answer(&message, &mut monitor, served, progress);
                     if message.get("ready").is_some() && self.interactive {
