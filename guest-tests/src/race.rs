@@ -1,6 +1,7 @@
 //! Threads that do one thing again and again while a test does another.
 
 use std::{
+    hint,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
 };
@@ -31,6 +32,13 @@ pub fn meanwhile<R>(loops: &[Loop<'_>], body: impl FnOnce() -> R) -> R {
         }
         body()
     })
+}
+
+/// For a moment, in which another processor can meet what was just stored: two stores in a row it would hardly ever.
+pub fn stay() {
+    for _ in 0..100 {
+        hint::spin_loop();
+    }
 }
 
 /// For loops to which it does not matter what came out.

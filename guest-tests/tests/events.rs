@@ -377,8 +377,10 @@ fn races_itself(len: usize, offset: u64) {
     let off = u64::from_le_bytes(config);
     let value = AtomicU64::new(on);
     let flip = || {
-        value.store(off, Ordering::Relaxed);
-        value.store(on, Ordering::Relaxed);
+        for word in [off, on] {
+            value.store(word, Ordering::Relaxed);
+            race::stay();
+        }
     };
     let window = race::Window::new();
     let touch = || {

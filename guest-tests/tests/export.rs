@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, OwnedFd},
     sync::atomic::{AtomicU32, Ordering},
     thread,
+    time::Instant,
 };
 
 use barlease_abi::{FEATURE_DMA_BUF, MAX_RANGES};
@@ -18,6 +19,7 @@ use barlease_guest_tests::{
     process::Child,
     race,
     vfio::{CONFIG_REGION, Device, GET, ROM_REGION, SET, VGA_REGION},
+    wait,
 };
 
 /// The frame buffer of the display: 64 MiB.
@@ -443,13 +445,18 @@ fn a_process_that_races_its_own_request_gains_nothing() {
             (length, PAGE as u32, 1 << 30),
             (number, 1, MAX_RANGES),
         ] {
-            word.store(bad, Ordering::Relaxed);
-            word.store(good, Ordering::Relaxed);
+            for now in [bad, good] {
+                word.store(now, Ordering::Relaxed);
+                race::stay();
+            }
         }
     };
     let [mut exported, mut refused] = [0; 2];
     race::meanwhile(&[&flip], || {
-        for _ in 0..4000 {
+        let begin = Instant::now();
+        let mut calls = 0;
+        while calls < 4000 || ((exported == 0 || refused == 0) && begin.elapsed() < wait::LONG) {
+            calls += 1;
             match device.request_shared(&payload) {
                 Ok(fd) => {
                     exported += 1;
