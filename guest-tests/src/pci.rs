@@ -260,6 +260,17 @@ impl Function {
         fs::read(self.path("config")).expect("config space")
     }
 
+    /// Writes to config space without a word to the kernel: what it keeps of it stays as it is.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    pub fn set_config(&self, offset: u64, data: &[u8]) {
+        let file = fs::File::options().write(true).open(self.path("config"));
+        let written = file.and_then(|file| file.write_all_at(data, offset));
+        written.expect("a write to config space");
+    }
+
     /// Its power state, such as `D0` or `D3hot`.
     ///
     /// # Panics

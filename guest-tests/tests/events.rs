@@ -858,6 +858,26 @@ fn a_device_closed_in_low_power_is_opened_awake() {
     leased("nvme").is(State::Ok);
 }
 
+/// A write to PMCSR can bring this about when a reset comes in the middle of it: the core writes the state back that it
+/// has read before. With the stock driver a device sleeps from then on, though its user has asked for D0 and reads that the
+/// kernel says so.
+#[test]
+fn a_device_that_sleeps_unnoticed_is_woken_by_a_write_of_d0() {
+    let leased = leased("nvme");
+    leased.map.write(0, 0x5afe).unwrap();
+    let device = &leased.device;
+    let pmcsr = device.pmcsr();
+    let [control]: [u8; 1] = device.config(pmcsr);
+    device.function().set_config(pmcsr, &[control | 3]);
+    assert_eq!(device.power_state(), 3);
+    assert_eq!(device.function().power_state(), "D0");
+    device.set_power_state(0);
+    assert_eq!(device.power_state(), 0);
+    assert_eq!(device.function().power_state(), "D0");
+    leased.is(State::Ok);
+    assert_eq!(leased.map.read(0), Ok(0x5afe));
+}
+
 #[test]
 fn revoke_in_low_power_is_for_good() {
     let leased = leased("nvme");

@@ -311,7 +311,13 @@ fn write_in_pieces(
         let mut at = ((CONFIG_REGION << OFFSET_SHIFT) + piece.pos) as i64;
         let mut write = || device.core_write(part, &mut at).into_result();
         if piece.sensitive {
-            bracketed(&device, Event::ConfigWrite, write)?;
+            bracketed(&device, Event::ConfigWrite, || {
+                let written = write();
+                if device.driver().sensitive.has_power_state(piece) {
+                    device.wake_if_unnoticed(&device.memory_lock());
+                }
+                written
+            })?;
         } else {
             write()?;
         }

@@ -51,6 +51,14 @@ impl Sensitive {
         pos <= command && command < end || pos <= pmcsr && pmcsr < end
     }
 
+    /// Whether a piece has the power state in it.
+    pub fn has_power_state(&self, piece: Piece) -> bool {
+        self.pm_capability.is_some_and(|offset| {
+            let pmcsr = u64::from(offset).saturating_add(PMCSR);
+            piece.pos <= pmcsr && pmcsr < piece.pos.saturating_add(piece.len)
+        })
+    }
+
     /// The first piece of a write of `[pos, end)`; `None` when nothing is left.
     ///
     /// A sensitive piece is at most a dword; what lies before, between and after is as long as can

@@ -102,6 +102,25 @@ fn exactly_the_pieces_with_a_sensitive_byte_are_sensitive() {
 }
 
 #[test]
+fn the_power_state_is_in_the_piece_with_its_byte() {
+    for pm_capability in PM_CAPABILITIES {
+        let sensitive = Sensitive { pm_capability };
+        let pmcsr = pm_capability.map(|offset| u64::from(offset) + 4);
+        for (pos, end) in every_write() {
+            for piece in pieces(&sensitive, pos, end) {
+                let holds =
+                    pmcsr.is_some_and(|byte| (piece.pos..piece.pos + piece.len).contains(&byte));
+                assert_eq!(
+                    sensitive.has_power_state(piece),
+                    holds,
+                    "{pm_capability:?} {pos}..{end} {piece:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn a_sensitive_piece_is_at_most_a_dword() {
     for pm_capability in PM_CAPABILITIES {
         let sensitive = Sensitive { pm_capability };

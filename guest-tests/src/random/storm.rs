@@ -48,7 +48,8 @@ impl Machine {
         let device = this.open();
         let over = AtomicBool::new(false);
         // A reset in D3hot leaves a function in D0, but QEMU goes on to keep its memory from everybody as
-        // in D3hot. Resets through the device fd exclude writes to PMCSR; those through sysfs do not.
+        // in D3hot. The kernel wakes a function before a reset, but a write to PMCSR that began before that may put it to
+        // sleep again, even one through the device fd (`Device::wake_if_unnoticed` of the module).
         let power_state = Mutex::new(());
         let alone = || power_state.lock().unwrap_or_else(PoisonError::into_inner);
         let command = || {
@@ -57,9 +58,9 @@ impl Machine {
             let _ = device.write(CONFIG_REGION, COMMAND, &[6]);
         };
         let reset = || {
+            let _alone = alone();
             if spec.resets {
                 allowed(device.reset());
-                let _alone = alone();
                 allowed(device.function().reset());
             }
             if spec.function_reset {
@@ -67,7 +68,6 @@ impl Machine {
             }
             if spec.bus_reset {
                 allowed(device.hot_reset(&[device.group()]));
-                let _alone = alone();
                 allowed(device.function().port().reset_subordinate());
             }
         };

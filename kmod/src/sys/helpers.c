@@ -95,6 +95,16 @@ void bl_pm_runtime_put(struct device *dev)
 	pm_runtime_put(dev);
 }
 
+/*
+ * Wakes a function that sleeps although the kernel takes it for awake, by way
+ * of a state that it does not take it for.
+ */
+void bl_pci_wake(struct pci_dev *pdev)
+{
+	pci_set_power_state(pdev, PCI_D3hot);
+	pci_set_power_state(pdev, PCI_D0);
+}
+
 bool bl_iomapped(const void __iomem *address)
 {
 	return !IS_ERR_OR_NULL((const void __force *)address);

@@ -248,6 +248,21 @@ impl Function<'_> {
         state >= 1
     }
 
+    /// Whether it sleeps although the kernel takes it for awake.
+    fn sleeps_unnoticed(&self) -> bool {
+        let Some(capability) = self.pm_capability() else {
+            return false;
+        };
+        let mut control = 0;
+        let register = c_int::from(capability) + bindings::PCI_PM_CTRL as c_int;
+        // SAFETY: `pdev` is valid and so is the place for the value.
+        let result = unsafe { bindings::pci_read_config_word(self.pdev, register, &mut control) };
+        !self.is_sleeping()
+            && result == 0
+            && control != u16::MAX
+            && u32::from(control) & bindings::PCI_PM_CTRL_STATE_MASK != 0
+    }
+
     /// Whether the memory bit of its COMMAND means something.
     fn has_memory_bit(&self) -> bool {
         // SAFETY: `pdev` is valid.
@@ -414,6 +429,19 @@ impl<'a, D: Driver> Device<'a, D> {
             sem,
             _device: PhantomData,
             _not_send: NotThreadSafe,
+        }
+    }
+
+    /// Wakes the device if it sleeps although the kernel takes it for awake.
+    ///
+    /// To the core a write to PMCSR is a read of the register and a write of what it read, with what the user may change,
+    /// before it takes its lock and sets the state (`vfio_default_config_write`, `vfio_pm_config_write`). A reset in between
+    /// wakes the device; then the write puts it to sleep again, and nobody knows.
+    pub(crate) fn wake_if_unnoticed(&self, _lock: &MemoryLock<'_>) {
+        let function = self.function();
+        if function.sleeps_unnoticed() {
+            // SAFETY: `pdev` is valid. The core changes the state under its memory lock.
+            unsafe { bindings::bl_pci_wake(function.pdev) };
         }
     }
 
