@@ -333,7 +333,11 @@ fn together(kernel: KernelChoice, names: Vec<String>) -> Result<ExitCode> {
 /// With our modules, and with variables and a time limit as tests have them.
 pub(crate) fn as_tests_run<'a>(run: Run<'a>, module: &Path) -> Result<Run<'a>> {
     let threads = std::env::var("RUST_TEST_THREADS").unwrap_or_else(|_| "1".to_owned());
-    let run = with_modules_of(run, module)?.env("RUST_TEST_THREADS", threads);
+    let run = with_modules_of(run, module)?
+        .env("RUST_TEST_THREADS", threads)
+        // Without restartable sequences: where their page cannot be copied after a fork, for want of memory, the kernel kills
+        // the process when it was interrupted (`__rseq_handle_slowpath`), and tests have allocations fail.
+        .env("GLIBC_TUNABLES", "glibc.pthread.rseq=0");
     let run = match test_timeout()? {
         Some(limit) => run.timeout(limit),
         None => run,
