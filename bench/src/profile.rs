@@ -16,7 +16,7 @@ use perf_event::data::Record;
 use perf_event::events::Software;
 use perf_event::{Builder, SampleFlag, Sampler};
 
-/// The shortest time between two samples, in nanoseconds: several times as long as it takes to make one. What is still on its
+/// The shortest time between two samples: several times as long as it takes to make one. What is still on its
 /// way when the next is due would be seen twice.
 const PERIOD: Duration = Duration::from_micros(50);
 
@@ -24,7 +24,7 @@ const PERIOD: Duration = Duration::from_micros(50);
 const ENOUGH: u64 = 200;
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Bytes for samples that have not been read, as pages; a power of two and one more.
+/// Pages for samples that have not been read: a power of two.
 const PAGES: usize = 1 << 8;
 
 /// What is above this in a call chain is a mark (`PERF_CONTEXT_*`), not an address.
@@ -130,10 +130,12 @@ fn period() -> Duration {
 
 /// The names of the kernel's functions.
 #[derive(Debug)]
-struct Symbols(Vec<(u64, String)>);
+pub struct Symbols(Vec<(u64, String)>);
 
 impl Symbols {
-    fn read() -> Self {
+    /// Those that there are now, with those of modules.
+    #[must_use]
+    pub fn read() -> Self {
         Self::parse(&fs::read_to_string("/proc/kallsyms").unwrap_or_default())
     }
 
@@ -193,11 +195,7 @@ fn costs(samples: &Samples, whole: f64, symbols: &Symbols) -> HashMap<String, Co
 
 /// A table of the functions in which two sides differ most. Each side is its samples and what a call takes without them.
 #[must_use]
-pub fn table(title: &str, ours: (&Samples, f64), theirs: (&Samples, f64)) -> String {
-    compare(title, ours, theirs, &Symbols::read())
-}
-
-fn compare(
+pub fn table(
     title: &str,
     ours: (&Samples, f64),
     theirs: (&Samples, f64),
@@ -290,7 +288,7 @@ ffffffffc0000000 t _RNvCs1234_7example4main\t[example]
         let (outer, inner) = (0xffff_ffff_8100_0010, 0xffff_ffff_8100_0110);
         let ours = Samples(HashMap::from([(vec![outer], 2), (vec![inner], 6)]));
         let theirs = Samples(HashMap::from([(vec![outer], 1)]));
-        let text = compare("t", (&ours, 80.0), (&theirs, 15.0), &Symbols::parse(TEXT));
+        let text = table("t", (&ours, 80.0), (&theirs, 15.0), &Symbols::parse(TEXT));
         let rows: Vec<_> = text.lines().skip(2).collect();
         assert_eq!(
             rows[0].split_whitespace().collect::<Vec<_>>(),

@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use crate::profile::{self, Samples};
+use crate::profile::{self, Samples, Symbols};
 use crate::report::{Goal, Measure, Point, Unit};
 use crate::statistics::{Summary, median};
 
@@ -163,6 +163,10 @@ impl Rounds {
     }
 
     fn print_profiles(&self) {
+        if self.profiles.is_empty() {
+            return;
+        }
+        let symbols = Symbols::read();
         for (place, ours, theirs) in &self.profiles {
             let of_place = self.values.iter().find(|(known, ..)| known == place);
             let Some((_, our_values, their_values)) = of_place else {
@@ -177,7 +181,7 @@ impl Rounds {
             };
             let ours = (ours, whole(our_values));
             let theirs = (theirs, whole(their_values));
-            println!("{}", profile::table(&title, ours, theirs));
+            println!("{}", profile::table(&title, ours, theirs, &symbols));
         }
     }
 

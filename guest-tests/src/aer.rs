@@ -24,10 +24,8 @@ pub const CORRECTED: &str = "RCVR";
 ///
 /// When QEMU refuses.
 pub fn inject(error: &str) {
-    let line = format!("pcie_aer_inject_error {DEVICE} {error}");
-    let command =
-        format!(r#"{{"execute":"human-monitor-command","arguments":{{"command-line":"{line}"}}}}"#);
-    let reply = guest::qmp(&command).expect("an error to inject");
+    let reply = guest::monitor(&format!("pcie_aer_inject_error {DEVICE} {error}"));
+    let reply = reply.expect("an error to inject");
     assert!(reply.contains("OK id: virtio"), "{reply}");
 }
 

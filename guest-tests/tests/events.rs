@@ -887,20 +887,25 @@ fn revoke_in_low_power_is_for_good() {
     leased.is_dead();
 }
 
-#[test]
-fn system_sleep_takes_away_and_wake_up_gives_back() {
-    let leased = leased("display");
-    // Up to where processes are frozen, and back.
-    if !observe::pretend_to_sleep() {
-        return;
+/// Whether the system can sleep like this. If so, all is taken away and given back, but for memory that is off.
+fn sleeps_and_wakes_up(leased: &Leased, what: &str, sleep: impl Fn() -> bool) -> bool {
+    if !sleep() {
+        return false;
     }
-    assert!(leased.faults() > 0, "nothing was taken away");
+    assert!(leased.faults() > 0, "{what}: nothing was taken away");
     leased.is(State::Ok);
     leased.device.set_memory(false);
-    observe::pretend_to_sleep();
+    sleep();
     leased.is(MEMORY_OFF);
     leased.device.set_memory(true);
     leased.is(State::Ok);
+    true
+}
+
+#[test]
+fn system_sleep_takes_away_and_wake_up_gives_back() {
+    // Up to where processes are frozen, and back.
+    sleeps_and_wakes_up(&leased("display"), "display", observe::pretend_to_sleep);
 }
 
 #[test]
@@ -908,17 +913,10 @@ fn a_sleep_of_the_devices_too_takes_away_and_wake_up_gives_back() {
     for name in ["display", "nvme"] {
         // The drivers', and the bus's with a power state.
         for step in ["devices", "platform"] {
-            let leased = leased(name);
-            if !observe::pretend_to_sleep_as_far_as(step) {
+            let sleep = || observe::pretend_to_sleep_as_far_as(step);
+            if !sleeps_and_wakes_up(&leased(name), &format!("{name}, {step}"), sleep) {
                 return;
             }
-            assert!(leased.faults() > 0, "{name}, {step}");
-            leased.is(State::Ok);
-            leased.device.set_memory(false);
-            observe::pretend_to_sleep_as_far_as(step);
-            leased.is(MEMORY_OFF);
-            leased.device.set_memory(true);
-            leased.is(State::Ok);
         }
     }
 }
@@ -929,15 +927,12 @@ fn a_real_sleep_takes_away_and_wake_up_gives_back() {
         let leased = leased(name);
         leased.map.write(8, 0x600d).unwrap();
         assert_eq!(leased.faults(), 0);
-        observe::sleep();
-        assert!(leased.faults() > 0, "{name}");
-        leased.is(State::Ok);
+        let sleep = || {
+            observe::sleep();
+            true
+        };
+        sleeps_and_wakes_up(&leased, name, sleep);
         assert_eq!(leased.map.read(8), Ok(0x600d));
-        leased.device.set_memory(false);
-        observe::sleep();
-        leased.is(MEMORY_OFF);
-        leased.device.set_memory(true);
-        leased.is(State::Ok);
     }
 }
 

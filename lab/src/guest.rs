@@ -109,6 +109,18 @@ pub fn qmp(command: &str) -> io::Result<String> {
     }
 }
 
+/// Runs a command of QEMU's monitor for people (`info pci`), and returns what it says, as JSON.
+///
+/// # Errors
+///
+/// As [`qmp`].
+pub fn monitor(line: &str) -> io::Result<String> {
+    let line = quote(line);
+    qmp(&format!(
+        "{{\"execute\":\"human-monitor-command\",\"arguments\":{{\"command-line\":{line}}}}}"
+    ))
+}
+
 /// Runs `sleep`, which puts the whole guest to sleep (to idle), and has the host wake it: by what it sends to the serial
 /// port of the control channel. The port stays open meanwhile, since the kernel turns off one that nobody uses.
 ///

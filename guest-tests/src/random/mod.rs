@@ -215,8 +215,7 @@ fn circumstances(function: &Function) -> String {
 
 /// Where the emulator has the BARs of all functions: all ones for what it keeps from everybody, whatever config space says.
 fn decoded_by_the_emulator() -> String {
-    let ask = r#"{"execute":"human-monitor-command","arguments":{"command-line":"info pci"}}"#;
-    match guest::qmp(ask) {
+    match guest::monitor("info pci") {
         Ok(answer) => answer.replace("\\r\\n", "\n"),
         Err(error) => error.to_string(),
     }

@@ -253,14 +253,18 @@ impl Function<'_> {
         let Some(capability) = self.pm_capability() else {
             return false;
         };
-        let mut control = 0;
-        let register = c_int::from(capability) + bindings::PCI_PM_CTRL as c_int;
-        // SAFETY: `pdev` is valid and so is the place for the value.
-        let result = unsafe { bindings::pci_read_config_word(self.pdev, register, &mut control) };
+        let control = || self.config_word(u32::from(capability) + bindings::PCI_PM_CTRL);
         !self.is_sleeping()
-            && result == 0
-            && control != u16::MAX
-            && u32::from(control) & bindings::PCI_PM_CTRL_STATE_MASK != 0
+            && control().is_some_and(|control| control & bindings::PCI_PM_CTRL_STATE_MASK != 0)
+    }
+
+    /// A word of its config space, read from the bus; `None` when it does not answer.
+    fn config_word(&self, register: u32) -> Option<u32> {
+        let mut word = 0;
+        // SAFETY: `pdev` is valid and so is the place for the value.
+        let result =
+            unsafe { bindings::pci_read_config_word(self.pdev, register as c_int, &mut word) };
+        (result == 0 && word != u16::MAX).then_some(u32::from(word))
     }
 
     /// Whether the memory bit of its COMMAND means something.
@@ -276,11 +280,8 @@ impl Function<'_> {
         if !self.has_memory_bit() {
             return true;
         }
-        let mut command = 0;
-        let register = bindings::PCI_COMMAND as c_int;
-        // SAFETY: `pdev` is valid and so is the place for the value.
-        let result = unsafe { bindings::pci_read_config_word(self.pdev, register, &mut command) };
-        result == 0 && command != u16::MAX && u32::from(command) & bindings::PCI_COMMAND_MEMORY != 0
+        self.config_word(bindings::PCI_COMMAND)
+            .is_some_and(|command| command & bindings::PCI_COMMAND_MEMORY != 0)
     }
 
     /// Whether it is there no more: somebody pulled it out, or an error ended it.
