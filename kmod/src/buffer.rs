@@ -4,7 +4,7 @@
 
 use crate::{
     PAGE_SHIFT, abi,
-    leases::{Leases, Ticket},
+    leases::Leases,
     model::{
         access::{Epoch, State},
         batch,
@@ -14,19 +14,20 @@ use crate::{
     sys::{
         dma_buf::{DmaBuf, Exporter, Fence, Live, MappedInode, NAME_LEN, Operations},
         errno,
-        idle::Idle,
+        idle::Outstanding,
         items::Items,
         p2p::{Importer, Mapped, Run},
         rwsem::RwSem,
         vma::{self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
     },
+    table::Number,
 };
 use kernel::{
     prelude::*,
     str::BStr,
     sync::{
-        Arc, ArcBorrow, SetOnce,
-        atomic::{Atomic, Relaxed},
+        Arc, ArcBorrow,
+        atomic::{Atomic, Full, Relaxed},
     },
 };
 
@@ -57,10 +58,12 @@ pub(crate) struct Buffer {
     first_page: u64,
     /// Keeps the device open while a BAR is mapped through its fd.
     device_file: Option<OpenFile>,
-    /// Whether it was revoked for good. Held by a fault until its entry is in, so who revokes waits for the faults of
+    /// Whether it was revoked for good: 1, or 0.
+    revoked: Atomic<u32>,
+    /// Held by a fault from its look at the state until its entry is in, so who takes memory away waits for the faults of
     /// this buffer, and not for those of others.
     #[pin]
-    revoked: RwSem<bool>,
+    gate: RwSem<()>,
     /// `MEMATTR_*` that the next mapping gets.
     memattr: Atomic<u32>,
     /// VMAs that map it.
@@ -68,23 +71,20 @@ pub(crate) struct Buffer {
     /// Those of them that are write-combining: each keeps the type that it was made with.
     wc_vmas: Atomic<i64>,
     /// Importers attached.
-    attachments: Atomic<i64>,
-    inode: SetOnce<MappedInode>,
-    ticket: Ticket,
+    attachments: Atomic<i32>,
+    /// Mappings that importers have. Changed with the reservation lock held.
+    mappings: Outstanding,
+    inode: MappedInode,
+    number: Number,
     /// Locked by what looks at the dma-buf; its release locks it first.
     #[pin]
     live: Live<Guarded>,
-    /// Idle while no importer has a mapping; changed with `Guarded::mappings`.
-    #[pin]
-    unmapped: Idle,
 }
 
 /// What the reservation lock of a buffer's dma-buf guards.
 pub(crate) struct Guarded {
     /// Steering tags for importers.
     pub(crate) tph: Tph,
-    /// Mappings that importers have.
-    mappings: u64,
 }
 
 /// How long to wait for an importer before it is named in the log, and again each time after that.
@@ -93,10 +93,9 @@ const PATIENCE_MS: u32 = 10_000;
 static OPERATIONS: Operations<Buffer> = Operations::new();
 
 impl Buffer {
-    /// A buffer that is a lease, and the dma-buf, with the open flags `flags`, that exports it.
+    /// The dma-buf, with the open flags `flags`, of a buffer that is a lease.
     pub(crate) fn export(leases: &Arc<Leases>, contents: Contents, flags: u32) -> Result<DmaBuf> {
-        let (_, dmabuf) = Self::make(leases, contents, MemoryType::Uncached, flags, None)?;
-        Ok(dmabuf)
+        Self::make(leases, contents, MemoryType::Uncached, flags, None)
     }
 
     /// Makes `vma`, a mapping of a BAR through the device fd, a mapping of an internal buffer of
@@ -108,7 +107,8 @@ impl Buffer {
         vma: NewVma<'_>,
     ) -> Result {
         let flags = kernel::bindings::O_RDWR;
-        let (buffer, dmabuf) = Self::make(leases, contents, memory_type, flags, Some(&vma))?;
+        let dmabuf = Self::make(leases, contents, memory_type, flags, Some(&vma))?;
+        let buffer: Arc<Self> = dmabuf.exported::<Self>().ok_or(EINVAL)?.into();
         // The VMA keeps the dma-buf from here on, and the buffer keeps the device.
         dmabuf.become_file_of(&vma);
         vma.map_io(buffer, memory_type);
@@ -121,34 +121,38 @@ impl Buffer {
         memory_type: MemoryType,
         flags: u32,
         vma: Option<&NewVma<'_>>,
-    ) -> Result<(Arc<Self>, DmaBuf)> {
+    ) -> Result<DmaBuf> {
         let epoch = leases.epoch()?;
         let name = leases.names().of(contents.bar, memory_type);
-        let size = contents.size;
-        let buffer = Arc::pin_init(
-            pin_init!(Self {
-                leases: leases.clone(),
-                epoch,
-                contents,
-                first_page: vma.map_or(0, NewVma::page_offset),
-                device_file: vma.map(NewVma::file),
-                revoked <- RwSem::outer(false),
-                memattr: Atomic::new(memattr_of(memory_type)),
-                vmas: Atomic::new(0),
-                wc_vmas: Atomic::new(0),
-                attachments: Atomic::new(0),
-                inode: SetOnce::new(),
-                ticket: leases.ticket(),
-                live <- Live::new(Guarded { tph: Tph::NONE, mappings: 0 }),
-                unmapped <- Idle::new(),
-            }),
-            GFP_KERNEL_ACCOUNT,
-        )?;
-        let mut dmabuf = DmaBuf::export(buffer.clone(), size, flags)?;
-        dmabuf.set_name(&name)?;
-        buffer.inode.populate(dmabuf.inode());
-        leases.add(&buffer.ticket, buffer.clone())?;
-        Ok((buffer, dmabuf))
+        let dmabuf = DmaBuf::export(contents.size, flags, &name, |dmabuf| {
+            Arc::pin_init(
+                pin_init!(Self {
+                    leases: leases.clone(),
+                    epoch,
+                    contents,
+                    first_page: vma.map_or(0, NewVma::page_offset),
+                    device_file: vma.map(NewVma::file),
+                    revoked: Atomic::new(0),
+                    gate <- RwSem::new(()),
+                    memattr: Atomic::new(memattr_of(memory_type)),
+                    vmas: Atomic::new(0),
+                    wc_vmas: Atomic::new(0),
+                    attachments: Atomic::new(0),
+                    mappings: Outstanding::none(),
+                    inode: dmabuf.inode(),
+                    number: Number::new(),
+                    live <- dmabuf.live(Guarded { tph: Tph::NONE }),
+                }),
+                GFP_KERNEL_ACCOUNT,
+            )
+        })?;
+        leases.add(dmabuf.exported::<Self>().ok_or(EINVAL)?.into())?;
+        Ok(dmabuf)
+    }
+
+    /// Its place in the table of its [`Leases`].
+    pub(crate) fn number(&self) -> &Number {
+        &self.number
     }
 
     /// Whether it belongs to the latest open of the device of `leases`: the current one, for who
@@ -165,10 +169,11 @@ impl Buffer {
     /// Revokes it for good: neither a process nor a device can reach it when this returns. `EBADFD`
     /// when that was done before.
     pub(crate) fn revoke(&self) -> Result {
-        let first = !core::mem::replace(&mut *self.revoked.write(), true);
-        self.zap();
-        if self.is_attached() {
-            self.invalidate();
+        let first = self.revoked.xchg(1, Full) == 0;
+        if self.is_mapped() {
+            self.zap();
+        }
+        if self.is_attached() && self.invalidate() {
             self.wait();
         }
         if first {
@@ -176,6 +181,15 @@ impl Buffer {
         } else {
             Err(errno::EBADFD.into())
         }
+    }
+
+    fn is_revoked(&self) -> bool {
+        self.revoked.load(Relaxed) != 0
+    }
+
+    /// Whether it is accessible. For whom that holds how long is said in [`leases`](crate::leases).
+    fn is_reachable(&self) -> bool {
+        !self.is_revoked() && self.leases.is_reachable(self.epoch)
     }
 
     /// `ENODEV` when it is dead.
@@ -228,39 +242,33 @@ impl Buffer {
         self.live.try_lock().map(|live| live.name())
     }
 
-    /// Takes it out of the page tables of all processes.
-    ///
-    /// The count of VMAs needs no order of its own: a VMA that had an entry before the door was
-    /// shut was counted before its fault released the access lock that shut it.
-    pub(crate) fn zap(&self) {
-        if self.vmas() == 0 {
-            return;
-        }
-        if let Some(inode) = self.inode.as_ref() {
-            inode.zap();
-        }
+    /// Whether a process maps it.
+    pub(crate) fn is_mapped(&self) -> bool {
+        self.vmas() != 0
     }
 
-    /// Whether it has importers. As with `zap`, the count needs no order of its own: an importer
-    /// that found the door open was counted before.
+    /// Takes it out of the page tables of all processes, once its state lets no fault bring it in.
+    pub(crate) fn zap(&self) {
+        // A fault that saw another state is over then.
+        drop(self.gate.write());
+        self.inode.zap();
+    }
+
+    /// Whether it has importers.
     pub(crate) fn is_attached(&self) -> bool {
         self.attachments.load(Relaxed) != 0
     }
 
-    /// Tells its importers that their mappings are to go. What has no mapping is not told: there is
-    /// nothing to undo, and a pinned importer may take it as final.
-    pub(crate) fn invalidate(&self) {
-        if self.is_attached() {
-            self.live.lock().invalidate(|| !self.unmapped.is_idle());
-        }
+    /// Tells its importers that their mappings are to go: whether something is left to wait for. What
+    /// has no mapping is not told: there is nothing to undo, and a pinned importer may take it as
+    /// final.
+    pub(crate) fn invalidate(&self) -> bool {
+        self.live.lock().invalidate(|| self.mappings.any())
     }
 
     /// Waits until its importers have ended what they do and undone their mappings, however long
     /// that takes: until then their devices reach the memory.
     pub(crate) fn wait(&self) {
-        if !self.is_attached() {
-            return;
-        }
         // `live` is not locked meanwhile: an event has other importers to tell, and must not wait
         // for this one before it does.
         while let Some(fence) = self.pending_fence() {
@@ -268,7 +276,7 @@ impl Buffer {
                 self.complain("to end its work");
             }
         }
-        while !self.unmapped.wait(PATIENCE_MS) {
+        while !self.mappings.wait(PATIENCE_MS) {
             self.complain("to undo its mapping");
         }
     }
@@ -296,8 +304,7 @@ impl Buffer {
     }
 
     fn state(&self) -> State {
-        self.leases
-            .with_state(self.epoch, *self.revoked.read(), |state| state)
+        self.leases.state(self.epoch, self.is_revoked())
     }
 
     /// Serves a fault while the buffer is accessible.
@@ -372,11 +379,11 @@ impl Names {
             MemoryType::WriteCombining => b"+wc",
         };
         let mut name = self.start;
-        let mut places = name.iter_mut().take(NAME_LEN - 1).skip(self.length);
-        if let Some(place) = places.next() {
+        if let Some(place) = name.get_mut(self.length) {
             // A BAR has one digit.
             *place = b'0'.wrapping_add(bar as u8);
         }
+        let places = name.iter_mut().skip(self.length + 1);
         for (place, byte) in places.zip(suffix) {
             *place = *byte;
         }
@@ -424,63 +431,61 @@ impl Exporter for Buffer {
     }
 
     fn attach(&self) -> Result {
-        self.attachments.fetch_add(1, Relaxed);
-        let state = self.state();
-        let found = self.leases.providers().get(self.contents.bar).map(drop);
-        if state == State::Ok && found.is_ok() {
+        self.attachments.fetch_add(1, Full);
+        let provider = self.leases.providers().check(self.contents.bar);
+        if self.is_reachable() && provider.is_ok() {
             return Ok(());
         }
         self.detach();
         // Before the provider, which a device that was closed, meanwhile too, no longer has.
         self.alive()?;
-        found.and(Err(ENODEV))
+        provider.and(Err(ENODEV))
     }
 
     fn detach(&self) {
         self.attachments.fetch_sub(1, Relaxed);
     }
 
-    fn map(&self, guarded: &mut Guarded, importer: &mut Importer<'_>) -> Result<Mapped> {
+    fn map(&self, importer: &mut Importer<'_>) -> Result<Mapped> {
         // Who takes memory away after this look needs the reservation lock to tell the importer,
         // and so waits for the mapping that is being made.
-        if self.state() != State::Ok {
+        if !self.is_reachable() {
             return Err(ENODEV);
         }
-        let provider = self.leases.providers().get(self.contents.bar)?;
-        let mapped = importer.map(&provider, self.runs(), self.contents.size)?;
-        guarded.mappings += 1;
-        if guarded.mappings == 1 {
-            self.unmapped.set_busy();
-        }
+        let Contents { bar, size, .. } = self.contents;
+        let mapped = importer.map(self.leases.providers(), bar, self.runs(), size)?;
+        self.mappings.begin();
         Ok(mapped)
     }
 
-    fn unmap(&self, guarded: &mut Guarded, importer: &mut Importer<'_>, mapped: Mapped) {
+    fn unmap(&self, importer: &mut Importer<'_>, mapped: Mapped) {
         importer.unmap(mapped, self.runs());
-        guarded.mappings -= 1;
-        if guarded.mappings == 0 {
-            self.unmapped.set_idle();
-        }
+        self.mappings.end();
     }
 
     fn release(this: Arc<Self>) {
-        this.leases.remove(&this.ticket);
+        this.leases.remove(&this.number);
     }
 }
 
 impl vma::Mapped for Buffer {
     fn fault(&self, fault: &Fault<'_>, order: u32) -> Outcome {
+        if order > PMD_ORDER {
+            return Outcome::FALLBACK;
+        }
         // The state holds until the entry is in: who takes memory away waits for that, and zaps.
-        let revoked = self.revoked.read();
-        self.leases
-            .with_state(self.epoch, *revoked, |state| match state {
-                State::Ok => self.insert(fault, order),
-                State::Revoked(_) | State::Dead => Outcome::SIGBUS,
-            })
+        let gate = self.gate.read();
+        let outcome = if self.is_reachable() {
+            self.insert(fault, order)
+        } else {
+            Outcome::SIGBUS
+        };
+        drop(gate);
+        outcome
     }
 
     fn vma_opened(&self, memory_type: MemoryType) {
-        self.vmas.fetch_add(1, Relaxed);
+        self.vmas.fetch_add(1, Full);
         if memory_type == MemoryType::WriteCombining {
             self.wc_vmas.fetch_add(1, Relaxed);
         }

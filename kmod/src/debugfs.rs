@@ -49,7 +49,8 @@ impl Writer for Lines {
             "name bar ranges size memattr state reasons attachments mmaps wc_mmaps"
         )?;
         let mut result = Ok(());
-        self.0.for_each(|buffer| {
+        let all = |_: &Buffer| true;
+        self.0.for_each(all, |buffer| {
             if result.is_ok() {
                 result = line(buffer, f);
             }

@@ -13,7 +13,7 @@ use crate::{
     model::{
         access::{Access, Event, Levels},
         alias::Aliases,
-        config::Sensitive,
+        config::{Piece, Sensitive},
         tph::{self, Completer, Tph, TphError},
     },
     msix::Protected,
@@ -91,9 +91,7 @@ impl Driver for Barlease {
             try_pin_init!(Self {
                 _sleep <- SleepNotifier::new(leases.clone()),
                 leases,
-                sensitive: Sensitive {
-                    pm_capability: function.pm_capability(),
-                },
+                sensitive: Sensitive::new(function.pm_capability()),
                 protected,
                 completer: Completer::from_device_capabilities2(function.device_capabilities2()),
                 aliases <- new_mutex!(Aliases::default(), "barlease::aliases"),
@@ -114,9 +112,7 @@ impl Driver for Barlease {
     fn opened(device: &Device<'_, Self>) {
         let driver = device.driver();
         driver.aliases.lock().clear();
-        let lock = device.memory_lock();
-        driver.leases.open(device.levels(&lock));
-        drop(lock);
+        driver.leases.open(device.levels());
         // If `unbinding` came before this.
         driver.unbinding(&device.function());
     }
@@ -127,25 +123,25 @@ impl Driver for Barlease {
 
     #[inline]
     fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
-        let answer = if regions::region_of(*position) < u64::from(NUM_REGIONS) {
-            device.core_read(buffer, position)
-        } else {
-            regions::access(*device, buffer, position, Device::core_read)
-        };
-        notice_wake_up(device);
-        answer
+        let further = regions::region_of(*position) >= u64::from(NUM_REGIONS);
+        if further || device.driver().leases.is_asleep() {
+            return read_further(*device, buffer, position);
+        }
+        device.core_read(buffer, position)
     }
 
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
-        // BARs, and the ROM, come before config space.
-        let answer = if regions::region_of(*position) < CONFIG_REGION {
-            device.core_write(buffer, position)
-        } else {
-            write_further(*device, buffer, position)
-        };
-        notice_wake_up(device);
-        answer
+        let driver = device.driver();
+        let region = regions::region_of(*position);
+        // Its low half says of each offset in config space what there is, and of others too much.
+        let offset = u64::from(*position as u32);
+        let further = region > CONFIG_REGION
+            || region == CONFIG_REGION && driver.sensitive.touches(offset, buffer.len() as u64);
+        if further || driver.leases.is_asleep() {
+            return write_further(*device, buffer, position);
+        }
+        device.core_write(buffer, position)
     }
 
     fn may_export(&self, bar: u32, ranges: &[abi::DmaRange]) -> Result {
@@ -255,16 +251,16 @@ fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() 
     let leases = &device.driver().leases;
     leases.begin(event);
     let result = act();
-    let lock = device.memory_lock();
     leases.update(|access| {
-        access.set_levels(device.levels(&lock));
+        access.set_levels(device.levels());
         access.end(event);
     });
     result
 }
 
 /// Some operations of the core set D0, and one ends low power of a device that is awake. No event tells
-/// us, so whoever had an access asks.
+/// us, so whoever had an access asks, after it, if the device slept before it. (One that falls asleep
+/// and is woken meanwhile is woken by run-time power management, which does tell us.)
 fn notice_wake_up(device: &Device<'_, Barlease>) {
     if device.driver().leases().is_asleep() {
         ask(*device);
@@ -273,34 +269,51 @@ fn notice_wake_up(device: &Device<'_, Barlease>) {
 
 #[cold]
 fn ask(device: Device<'_, Barlease>) {
-    let lock = device.memory_lock();
     let leases = device.driver().leases();
-    leases.update(|access| access.set_levels(device.levels(&lock)));
+    leases.update(|access| access.set_levels(device.levels()));
 }
 
-/// Writes to config space, with each part that may take memory away in brackets, and what is behind it.
+/// Where config space begins in the device fd.
+const CONFIG_START: u64 = CONFIG_REGION << OFFSET_SHIFT;
+
+/// Reads behind the regions that every device has, and of a device that sleeps.
+#[inline(never)]
+fn read_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
+    let answer = regions::access(device, buffer, position, Device::core_read);
+    notice_wake_up(&device);
+    answer
+}
+
+/// Writes to config space that may take memory away, behind it, and to a device that sleeps.
 #[inline(never)]
 fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
-    let region = regions::region_of(*position);
-    if region >= u64::from(NUM_REGIONS) {
-        return regions::access(device, buffer, position, Device::core_write);
-    }
-    if region != CONFIG_REGION {
-        return device.core_write(buffer, position);
-    }
-    let begin = *position as u64 - (CONFIG_REGION << OFFSET_SHIFT);
+    let answer = if regions::region_of(*position) == CONFIG_REGION {
+        write_config(&device, buffer, position)
+    } else {
+        regions::access(device, buffer, position, Device::core_write)
+    };
+    notice_wake_up(&device);
+    answer
+}
+
+fn write_config(device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
+    let begin = *position as u64 - CONFIG_START;
     let end = begin.saturating_add(buffer.len() as u64);
     // The core refuses what goes past the end before it writes anything; cut, its first parts would
     // pass.
-    if !device.driver().sensitive.touches(begin, end) || end > device.function().config_size() {
+    if end > device.function().config_size() {
         return device.core_write(buffer, position);
     }
-    write_in_pieces(device, buffer, position, begin..end).into()
+    match device.driver().sensitive.next_piece(begin, end) {
+        Some(piece) if piece.len == end - begin => write_piece(device, piece, buffer, position),
+        _ => write_in_pieces(device, buffer, position, begin..end).into(),
+    }
 }
 
+/// A write with each part that may take memory away in brackets.
 #[inline(never)]
 fn write_in_pieces(
-    device: Device<'_, Barlease>,
+    device: &Device<'_, Barlease>,
     buffer: UserBuffer,
     position: &mut i64,
     range: Range<u64>,
@@ -308,23 +321,30 @@ fn write_in_pieces(
     let mut next = range.start;
     while let Some(piece) = device.driver().sensitive.next_piece(next, range.end) {
         let part = buffer.part((piece.pos - range.start) as usize, piece.len as usize);
-        let mut at = ((CONFIG_REGION << OFFSET_SHIFT) + piece.pos) as i64;
-        let mut write = || device.core_write(part, &mut at).into_result();
-        if piece.sensitive {
-            bracketed(&device, Event::ConfigWrite, || {
-                let written = write();
-                if device.driver().sensitive.has_power_state(piece) {
-                    device.wake_if_unnoticed(&device.memory_lock());
-                }
-                written
-            })?;
-        } else {
-            write()?;
-        }
+        let mut at = (CONFIG_START + piece.pos) as i64;
+        write_piece(device, piece, part, &mut at).into_result()?;
         next = piece.pos + piece.len;
     }
     *position += buffer.len() as i64;
     Ok(buffer.len())
+}
+
+fn write_piece(
+    device: &Device<'_, Barlease>,
+    piece: Piece,
+    part: UserBuffer,
+    position: &mut i64,
+) -> Answer {
+    if !piece.sensitive {
+        return device.core_write(part, position);
+    }
+    bracketed(device, Event::ConfigWrite, || {
+        let answer = device.core_write(part, position);
+        if device.driver().sensitive.has_power_state(piece) {
+            device.wake_if_unnoticed(&device.memory_lock());
+        }
+        answer
+    })
 }
 
 /// `BARLEASE_FEATURE_DMA_BUF_REVOKE`.

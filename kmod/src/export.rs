@@ -6,17 +6,19 @@ use crate::{
     PAGE_SHIFT, PAGE_SIZE, abi,
     buffer::{Buffer, Contents},
     driver::{Barlease, check_feature},
-    model::ranges::{self, Bar, RangeError, Segment},
+    leases::Leases,
+    model::ranges::{Bar, Placement, RangeError, Segment},
+    msix::Protected,
     refuse,
     sys::{
-        items::Items,
+        items::{self, Items},
         params,
-        payload::UserPayload,
+        payload::{PayloadReader, UserPayload},
         vfio_pci::{BARS, Device, FEATURE_GET},
     },
 };
-use core::mem::size_of;
-use kernel::{alloc::AllocError, bindings, prelude::*};
+use core::mem::{MaybeUninit, size_of};
+use kernel::{bindings, prelude::*};
 
 /// Open flags that a buffer may be made with.
 const OPEN_FLAGS: u32 = bindings::O_ACCMODE | bindings::O_CLOEXEC;
@@ -58,10 +60,10 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
         }
     };
 
-    let asked = reader.read_many::<abi::DmaRange>(count)?;
-    let (size, segments) = match place(&bar, &asked) {
+    let placed = place(device.driver(), bar_index, bar, &mut reader, count);
+    let (size, segments) = match placed {
         Ok(placed) => placed,
-        Err(Refused::Memory) => return Err(ENOMEM),
+        Err(Refused::Error(error)) => return Err(error),
         Err(Refused::Range(reason)) => {
             return refuse!(
                 leases,
@@ -70,9 +72,8 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
                 bar.length
             );
         }
+        Err(Refused::Protected(hit)) => return refuse_protected(leases, bar_index, hit),
     };
-    check_protected(device.driver(), bar_index, &asked)?;
-    drop(asked);
     let contents = Contents {
         bar: bar_index,
         size,
@@ -83,17 +84,24 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
 
 /// `EPERM` when the ranges overlap what must not be exported.
 pub(crate) fn check_protected(driver: &Barlease, bar: u32, ranges: &[abi::DmaRange]) -> Result {
-    if params::allow_msix_export() {
-        return Ok(());
-    }
-    match driver.protected().hit(bar, ranges) {
+    match protected_of(driver, bar).and_then(|areas| areas.hit(bar, ranges)) {
         None => Ok(()),
-        Some(hit) => refuse!(
-            driver.leases(),
-            EPERM,
-            "export: BAR {bar}: overlaps {hit} (see allow_msix_export)"
-        ),
+        Some(hit) => refuse_protected(driver.leases(), bar, hit),
     }
+}
+
+/// What of a BAR must not be exported, if there is anything.
+fn protected_of(driver: &Barlease, bar: u32) -> Option<&Protected> {
+    let protected = driver.protected();
+    (protected.has(bar) && !params::allow_msix_export()).then_some(protected)
+}
+
+fn refuse_protected<T>(leases: &Leases, bar: u32, hit: &str) -> Result<T> {
+    refuse!(
+        leases,
+        EPERM,
+        "export: BAR {bar}: overlaps {hit} (see allow_msix_export)"
+    )
 }
 
 /// The BAR `index`, if it has pages.
@@ -109,8 +117,9 @@ fn bar(device: &Device<'_, Barlease>, index: u32) -> Result<Bar> {
 }
 
 enum Refused {
-    Memory,
+    Error(Error),
     Range(RangeError),
+    Protected(&'static str),
 }
 
 impl From<RangeError> for Refused {
@@ -119,27 +128,58 @@ impl From<RangeError> for Refused {
     }
 }
 
-impl From<AllocError> for Refused {
-    fn from(_: AllocError) -> Self {
-        Self::Memory
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
     }
 }
 
-/// The size of a buffer of these ranges, and where its pages are.
+/// Ranges that are read from user memory at a time.
+const CHUNK: usize = 32;
+
+/// Reads `count` ranges of a BAR: the size of a buffer of them, and where its pages are.
+///
+/// All of them are read, whatever is wrong with one: that memory is not there comes first, then what is
+/// wrong with a range, and then that one overlaps what must not be exported.
+#[inline(never)]
 fn place(
-    bar: &Bar,
-    asked: &[abi::DmaRange],
+    driver: &Barlease,
+    index: u32,
+    bar: Bar,
+    reader: &mut PayloadReader,
+    count: usize,
 ) -> core::result::Result<(u64, Items<Segment>), Refused> {
-    let shapes = asked.iter().map(|range| (range.offset, range.length));
-    let size = ranges::total_length(shapes, PAGE_SIZE)?;
-    let mut end = 0;
-    let segments = Items::of(asked, GFP_KERNEL_ACCOUNT, |range| {
-        let address = bar.place(range.offset, range.length)?;
-        let segment = Segment::after(end, address, range.length, PAGE_SHIFT);
-        end = segment.end;
-        Ok::<_, Refused>(segment)
-    })?;
-    Ok((size, segments))
+    let protected = protected_of(driver, index);
+    let mut placement = Placement::new(bar, PAGE_SHIFT);
+    let mut hit = None;
+    let segments = if count == 1 {
+        let range = reader.read::<abi::DmaRange>()?;
+        hit = protected.and_then(|areas| areas.hit(index, &[range]));
+        Items::One(placement.next(range.offset, range.length)?)
+    } else {
+        let mut segments = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT).map_err(Error::from)?;
+        let mut places = [const { MaybeUninit::uninit() }; CHUNK];
+        let mut wrong = Ok(());
+        let mut left = count;
+        while left != 0 {
+            let (chunk, _) = places.split_at_mut(left.min(CHUNK));
+            left -= chunk.len();
+            let ranges: &[abi::DmaRange] = reader.read_many(chunk)?;
+            if wrong.is_ok() {
+                wrong = items::append(&mut segments, ranges, |range| {
+                    placement.next(range.offset, range.length)
+                });
+                hit = hit.or_else(|| protected.and_then(|areas| areas.hit(index, ranges)));
+            }
+        }
+        wrong?;
+        Items::Many(segments)
+    };
+    let size = placement.finish()?;
+    match hit {
+        Some(hit) => Err(Refused::Protected(hit)),
+        None => Ok((size, segments)),
+    }
 }
 
 fn errno(reason: RangeError) -> Error {

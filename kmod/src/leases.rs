@@ -11,40 +11,50 @@
 //!    release exclude each other with. Not held while importers are waited for;
 //! 3. the reservation lock of a dma-buf, often held by importers when we are called;
 //! 4. [`Leases::table`], to add, remove and look up buffers only: never held across a drain, a copy
-//!    from or to user memory, or a fault;
-//! 5. the P2P providers of the device, read while an importer maps;
-//! 6. whether one buffer was revoked: read by its faults, written by its revocation only, with
-//!    nothing called meanwhile;
-//! 7. [`Leases::access`]: read by faults, which already hold the `mmap_lock` or the lock of a VMA;
-//!    written only to change it, with nothing called meanwhile.
+//!    from or to user memory, an allocation, or a fault;
+//! 5. the P2P providers of the device, read while an importer finds out how it reaches the device;
+//! 6. [`Buffer::gate`](crate::buffer::Buffer), one a buffer: read by its faults, which already hold
+//!    the `mmap_lock` or the lock of a VMA; written, with nothing called meanwhile, by who waits for
+//!    those that have begun;
+//! 7. [`Leases::access`]: to change it and to ask for it, with nothing called meanwhile.
 //!
 //! Never taken: `memory_lock` in mmap, fault, `reset_prepare` and `reset_done` (a reader of it may
 //! be waiting for the `mmap_lock`, and a reset may come with it held); `access` by a thread that
 //! holds it.
 //!
-//! A revocation does not write `access`: who holds it for reading may have lost its processor to the
-//! revoking process, and who wants to read it then would wait behind the writer, faults of every
-//! other buffer among them.
+//! No tenant's fault takes a lock that another tenant's takes: who holds one may have lost its
+//! processor.
 //!
 //! # Taking memory away
 //!
-//! An event source begins its event, which shuts the door to new entries in page tables, drains
-//! what is there, lets the event happen, and ends it. A fault that came first holds `access`, and the
-//! lock of its buffer, until its entry is in, so the zap that follows finds it.
+//! An event source begins its event, which shuts the door to new entries in page tables and new
+//! mappings of importers; drains what is there; lets the event happen; and ends it.
+//!
+//! The door is a word, [`Leases::reachable`], and one a buffer, whether it was revoked for good. Both
+//! are written before who takes away looks for what there is, and read
+//!
+//! - by a fault with the gate of its buffer held until its entry is in. Who takes away passes the gate
+//!   before it zaps: a fault that came first is over then, one that comes later sees the word;
+//! - by an importer that maps with the reservation lock held until its mapping is counted, which who
+//!   takes away takes too, before it asks whether there is one.
+//!
+//! What nobody maps and nobody is attached to is passed over. So the counts of VMAs and of importers
+//! go up before the word is read, the word is written before they are read, and between the two there
+//! is a full barrier on either side (`Full`): one of the two sees the other.
 
 use crate::{
     buffer::{Buffer, Names},
-    model::access::{Access, Epoch, Event, Levels, State},
-    sys::{flag::Flag, p2p::Providers, ratelimit::Ratelimit, rwsem::RwSem, sleep::Sleeper},
+    model::access::{Access, Epoch, Event, Levels, NOTHING_REACHABLE, State},
+    sys::{flag::Flag, p2p::Providers, ratelimit::Ratelimit, sleep::Sleeper},
+    table::{Number, Table},
 };
 use kernel::{
     new_mutex,
     prelude::*,
-    rbtree::{RBTree, RBTreeNodeReservation},
     str::CString,
     sync::{
         Arc, Mutex,
-        atomic::{Atomic, Relaxed},
+        atomic::{Atomic, Full, Relaxed, Release},
     },
 };
 
@@ -58,31 +68,23 @@ pub(crate) struct Leases {
     names: Names,
     providers: Arc<Providers>,
     #[pin]
-    access: RwSem<Access>,
-    /// Whether the device sleeps, or was seen half awake, as `access` says. Written with `access` locked for writing, read
-    /// by whoever had an access through the device fd, who is to pay nothing where nothing sleeps.
+    access: Mutex<Access>,
+    /// [`Access::reachable`] of `access`, with which it is written.
+    reachable: Atomic<u64>,
+    /// Whether the device sleeps, or was seen half awake, as `access` says. Written with `access` locked, read by whoever
+    /// had an access through the device fd, who is to pay nothing where nothing sleeps.
     asleep: Flag,
     #[pin]
     table: Mutex<Table>,
-    /// Buffers in the table, or a few more. Needs no order of its own: what has an entry in a page table, or a mapping of an
-    /// importer, was counted before, and got that with `access` locked, which a drain comes after.
+    /// Buffers in the table, or a few more. Needs no order of its own: what can have an entry in a page table, or an importer,
+    /// was counted before it was given to anybody.
     count: Atomic<i64>,
-    /// How many tickets were drawn.
-    tickets: Atomic<u64>,
     #[pin]
     log_limit: Ratelimit,
 }
 
-/// Buffers that have not been released, in the order of their tickets.
-struct Table {
-    buffers: RBTree<u64, Arc<Buffer>>,
-}
-
 /// How many buffers are looked up at a time.
-const BATCH: usize = 16;
-
-/// A place in the table, and the right to take one buffer out of it.
-pub(crate) struct Ticket(u64);
+const BATCH: usize = 8;
 
 impl Leases {
     /// No leases of the function `bdf`, which is not open.
@@ -93,14 +95,11 @@ impl Leases {
                 names: Names::new(&bdf),
                 bdf,
                 providers,
-                access <- RwSem::new(Access::new()),
+                access <- new_mutex!(Access::new(), "barlease::access"),
+                reachable: Atomic::new(NOTHING_REACHABLE),
                 asleep: Flag::new(),
-                table <- new_mutex!(
-                    Table { buffers: RBTree::new() },
-                    "barlease::table"
-                ),
+                table <- new_mutex!(Table::new(), "barlease::table"),
                 count: Atomic::new(0),
-                tickets: Atomic::new(0),
                 log_limit <- Ratelimit::new(),
             }),
             GFP_KERNEL,
@@ -136,31 +135,39 @@ impl Leases {
 
     /// The device is being closed, or is gone: all its buffers are dead when this returns.
     pub(crate) fn close(&self) {
-        self.access.write().close();
-        self.drain();
+        self.shut(Access::close);
     }
 
     /// The current epoch; `ENODEV` when the device is not open.
     pub(crate) fn epoch(&self) -> Result<Epoch> {
-        self.access.read().epoch().ok_or(ENODEV)
+        self.access.lock().epoch().ok_or(ENODEV)
     }
 
     /// Whether `epoch` is that of the last open of the device, which may be over.
     pub(crate) fn is_latest(&self, epoch: Epoch) -> bool {
-        self.access.read().is_latest(epoch)
+        self.access.lock().is_latest(epoch)
     }
 
     /// `event` begins: nothing of this device can be reached when this returns.
     pub(crate) fn begin(&self, event: Event) {
-        self.access.write().begin(event);
+        self.shut(|access| access.begin(event));
+    }
+
+    /// Makes a change after which nothing may be reached, and takes away what is there.
+    fn shut(&self, change: impl FnOnce(&mut Access)) {
+        let mut access = self.access.lock();
+        change(&mut access);
+        self.reachable.xchg(NOTHING_REACHABLE, Full);
+        drop(access);
         self.drain();
     }
 
     /// Changes the state of access in one step, which `change` computes: to end an event, and to
     /// say what the device says now. `change` may sample the device, so that samples are in the
     /// order of their taking.
+    #[inline]
     pub(crate) fn update(&self, change: impl FnOnce(&mut Access)) {
-        let mut access = self.access.write();
+        let mut access = self.access.lock();
         change(&mut access);
         let levels = access.levels();
         // Before a reset the core wakes the device outside of any event, and then restores it. An event that ends between
@@ -168,6 +175,8 @@ impl Leases {
         let half_awake = levels.undecoded && !levels.memory_off;
         self.asleep
             .set(levels.sleeping || levels.low_power || half_awake);
+        // When an open door is seen does not matter.
+        self.reachable.store(access.reachable(), Release);
     }
 
     /// Whether the device slept, or was half awake, when it was asked last.
@@ -175,62 +184,96 @@ impl Leases {
         self.asleep.get()
     }
 
-    /// Runs `f` with the state of a buffer of `epoch`, which does not change until `f` is done.
-    pub(crate) fn with_state<R>(
-        &self,
-        epoch: Epoch,
-        revoked: bool,
-        f: impl FnOnce(State) -> R,
-    ) -> R {
-        let access = self.access.read();
-        f(access.state(epoch, revoked))
+    /// The state of a buffer of `epoch`.
+    pub(crate) fn state(&self, epoch: Epoch, revoked: bool) -> State {
+        self.access.lock().state(epoch, revoked)
     }
 
-    /// A ticket, for one buffer.
-    pub(crate) fn ticket(&self) -> Ticket {
-        Ticket(self.tickets.fetch_add(1, Relaxed))
+    /// Whether the buffers of `epoch` may be touched, but for those that were revoked for good. Whose
+    /// answer that is for how long is said above.
+    #[inline]
+    pub(crate) fn is_reachable(&self, epoch: Epoch) -> bool {
+        epoch.is_reachable(self.reachable.load(Relaxed))
     }
 
-    /// Adds the buffer of that ticket, which every drain from here on finds.
-    pub(crate) fn add(&self, ticket: &Ticket, buffer: Arc<Buffer>) -> Result {
-        let node = RBTreeNodeReservation::new(GFP_KERNEL_ACCOUNT)?.into_node(ticket.0, buffer);
+    /// Adds a buffer, which every drain from here on finds.
+    pub(crate) fn add(&self, buffer: Arc<Buffer>) -> Result {
         self.count.fetch_add(1, Relaxed);
-        self.table.lock().buffers.insert(node);
-        Ok(())
+        let added = self.try_add(buffer);
+        if added.is_err() {
+            self.count.fetch_sub(1, Relaxed);
+        }
+        added
+    }
+
+    fn try_add(&self, buffer: Arc<Buffer>) -> Result {
+        loop {
+            let mut table = self.table.lock();
+            let Some(wanted) = table.wants_room() else {
+                table.add(buffer);
+                return Ok(());
+            };
+            drop(table);
+            let room = Table::room(wanted)?;
+            let mut table = self.table.lock();
+            let old = table.move_to(room);
+            drop(table);
+            drop(old);
+        }
     }
 
     /// Takes a buffer out, if it was ever added.
-    pub(crate) fn remove(&self, ticket: &Ticket) {
-        let node = self.table.lock().buffers.remove_node(&ticket.0);
-        if node.is_some() {
+    pub(crate) fn remove(&self, number: &Number) {
+        let mut table = self.table.lock();
+        let removed = table.remove(number);
+        drop(table);
+        if removed.is_some() {
             self.count.fetch_sub(1, Relaxed);
         }
         // What this may drop last is dropped without the lock.
-        drop(node);
+        drop(removed);
     }
 
-    /// Calls `f` with each buffer, without a lock. Buffers that are added meanwhile may be left
-    /// out. Allocates nothing, since it must not fail.
-    pub(crate) fn for_each(&self, mut f: impl FnMut(&Buffer)) {
-        let mut next = (self.count.load(Relaxed) != 0).then_some(0);
-        while let Some(id) = next {
-            let mut batch = [const { None }; BATCH];
-            next = self.at_or_after(id, &mut batch);
-            for buffer in batch.iter().map_while(Option::as_ref) {
-                f(buffer);
+    /// Calls `f` with each buffer that is `wanted`, without a lock; `wanted` is asked with the table
+    /// locked. Buffers that are added meanwhile may be left out. Allocates nothing, since it must not
+    /// fail.
+    #[inline]
+    pub(crate) fn for_each(
+        &self,
+        mut wanted: impl FnMut(&Buffer) -> bool,
+        mut f: impl FnMut(&Buffer),
+    ) {
+        if self.count.load(Relaxed) == 0 {
+            return;
+        }
+        // Often there is one, or none: it costs no batch.
+        let mut first = [None];
+        let next = self.table.lock().look_up(0, &mut wanted, &mut first);
+        let [Some(buffer)] = first else { return };
+        f(&buffer);
+        drop(buffer);
+        if let Some(from) = next {
+            self.for_each_from(from, wanted, f);
+        }
+    }
+
+    /// The same, from a place in the table on.
+    #[inline(never)]
+    fn for_each_from(
+        &self,
+        from: usize,
+        mut wanted: impl FnMut(&Buffer) -> bool,
+        mut f: impl FnMut(&Buffer),
+    ) {
+        let mut batch = [const { None }; BATCH];
+        let mut next = Some(from);
+        while let Some(from) = next {
+            next = self.table.lock().look_up(from, &mut wanted, &mut batch);
+            for place in &mut batch {
+                let Some(buffer) = place.take() else { break };
+                f(&buffer);
             }
         }
-    }
-
-    /// Fills `batch`, from its first place on, with the buffers from `id` on; where to go on, unless there are no more.
-    fn at_or_after(&self, id: u64, batch: &mut [Option<Arc<Buffer>>; BATCH]) -> Option<u64> {
-        let mut table = self.table.lock();
-        let mut cursor = table.buffers.cursor_lower_bound_mut(&id)?;
-        for place in batch {
-            *place = Some(cursor.current().1.clone());
-            cursor = cursor.move_next()?;
-        }
-        Some(*cursor.current().0)
     }
 
     /// Takes away what each buffer has, where its state says that nothing new can come.
@@ -239,13 +282,21 @@ impl Leases {
     /// waits for no importer.
     fn drain(&self) {
         let mut attached = false;
-        self.for_each(|buffer| {
-            buffer.zap();
+        let mapped = |buffer: &Buffer| {
             attached |= buffer.is_attached();
-        });
+            buffer.is_mapped()
+        };
+        self.for_each(mapped, Buffer::zap);
         if attached {
-            self.for_each(Buffer::invalidate);
-            self.for_each(Buffer::wait);
+            self.drain_importers();
+        }
+    }
+
+    fn drain_importers(&self) {
+        let mut waits = false;
+        self.for_each(Buffer::is_attached, |buffer| waits |= buffer.invalidate());
+        if waits {
+            self.for_each(Buffer::is_attached, Buffer::wait);
         }
     }
 }

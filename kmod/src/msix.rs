@@ -35,6 +35,11 @@ impl Protected {
         ]))
     }
 
+    /// Whether anything of it is in `bar`.
+    pub(crate) fn has(&self, bar: u32) -> bool {
+        self.0.iter().flatten().any(|area| area.bar == bar)
+    }
+
     /// What one of `ranges` of `bar` overlaps.
     pub(crate) fn hit(&self, bar: u32, ranges: &[abi::DmaRange]) -> Option<&'static str> {
         let overlaps = |area: &&Area| {

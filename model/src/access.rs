@@ -133,6 +133,17 @@ impl Levels {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Epoch(u64);
 
+impl Epoch {
+    /// Whether its buffers may be touched, as a word says that [`Access::reachable`] gave.
+    #[inline]
+    pub const fn is_reachable(self, word: u64) -> bool {
+        self.0 == word
+    }
+}
+
+/// The word for no epoch. None has this number.
+pub const NOTHING_REACHABLE: u64 = 0;
+
 /// State of a buffer, as the uAPI has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -180,7 +191,7 @@ impl Access {
     /// An error that nobody recovered from does not outlast the open in which it happened: opening
     /// enabled and reset the function.
     pub fn open(&mut self, levels: Levels) -> Epoch {
-        self.epoch = self.epoch.wrapping_add(1);
+        self.epoch = self.epoch.wrapping_add(1).max(1);
         self.open = true;
         self.levels = levels;
         self.set(Event::Error, 0);
@@ -235,6 +246,17 @@ impl Access {
             .fold(self.levels.reasons(), |reasons, &event| {
                 reasons.with(event.reason(), self.count(event) != 0)
             })
+    }
+
+    /// Which epoch's buffers may be touched now, in a word, for who looks without a lock:
+    /// [`Epoch::is_reachable`]. What was revoked for good may not be touched whatever it says.
+    pub fn reachable(&self) -> u64 {
+        let events = self.events.iter().fold(0, |all, count| all | count);
+        if self.open && events == 0 && self.levels == Levels::default() {
+            self.epoch
+        } else {
+            NOTHING_REACHABLE
+        }
     }
 
     /// The state of a buffer of `epoch` that was, or was not, `revoked` for good.

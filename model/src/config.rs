@@ -30,33 +30,35 @@ pub struct Piece {
 }
 
 /// The bytes of a function's config space that decide whether its memory can be accessed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sensitive {
-    /// Offset of the power-management capability, dword aligned.
-    pub pm_capability: Option<u8>,
+    /// Offset of PMCSR; that of COMMAND where there is none.
+    pmcsr: u64,
 }
 
 impl Sensitive {
-    fn bytes(&self) -> [u64; 2] {
-        let pmcsr = match self.pm_capability {
-            Some(offset) => u64::from(offset) + PMCSR,
-            None => COMMAND,
-        };
-        [COMMAND, pmcsr]
+    /// Those of a function whose power-management capability, if it has one, is at this offset, dword
+    /// aligned.
+    pub const fn new(pm_capability: Option<u8>) -> Self {
+        Self {
+            pmcsr: match pm_capability {
+                Some(offset) => offset as u64 + PMCSR,
+                None => COMMAND,
+            },
+        }
     }
 
-    /// Whether a write of `[pos, end)` may take memory away.
-    pub fn touches(&self, pos: u64, end: u64) -> bool {
-        let [command, pmcsr] = self.bytes();
-        pos <= command && command < end || pos <= pmcsr && pmcsr < end
+    /// Whether a write of `len` bytes at `pos` may take memory away. A position may be that of a
+    /// write elsewhere, below or above, with a difference modulo 2^64 from the beginning of config
+    /// space: of such a write this may say that it does, if it is no further away than its length.
+    #[inline]
+    pub const fn touches(&self, pos: u64, len: u64) -> bool {
+        COMMAND.wrapping_sub(pos) < len || self.pmcsr.wrapping_sub(pos) < len
     }
 
     /// Whether a piece has the power state in it.
-    pub fn has_power_state(&self, piece: Piece) -> bool {
-        self.pm_capability.is_some_and(|offset| {
-            let pmcsr = u64::from(offset).saturating_add(PMCSR);
-            piece.pos <= pmcsr && pmcsr < piece.pos.saturating_add(piece.len)
-        })
+    pub const fn has_power_state(&self, piece: Piece) -> bool {
+        self.pmcsr != COMMAND && self.pmcsr.wrapping_sub(piece.pos) < piece.len
     }
 
     /// The first piece of a write of `[pos, end)`; `None` when nothing is left.
@@ -69,17 +71,15 @@ impl Sensitive {
         }
         let dword = pos & !(DWORD - 1);
         let dword_end = dword.saturating_add(DWORD).min(end);
-        if self.touches(pos, dword_end) {
+        if self.touches(pos, dword_end - pos) {
             return Some(Piece {
                 pos,
                 len: dword_end - pos,
                 sensitive: true,
             });
         }
-        let stop = self
-            .bytes()
-            .iter()
-            .copied()
+        let stop = [COMMAND, self.pmcsr]
+            .into_iter()
             .filter(|&byte| byte > pos && byte < end)
             .min()
             .map_or(end, |byte| byte & !(DWORD - 1));

@@ -24,31 +24,6 @@ pub enum RangeError {
 /// Top bit of a size in the DMA API (`DMA_IOVA_USE_SWIOTLB`, `include/linux/dma-mapping.h`).
 const SIZE_RESERVED_BIT: u64 = 1 << 63;
 
-/// The sum of the lengths in bytes, after checking the shape of each range.
-///
-/// Says nothing about whether the ranges lie in a BAR: that is [`Bar::place`], and comes second, as
-/// in the stock exporter.
-pub fn total_length(
-    ranges: impl IntoIterator<Item = (u64, u64)>,
-    page_size: u64,
-) -> Result<u64, RangeError> {
-    let in_page = page_size.wrapping_sub(1);
-    let mut total: u64 = 0;
-    for (offset, length) in ranges {
-        if length == 0 {
-            return Err(RangeError::Empty);
-        }
-        if (offset | length) & in_page != 0 {
-            return Err(RangeError::Unaligned);
-        }
-        total = total.checked_add(length).ok_or(RangeError::TooLong)?;
-    }
-    if total & SIZE_RESERVED_BIT != 0 {
-        return Err(RangeError::TooLong);
-    }
-    Ok(total)
-}
-
 /// Whether `[a, a + a_len)` and `[b, b + b_len)` share a byte. Sums past the end of `u64` saturate.
 pub fn overlaps(a: u64, a_len: u64, b: u64, b_len: u64) -> bool {
     a_len != 0 && b_len != 0 && a < b.saturating_add(b_len) && b < a.saturating_add(a_len)
@@ -98,11 +73,79 @@ pub struct Segment {
 impl Segment {
     /// The segment that follows a segment that ends at page `begin` of the buffer.
     ///
-    /// A sum of lengths that [`total_length`] accepts never saturates.
+    /// Pages of lengths whose sum fits never saturate.
     pub fn after(begin: u64, address: u64, length: u64, page_shift: u32) -> Self {
         Self {
             end: begin.saturating_add(length >> page_shift),
             pfn: address >> page_shift,
+        }
+    }
+}
+
+/// Ranges of a BAR, one after the other, as they become the segments of a buffer.
+///
+/// What is wrong with the shape of any range, then with the sum, comes before what is wrong with the
+/// place of one: the stock exporter looks at all shapes first. One pass does both, since a range that
+/// is out of place is only remembered.
+#[derive(Clone, Copy, Debug)]
+pub struct Placement {
+    bar: Bar,
+    page_shift: u32,
+    /// Bytes of the BAR whose address, and the one after it, are addresses.
+    reach: u64,
+    /// Pages so far, or more than any buffer has.
+    pages: u64,
+    misplaced: Option<RangeError>,
+}
+
+impl Placement {
+    /// No ranges yet. Pages have `2^page_shift` bytes, fewer than 2^64.
+    pub fn new(bar: Bar, page_shift: u32) -> Self {
+        Self {
+            bar,
+            page_shift: page_shift & (u64::BITS - 1),
+            reach: bar.length.min(u64::MAX - bar.start),
+            pages: 0,
+            misplaced: None,
+        }
+    }
+
+    /// The segment of the next range. It counts for nothing when [`Self::finish`] fails.
+    #[inline]
+    pub fn next(&mut self, offset: u64, length: u64) -> Result<Segment, RangeError> {
+        if length == 0 {
+            return Err(RangeError::Empty);
+        }
+        let in_page = (1u64 << self.page_shift) - 1;
+        if (offset | length) & in_page != 0 {
+            return Err(RangeError::Unaligned);
+        }
+        match offset.checked_add(length) {
+            Some(end) if end <= self.reach => {}
+            _ => self.misplace(offset, length),
+        }
+        self.pages = self.pages.saturating_add(length >> self.page_shift);
+        Ok(Segment {
+            end: self.pages,
+            pfn: self.bar.start.wrapping_add(offset) >> self.page_shift,
+        })
+    }
+
+    #[cold]
+    fn misplace(&mut self, offset: u64, length: u64) {
+        if self.misplaced.is_none() {
+            self.misplaced = self.bar.place(offset, length).err();
+        }
+    }
+
+    /// The length of the buffer in bytes.
+    pub fn finish(self) -> Result<u64, RangeError> {
+        if self.pages >= SIZE_RESERVED_BIT >> self.page_shift {
+            return Err(RangeError::TooLong);
+        }
+        match self.misplaced {
+            Some(error) => Err(error),
+            None => Ok(self.pages << self.page_shift),
         }
     }
 }

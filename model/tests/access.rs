@@ -2,7 +2,7 @@
 
 //! Access against an oracle that remembers the whole history and reads the answer off it.
 
-use barlease_model::access::{Access, Epoch, Event, Levels, Reasons, State};
+use barlease_model::access::{Access, Epoch, Event, Levels, NOTHING_REACHABLE, Reasons, State};
 use proptest::{collection::vec, prelude::*, sample::select};
 
 /// What can happen to a device.
@@ -149,6 +149,8 @@ impl Traced {
             };
             assert_eq!(access.state(epoch, false), expected, "{history:?}");
             assert_eq!(access.state(epoch, true), State::Dead, "{history:?}");
+            let glance = epoch.is_reachable(access.reachable());
+            assert_eq!(glance, expected == State::Ok, "{history:?}");
         }
     }
 }
@@ -236,6 +238,7 @@ fn a_device_that_was_never_open_has_no_epoch_and_no_reason() {
     for access in [Access::new(), Access::default()] {
         assert_eq!(access.epoch(), None);
         assert!(access.reasons().is_empty());
+        assert_eq!(access.reachable(), NOTHING_REACHABLE);
     }
 }
 

@@ -70,7 +70,7 @@ fn every_write() -> impl Iterator<Item = (u64, u64)> {
 #[test]
 fn the_pieces_of_a_write_are_the_write() {
     for pm_capability in PM_CAPABILITIES {
-        let sensitive = Sensitive { pm_capability };
+        let sensitive = Sensitive::new(pm_capability);
         for (pos, end) in every_write() {
             let mut next = pos;
             for piece in pieces(&sensitive, pos, end) {
@@ -86,7 +86,7 @@ fn the_pieces_of_a_write_are_the_write() {
 #[test]
 fn exactly_the_pieces_with_a_sensitive_byte_are_sensitive() {
     for pm_capability in PM_CAPABILITIES {
-        let sensitive = Sensitive { pm_capability };
+        let sensitive = Sensitive::new(pm_capability);
         let bytes = sensitive_bytes(pm_capability);
         for (pos, end) in every_write() {
             for piece in pieces(&sensitive, pos, end) {
@@ -102,9 +102,41 @@ fn exactly_the_pieces_with_a_sensitive_byte_are_sensitive() {
 }
 
 #[test]
+fn a_write_touches_what_has_a_sensitive_byte_in_it() {
+    for pm_capability in PM_CAPABILITIES {
+        let sensitive = Sensitive::new(pm_capability);
+        let bytes = sensitive_bytes(pm_capability);
+        for (pos, end) in every_write() {
+            let holds = bytes.iter().any(|byte| (pos..end).contains(byte));
+            let found = sensitive.touches(pos, end - pos);
+            assert_eq!(found, holds, "{pm_capability:?} {pos}..{end}");
+        }
+    }
+}
+
+#[test]
+fn a_write_to_another_region_touches_nothing_unless_it_reaches_over() {
+    for pm_capability in PM_CAPABILITIES {
+        let sensitive = Sensitive::new(pm_capability);
+        let bytes = sensitive_bytes(pm_capability);
+        for pos in [SIZE, 1 << 40, 2 << 40, 1 << 63] {
+            assert!(!sensitive.touches(pos, 1 << 20), "{pos:#x}");
+        }
+        for below in [1, 4, SIZE, 1 << 40, 7 << 40] {
+            let pos = 0u64.wrapping_sub(below);
+            for len in [1, 4, 5, 8, SIZE, below, below + 4, below + 5, below + SIZE] {
+                let reaches = bytes.iter().any(|byte| below + byte < len);
+                let found = sensitive.touches(pos, len);
+                assert_eq!(found, reaches, "{pm_capability:?} -{below:#x} {len:#x}");
+            }
+        }
+    }
+}
+
+#[test]
 fn the_power_state_is_in_the_piece_with_its_byte() {
     for pm_capability in PM_CAPABILITIES {
-        let sensitive = Sensitive { pm_capability };
+        let sensitive = Sensitive::new(pm_capability);
         let pmcsr = pm_capability.map(|offset| u64::from(offset) + 4);
         for (pos, end) in every_write() {
             for piece in pieces(&sensitive, pos, end) {
@@ -123,7 +155,7 @@ fn the_power_state_is_in_the_piece_with_its_byte() {
 #[test]
 fn a_sensitive_piece_is_at_most_a_dword() {
     for pm_capability in PM_CAPABILITIES {
-        let sensitive = Sensitive { pm_capability };
+        let sensitive = Sensitive::new(pm_capability);
         for (pos, end) in every_write() {
             for piece in pieces(&sensitive, pos, end)
                 .iter()
@@ -143,7 +175,7 @@ fn a_sensitive_piece_is_at_most_a_dword() {
 #[test]
 fn a_write_is_cut_at_dwords_only() {
     for pm_capability in PM_CAPABILITIES {
-        let sensitive = Sensitive { pm_capability };
+        let sensitive = Sensitive::new(pm_capability);
         for (pos, end) in every_write() {
             for piece in pieces(&sensitive, pos, end).iter().skip(1) {
                 assert_eq!(piece.pos % 4, 0, "{pm_capability:?} {pos}..{end} {piece:?}");
@@ -155,7 +187,7 @@ fn a_write_is_cut_at_dwords_only() {
 #[test]
 fn a_write_is_cut_no_more_than_needed() {
     for pm_capability in PM_CAPABILITIES {
-        let sensitive = Sensitive { pm_capability };
+        let sensitive = Sensitive::new(pm_capability);
         for (pos, end) in every_write() {
             for pair in pieces(&sensitive, pos, end).windows(2) {
                 assert!(
@@ -170,7 +202,7 @@ fn a_write_is_cut_no_more_than_needed() {
 #[test]
 fn what_the_core_does_is_the_same_as_without_cutting() {
     for pm_capability in PM_CAPABILITIES {
-        let sensitive = Sensitive { pm_capability };
+        let sensitive = Sensitive::new(pm_capability);
         // Capabilities that end inside of a dword, as MSI's may.
         for edges in [&[][..], &[0x06, 0x42, 0x46, 0x51, 0x86, 0xe1]] {
             for (pos, end) in every_write() {
@@ -188,7 +220,7 @@ fn what_the_core_does_is_the_same_as_without_cutting() {
 #[test]
 fn a_chunk_of_the_core_that_holds_a_sensitive_byte_is_in_a_sensitive_piece() {
     for pm_capability in PM_CAPABILITIES {
-        let sensitive = Sensitive { pm_capability };
+        let sensitive = Sensitive::new(pm_capability);
         let bytes = sensitive_bytes(pm_capability);
         for (pos, end) in every_write() {
             for piece in pieces(&sensitive, pos, end)
@@ -205,9 +237,7 @@ fn a_chunk_of_the_core_that_holds_a_sensitive_byte_is_in_a_sensitive_piece() {
 
 #[test]
 fn the_upper_byte_of_command_is_not_sensitive() {
-    let sensitive = Sensitive {
-        pm_capability: None,
-    };
+    let sensitive = Sensitive::new(None);
     let upper = sensitive.next_piece(0x05, 0x06);
     assert_eq!(
         upper,
@@ -230,9 +260,7 @@ fn the_upper_byte_of_command_is_not_sensitive() {
 
 #[test]
 fn without_a_power_management_capability_only_command_is_sensitive() {
-    let sensitive = Sensitive {
-        pm_capability: None,
-    };
+    let sensitive = Sensitive::new(None);
     let all: Vec<_> = pieces(&sensitive, 0, SIZE)
         .iter()
         .map(|piece| (piece.pos, piece.len, piece.sensitive))
@@ -242,9 +270,7 @@ fn without_a_power_management_capability_only_command_is_sensitive() {
 
 #[test]
 fn an_empty_write_has_no_pieces() {
-    let sensitive = Sensitive {
-        pm_capability: Some(0x40),
-    };
+    let sensitive = Sensitive::new(Some(0x40));
     for pos in [0, 4, 5, 0x44, 255, 4096, u64::MAX] {
         assert_eq!(sensitive.next_piece(pos, pos), None);
         assert_eq!(sensitive.next_piece(pos, 0), None);
@@ -259,7 +285,7 @@ proptest! {
         end in prop_oneof![any::<u64>(), 0u64..5000, (u64::MAX - 5000)..=u64::MAX],
     ) {
         // An offset that is not dword aligned too.
-        let sensitive = Sensitive { pm_capability };
+        let sensitive = Sensitive::new(pm_capability);
         let all = pieces(&sensitive, pos, end);
         let sum: u64 = all.iter().map(|piece| piece.len).sum();
         prop_assert_eq!(sum, end.saturating_sub(pos));

@@ -3,8 +3,8 @@
 //! Ranges against oracles that do the same the long way: page by page, and in 128 bits.
 
 use barlease_model::ranges::{
-    Bar, Mapping, Misfit, Place, RangeError, Segment, begin_of, entry_for, find, overlaps, runs,
-    total_length,
+    Bar, Mapping, Misfit, Place, Placement, RangeError, Segment, begin_of, entry_for, find,
+    overlaps, runs,
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -12,10 +12,25 @@ const PAGE: u64 = 4096;
 const SHIFT: u32 = 12;
 const PMD_ORDER: u32 = 9;
 
-// ---- total_length ---------------------------------------------------------------------------------
+// ---- Placement ------------------------------------------------------------------------------------
+
+fn place(bar: Bar, ranges: &[(u64, u64)]) -> Result<(u64, Vec<Segment>), RangeError> {
+    let mut placement = Placement::new(bar, SHIFT);
+    let mut segments = Vec::new();
+    for &(offset, length) in ranges {
+        segments.push(placement.next(offset, length)?);
+    }
+    Ok((placement.finish()?, segments))
+}
+
+/// A BAR that is everywhere.
+const EVERYWHERE: Bar = Bar {
+    start: 0,
+    length: u64::MAX,
+};
 
 fn total(ranges: &[(u64, u64)]) -> Result<u64, RangeError> {
-    total_length(ranges.iter().copied(), PAGE)
+    place(EVERYWHERE, ranges).map(|(total, _)| total)
 }
 
 #[test]
@@ -40,10 +55,8 @@ fn offset_and_length_are_page_aligned() {
         assert_eq!(total(&[(odd, PAGE)]), Err(RangeError::Unaligned), "{odd}");
         assert_eq!(total(&[(0, odd)]), Err(RangeError::Unaligned), "{odd}");
     }
-    assert_eq!(
-        total_length([(PAGE, PAGE)], 4 * PAGE),
-        Err(RangeError::Unaligned)
-    );
+    let large_pages = Placement::new(EVERYWHERE, SHIFT + 2).next(PAGE, PAGE);
+    assert_eq!(large_pages, Err(RangeError::Unaligned));
 }
 
 #[test]
@@ -68,6 +81,59 @@ fn the_first_range_that_is_wrong_is_the_answer() {
     assert_eq!(total(&[(1, PAGE), (0, 0)]), Err(RangeError::Unaligned));
 }
 
+#[test]
+fn what_is_wrong_with_a_shape_comes_before_what_is_wrong_with_a_place() {
+    let bar = Bar {
+        start: 0x8000_0000,
+        length: 4 * PAGE,
+    };
+    let (past, top) = ((4 * PAGE, PAGE), (0u64.wrapping_sub(PAGE), PAGE));
+    let wrong = |ranges: &[_]| place(bar, ranges).unwrap_err();
+    assert_eq!(wrong(&[past, (0, 0)]), RangeError::Empty);
+    assert_eq!(wrong(&[top, (0, PAGE), (1, PAGE)]), RangeError::Unaligned);
+    let (half, rest) = ((0, 1 << 63), (0, 1 << 62));
+    assert_eq!(wrong(&[past, half]), RangeError::TooLong);
+    assert_eq!(wrong(&[past, half, half]), RangeError::TooLong);
+    // Of those that are out of place the first.
+    assert_eq!(wrong(&[past, top]), RangeError::PastEnd);
+    assert_eq!(wrong(&[(0, PAGE), top, past]), RangeError::AddressOverflow);
+    assert_eq!(wrong(&[(0, PAGE), rest]), RangeError::PastEnd);
+}
+
+#[test]
+fn ranges_become_segments_one_after_the_other() {
+    let bar = Bar {
+        start: 0x8000_0000,
+        length: 4 * PAGE,
+    };
+    let segment = |end, pfn| Segment { end, pfn };
+    assert_eq!(
+        place(bar, &[(3 * PAGE, PAGE), (0, 2 * PAGE), (0, 4 * PAGE)]),
+        Ok((
+            7 * PAGE,
+            vec![
+                segment(1, 0x80003),
+                segment(3, 0x80000),
+                segment(7, 0x80000)
+            ]
+        ))
+    );
+}
+
+/// All shapes first, then all places.
+fn placement_oracle(bar: Bar, ranges: &[(u64, u64)]) -> Result<(u64, Vec<Segment>), RangeError> {
+    let total = total_oracle(ranges)?;
+    let mut end = 0;
+    let mut segments = Vec::new();
+    for &(offset, length) in ranges {
+        let address = place_oracle(bar, offset, length)?;
+        let segment = Segment::after(end, address, length, SHIFT);
+        end = segment.end;
+        segments.push(segment);
+    }
+    Ok((total, segments))
+}
+
 fn total_oracle(ranges: &[(u64, u64)]) -> Result<u64, RangeError> {
     let mut sum: u128 = 0;
     for &(offset, length) in ranges {
@@ -78,9 +144,6 @@ fn total_oracle(ranges: &[(u64, u64)]) -> Result<u64, RangeError> {
             return Err(RangeError::Unaligned);
         }
         sum += u128::from(length);
-        if sum > u128::from(u64::MAX) {
-            return Err(RangeError::TooLong);
-        }
     }
     if sum >= 1 << 63 {
         return Err(RangeError::TooLong);
@@ -407,16 +470,26 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn total_length_is_the_oracles(ranges in vec((extreme(), extreme()), 0..6)) {
-        prop_assert_eq!(total(&ranges), total_oracle(&ranges));
+    fn a_placement_is_the_oracles(
+        start in extreme(),
+        length in extreme(),
+        ranges in vec((extreme(), extreme()), 0..6),
+    ) {
+        let bar = Bar { start, length };
+        prop_assert_eq!(place(bar, &ranges), placement_oracle(bar, &ranges));
     }
 
     #[test]
-    fn total_length_of_aligned_ranges_is_the_oracles(
-        ranges in vec((0u64..1 << 52, 1u64..1 << 52), 1..6)
+    fn a_placement_of_aligned_ranges_is_the_oracles(
+        start in 0u64..1 << 52,
+        length in 0u64..1 << 20,
+        ranges in vec((0u64..1 << 20, 1u64..1 << 20), 1..6),
+        huge in vec((0u64..1 << 52, 1u64..1 << 52), 0..3),
     ) {
-        let ranges: Vec<_> = ranges.iter().map(|(o, l)| (o << SHIFT, l << SHIFT)).collect();
-        prop_assert_eq!(total(&ranges), total_oracle(&ranges));
+        let bar = Bar { start: start << SHIFT, length: length << SHIFT };
+        let ranges = ranges.iter().chain(&huge);
+        let ranges: Vec<_> = ranges.map(|(o, l)| (o << SHIFT, l << SHIFT)).collect();
+        prop_assert_eq!(place(bar, &ranges), placement_oracle(bar, &ranges));
     }
 
     #[test]
@@ -525,6 +598,10 @@ proptest! {
         let _ = entry_for(&segments, &mapping, address, order, SHIFT);
         let _ = entry_for(&segments, &mapping, address, order % 24, SHIFT);
         let _ = Segment::after(begin, at, length, SHIFT);
-        let _ = total_length(raw.iter().copied(), page);
+        let mut placement = Placement::new(Bar { start, length }, order);
+        for &(offset, length) in &raw {
+            let _ = placement.next(offset, length);
+        }
+        let _ = placement.finish();
     }
 }

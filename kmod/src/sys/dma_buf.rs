@@ -6,7 +6,7 @@
 
 use super::{
     bindings, errno,
-    p2p::{AttachmentState, Importer, Mapped},
+    p2p::{Importer, Mapped},
     vma::NewVma,
 };
 use core::{cell::UnsafeCell, marker::PhantomData, ptr::NonNull};
@@ -44,11 +44,11 @@ pub(crate) trait Exporter: Send + Sync + Sized + 'static {
     /// An importer that attached detaches; it has no mapping.
     fn detach(&self);
 
-    /// An importer maps. `guarded` is what the reservation lock guards, which is held.
-    fn map(&self, guarded: &mut Self::UnderResv, importer: &mut Importer<'_>) -> Result<Mapped>;
+    /// An importer maps. The reservation lock is held.
+    fn map(&self, importer: &mut Importer<'_>) -> Result<Mapped>;
 
-    /// An importer undoes a mapping.
-    fn unmap(&self, guarded: &mut Self::UnderResv, importer: &mut Importer<'_>, mapped: Mapped);
+    /// An importer undoes a mapping. The reservation lock is held.
+    fn unmap(&self, importer: &mut Importer<'_>, mapped: Mapped);
 
     /// The last reference to the dma-buf is gone, and so is what `live` led to.
     fn release(this: Arc<Self>);
@@ -75,9 +75,15 @@ impl<T: Exporter> Operations<T> {
         )
     }
 
+    /// What the dma-buf core wants to see in `priv` before there is something to export.
+    fn unfinished() -> *mut c_void {
+        (&raw const T::operations().0).cast_mut().cast()
+    }
+
     /// # Safety
     ///
-    /// `dmabuf` must be valid, not released, and have these operations.
+    /// `dmabuf` must be valid, not released, have these operations, and be what `DmaBuf::export`
+    /// returned.
     unsafe fn borrow<'a>(dmabuf: *mut bindings::dma_buf) -> ArcBorrow<'a, T> {
         // SAFETY: `dmabuf` is valid by the caller.
         let private = unsafe { (*dmabuf).priv_ };
@@ -99,11 +105,8 @@ impl<T: Exporter> Operations<T> {
             if !peer_to_peer || !unsafe { bindings::dma_buf_attach_revocable(attachment) } {
                 return Err(errno::EOPNOTSUPP.into());
             }
-            let state = KBox::new(AttachmentState::default(), GFP_KERNEL)?;
             // SAFETY: Who attaches has a reference to the dma-buf, whose operations are these.
             unsafe { Self::borrow(dmabuf) }.attach()?;
-            // SAFETY: As above; `detach` frees it.
-            unsafe { (*attachment).priv_ = KBox::into_raw(state).cast() };
             Ok(0)
         })
     }
@@ -113,12 +116,8 @@ impl<T: Exporter> Operations<T> {
     /// To be called by the dma-buf core only, as `dma_buf_ops.detach` of a dma-buf of `T`.
     unsafe extern "C" fn detach(
         dmabuf: *mut bindings::dma_buf,
-        attachment: *mut bindings::dma_buf_attachment,
+        _attachment: *mut bindings::dma_buf_attachment,
     ) {
-        // SAFETY: The attachment is valid until this returns.
-        let state = unsafe { (*attachment).priv_ }.cast::<AttachmentState>();
-        // SAFETY: `attach` leaked it, and nobody maps any more.
-        drop(unsafe { KBox::from_raw(state) });
         // SAFETY: Who detaches has a reference to the dma-buf, whose operations are these.
         unsafe { Self::borrow(dmabuf) }.detach();
     }
@@ -132,11 +131,9 @@ impl<T: Exporter> Operations<T> {
     ) -> *mut bindings::sg_table {
         // SAFETY: The attachment keeps the dma-buf alive, whose operations are these.
         let exported = unsafe { Self::borrow((*attachment).dmabuf) };
-        // SAFETY: The core holds the reservation lock.
-        let guarded = unsafe { &mut *exported.live().under_resv.get() };
         // SAFETY: The attachment was attached, and the core holds the reservation lock.
         let mut importer = unsafe { Importer::from_raw(attachment, direction) };
-        match exported.map(guarded, &mut importer) {
+        match exported.map(&mut importer) {
             Ok(mapped) => mapped.0,
             Err(error) => error.to_ptr(),
         }
@@ -152,11 +149,9 @@ impl<T: Exporter> Operations<T> {
     ) {
         // SAFETY: The attachment keeps the dma-buf alive, whose operations are these.
         let exported = unsafe { Self::borrow((*attachment).dmabuf) };
-        // SAFETY: The core holds the reservation lock.
-        let guarded = unsafe { &mut *exported.live().under_resv.get() };
         // SAFETY: The attachment was attached, and the core holds the reservation lock.
         let mut importer = unsafe { Importer::from_raw(attachment, direction) };
-        exported.unmap(guarded, &mut importer, Mapped(table));
+        exported.unmap(&mut importer, Mapped(table));
     }
 
     /// # Safety
@@ -181,6 +176,9 @@ impl<T: Exporter> Operations<T> {
     unsafe extern "C" fn release(dmabuf: *mut bindings::dma_buf) {
         // SAFETY: `dmabuf` is valid until this returns.
         let private = unsafe { (*dmabuf).priv_ };
+        if core::ptr::eq(private, Self::unfinished()) {
+            return;
+        }
         // SAFETY: The reference was stored by `DmaBuf::export`; release is the last operation.
         let exported: Arc<T> = unsafe { Arc::from_foreign(private) };
         *exported.live().dmabuf.lock() = None;
@@ -196,10 +194,15 @@ impl<T: Exporter> Operations<T> {
 pub(crate) struct DmaBuf(NonNull<bindings::dma_buf>);
 
 impl DmaBuf {
-    /// A new dma-buf of `size` bytes that exports `exported`, with the open flags `flags`.
-    pub(crate) fn export<T: Exporter>(exported: Arc<T>, size: u64, flags: u32) -> Result<Self> {
+    /// A new dma-buf of `size` bytes with that name and the open flags `flags`, which exports what
+    /// `make` makes for it. The last byte of `name` does not count.
+    pub(crate) fn export<T: Exporter>(
+        size: u64,
+        flags: u32,
+        name: &[u8; NAME_LEN],
+        make: impl FnOnce(&NewDmaBuf<'_>) -> Result<Arc<T>>,
+    ) -> Result<Self> {
         let size = usize::try_from(size).map_err(|_| EINVAL)?;
-        let private = exported.clone().into_foreign();
         let info = bindings::dma_buf_export_info {
             exp_name: c"barlease".as_char_ptr(),
             // SAFETY: Always valid.
@@ -208,22 +211,22 @@ impl DmaBuf {
             size,
             flags: flags as c_int,
             resv: core::ptr::null_mut(),
-            priv_: private,
+            priv_: Operations::<T>::unfinished(),
         };
-        // SAFETY: `info` is filled in; the operations are static and their owner is this module.
-        match from_err_ptr(unsafe { bindings::dma_buf_export(&info) }) {
-            Ok(dmabuf) => {
-                let dmabuf = NonNull::new(dmabuf).ok_or(ENOMEM)?;
-                *exported.live().dmabuf.lock() = Some(Unreleased(dmabuf));
-                // INVARIANT: `dma_buf_export` returned the first reference.
-                Ok(Self(dmabuf))
-            }
-            Err(error) => {
-                // SAFETY: The dma-buf that would have taken the reference was not made.
-                drop(unsafe { Arc::<T>::from_foreign(private) });
-                Err(error)
-            }
+        // SAFETY: `info` is filled in; the operations are static and their owner is this module. All
+        // that can happen to a dma-buf that is in no descriptor table is its release, which looks
+        // whether there is something exported.
+        let dmabuf = from_err_ptr(unsafe { bindings::dma_buf_export(&info) })?;
+        // INVARIANT: `dma_buf_export` returned the first reference.
+        let mut this = Self(NonNull::new(dmabuf).ok_or(ENOMEM)?);
+        // SAFETY: Nobody else knows the dma-buf, and `name` is as long as a name is at most.
+        if !unsafe { bindings::bl_dma_buf_name_new(this.0.as_ptr(), name.as_ptr().cast()) } {
+            return Err(ENOMEM);
         }
+        let exported = make(&NewDmaBuf(&this))?;
+        // SAFETY: By the type invariant the dma-buf is valid, and nobody else knows it.
+        unsafe { this.0.as_mut().priv_ = exported.into_foreign() };
+        Ok(this)
     }
 
     /// The dma-buf behind `fd`. `EBADF` when there is no such fd, `EINVAL` when it is something
@@ -264,31 +267,6 @@ impl DmaBuf {
         Some(result)
     }
 
-    /// Names it, as `DMA_BUF_SET_NAME` does. Only before anybody else can know of it. The last byte of `name` does not count.
-    pub(crate) fn set_name(&mut self, name: &[u8; NAME_LEN]) -> Result {
-        // SAFETY: `name` is at least as long as that; the copy gets a NUL behind it.
-        let copy = unsafe {
-            bindings::kmemdup_nul(name.as_ptr().cast(), NAME_LEN - 1, bindings::GFP_KERNEL)
-        };
-        if copy.is_null() {
-            return Err(ENOMEM);
-        }
-        // SAFETY: By the type invariant the dma-buf is valid; nobody else can know of it, so the
-        // name needs no lock. The dma-buf frees it.
-        unsafe { self.0.as_mut().name = copy };
-        Ok(())
-    }
-
-    /// The inode whose pages the mappings of the dma-buf are.
-    pub(crate) fn inode(&self) -> MappedInode {
-        // SAFETY: By the type invariant the dma-buf and its file are valid.
-        let inode = unsafe { (*self.0.as_ref().file).f_inode };
-        // SAFETY: The file holds a reference to the inode.
-        unsafe { bindings::ihold(inode) };
-        // INVARIANT: The reference was just taken.
-        MappedInode(inode)
-    }
-
     /// Makes it the file of `vma`, which gives up the one that it had.
     pub(crate) fn become_file_of(self, vma: &NewVma<'_>) {
         // SAFETY: By the type invariant the dma-buf is valid.
@@ -311,6 +289,32 @@ impl Drop for DmaBuf {
     fn drop(&mut self) {
         // SAFETY: By the type invariant there is a reference to give back.
         unsafe { bindings::dma_buf_put(self.0.as_ptr()) };
+    }
+}
+
+/// A dma-buf that exports nothing yet, and that nobody but its maker knows.
+pub(crate) struct NewDmaBuf<'a>(&'a DmaBuf);
+
+impl NewDmaBuf<'_> {
+    /// The inode whose pages the mappings of the dma-buf are.
+    pub(crate) fn inode(&self) -> MappedInode {
+        // SAFETY: The dma-buf and its file are valid.
+        let inode = unsafe { (*self.0.0.as_ref().file).f_inode };
+        // SAFETY: The file holds a reference to the inode.
+        unsafe { bindings::ihold(inode) };
+        // INVARIANT: The reference was just taken.
+        MappedInode(inode)
+    }
+
+    /// The way to the dma-buf, for what it is to export; its reservation lock will guard
+    /// `under_resv`.
+    pub(crate) fn live<U: Send>(&self, under_resv: U) -> impl PinInit<Live<U>> {
+        let dmabuf = Unreleased(self.0.0);
+        // INVARIANT: Nobody else knows of either.
+        pin_init!(Live {
+            dmabuf <- new_mutex!(Some(dmabuf), "barlease::live"),
+            under_resv: UnsafeCell::new(under_resv),
+        })
     }
 }
 
@@ -338,14 +342,6 @@ struct Unreleased(NonNull<bindings::dma_buf>);
 unsafe impl Send for Unreleased {}
 
 impl<U: Send> Live<U> {
-    /// No dma-buf yet; `under_resv` will be guarded by its reservation lock.
-    pub(crate) fn new(under_resv: U) -> impl PinInit<Self> {
-        pin_init!(Self {
-            dmabuf <- new_mutex!(None, "barlease::live"),
-            under_resv: UnsafeCell::new(under_resv),
-        })
-    }
-
     /// Waits for whoever has it locked.
     pub(crate) fn lock(&self) -> LiveGuard<'_> {
         LiveGuard(self.dmabuf.lock())
@@ -374,17 +370,23 @@ impl LiveGuard<'_> {
 }
 
 impl LiveGuard<'_> {
-    /// Tells every importer that its mappings are to go, which they do some time after. `needed` is
-    /// asked with the reservation lock held, when no mapping is being made.
-    pub(crate) fn invalidate(&self, needed: impl FnOnce() -> bool) {
+    /// Tells every importer that its mappings are to go, if there are any; `is_mapped` is asked with
+    /// the reservation lock held, when no mapping is being made. Whether something is left to wait
+    /// for then: a mapping, or a fence.
+    pub(crate) fn invalidate(&self, is_mapped: impl Fn() -> bool) -> bool {
         self.with_resv_locked(|dmabuf| {
-            if !needed() {
-                return;
+            if is_mapped() {
+                // SAFETY: The dma-buf is not released while this is locked, and its reservation
+                // lock is held.
+                unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
             }
-            // SAFETY: The dma-buf is not released while this is locked, and its reservation lock is
-            // held.
-            unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
-        });
+            // SAFETY: The dma-buf is not released while this is locked.
+            let resv = unsafe { (*dmabuf).resv };
+            let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
+            // SAFETY: As above.
+            is_mapped() || !unsafe { bindings::dma_resv_test_signaled(resv, usage) }
+        })
+        .unwrap_or(false)
     }
 
     /// A fence that has not signalled: some importer still uses the dma-buf.
@@ -418,18 +420,17 @@ impl LiveGuard<'_> {
         });
     }
 
-    fn with_resv_locked(&self, f: impl FnOnce(*mut bindings::dma_buf)) {
-        let Some(dmabuf) = &*self.0 else {
-            return;
-        };
-        let dmabuf = dmabuf.0.as_ptr();
+    /// `None` when the dma-buf is gone.
+    fn with_resv_locked<R>(&self, f: impl FnOnce(*mut bindings::dma_buf) -> R) -> Option<R> {
+        let dmabuf = self.0.as_ref()?.0.as_ptr();
         // SAFETY: The dma-buf is not released while this is locked.
         let resv = unsafe { (*dmabuf).resv };
         // SAFETY: As above. Without an acquire context locking cannot fail.
         unsafe { bindings::dma_resv_lock(resv, core::ptr::null_mut()) };
-        f(dmabuf);
+        let result = f(dmabuf);
         // SAFETY: Locked above.
         unsafe { bindings::dma_resv_unlock(resv) };
+        Some(result)
     }
 }
 
@@ -500,8 +501,8 @@ impl MappedInode {
     pub(crate) fn zap(&self) {
         // SAFETY: By the type invariant the inode is valid.
         let mapping = unsafe { (*self.0).i_mapping };
-        // SAFETY: The mapping of a valid inode is valid; a length of 0 means to the end.
-        unsafe { bindings::unmap_mapping_range(mapping, 0, 0, 1) };
+        // SAFETY: The mapping of a valid inode is valid; 0 pages from the first on means all.
+        unsafe { bindings::unmap_mapping_pages(mapping, 0, 0, true) };
     }
 }
 

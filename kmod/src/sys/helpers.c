@@ -11,6 +11,8 @@
 #include <linux/pm_domain.h>
 #include <linux/ratelimit.h>
 #include <linux/scatterlist.h>
+#include <linux/slab.h>
+#include <linux/wait_bit.h>
 /* Wants struct scatterlist. */
 #include <linux/iommu-dma.h>
 
@@ -26,12 +28,6 @@ struct module *bl_this_module(void)
 }
 
 void bl_init_rwsem(struct rw_semaphore *sem)
-{
-	init_rwsem(sem);
-}
-
-/* A lock class of its own: held while one of the others is taken. */
-void bl_init_outer_rwsem(struct rw_semaphore *sem)
 {
 	init_rwsem(sem);
 }
@@ -118,6 +114,20 @@ void bl_dma_buf_name(struct dma_buf *dmabuf, char *name)
 	spin_unlock(&dmabuf->name_lock);
 }
 
+/* Only before anybody else can know of it. The last byte of the name is taken for NUL. */
+bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name)
+{
+	char *copy = kmalloc(DMA_BUF_NAME_LEN, GFP_KERNEL);
+
+	if (!copy)
+		return false;
+	memcpy(copy, name, DMA_BUF_NAME_LEN - 1);
+	copy[DMA_BUF_NAME_LEN - 1] = '\0';
+	/* The dma-buf frees it. */
+	dmabuf->name = copy;
+	return true;
+}
+
 /* A reference to a fence that has not signalled, or NULL. */
 struct dma_fence *bl_pending_fence(struct dma_resv *resv)
 {
@@ -198,15 +208,25 @@ vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
 	return VM_FAULT_NOPAGE;
 }
 
-void bl_init_completed(struct completion *completion)
+void bl_count_up(atomic_t *count)
 {
-	init_completion(completion);
-	complete_all(completion);
+	atomic_inc(count);
 }
 
-void bl_reinit_completion(struct completion *completion)
+void bl_count_down(atomic_t *count)
 {
-	reinit_completion(completion);
+	atomic_dec_and_wake_up(count);
+}
+
+bool bl_count_any(const atomic_t *count)
+{
+	return atomic_read_acquire(count);
+}
+
+bool bl_count_wait(atomic_t *count, unsigned int milliseconds)
+{
+	return wait_var_event_timeout(count, !atomic_read_acquire(count),
+				      msecs_to_jiffies(milliseconds));
 }
 
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar)

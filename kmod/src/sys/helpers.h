@@ -3,7 +3,7 @@
 #ifndef BARLEASE_HELPERS_H
 #define BARLEASE_HELPERS_H
 
-#include <linux/completion.h>
+#include <linux/atomic.h>
 #include <linux/dma-buf.h>
 #include <linux/dma-buf-mapping.h>
 #include <linux/dma-mapping.h>
@@ -18,7 +18,6 @@ enum { BL_DMA_BUF_NAME_LEN = DMA_BUF_NAME_LEN };
 
 struct module *bl_this_module(void);
 void bl_init_rwsem(struct rw_semaphore *sem);
-void bl_init_outer_rwsem(struct rw_semaphore *sem);
 void bl_ratelimit_init(struct ratelimit_state *state);
 const char *bl_pci_name(const struct pci_dev *pdev);
 bool bl_pci_is_gone(const struct pci_dev *pdev);
@@ -31,6 +30,7 @@ void bl_pm_runtime_put(struct device *dev);
 void bl_pci_wake(struct pci_dev *pdev);
 bool bl_iomapped(const void __iomem *address);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
+bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name);
 struct dma_fence *bl_pending_fence(struct dma_resv *resv);
 void bl_dma_fence_put(struct dma_fence *fence);
 bool bl_vma_may_share(const struct vm_area_struct *vma);
@@ -39,8 +39,10 @@ bool bl_write_combining_is_real(void);
 vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
 			 unsigned long pfn, unsigned long pages);
 
-void bl_init_completed(struct completion *completion);
-void bl_reinit_completion(struct completion *completion);
+void bl_count_up(atomic_t *count);
+void bl_count_down(atomic_t *count);
+bool bl_count_any(const atomic_t *count);
+bool bl_count_wait(atomic_t *count, unsigned int milliseconds);
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar);
 bool bl_uses_dma_iommu(struct device *dev);
 u64 bl_pci_client(struct device *dev);

@@ -1,55 +1,49 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Waiting until nothing is in use.
+//! Waiting until nothing is under way.
 //!
-//! C header: [`include/linux/completion.h`](srctree/include/linux/completion.h)
+//! Who waits is found by the address of the count, so that one costs four bytes.
+//!
+//! C header: [`include/linux/wait_bit.h`](srctree/include/linux/wait_bit.h)
 
 use super::bindings;
-use kernel::{prelude::*, time::msecs_to_jiffies, types::Opaque};
+use kernel::types::Opaque;
 
-/// Something that is idle or busy. Users say which, one at a time.
-#[pin_data]
-pub(crate) struct Idle {
-    #[pin]
-    completion: Opaque<bindings::completion>,
-}
+/// The number of things that are under way.
+pub(crate) struct Outstanding(Opaque<bindings::atomic_t>);
 
-// SAFETY: Completions may be used from any thread.
-unsafe impl Send for Idle {}
-// SAFETY: Completions may be used from any thread.
-unsafe impl Sync for Idle {}
+// SAFETY: Atomics may be used from any thread.
+unsafe impl Send for Outstanding {}
+// SAFETY: Atomics may be used from any thread.
+unsafe impl Sync for Outstanding {}
 
-impl Idle {
-    /// Idle.
-    pub(crate) fn new() -> impl PinInit<Self> {
-        pin_init!(Self {
-            // SAFETY: `slot` is valid for writes and stays where it is; all of it is initialized.
-            completion <- Opaque::ffi_init(|slot| unsafe { bindings::bl_init_completed(slot) }),
-        })
+impl Outstanding {
+    /// None.
+    pub(crate) fn none() -> Self {
+        Self(Opaque::new(bindings::atomic_t { counter: 0 }))
     }
 
-    /// Busy from now on. Nobody may be waiting, nor begin to before `set_idle`.
-    pub(crate) fn set_busy(&self) {
-        // SAFETY: The completion was initialized by `new`.
-        unsafe { bindings::bl_reinit_completion(self.completion.get()) };
+    /// One more.
+    pub(crate) fn begin(&self) {
+        // SAFETY: The count is valid.
+        unsafe { bindings::bl_count_up(self.0.get()) };
     }
 
-    /// Idle from now on.
-    pub(crate) fn set_idle(&self) {
-        // SAFETY: The completion was initialized by `new`.
-        unsafe { bindings::complete_all(self.completion.get()) };
+    /// One less, and all that it did can be seen by who then finds none.
+    pub(crate) fn end(&self) {
+        // SAFETY: The count is valid.
+        unsafe { bindings::bl_count_down(self.0.get()) };
     }
 
-    /// Whether it is idle now. A wait of no time would sleep to the next tick of the clock.
-    pub(crate) fn is_idle(&self) -> bool {
-        // SAFETY: The completion was initialized by `new`.
-        unsafe { bindings::completion_done(self.completion.get()) }
+    /// Whether there is any now.
+    pub(crate) fn any(&self) -> bool {
+        // SAFETY: The count is valid.
+        unsafe { bindings::bl_count_any(self.0.get()) }
     }
 
-    /// Waits until it is idle, or `milliseconds`: whether it is. Cannot be interrupted.
+    /// Waits until there is none, or `milliseconds`: whether there is none. Cannot be interrupted.
     pub(crate) fn wait(&self, milliseconds: u32) -> bool {
-        let timeout = msecs_to_jiffies(milliseconds);
-        // SAFETY: The completion was initialized by `new`.
-        unsafe { bindings::wait_for_completion_timeout(self.completion.get(), timeout) != 0 }
+        // SAFETY: The count is valid while it is waited for.
+        unsafe { bindings::bl_count_wait(self.0.get(), milliseconds) }
     }
 }

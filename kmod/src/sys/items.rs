@@ -2,11 +2,8 @@
 
 //! Lists that are made at once and stay as they are.
 
-use core::ops::Deref;
-use kernel::{
-    alloc::{AllocError, Flags},
-    prelude::*,
-};
+use core::{ops::Deref, result::Result};
+use kernel::prelude::*;
 
 /// One item, which costs no allocation, or any number of them.
 pub(crate) enum Items<T> {
@@ -16,24 +13,27 @@ pub(crate) enum Items<T> {
     Many(KVVec<T>),
 }
 
-impl<T: Copy> Items<T> {
-    /// What `make` makes of each of `sources`; its first error, or that there is no memory.
-    pub(crate) fn of<S, E: From<AllocError>>(
-        sources: &[S],
-        flags: Flags,
-        mut make: impl FnMut(&S) -> core::result::Result<T, E>,
-    ) -> core::result::Result<Self, E> {
-        if let [only] = sources {
-            return Ok(Self::One(make(only)?));
-        }
-        let mut items = KVVec::with_capacity(sources.len(), flags)?;
-        for (place, source) in items.spare_capacity_mut().iter_mut().zip(sources) {
-            place.write(make(source)?);
-        }
-        // SAFETY: There is room for as many as there are sources, and each place was written.
-        unsafe { items.inc_len(sources.len()) };
-        Ok(Self::Many(items))
+/// Appends what `make` makes of each of `sources`, up to its first error, to a list with room for them.
+pub(crate) fn append<T: Copy, S, E>(
+    items: &mut KVVec<T>,
+    sources: &[S],
+    mut make: impl FnMut(&S) -> Result<T, E>,
+) -> Result<(), E> {
+    let mut made = 0;
+    let mut result = Ok(());
+    for (place, source) in items.spare_capacity_mut().iter_mut().zip(sources) {
+        match make(source) {
+            Ok(item) => place.write(item),
+            Err(error) => {
+                result = Err(error);
+                break;
+            }
+        };
+        made += 1;
     }
+    // SAFETY: So many places of the spare capacity were written.
+    unsafe { items.inc_len(made) };
+    result
 }
 
 impl<T> Deref for Items<T> {

@@ -16,7 +16,7 @@
 //! [`include/linux/dma-buf-mapping.h`](srctree/include/linux/dma-buf-mapping.h)
 
 use super::{bindings, errno, rwsem::ReadGuard, rwsem::RwSem};
-use core::ptr::NonNull;
+use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{
     error::{from_err_ptr, to_result},
     prelude::*,
@@ -49,6 +49,8 @@ unsafe impl Sync for Provider {}
 pub(crate) struct Providers {
     #[pin]
     bars: RwSem<[Option<Provider>; BARS]>,
+    /// Which BARs have one, a bit each: a first look without the lock.
+    present: Atomic<u32>,
     known: Known,
 }
 
@@ -104,6 +106,7 @@ impl Providers {
         Arc::pin_init(
             pin_init!(Self {
                 bars <- RwSem::new([const { None }; BARS]),
+                present: Atomic::new(0),
                 known: Known::new(),
             }),
             GFP_KERNEL,
@@ -114,30 +117,42 @@ impl Providers {
     ///
     /// The function must be bound, and stay so until `clear` is called.
     pub(super) unsafe fn fill(&self, pdev: *mut bindings::pci_dev) {
+        let mut present = 0;
         for (index, slot) in self.bars.write().iter_mut().enumerate() {
             // SAFETY: `pdev` is valid by the caller.
             let provider = unsafe { bindings::bl_p2p_provider(pdev, index as c_int) };
             // INVARIANT: The caller promises that it stays valid until `clear`.
             *slot = NonNull::new(provider).map(Provider);
+            present |= u32::from(slot.is_some()) << index;
         }
+        self.present.store(present, Relaxed);
     }
 
-    /// Waits for mappings that are being made, and makes all others impossible.
+    /// Waits for who uses a provider, and makes all other use impossible.
     pub(super) fn clear(&self) {
         let mut bars = self.bars.write();
         *bars = [const { None }; BARS];
-        // Who maps holds `bars` for reading.
+        self.present.store(0, Relaxed);
+        // Who learns something holds `bars` for reading.
         self.known.clear();
+    }
+
+    /// `EOPNOTSUPP` where kernel or device has no provider of a BAR.
+    pub(crate) fn check(&self, bar: u32) -> Result {
+        let bit = 1u32.checked_shl(bar).unwrap_or(0);
+        if self.present.load(Relaxed) & bit == 0 {
+            return Err(errno::EOPNOTSUPP.into());
+        }
+        Ok(())
     }
 
     /// The provider of a BAR; `EOPNOTSUPP` where kernel or device has none. While it is held the
     /// device is not closed: not for long.
-    pub(crate) fn get(&self, bar: u32) -> Result<BarProvider<'_>> {
+    fn get(&self, bar: u32) -> Result<BarProvider<'_>> {
         let bars = self.bars.read();
         let bar = bar as usize;
         if bars.get(bar).is_some_and(Option::is_some) {
-            let known = &self.known;
-            Ok(BarProvider { bars, bar, known })
+            Ok(BarProvider { bars, bar })
         } else {
             Err(errno::EOPNOTSUPP.into())
         }
@@ -145,10 +160,9 @@ impl Providers {
 }
 
 /// The provider of one BAR.
-pub(crate) struct BarProvider<'a> {
+struct BarProvider<'a> {
     bars: ReadGuard<'a, [Option<Provider>; BARS]>,
     bar: usize,
-    known: &'a Known,
 }
 
 impl BarProvider<'_> {
@@ -157,6 +171,13 @@ impl BarProvider<'_> {
             Some(Some(provider)) => Ok(provider.0),
             _ => Err(errno::EOPNOTSUPP.into()),
         }
+    }
+
+    /// What is added to an address of the CPU's to get one of the bus.
+    fn bus_offset(&self) -> Result<u64> {
+        let provider = self.get()?;
+        // SAFETY: The provider is valid while `bars` is locked.
+        Ok(unsafe { provider.as_ref().bus_offset })
     }
 }
 
@@ -180,17 +201,24 @@ enum Route {
     Direct,
 }
 
-/// What is remembered of one attachment; in its `priv`.
-#[derive(Default)]
-pub(super) struct AttachmentState {
-    route: Option<Route>,
+impl Route {
+    /// As a number of a pointer's size, other than that of no route.
+    fn number(self) -> usize {
+        match self {
+            Self::Bus => 1,
+            Self::Iova => 2,
+            Self::Direct => 3,
+        }
+    }
 }
 
 /// One importer that maps or unmaps, with the reservation lock held.
+///
+/// The `priv` of the attachment is the number of its route, once that is known: no memory.
 pub(crate) struct Importer<'a> {
     attachment: *mut bindings::dma_buf_attachment,
-    state: &'a mut AttachmentState,
     direction: bindings::dma_data_direction,
+    _call: PhantomData<&'a ()>,
 }
 
 /// A mapping for an importer, as the dma-buf core passes it around.
@@ -204,23 +232,22 @@ struct Table {
     iova: bindings::dma_iova_state,
     route: Route,
     size: usize,
+    /// The entry, where one is enough.
+    only: bindings::scatterlist,
 }
 
 impl<'a> Importer<'a> {
     /// # Safety
     ///
-    /// `attachment` must be valid, its reservation lock held, and its state in `priv`, for `'a`.
+    /// `attachment` must be valid and its reservation lock held, for `'a`.
     pub(super) unsafe fn from_raw(
         attachment: *mut bindings::dma_buf_attachment,
         direction: bindings::dma_data_direction,
     ) -> Self {
-        // SAFETY: By the caller.
-        let state = unsafe { (*attachment).priv_ }.cast::<AttachmentState>();
         Self {
             attachment,
-            // SAFETY: By the caller; the reservation lock makes the access exclusive.
-            state: unsafe { &mut *state },
             direction,
+            _call: PhantomData,
         }
     }
 
@@ -229,25 +256,46 @@ impl<'a> Importer<'a> {
         unsafe { (*self.attachment).dev }
     }
 
-    /// Maps `runs`, of `size` bytes in all.
+    /// The route that was found when it mapped first.
+    fn route(&self) -> Option<Route> {
+        // SAFETY: The attachment is valid; `priv` is the exporter's, and the reservation lock guards it.
+        let number = unsafe { (*self.attachment).priv_ }.addr();
+        [Route::Bus, Route::Iova, Route::Direct]
+            .into_iter()
+            .find(|route| route.number() == number)
+    }
+
+    fn set_route(&mut self, route: Route) {
+        let number = core::ptr::without_provenance_mut(route.number());
+        // SAFETY: As for `route`.
+        unsafe { (*self.attachment).priv_ = number };
+    }
+
+    /// Maps `runs`, of `size` bytes in all, of a BAR.
+    ///
+    /// The device must not be closed meanwhile: who closes it waits for the reservation lock.
     pub(crate) fn map(
         &mut self,
-        provider: &BarProvider<'_>,
+        providers: &Providers,
+        bar: u32,
         runs: impl Iterator<Item = Run> + Clone,
         size: u64,
     ) -> Result<Mapped> {
         let size = usize::try_from(size).map_err(|_| EINVAL)?;
-        let known = provider.known;
-        let provider = provider.get()?;
-        let route = match self.state.route {
+        let route = match self.route() {
             Some(route) => route,
             None => {
                 let first = runs.clone().next().ok_or(EINVAL)?;
-                self.find_route(provider, known, first.address)?
+                let route = self.find_route(providers, bar, first.address)?;
+                self.set_route(route);
+                route
             }
         };
-        self.state.route = Some(route);
-        self.map_runs(provider, route, runs, size)
+        let bus_offset = match route {
+            Route::Bus => providers.get(bar)?.bus_offset()?,
+            Route::Iova | Route::Direct => 0,
+        };
+        self.map_runs(bus_offset, route, runs, size)
     }
 
     /// Undoes `map` of the same runs.
@@ -291,32 +339,25 @@ impl<'a> Importer<'a> {
         unsafe { bindings::dma_buf_free_sgt(self.attachment, entries, self.direction) };
     }
 
-    /// How the importer reaches the provider.
-    fn find_route(
-        &self,
-        provider: NonNull<bindings::p2pdma_provider>,
-        known: &Known,
-        address: u64,
-    ) -> Result<Route> {
-        // SAFETY: The provider is valid.
-        let bus_offset = unsafe { provider.as_ref().bus_offset };
+    /// How the importer reaches a BAR, which has a page at `address`.
+    fn find_route(&self, providers: &Providers, bar: u32, address: u64) -> Result<Route> {
         // SAFETY: The device of an attachment is valid.
         let translated = unsafe { bindings::bl_uses_dma_iommu(self.device()) };
         // SAFETY: As above.
         let client = unsafe { bindings::bl_pci_client(self.device()) };
         // Only a client that is translated is remembered, and only while it is.
-        let remembered = translated.then(|| known.is_by_bus(client)).flatten();
-        let is_bus_address = match remembered {
-            Some(by_bus) => by_bus,
-            None => {
-                let by_bus = self.try_bus_address(provider, address, bus_offset)?;
-                if translated {
-                    known.set(client, by_bus);
-                }
-                by_bus
+        if translated {
+            if let Some(by_bus) = providers.known.is_by_bus(client) {
+                return Ok(if by_bus { Route::Bus } else { Route::Iova });
             }
-        };
-        Ok(match (translated, is_bus_address) {
+        }
+        let provider = providers.get(bar)?;
+        let bus_offset = provider.bus_offset()?;
+        let by_bus = self.try_bus_address(provider.get()?, address, bus_offset)?;
+        if translated {
+            providers.known.set(client, by_bus);
+        }
+        Ok(match (translated, by_bus) {
             (true, false) => Route::Iova,
             (true, true) => Route::Bus,
             // Without translation and without an offset both addresses are the same, and the DMA
@@ -347,7 +388,7 @@ impl<'a> Importer<'a> {
 
     fn map_runs(
         &self,
-        provider: NonNull<bindings::p2pdma_provider>,
+        bus_offset: u64,
         route: Route,
         runs: impl Iterator<Item = Run> + Clone,
         size: usize,
@@ -359,6 +400,7 @@ impl<'a> Importer<'a> {
                 iova: bindings::dma_iova_state::default(),
                 route,
                 size,
+                only: bindings::scatterlist::default(),
             },
             GFP_KERNEL,
         )?;
@@ -376,14 +418,14 @@ impl<'a> Importer<'a> {
                 .map(|run| (run.length as usize).div_ceil(MAX_ENTRY))
                 .sum()
         };
-        if let Err(error) = allocate(&mut table.entries, count) {
+        if let Err(error) = table.allocate(count) {
             if table.route == Route::Iova {
                 // SAFETY: The state was allocated and nothing is linked.
                 unsafe { bindings::bl_iova_free(device, &mut table.iova) };
             }
             return Err(error);
         }
-        if let Err((error, done)) = self.link(provider, &mut table, runs.clone()) {
+        if let Err((error, done)) = self.link(bus_offset, &mut table, runs.clone()) {
             self.undo(&mut table, &mut runs.clone(), done);
             return Err(error);
         }
@@ -394,7 +436,7 @@ impl<'a> Importer<'a> {
     /// Fills in the entries. On error also how many runs were linked.
     fn link(
         &self,
-        provider: NonNull<bindings::p2pdma_provider>,
+        bus_offset: u64,
         table: &mut Table,
         runs: impl Iterator<Item = Run>,
     ) -> core::result::Result<(), (Error, usize)> {
@@ -421,8 +463,6 @@ impl<'a> Importer<'a> {
                     offset += length;
                 }
                 Route::Bus => {
-                    // SAFETY: The provider is valid.
-                    let bus_offset = unsafe { provider.as_ref().bus_offset };
                     entry = fill(entry, run.address.wrapping_add(bus_offset), length);
                 }
                 Route::Direct => {
@@ -443,7 +483,7 @@ impl<'a> Importer<'a> {
             to_result(result).map_err(|error| (error, usize::MAX))?;
             fill(entry, table.iova.addr, offset);
         }
-        // Says that there are no pages behind the entries; `undo` frees `nents` of them.
+        // Says that there are no pages behind the entries; `Table::free` frees `nents` of them.
         table.entries.orig_nents = 0;
         Ok(())
     }
@@ -454,7 +494,11 @@ impl<'a> Importer<'a> {
         match table.route {
             Route::Bus => {}
             Route::Iova => {
-                let linked = runs.take(done).map(|run| run.length as usize).sum();
+                let linked = if done == usize::MAX {
+                    table.size
+                } else {
+                    runs.take(done).map(|run| run.length as usize).sum()
+                };
                 // SAFETY: So much was linked, from the beginning.
                 unsafe {
                     bindings::bl_iova_destroy(device, &mut table.iova, linked, self.direction)
@@ -479,16 +523,35 @@ impl<'a> Importer<'a> {
                 unsafe { bindings::bl_forget_translations(device) };
             }
         }
-        table.entries.orig_nents = table.entries.nents;
-        // SAFETY: The table was allocated with so many entries.
-        unsafe { bindings::sg_free_table(&mut table.entries) };
+        table.free();
     }
 }
 
-fn allocate(entries: &mut bindings::sg_table, count: usize) -> Result {
-    let count = u32::try_from(count).map_err(|_| EINVAL)?;
-    // SAFETY: The table is zeroed.
-    to_result(unsafe { bindings::sg_alloc_table(entries, count, bindings::GFP_KERNEL) })
+impl Table {
+    /// Makes `count` entries. From here on the table must stay where it is.
+    fn allocate(&mut self, count: usize) -> Result {
+        if count == 1 {
+            // SAFETY: There is one entry.
+            unsafe { bindings::sg_init_table(&mut self.only, 1) };
+            self.entries.sgl = &raw mut self.only;
+            self.entries.nents = 1;
+            return Ok(());
+        }
+        let count = u32::try_from(count).map_err(|_| EINVAL)?;
+        // SAFETY: The table is zeroed.
+        to_result(unsafe {
+            bindings::sg_alloc_table(&mut self.entries, count, bindings::GFP_KERNEL)
+        })
+    }
+
+    fn free(&mut self) {
+        if core::ptr::eq(self.entries.sgl, &raw const self.only) {
+            return;
+        }
+        self.entries.orig_nents = self.entries.nents;
+        // SAFETY: The table was allocated with so many entries.
+        unsafe { bindings::sg_free_table(&mut self.entries) };
+    }
 }
 
 /// Fills in as many entries as `length` bytes from `address` on take. The entry after them.

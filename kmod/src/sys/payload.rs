@@ -2,11 +2,11 @@
 
 //! Payloads of `VFIO_DEVICE_FEATURE`, copied once from user memory and back.
 
-use super::items::Items;
 use crate::abi;
 use core::mem::{MaybeUninit, size_of, size_of_val};
 use kernel::{
     prelude::*,
+    transmute::FromBytes,
     uaccess::{UserPtr, UserSlice, UserSliceReader},
 };
 
@@ -88,28 +88,16 @@ pub(crate) struct PayloadReader(UserSliceReader);
 
 impl PayloadReader {
     /// The next structure. `EFAULT` when the memory is not there or the payload is over.
+    #[inline]
     pub(crate) fn read<T: Payload>(&mut self) -> Result<T> {
-        let mut value = MaybeUninit::<T>::uninit();
-        // SAFETY: `value` is valid for writes of `size_of::<T>()` bytes, and `MaybeUninit<u8>` may
-        // be anything.
-        let bytes = unsafe {
-            core::slice::from_raw_parts_mut(
-                value.as_mut_ptr().cast::<MaybeUninit<u8>>(),
-                size_of::<T>(),
-            )
-        };
-        self.0.read_raw(bytes)?;
-        // SAFETY: `read_raw` initialized all bytes, and every bit pattern is a `T: Payload`.
-        Ok(unsafe { value.assume_init() })
+        Ok(self.0.read::<Pod<T>>()?.0)
     }
 
-    /// The next `count` structures, in one copy. As for `read`.
-    pub(crate) fn read_many<T: Payload>(&mut self, count: usize) -> Result<Items<T>> {
-        if count == 1 {
-            return self.read().map(Items::One);
-        }
-        let mut values = KVVec::<T>::with_capacity(count, GFP_KERNEL)?;
-        let places = values.spare_capacity_mut().get_mut(..count).ok_or(EINVAL)?;
+    /// The next `places.len()` structures, in one copy. As for `read`.
+    pub(crate) fn read_many<'a, T: Payload>(
+        &mut self,
+        places: &'a mut [MaybeUninit<T>],
+    ) -> Result<&'a [T]> {
         // SAFETY: The places are valid for writes of their size, and `MaybeUninit<u8>` may be
         // anything.
         let bytes = unsafe {
@@ -119,9 +107,14 @@ impl PayloadReader {
             )
         };
         self.0.read_raw(bytes)?;
-        // SAFETY: There is room for `count`; `read_raw` initialized all their bytes, and every bit
-        // pattern is a `T: Payload`.
-        unsafe { values.inc_len(count) };
-        Ok(Items::Many(values))
+        // SAFETY: `read_raw` initialized all bytes, and every bit pattern is a `T: Payload`.
+        Ok(unsafe { core::slice::from_raw_parts(places.as_ptr().cast(), places.len()) })
     }
 }
+
+/// A structure of the uAPI, for who wants to know of the kernel crate that it may be any bytes.
+#[repr(transparent)]
+struct Pod<T>(T);
+
+// SAFETY: By the trait, every bit pattern is a `T: Payload`, which has no interior mutability.
+unsafe impl<T: Payload> FromBytes for Pod<T> {}

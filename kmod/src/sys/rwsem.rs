@@ -14,8 +14,7 @@ use kernel::{prelude::*, types::NotThreadSafe, types::Opaque};
 
 /// Data that many may read or one may write. Sleeps.
 ///
-/// There are two lock classes, that of [`RwSem::new`] and that of [`RwSem::outer`]: do not hold two of one class at a
-/// time, and take the outer one first.
+/// All are of one lock class: do not hold two at a time.
 #[pin_data]
 pub(crate) struct RwSem<T> {
     #[pin]
@@ -37,15 +36,6 @@ impl<T> RwSem<T> {
             // SAFETY: `slot` is valid for writes and stays where it is; `init_rwsem` initializes
             // all of it.
             sem <- Opaque::ffi_init(|slot| unsafe { bindings::bl_init_rwsem(slot) }),
-            data: UnsafeCell::new(data),
-        })
-    }
-
-    /// The same, to be held while one made by [`RwSem::new`] is locked.
-    pub(crate) fn outer(data: T) -> impl PinInit<Self> {
-        pin_init!(Self {
-            // SAFETY: `slot` is valid for writes and stays where it is; all of it is initialized.
-            sem <- Opaque::ffi_init(|slot| unsafe { bindings::bl_init_outer_rwsem(slot) }),
             data: UnsafeCell::new(data),
         })
     }

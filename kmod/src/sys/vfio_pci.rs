@@ -346,6 +346,8 @@ struct Layout<D> {
 struct Bound<D> {
     driver: Arc<D>,
     providers: Arc<Providers>,
+    /// [`Function::has_memory_bit`].
+    has_memory_bit: bool,
 }
 
 /// An open device, for the time of one operation.
@@ -447,17 +449,19 @@ impl<'a, D: Driver> Device<'a, D> {
     }
 
     /// What the device says of its memory now.
-    pub(crate) fn levels(&self, _lock: &MemoryLock<'_>) -> Levels {
+    ///
+    /// Without the memory lock it may say what is about to change: then who changes it asks after that.
+    pub(crate) fn levels(&self) -> Levels {
         let function = self.function();
         // SAFETY: The virtual config space is there while the device is open.
         let vconfig = unsafe { (*self.core()).vconfig };
-        // SAFETY: As above; it is at least as long as a config header. COMMAND changes under the
-        // memory lock, and its memory bit is in the low byte.
+        // SAFETY: As above; it is at least as long as a config header. COMMAND may change at any time,
+        // so it is read once; its memory bit is in the low byte.
         let command = unsafe { vconfig.add(bindings::PCI_COMMAND as usize).read_volatile() };
-        // SAFETY: The device is valid; the flag changes under the memory lock.
+        // SAFETY: The device is valid; the flag may change at any time, so it is read once.
         let low_power = unsafe { (&raw const (*self.core()).pm_runtime_engaged).read_volatile() };
         let memory_off =
-            function.has_memory_bit() && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0;
+            self.bound().has_memory_bit && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0;
         Levels {
             memory_off,
             // Not asked where it makes no difference: it is a read from the bus.
@@ -470,9 +474,11 @@ impl<'a, D: Driver> Device<'a, D> {
     /// A memory BAR that the core claimed and mapped; `ENODEV` otherwise. (It maps I/O BARs too: to
     /// port numbers, which are no addresses of memory.)
     pub(crate) fn bar(&self, index: u32) -> Result<Bar> {
+        let index = index as usize;
+        // SAFETY: Computes an address inside of the device.
+        let map = unsafe { &raw const (*self.core()).barmap };
         // SAFETY: The device is valid; the map does not change while it is open.
-        let map = unsafe { (*self.core()).barmap };
-        let address = map.get(index as usize).copied().ok_or(ENODEV)?;
+        let address = *unsafe { &*map }.get(index).ok_or(ENODEV)?;
         // SAFETY: Any value may be asked about.
         if !unsafe { bindings::bl_iomapped(address) } {
             return Err(ENODEV);
@@ -481,15 +487,14 @@ impl<'a, D: Driver> Device<'a, D> {
         // SAFETY: `pdev` is valid; its resources were assigned before the driver was bound.
         let resources = unsafe { &raw const (*pdev).resource };
         // SAFETY: As above; the standard BARs, of which `index` is one, are the first of them.
-        let flags = unsafe { (*resources)[index as usize].flags };
-        if flags & bindings::IORESOURCE_MEM as c_ulong == 0 {
+        let resource = unsafe { &(*resources)[index] };
+        if resource.flags & bindings::IORESOURCE_MEM as c_ulong == 0 {
             return Err(ENODEV);
         }
+        // `pci_resource_len`; one that is mapped is not empty.
         Ok(Bar {
-            // SAFETY: `pdev` is valid and has that BAR.
-            start: unsafe { bindings::pci_resource_start(pdev, index as c_int) },
-            // SAFETY: As above.
-            length: unsafe { bindings::pci_resource_len(pdev, index as c_int) },
+            start: resource.start,
+            length: resource.end - resource.start + 1,
         })
     }
 
@@ -649,8 +654,13 @@ impl<D: Driver> Vtable<D> {
             to_result(unsafe { bindings::vfio_pci_core_init_dev(vdev) })?;
             // SAFETY: Computes an address inside of the allocation.
             let slot = unsafe { (*layout).driver.get() };
+            let bound = Bound {
+                driver,
+                providers,
+                has_memory_bit: function.has_memory_bit(),
+            };
             // SAFETY: Nobody else knows the device yet.
-            unsafe { (*slot).write(Bound { driver, providers }) };
+            unsafe { (*slot).write(bound) };
             Ok(0)
         })
     }

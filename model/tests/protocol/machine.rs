@@ -31,8 +31,8 @@ pub(crate) enum Lock {
     Live(usize),
     /// The reservation lock of a buffer's dma-buf.
     Resv(usize),
-    /// `Buffer::revoked`.
-    Revoked(usize),
+    /// `Buffer::gate`.
+    Gate(usize),
     /// `Leases::access`.
     Access,
 }
@@ -49,7 +49,7 @@ impl Lock {
             Self::Transition => 4,
             Self::Live(buffer) => 5 + buffer,
             Self::Resv(buffer) => 5 + BUFFERS + buffer,
-            Self::Revoked(buffer) => 5 + 2 * BUFFERS + buffer,
+            Self::Gate(buffer) => 5 + 2 * BUFFERS + buffer,
         }
     }
 }
@@ -99,7 +99,7 @@ pub(crate) enum Act {
     },
     /// `attachments` is counted up or down.
     Attached { buffer: usize, yes: bool },
-    /// An importer's mapping, and the `Idle` that goes with the count of them.
+    /// An importer's mapping, which `mappings` counts.
     Mapped { importer: usize, yes: bool },
     /// An importer's fence.
     Fence { importer: usize, pending: bool },
@@ -109,6 +109,12 @@ pub(crate) enum Act {
     Look(usize),
     /// A buffer is marked revoked.
     MarkRevoked(usize),
+    /// Writes down what may be touched, as `Access` says.
+    Publish,
+    /// Notes that, to write it down later (a planted bug).
+    NoteReachable,
+    /// Writes that down.
+    PublishNoted,
     /// A buffer is made, of the epoch that is now.
     Make(usize),
     /// It is in the table.
@@ -119,6 +125,8 @@ pub(crate) enum Act {
     Remove(usize),
     /// `attached |= is_attached()` of a drain.
     NoteAttached(usize),
+    /// `waits |= invalidate()` of a drain, and of a revocation.
+    NoteWaits(usize),
     /// Forgets that, and what was looked up.
     NoteNothing,
     /// Looks up which buffers are in the table.
@@ -214,8 +222,8 @@ pub(crate) enum Change2 {
 /// Something that is so or not.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Cond {
-    /// `Access::state` of a buffer is `Ok`; its lock is held.
-    StateOk(usize),
+    /// `Buffer::is_reachable`; `access` need not be locked.
+    Reachable(usize),
     /// It is not `Dead`; the lock is held.
     Alive(usize),
     /// There is an epoch; the lock is held.
@@ -224,9 +232,9 @@ pub(crate) enum Cond {
     IsAsleep,
     HasVmas(usize),
     IsAttached(usize),
-    /// Its `unmapped` is busy.
-    IsBusy(usize),
-    IsIdle(usize),
+    /// `mappings` is not 0.
+    HasMappings(usize),
+    HasNoMappings(usize),
     /// There is a fence that has not signalled.
     FencePending(usize),
     /// None.
@@ -237,6 +245,8 @@ pub(crate) enum Cond {
     IsMapped(usize),
     /// The drain of this thread has met importers.
     NotedAttached,
+    /// And something is left to wait for.
+    NotedWaits,
     /// No thread uses the fd of the device.
     FdIdle,
     /// Nor will any open it.
@@ -271,8 +281,6 @@ pub(crate) struct Buffer {
     pub(crate) entries: [bool; VMAS],
     pub(crate) attachments: u8,
     pub(crate) mappings: u8,
-    /// `unmapped` is busy.
-    pub(crate) busy: bool,
     pub(crate) in_table: bool,
     pub(crate) live: bool,
     /// References to its dma-buf.
@@ -306,8 +314,12 @@ struct Thread {
     attached: bool,
     /// The buffers that it has looked up.
     batch: [bool; BUFFERS],
+    /// Whether something is left to wait for.
+    waits: bool,
     /// What it sampled.
     levels: Levels,
+    /// What it noted.
+    reachable: u64,
 }
 
 /// The device as it really is.
@@ -389,6 +401,8 @@ pub(crate) enum Uses {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct World {
     access: Access,
+    /// `Leases::reachable`.
+    reachable: u64,
     /// `Leases::asleep`.
     asleep: bool,
     locks: [Semaphore; Lock::COUNT],
@@ -427,6 +441,7 @@ impl World {
         let mut access = Access::new();
         access.open(Levels::default());
         Self {
+            reachable: access.reachable(),
             access,
             asleep: false,
             locks: Default::default(),
@@ -505,20 +520,25 @@ impl World {
     fn is(&self, thread: usize, cond: Cond, programs: &[Program]) -> bool {
         let buffers = &self.buffers;
         match cond {
-            Cond::StateOk(buffer) => self.state(buffer) == State::Ok,
+            Cond::Reachable(buffer) => {
+                let this = &buffers[buffer];
+                let epoch = this.epoch;
+                !this.revoked && epoch.is_some_and(|epoch| epoch.is_reachable(self.reachable))
+            }
             Cond::Alive(buffer) => self.state(buffer) != State::Dead,
             Cond::IsOpen => self.access.epoch().is_some(),
             Cond::IsAsleep => self.asleep,
             Cond::HasVmas(buffer) => buffers[buffer].vmas != 0,
             Cond::IsAttached(buffer) => buffers[buffer].attachments != 0,
-            Cond::IsBusy(buffer) => buffers[buffer].busy,
-            Cond::IsIdle(buffer) => !buffers[buffer].busy,
+            Cond::HasMappings(buffer) => buffers[buffer].mappings != 0,
+            Cond::HasNoMappings(buffer) => buffers[buffer].mappings == 0,
             Cond::FencePending(buffer) => self.fence_pending(buffer),
             Cond::FencesSignalled(buffer) => !self.fence_pending(buffer),
             Cond::IsLive(buffer) => buffers[buffer].live,
             Cond::InBatch(buffer) => self.threads[thread].batch[buffer],
             Cond::IsMapped(importer) => self.importers[importer].mapped,
             Cond::NotedAttached => self.threads[thread].attached,
+            Cond::NotedWaits => self.threads[thread].waits,
             Cond::FdIdle => self.are_over(programs, |uses| uses == Uses::Fd),
             Cond::OwnersGone => self.are_over(programs, |uses| uses != Uses::Nothing),
             Cond::MaySuspend => self.device.low_power && self.device.holds == 0,
@@ -575,8 +595,16 @@ impl World {
             Act::NoteAttached(buffer) => {
                 self.threads[thread].attached |= self.buffers[buffer].attachments != 0;
             }
+            Act::NoteWaits(buffer) => {
+                let waits = self.buffers[buffer].mappings != 0 || self.fence_pending(buffer);
+                self.threads[thread].waits |= waits;
+            }
+            Act::Publish => self.reachable = self.access.reachable(),
+            Act::NoteReachable => self.threads[thread].reachable = self.access.reachable(),
+            Act::PublishNoted => self.reachable = self.threads[thread].reachable,
             Act::NoteNothing => {
                 self.threads[thread].attached = false;
+                self.threads[thread].waits = false;
                 self.threads[thread].batch = [false; BUFFERS];
             }
             Act::LookUp => {
@@ -677,11 +705,6 @@ impl World {
         self.importers[importer].mapped = yes;
         let buffer = &mut self.buffers[self.importers[importer].buffer];
         count(&mut buffer.mappings, yes);
-        match (yes, buffer.mappings) {
-            (true, 1) => buffer.busy = true,
-            (false, 0) => buffer.busy = false,
-            _ => {}
-        }
     }
 }
 

@@ -278,6 +278,16 @@ planted! {
         AsleepStoredLate, [SysfsReset, LowPower], NOT_STUCK;
     a_drain_that_locks_access_is_found:
         DrainLocksAccess, [QuickImporter, MemoryOff], NO_DEADLOCK;
+    a_zap_that_does_not_wait_for_faults_is_found:
+        ZapPassesNoGate, [Toucher, MemoryOff], INACCESSIBLE;
+    a_revocation_that_does_not_wait_for_faults_is_found:
+        ZapPassesNoGate, [Toucher, Revoker], INACCESSIBLE;
+    a_word_on_access_that_is_written_too_late_is_found:
+        PublishedLate, [Toucher, MemoryOff, MemoryOn], INACCESSIBLE;
+    a_door_that_is_shut_after_the_drain_is_found:
+        PublishedAfterTheDrain, [Toucher, SysfsReset], INACCESSIBLE;
+    fences_that_are_nothing_to_wait_for_are_found:
+        FencesAreNothingToWaitFor, [FencedImporter, Revoker], INACCESSIBLE;
     a_fault_that_takes_the_memory_lock_is_found:
         FaultTakesMemoryLock, [Toucher, Reader, MemoryOff], NO_DEADLOCK;
     a_close_that_drains_late_is_found:

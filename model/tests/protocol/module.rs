@@ -60,8 +60,16 @@ pub(crate) enum Bug {
     OpenedDoesNotLook,
     /// Whether the device sleeps is written down when others may have changed it.
     AsleepStoredLate,
-    /// Access is locked during a drain.
+    /// Access is locked during a drain, and while an importer maps.
     DrainLocksAccess,
+    /// Who takes memory away does not wait for faults that have begun.
+    ZapPassesNoGate,
+    /// What may be touched is written down when others may have changed it.
+    PublishedLate,
+    /// It is written down when all is drained.
+    PublishedAfterTheDrain,
+    /// A buffer whose importers have fences is not waited for.
+    FencesAreNothingToWaitFor,
     /// A fault takes `memory_lock`, as stock vfio-pci's does, and mmap too.
     FaultTakesMemoryLock,
     /// Close drains after the core has disabled the function.
@@ -170,27 +178,41 @@ impl Builder {
 // ---- kmod/src/leases.rs -------------------------------------------------------------------------
 
 impl Builder {
-    /// `Leases::begin`: `access.write().begin(event)`, then a drain.
+    /// `Leases::begin`.
     fn begin(&mut self, event: Event) {
         if self.has(Bug::ZapBeforeBegin) {
             (0..BUFFERS).for_each(|buffer| self.zap(buffer));
         }
-        self.within("Leases::begin", |this| {
-            this.locked(Lock::Access, Mode::Write, |this| {
-                this.act(Act::Access(Change::Begin(event)));
-                if this.has(Bug::DrainLocksAccess) {
-                    this.drain();
-                }
-            });
-            if !this.has(Bug::DrainLocksAccess) {
+        self.within("Leases::begin", |this| this.shut(Change::Begin(event)));
+    }
+
+    /// `Leases::shut`: the change and the word in `access`, then a drain.
+    fn shut(&mut self, change: Change) {
+        let late = self.has(Bug::PublishedAfterTheDrain);
+        self.locked(Lock::Access, Mode::Write, |this| {
+            this.act(Act::Access(change));
+            if !late {
+                this.act(Act::Publish);
+            }
+            if this.has(Bug::DrainLocksAccess) {
                 this.drain();
             }
         });
+        if self.has(Bug::CloseDrainsLate) && matches!(change, Change::Close) {
+            self.act(Act::Disabled(true));
+        }
+        if !self.has(Bug::DrainLocksAccess) {
+            self.drain();
+        }
+        if late {
+            self.locked(Lock::Access, Mode::Write, |this| this.act(Act::Publish));
+        }
     }
 
-    /// `Leases::update`: `asleep` is read without a lock, and written with it.
+    /// `Leases::update`: `asleep` and the word are read without a lock, and written with it.
     fn update(&mut self, change: Change) {
         let late = self.has(Bug::AsleepStoredLate);
+        let published_late = self.has(Bug::PublishedLate);
         self.within("Leases::update", |this| {
             this.locked(Lock::Access, Mode::Write, |this| {
                 this.act(Act::Access(change));
@@ -201,41 +223,52 @@ impl Builder {
                 } else {
                     Act::StoreAsleep
                 });
+                this.act(if published_late {
+                    Act::NoteReachable
+                } else {
+                    Act::Publish
+                });
             });
             if late {
                 this.act(Act::StoreNoted);
+            }
+            if published_late {
+                this.act(Act::PublishNoted);
             }
         });
     }
 
     /// `Leases::close`.
     fn close(&mut self) {
-        let late = self.has(Bug::CloseDrainsLate);
-        self.within("Leases::close", |this| {
-            this.locked(Lock::Access, Mode::Write, |this| {
-                this.act(Act::Access(Change::Close));
-            });
-            if late {
-                this.act(Act::Disabled(true));
-            }
-            this.drain();
-        });
+        self.within("Leases::close", |this| this.shut(Change::Close));
     }
 
-    /// `Leases::drain`: zap all; if anything is attached, tell all, then wait for all.
+    /// `Leases::drain`: zap all; if anything is attached, tell all, then wait for all if that is left to do.
     fn drain(&mut self) {
         self.within("Leases::drain", |this| {
             this.for_each(|this, buffer| {
+                this.act(Act::NoteAttached(buffer));
+                let unmapped = this.unless(Cond::HasVmas(buffer));
                 if !this.has(Bug::ZapBeforeBegin) {
                     this.zap(buffer);
                 }
-                this.act(Act::NoteAttached(buffer));
+                this.land(unmapped);
             });
             let nothing = this.unless(Cond::NotedAttached);
-            this.for_each(Self::invalidate);
+            this.for_each(|this, buffer| {
+                let nobody = this.unless(Cond::IsAttached(buffer));
+                this.invalidate(buffer);
+                this.land(nobody);
+            });
+            let done = this.unless(Cond::NotedWaits);
             if !this.has(Bug::NoWait) {
-                this.for_each(Self::wait);
+                this.for_each(|this, buffer| {
+                    let nobody = this.unless(Cond::IsAttached(buffer));
+                    this.wait(buffer);
+                    this.land(nobody);
+                });
             }
+            this.land(done);
             this.land(nothing);
             this.act(Act::NoteNothing);
         });
@@ -255,10 +288,12 @@ impl Builder {
 // ---- kmod/src/buffer.rs -------------------------------------------------------------------------
 
 impl Builder {
-    /// `Buffer::zap`: `unmap_mapping_range` goes from one VMA to the next.
+    /// `Buffer::zap`: waits for faults; then `unmap_mapping_range` goes from one VMA to the next.
     fn zap(&mut self, buffer: usize) {
         self.within("Buffer::zap", |this| {
-            let unmapped = this.unless(Cond::HasVmas(buffer));
+            if !this.has(Bug::ZapPassesNoGate) {
+                this.locked(Lock::Gate(buffer), Mode::Write, |_| {});
+            }
             let vmas = if this.has(Bug::ZapOfOneVma) { 1 } else { VMAS };
             for vma in 0..vmas {
                 this.act(Act::Entry {
@@ -267,32 +302,35 @@ impl Builder {
                     there: false,
                 });
             }
-            this.land(unmapped);
         });
     }
 
-    /// `Buffer::invalidate`, and `LiveGuard::invalidate` with what it asks first.
+    /// `Buffer::invalidate`, and `LiveGuard::invalidate` with what it asks; what it says is noted.
     fn invalidate(&mut self, buffer: usize) {
         self.within("Buffer::invalidate", |this| {
-            let nobody = this.unless(Cond::IsAttached(buffer));
             this.put(Instr::Take(Lock::Live(buffer), Mode::Write));
             let released = this.unless(Cond::IsLive(buffer));
             this.act(Act::Look(buffer));
             this.locked(Lock::Resv(buffer), Mode::Write, |this| {
-                let idle = this.unless(Cond::IsBusy(buffer));
+                let idle = this.unless(Cond::HasMappings(buffer));
                 this.act(Act::Invalidate(buffer));
                 this.land(idle);
+                if this.has(Bug::FencesAreNothingToWaitFor) {
+                    let unmapped = this.unless(Cond::HasMappings(buffer));
+                    this.act(Act::NoteWaits(buffer));
+                    this.land(unmapped);
+                } else {
+                    this.act(Act::NoteWaits(buffer));
+                }
             });
             this.land(released);
             this.put(Instr::Give(Lock::Live(buffer)));
-            this.land(nobody);
         });
     }
 
-    /// `Buffer::wait`: for fences, with a look at the dma-buf for each; then until `unmapped` is idle.
+    /// `Buffer::wait`: for fences, with a look at the dma-buf for each; then until there are no mappings.
     fn wait(&mut self, buffer: usize) {
         self.within("Buffer::wait", |this| {
-            let nobody = this.unless(Cond::IsAttached(buffer));
             if !this.has(Bug::NoWaitForFences) {
                 let again = this.here();
                 // `pending_fence`.
@@ -307,21 +345,8 @@ impl Builder {
                 this.land(signalled);
                 this.put(Instr::Give(Lock::Live(buffer)));
             }
-            this.put(Instr::Await(Cond::IsIdle(buffer)));
-            this.land(nobody);
+            this.put(Instr::Await(Cond::HasNoMappings(buffer)));
         });
-    }
-
-    /// `Buffer::state` begins: both locks are held while it is looked at.
-    fn lock_state(&mut self, buffer: usize) {
-        self.put(Instr::Take(Lock::Revoked(buffer), Mode::Read));
-        self.put(Instr::Take(Lock::Access, Mode::Read));
-    }
-
-    /// It ends.
-    fn unlock_state(&mut self, buffer: usize) {
-        self.put(Instr::Give(Lock::Access));
-        self.put(Instr::Give(Lock::Revoked(buffer)));
     }
 
     /// `Buffer::revoke`.
@@ -329,32 +354,38 @@ impl Builder {
         self.within("Buffer::revoke", |this| {
             let early = this.has(Bug::ZapBeforeMark);
             if early {
-                this.zap(buffer);
+                this.zap_if_mapped(buffer);
             }
-            this.put(Instr::Take(Lock::Revoked(buffer), Mode::Write));
             let trusts = this.has(Bug::RevokeTrustsTheEvent).then(|| {
-                let ok = this.unless(Cond::StateOk(buffer));
+                let ok = this.unless(Cond::Reachable(buffer));
                 let go_on = this.goto();
                 this.land(ok);
                 this.act(Act::MarkRevoked(buffer));
-                this.put(Instr::Give(Lock::Revoked(buffer)));
                 let done = this.goto();
                 this.land(go_on);
                 done
             });
             this.act(Act::MarkRevoked(buffer));
-            this.put(Instr::Give(Lock::Revoked(buffer)));
             if !early {
-                this.zap(buffer);
+                this.zap_if_mapped(buffer);
             }
             let nobody = this.unless(Cond::IsAttached(buffer));
             this.invalidate(buffer);
+            let nothing = this.unless(Cond::NotedWaits);
             this.wait(buffer);
+            this.land(nothing);
+            this.act(Act::NoteNothing);
             this.land(nobody);
             if let Some(done) = trusts {
                 this.land(done);
             }
         });
+    }
+
+    fn zap_if_mapped(&mut self, buffer: usize) {
+        let unmapped = self.unless(Cond::HasVmas(buffer));
+        self.zap(buffer);
+        self.land(unmapped);
     }
 
     /// `Buffer::fault`, in a VMA that is locked: the state holds until the entry is in.
@@ -364,10 +395,10 @@ impl Builder {
             if stock {
                 this.put(Instr::Take(Lock::Memory, Mode::Read));
             }
-            this.lock_state(buffer);
-            let shut = this.unless(Cond::StateOk(buffer));
+            this.put(Instr::Take(Lock::Gate(buffer), Mode::Read));
+            let shut = this.unless(Cond::Reachable(buffer));
             if this.has(Bug::FaultInsertsWithoutTheLock) {
-                this.unlock_state(buffer);
+                this.put(Instr::Give(Lock::Gate(buffer)));
             }
             this.act(Act::Entry {
                 buffer,
@@ -375,12 +406,12 @@ impl Builder {
                 there: true,
             });
             if !this.has(Bug::FaultInsertsWithoutTheLock) {
-                this.unlock_state(buffer);
+                this.put(Instr::Give(Lock::Gate(buffer)));
             }
             this.act(Act::Saw(Sight::Entry));
             let done = this.goto();
             this.land(shut);
-            this.unlock_state(buffer);
+            this.put(Instr::Give(Lock::Gate(buffer)));
             this.act(Act::Saw(Sight::Sigbus));
             this.land(done);
             if stock {
@@ -396,9 +427,9 @@ impl Builder {
             if this.has(Bug::FaultTakesMemoryLock) {
                 this.locked(Lock::Memory, Mode::Read, |_| {});
             }
-            this.lock_state(buffer);
+            this.put(Instr::Take(Lock::Access, Mode::Write));
             let dead = this.unless(Cond::Alive(buffer));
-            this.unlock_state(buffer);
+            this.put(Instr::Give(Lock::Access));
             this.act(Act::Vma {
                 buffer,
                 opened: true,
@@ -407,7 +438,7 @@ impl Builder {
             then(this);
             let over = this.goto();
             this.land(dead);
-            this.unlock_state(buffer);
+            this.put(Instr::Give(Lock::Access));
             this.put(Instr::Give(Lock::Mmap));
             this.land(over);
         });
@@ -416,25 +447,12 @@ impl Builder {
     /// `Buffer::attach`; `then` is what an importer does that is attached.
     fn attach(&mut self, buffer: usize, then: impl FnOnce(&mut Self)) {
         self.within("Buffer::attach", |this| {
-            // `alive`.
-            this.lock_state(buffer);
-            let dead = this.unless(Cond::Alive(buffer));
-            this.unlock_state(buffer);
             this.act(Act::Attached { buffer, yes: true });
-            this.lock_state(buffer);
-            let shut = this.unless(Cond::StateOk(buffer));
-            this.unlock_state(buffer);
+            let shut = this.unless(Cond::Reachable(buffer));
             this.within("importer", then);
-            let detach = this.goto();
             this.land(shut);
-            this.unlock_state(buffer);
-            this.land(detach);
             // `detach`.
             this.act(Act::Attached { buffer, yes: false });
-            let over = this.goto();
-            this.land(dead);
-            this.unlock_state(buffer);
-            this.land(over);
         });
     }
 
@@ -445,10 +463,11 @@ impl Builder {
             if !early {
                 this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
             }
-            this.lock_state(buffer);
+            if this.has(Bug::DrainLocksAccess) {
+                this.locked(Lock::Access, Mode::Write, |_| {});
+            }
             let look = !this.has(Bug::MapDoesNotLook);
-            let shut = look.then(|| this.unless(Cond::StateOk(buffer)));
-            this.unlock_state(buffer);
+            let shut = look.then(|| this.unless(Cond::Reachable(buffer)));
             if early {
                 this.put(Instr::Take(Lock::Resv(buffer), Mode::Write));
             }
@@ -469,7 +488,6 @@ impl Builder {
             if let Some(shut) = shut {
                 this.land(shut);
             }
-            this.unlock_state(buffer);
             if !early {
                 this.put(Instr::Give(Lock::Resv(buffer)));
             }
@@ -495,7 +513,7 @@ impl Builder {
 // ---- kmod/src/driver.rs -------------------------------------------------------------------------
 
 impl Builder {
-    /// `driver::bracketed`: `act` in an event, then what the device says now, with `memory_lock` held.
+    /// `driver::bracketed`: `act` in an event, then what the device says now.
     fn bracketed(&mut self, event: Event, act: impl FnOnce(&mut Self)) {
         self.within("driver::bracketed", |this| {
             this.begin(event);
@@ -510,7 +528,7 @@ impl Builder {
                 Some(Bug::NoNesting) => Change::SampleAndEndAll(event),
                 _ => Change::SampleAndEnd(event),
             };
-            this.locked(Lock::Memory, Mode::Read, |this| this.update(change));
+            this.update(change);
         });
     }
 
@@ -521,7 +539,7 @@ impl Builder {
         }
         self.within("driver::notice_wake_up", |this| {
             let awake = this.unless(Cond::IsAsleep);
-            this.locked(Lock::Memory, Mode::Read, |this| this.update(Change::Sample));
+            this.update(Change::Sample);
             this.land(awake);
         });
     }
@@ -546,7 +564,7 @@ impl Builder {
     /// `driver::opened`; `unbinding` may have come before.
     fn opened(&mut self) {
         self.within("Barlease::opened", |this| {
-            this.locked(Lock::Memory, Mode::Read, |this| this.update(Change::Open));
+            this.update(Change::Open);
             if !this.has(Bug::OpenedDoesNotLook) {
                 this.unbinding();
             }
@@ -713,7 +731,7 @@ pub(crate) fn exporter(setting: Setting, buffer: usize, vma: usize) -> Program {
 
 /// `Buffer::make`, and touches of what was made.
 fn export_and_touch(this: &mut Builder, buffer: usize, vma: usize) {
-    this.put(Instr::Take(Lock::Access, Mode::Read));
+    this.put(Instr::Take(Lock::Access, Mode::Write));
     let closed = this.unless(Cond::IsOpen);
     this.act(Act::Make(buffer));
     this.put(Instr::Give(Lock::Access));
@@ -865,11 +883,17 @@ pub(crate) fn low_power(setting: Setting, until_wake_up: bool, leaves: bool) -> 
     this.end("low power", Uses::Fd)
 }
 
-/// An access through the device fd, which wakes the device.
+/// An access through the device fd, which wakes the device (`Barlease::read`, `read_further`): it is asked after that, if it
+/// slept before.
 pub(crate) fn access(setting: Setting) -> Program {
     let mut this = Builder::new(setting);
+    let awake = this.unless(Cond::IsAsleep);
     this.awake(|_| {});
     this.notice_wake_up();
+    let done = this.goto();
+    this.land(awake);
+    this.awake(|_| {});
+    this.land(done);
     this.end("access", Uses::Fd)
 }
 
