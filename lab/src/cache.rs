@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
@@ -172,14 +173,22 @@ pub fn unfinished(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// A part of a name that no other process and no other thread has.
+#[must_use]
+pub fn unique() -> String {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    format!("{}-{number}", std::process::id())
+}
+
 /// Writes a file so that it has either its old content or all of the new.
 ///
 /// # Errors
 ///
 /// When it cannot be written.
 pub fn write(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
-    // Two processes may write the same thing at once: the last one wins, neither is torn.
-    let new = unfinished(path).with_extension(std::process::id().to_string());
+    // Two processes or threads may write the same thing at once: the last one wins, neither is torn.
+    let new = unfinished(path).with_extension(unique());
     fs::write(&new, content)
         .and_then(|()| fs::rename(&new, path))
         .with_context(|| format!("write {}", path.display()))
@@ -259,6 +268,27 @@ mod tests {
                 .find(|(key, _)| *key == name)
                 .map(|(_, value)| OsString::from(value))
         })
+    }
+
+    #[test]
+    fn a_file_that_many_threads_write_is_whole() {
+        let folder = std::env::temp_dir().join(format!("barlease-cache-{}", unique()));
+        fs::create_dir(&folder).unwrap();
+        let path = folder.join("file");
+        std::thread::scope(|scope| {
+            for byte in b'a'..b'i' {
+                let path = &path;
+                scope.spawn(move || {
+                    for _ in 0..200 {
+                        write(path, vec![byte; 10_000]).unwrap();
+                    }
+                });
+            }
+        });
+        let content = fs::read(&path).unwrap();
+        assert_eq!(content, vec![content[0]; 10_000]);
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
+        fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

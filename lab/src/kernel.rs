@@ -94,7 +94,7 @@ impl Kernel {
         let Some(payload) = boot_image::payload(&image) else {
             return Ok(packed);
         };
-        let part = self.folder.join(format!("payload.{}", std::process::id()));
+        let part = self.folder.join(format!("payload.{}", cache::unique()));
         fs::write(&part, payload).with_context(|| format!("write {}", part.display()))?;
         let kernel = through(sysroot, "usr/bin/zstd", &part);
         cache::remove(&part)?;
