@@ -12,7 +12,6 @@ use barlease_bench::report::{Measure, Report, System};
 struct Options {
     native: bool,
     quick: bool,
-    one_processor: bool,
     profile: bool,
     /// Sets whose name has one of these in it; none is all.
     only: Vec<String>,
@@ -20,9 +19,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let Some(options) = options(std::env::args().skip(1)) else {
-        eprintln!(
-            "usage: barlease-bench [native] [--quick] [--one-processor] [--profile] [--only NAME]..."
-        );
+        eprintln!("usage: barlease-bench [native] [--quick] [--profile] [--only NAME]...");
         return ExitCode::from(2);
     };
     if options.profile {
@@ -49,7 +46,6 @@ fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
     let mut options = Options {
         native: false,
         quick: false,
-        one_processor: false,
         profile: false,
         only: Vec::new(),
     };
@@ -58,7 +54,6 @@ fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
             "native" => options.native = true,
             "--quick" => options.quick = true,
             "--profile" => options.profile = true,
-            "--one-processor" => options.one_processor = true,
             "--only" => options.only.push(words.next()?),
             _ => return None,
         }
@@ -83,13 +78,6 @@ fn take(options: &Options) -> Vec<Measure> {
     for set in sets {
         let mut wanted = options.only.iter();
         if !options.only.is_empty() && !wanted.any(|wanted| set.name.contains(wanted)) {
-            continue;
-        }
-        if options.one_processor && set.needs_processors {
-            println!(
-                "         {}: not with processors that run one at a time",
-                set.name
-            );
             continue;
         }
         let start = Instant::now();

@@ -171,9 +171,6 @@ fn in_guest(
     let line = Arc::clone(&report);
     let mut words = vec!["/lab/bin/barlease-bench".to_owned()];
     words.extend(arguments(options));
-    if clock == Clock::Instructions {
-        words.push("--one-processor".to_owned());
-    }
     let outcome = Run::new(prepared, Preset::Bench.machine())
         .module(module)
         .file(importer(module)?, "/lib/modules/barlease_importer.ko")

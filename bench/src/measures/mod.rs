@@ -35,17 +35,11 @@ pub struct Set {
     pub name: &'static str,
     /// Takes them.
     pub take: fn(&Context) -> Vec<Measure>,
-    /// Whether they mean nothing where the guest's processors run one at a time.
-    pub needs_processors: bool,
 }
 
 impl Set {
     const fn new(name: &'static str, take: fn(&Context) -> Vec<Measure>) -> Self {
-        Self {
-            name,
-            take,
-            needs_processors: false,
-        }
+        Self { name, take }
     }
 }
 
@@ -56,10 +50,7 @@ pub const ALL: &[Set] = &[
     Set::new("touch", touch::take),
     Set::new("take-away", take_away::take),
     Set::new("revoke", revoke::take),
-    Set {
-        needs_processors: true,
-        ..Set::new("throughput", throughput::take)
-    },
+    Set::new("throughput", throughput::take),
     Set::new("lookup", lookup::take),
     Set::new("descriptor", descriptor::take),
     Set::new("interrupt", interrupt::take),
