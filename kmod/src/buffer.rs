@@ -14,6 +14,7 @@ use crate::{
     sys::{
         dma_buf::{DmaBuf, Exporter, Fence, Live, MappedInode, NAME_LEN, Operations},
         errno,
+        flag::peek,
         idle::Outstanding,
         items::Items,
         p2p::{Importer, Mapped, Run},
@@ -184,7 +185,7 @@ impl Buffer {
     }
 
     fn is_revoked(&self) -> bool {
-        self.revoked.load(Relaxed) != 0
+        peek(&self.revoked) != 0
     }
 
     /// Whether it is accessible. For whom that holds how long is said in [`leases`](crate::leases).
@@ -229,7 +230,7 @@ impl Buffer {
 
     /// VMAs that map it.
     pub(crate) fn vmas(&self) -> i64 {
-        self.vmas.load(Relaxed)
+        peek(&self.vmas)
     }
 
     /// Those of them that are write-combining.
@@ -256,7 +257,7 @@ impl Buffer {
 
     /// Whether it has importers.
     pub(crate) fn is_attached(&self) -> bool {
-        self.attachments.load(Relaxed) != 0
+        peek(&self.attachments) != 0
     }
 
     /// Tells its importers that their mappings are to go: whether something is left to wait for. What
@@ -312,6 +313,8 @@ impl Buffer {
     /// An entry above a page is uncached: write-combining ones are made a page at a time, since
     /// the kernel gives no way to make others. Where no entry above a page is possible, now or
     /// later, one fault brings in what such an entry would have.
+    // Once for each memory type, which then is a constant.
+    #[inline(always)]
     fn insert(&self, fault: &Fault<'_>, order: u32) -> Outcome {
         let span = fault.span();
         let Some(page_offset) = span.page_offset.checked_sub(self.first_page) else {
@@ -431,7 +434,8 @@ impl Exporter for Buffer {
     }
 
     fn attach(&self) -> Result {
-        self.attachments.fetch_add(1, Full);
+        self.attachments.fetch_add(1, Relaxed);
+        self.leases.attached();
         let provider = self.leases.providers().check(self.contents.bar);
         if self.is_reachable() && provider.is_ok() {
             return Ok(());
@@ -444,6 +448,7 @@ impl Exporter for Buffer {
 
     fn detach(&self) {
         self.attachments.fetch_sub(1, Relaxed);
+        self.leases.detached();
     }
 
     fn map(&self, importer: &mut Importer<'_>) -> Result<Mapped> {
@@ -469,6 +474,7 @@ impl Exporter for Buffer {
 }
 
 impl vma::Mapped for Buffer {
+    #[inline(always)]
     fn fault(&self, fault: &Fault<'_>, order: u32) -> Outcome {
         if order > PMD_ORDER {
             return Outcome::FALLBACK;
@@ -485,7 +491,8 @@ impl vma::Mapped for Buffer {
     }
 
     fn vma_opened(&self, memory_type: MemoryType) {
-        self.vmas.fetch_add(1, Full);
+        self.vmas.fetch_add(1, Relaxed);
+        self.leases.vma_opened();
         if memory_type == MemoryType::WriteCombining {
             self.wc_vmas.fetch_add(1, Relaxed);
         }
@@ -493,6 +500,7 @@ impl vma::Mapped for Buffer {
 
     fn vma_closed(&self, memory_type: MemoryType) {
         self.vmas.fetch_sub(1, Relaxed);
+        self.leases.vma_closed();
         if memory_type == MemoryType::WriteCombining {
             self.wc_vmas.fetch_sub(1, Relaxed);
         }

@@ -237,8 +237,12 @@ impl Driver for Barlease {
 }
 
 /// Takes note of what resets and wake-ups change. What the user reads and asked for they do not change,
-/// and it cannot be asked for here: the memory lock may or may not be ours.
+/// and it cannot be asked for here: the device may be being closed. One that is not open is asked when it
+/// is opened.
 fn note_state_of(function: &Function<'_>, access: &mut Access) {
+    if access.epoch().is_none() {
+        return;
+    }
     access.set_levels(Levels {
         undecoded: !function.decodes_memory(),
         sleeping: function.is_sleeping(),

@@ -38,14 +38,20 @@
 //! - by an importer that maps with the reservation lock held until its mapping is counted, which who
 //!   takes away takes too, before it asks whether there is one.
 //!
-//! What nobody maps and nobody is attached to is passed over. So the counts of VMAs and of importers
-//! go up before the word is read, the word is written before they are read, and between the two there
-//! is a full barrier on either side (`Full`): one of the two sees the other.
+//! What nobody maps and nobody is attached to is passed over, by the counts of the buffers, and of all
+//! of them together. So these counts go up before the word is read, the word is written before they are
+//! read, and between the two there is a full barrier on either side (`Full`): one of the two sees the
+//! other.
 
 use crate::{
     buffer::{Buffer, Names},
-    model::access::{Access, Epoch, Event, Levels, NOTHING_REACHABLE, State},
-    sys::{flag::Flag, p2p::Providers, ratelimit::Ratelimit, sleep::Sleeper},
+    model::access::{Access, Epoch, Event, Levels, NOTHING, State},
+    sys::{
+        flag::{Flag, peek},
+        p2p::Providers,
+        ratelimit::Ratelimit,
+        sleep::Sleeper,
+    },
     table::{Number, Table},
 };
 use kernel::{
@@ -71,14 +77,16 @@ pub(crate) struct Leases {
     access: Mutex<Access>,
     /// [`Access::reachable`] of `access`, with which it is written.
     reachable: Atomic<u64>,
+    /// [`Access::word`], likewise.
+    epoch: Atomic<u64>,
     /// Whether the device sleeps, or was seen half awake, as `access` says. Written with `access` locked, read by whoever
     /// had an access through the device fd, who is to pay nothing where nothing sleeps.
     asleep: Flag,
     #[pin]
     table: Mutex<Table>,
-    /// Buffers in the table, or a few more. Needs no order of its own: what can have an entry in a page table, or an importer,
-    /// was counted before it was given to anybody.
-    count: Atomic<i64>,
+    /// VMAs that map its buffers, and importers attached to them: each is the sum of what the buffers count.
+    vmas: Atomic<i64>,
+    attachments: Atomic<i64>,
     #[pin]
     log_limit: Ratelimit,
 }
@@ -96,10 +104,12 @@ impl Leases {
                 bdf,
                 providers,
                 access <- new_mutex!(Access::new(), "barlease::access"),
-                reachable: Atomic::new(NOTHING_REACHABLE),
+                reachable: Atomic::new(NOTHING),
+                epoch: Atomic::new(NOTHING),
                 asleep: Flag::new(),
                 table <- new_mutex!(Table::new(), "barlease::table"),
-                count: Atomic::new(0),
+                vmas: Atomic::new(0),
+                attachments: Atomic::new(0),
                 log_limit <- Ratelimit::new(),
             }),
             GFP_KERNEL,
@@ -130,17 +140,21 @@ impl Leases {
     pub(crate) fn open(&self, levels: Levels) {
         self.update(|access| {
             let _epoch = access.open(levels);
+            self.epoch.store(access.word(), Relaxed);
         });
     }
 
     /// The device is being closed, or is gone: all its buffers are dead when this returns.
     pub(crate) fn close(&self) {
-        self.shut(Access::close);
+        self.shut(|access| {
+            access.close();
+            self.epoch.store(NOTHING, Relaxed);
+        });
     }
 
     /// The current epoch; `ENODEV` when the device is not open.
     pub(crate) fn epoch(&self) -> Result<Epoch> {
-        self.access.lock().epoch().ok_or(ENODEV)
+        Epoch::of_word(peek(&self.epoch)).ok_or(ENODEV)
     }
 
     /// Whether `epoch` is that of the last open of the device, which may be over.
@@ -157,7 +171,7 @@ impl Leases {
     fn shut(&self, change: impl FnOnce(&mut Access)) {
         let mut access = self.access.lock();
         change(&mut access);
-        self.reachable.xchg(NOTHING_REACHABLE, Full);
+        self.reachable.xchg(NOTHING, Full);
         drop(access);
         self.drain();
     }
@@ -193,20 +207,32 @@ impl Leases {
     /// answer that is for how long is said above.
     #[inline]
     pub(crate) fn is_reachable(&self, epoch: Epoch) -> bool {
-        epoch.is_reachable(self.reachable.load(Relaxed))
+        epoch.is_reachable(peek(&self.reachable))
+    }
+
+    /// One of its buffers has a VMA more, which it has counted; what is looked at after this is looked
+    /// at after both.
+    pub(crate) fn vma_opened(&self) {
+        self.vmas.fetch_add(1, Full);
+    }
+
+    /// One of its buffers has a VMA less.
+    pub(crate) fn vma_closed(&self) {
+        self.vmas.fetch_sub(1, Relaxed);
+    }
+
+    /// One of its buffers has an importer more, which it has counted. As for `vma_opened`.
+    pub(crate) fn attached(&self) {
+        self.attachments.fetch_add(1, Full);
+    }
+
+    /// One of its buffers has an importer less.
+    pub(crate) fn detached(&self) {
+        self.attachments.fetch_sub(1, Relaxed);
     }
 
     /// Adds a buffer, which every drain from here on finds.
     pub(crate) fn add(&self, buffer: Arc<Buffer>) -> Result {
-        self.count.fetch_add(1, Relaxed);
-        let added = self.try_add(buffer);
-        if added.is_err() {
-            self.count.fetch_sub(1, Relaxed);
-        }
-        added
-    }
-
-    fn try_add(&self, buffer: Arc<Buffer>) -> Result {
         loop {
             let mut table = self.table.lock();
             let Some(wanted) = table.wants_room() else {
@@ -227,9 +253,6 @@ impl Leases {
         let mut table = self.table.lock();
         let removed = table.remove(number);
         drop(table);
-        if removed.is_some() {
-            self.count.fetch_sub(1, Relaxed);
-        }
         // What this may drop last is dropped without the lock.
         drop(removed);
     }
@@ -243,9 +266,6 @@ impl Leases {
         mut wanted: impl FnMut(&Buffer) -> bool,
         mut f: impl FnMut(&Buffer),
     ) {
-        if self.count.load(Relaxed) == 0 {
-            return;
-        }
         // Often there is one, or none: it costs no batch.
         let mut first = [None];
         let next = self.table.lock().look_up(0, &mut wanted, &mut first);
@@ -281,13 +301,10 @@ impl Leases {
     /// In phases, so that it takes as long as the slowest importer and not the sum, and CPU access
     /// waits for no importer.
     fn drain(&self) {
-        let mut attached = false;
-        let mapped = |buffer: &Buffer| {
-            attached |= buffer.is_attached();
-            buffer.is_mapped()
-        };
-        self.for_each(mapped, Buffer::zap);
-        if attached {
+        if peek(&self.vmas) != 0 {
+            self.for_each(Buffer::is_mapped, Buffer::zap);
+        }
+        if peek(&self.attachments) != 0 {
             self.drain_importers();
         }
     }

@@ -135,9 +135,8 @@ impl Table {
     ) -> Option<usize> {
         let mut free = batch.iter_mut();
         let mut found = free.next()?;
-        let mut number = from;
-        while let Some(place) = self.places.get(number) {
-            number += 1;
+        let places = self.places.get(from..)?;
+        for (number, place) in (from..).zip(places) {
             let Place::Taken(buffer) = place else {
                 continue;
             };
@@ -147,7 +146,7 @@ impl Table {
             *found = Some(buffer.clone());
             match free.next() {
                 Some(place) => found = place,
-                None => return (number < self.places.len()).then_some(number),
+                None => return Some(number + 1),
             }
         }
         None

@@ -134,6 +134,15 @@ impl Levels {
 pub struct Epoch(u64);
 
 impl Epoch {
+    /// The epoch that is open, as [`Access::word`] said it.
+    #[inline]
+    pub const fn of_word(word: u64) -> Option<Self> {
+        match word {
+            NOTHING => None,
+            epoch => Some(Self(epoch)),
+        }
+    }
+
     /// Whether its buffers may be touched, as a word says that [`Access::reachable`] gave.
     #[inline]
     pub const fn is_reachable(self, word: u64) -> bool {
@@ -142,7 +151,7 @@ impl Epoch {
 }
 
 /// The word for no epoch. None has this number.
-pub const NOTHING_REACHABLE: u64 = 0;
+pub const NOTHING: u64 = 0;
 
 /// State of a buffer, as the uAPI has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -248,6 +257,11 @@ impl Access {
             })
     }
 
+    /// Which epoch is open, in a word, for who looks without a lock: [`Epoch::of_word`].
+    pub const fn word(&self) -> u64 {
+        if self.open { self.epoch } else { NOTHING }
+    }
+
     /// Which epoch's buffers may be touched now, in a word, for who looks without a lock:
     /// [`Epoch::is_reachable`]. What was revoked for good may not be touched whatever it says.
     pub fn reachable(&self) -> u64 {
@@ -255,7 +269,7 @@ impl Access {
         if self.open && events == 0 && self.levels == Levels::default() {
             self.epoch
         } else {
-            NOTHING_REACHABLE
+            NOTHING
         }
     }
 

@@ -2,7 +2,7 @@
 
 //! Access against an oracle that remembers the whole history and reads the answer off it.
 
-use barlease_model::access::{Access, Epoch, Event, Levels, NOTHING_REACHABLE, Reasons, State};
+use barlease_model::access::{Access, Epoch, Event, Levels, NOTHING, Reasons, State};
 use proptest::{collection::vec, prelude::*, sample::select};
 
 /// What can happen to a device.
@@ -138,6 +138,7 @@ impl Traced {
         assert_eq!(access.reasons().bits(), self.reason_bits(), "{history:?}");
         let current = self.epochs.last().copied().filter(|_| self.is_open());
         assert_eq!(access.epoch(), current, "{history:?}");
+        assert_eq!(Epoch::of_word(access.word()), current, "{history:?}");
         for (index, &epoch) in self.epochs.iter().enumerate() {
             let latest = index + 1 == self.epochs.len();
             assert_eq!(access.is_latest(epoch), latest, "{history:?}");
@@ -238,7 +239,7 @@ fn a_device_that_was_never_open_has_no_epoch_and_no_reason() {
     for access in [Access::new(), Access::default()] {
         assert_eq!(access.epoch(), None);
         assert!(access.reasons().is_empty());
-        assert_eq!(access.reachable(), NOTHING_REACHABLE);
+        assert_eq!(access.reachable(), NOTHING);
     }
 }
 

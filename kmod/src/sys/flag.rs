@@ -7,6 +7,15 @@
 //! (`include/asm-generic/rwonce.h`).
 
 use core::cell::UnsafeCell;
+use kernel::sync::atomic::{Atomic, AtomicType};
+
+/// Reads an atomic as `READ_ONCE` does: [`Atomic::load`] with `Relaxed`, in place.
+#[inline]
+pub(crate) fn peek<T: AtomicType>(atomic: &Atomic<T>) -> T {
+    // SAFETY: The pointer is valid. The kernel's memory model has a volatile access of a word as a
+    // marked one, which may be beside atomic ones.
+    unsafe { atomic.as_ptr().read_volatile() }
+}
 
 /// A flag. It orders nothing around it.
 pub(crate) struct Flag(UnsafeCell<bool>);

@@ -2,7 +2,6 @@
 
 #include <linux/dma-fence.h>
 #include <linux/dma-resv.h>
-#include <linux/err.h>
 #include <linux/iommu.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -99,11 +98,6 @@ void bl_pci_wake(struct pci_dev *pdev)
 {
 	pci_set_power_state(pdev, PCI_D3hot);
 	pci_set_power_state(pdev, PCI_D0);
-}
-
-bool bl_iomapped(const void __iomem *address)
-{
-	return !IS_ERR_OR_NULL((const void __force *)address);
 }
 
 /* The name, cut or filled up with NUL to DMA_BUF_NAME_LEN bytes. */

@@ -28,7 +28,6 @@ bool bl_pm_runtime_is_active(struct device *dev);
 void bl_pm_runtime_barrier(struct device *dev);
 void bl_pm_runtime_put(struct device *dev);
 void bl_pci_wake(struct pci_dev *pdev);
-bool bl_iomapped(const void __iomem *address);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
 bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name);
 struct dma_fence *bl_pending_fence(struct dma_resv *resv);

@@ -479,8 +479,9 @@ impl<'a, D: Driver> Device<'a, D> {
         let map = unsafe { &raw const (*self.core()).barmap };
         // SAFETY: The device is valid; the map does not change while it is open.
         let address = *unsafe { &*map }.get(index).ok_or(ENODEV)?;
-        // SAFETY: Any value may be asked about.
-        if !unsafe { bindings::bl_iomapped(address) } {
+        // `IS_ERR_OR_NULL`.
+        let last = usize::MAX - bindings::MAX_ERRNO as usize;
+        if !(1..=last).contains(&address.addr()) {
             return Err(ENODEV);
         }
         let pdev = self.function().pdev;

@@ -79,6 +79,7 @@ pub(crate) struct Span {
 
 impl Fault<'_> {
     /// How the VMA is cached.
+    #[inline]
     pub(crate) fn memory_type(&self) -> MemoryType {
         self.memory_type
     }

@@ -89,7 +89,7 @@ pub(crate) enum Act {
     Access(Change),
     /// A thread looks at what the device says, to set it later (a planted bug).
     Sample,
-    /// `vmas` of a buffer is counted up or down.
+    /// `vmas` of a buffer, and of the leases, is counted up or down.
     Vma { buffer: usize, opened: bool },
     /// A page-table entry.
     Entry {
@@ -97,7 +97,7 @@ pub(crate) enum Act {
         vma: usize,
         there: bool,
     },
-    /// `attachments` is counted up or down.
+    /// `attachments` of both is counted up or down.
     Attached { buffer: usize, yes: bool },
     /// An importer's mapping, which `mappings` counts.
     Mapped { importer: usize, yes: bool },
@@ -123,8 +123,6 @@ pub(crate) enum Act {
     Unlive(usize),
     /// It is in the table no more.
     Remove(usize),
-    /// `attached |= is_attached()` of a drain.
-    NoteAttached(usize),
     /// `waits |= invalidate()` of a drain, and of a revocation.
     NoteWaits(usize),
     /// Forgets that, and what was looked up.
@@ -243,9 +241,11 @@ pub(crate) enum Cond {
     /// It was in the table when this thread looked.
     InBatch(usize),
     IsMapped(usize),
-    /// The drain of this thread has met importers.
-    NotedAttached,
-    /// And something is left to wait for.
+    /// `Leases::vmas` is not 0.
+    AnyVmas,
+    /// `Leases::attachments` is not 0.
+    AnyAttached,
+    /// The drain of this thread has something left to wait for.
     NotedWaits,
     /// No thread uses the fd of the device.
     FdIdle,
@@ -310,8 +310,6 @@ struct Semaphore {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Thread {
     at: u8,
-    /// `attached` of a drain.
-    attached: bool,
     /// The buffers that it has looked up.
     batch: [bool; BUFFERS],
     /// Whether something is left to wait for.
@@ -488,6 +486,9 @@ impl World {
 
     /// What resets and wake-ups change of it (`driver::note_state_of`).
     fn noted(&self) -> Levels {
+        if self.access.epoch().is_none() {
+            return self.access.levels();
+        }
         Levels {
             undecoded: !self.device.decodes(),
             sleeping: self.device.sleeping,
@@ -537,7 +538,8 @@ impl World {
             Cond::IsLive(buffer) => buffers[buffer].live,
             Cond::InBatch(buffer) => self.threads[thread].batch[buffer],
             Cond::IsMapped(importer) => self.importers[importer].mapped,
-            Cond::NotedAttached => self.threads[thread].attached,
+            Cond::AnyVmas => buffers.iter().any(|buffer| buffer.vmas != 0),
+            Cond::AnyAttached => buffers.iter().any(|buffer| buffer.attachments != 0),
             Cond::NotedWaits => self.threads[thread].waits,
             Cond::FdIdle => self.are_over(programs, |uses| uses == Uses::Fd),
             Cond::OwnersGone => self.are_over(programs, |uses| uses != Uses::Nothing),
@@ -592,9 +594,6 @@ impl World {
             Act::Add(buffer) => self.buffers[buffer].in_table = true,
             Act::Unlive(buffer) => self.buffers[buffer].live = false,
             Act::Remove(buffer) => self.buffers[buffer].in_table = false,
-            Act::NoteAttached(buffer) => {
-                self.threads[thread].attached |= self.buffers[buffer].attachments != 0;
-            }
             Act::NoteWaits(buffer) => {
                 let waits = self.buffers[buffer].mappings != 0 || self.fence_pending(buffer);
                 self.threads[thread].waits |= waits;
@@ -603,7 +602,6 @@ impl World {
             Act::NoteReachable => self.threads[thread].reachable = self.access.reachable(),
             Act::PublishNoted => self.reachable = self.threads[thread].reachable,
             Act::NoteNothing => {
-                self.threads[thread].attached = false;
                 self.threads[thread].waits = false;
                 self.threads[thread].batch = [false; BUFFERS];
             }
@@ -679,6 +677,7 @@ impl World {
                 });
                 access.end_all(Event::Error);
             }
+            // Of a device that is not open nothing is noted but that: it counts for nothing.
             Change::Woken => access.set_levels(Levels {
                 low_power: sampled.low_power,
                 ..noted

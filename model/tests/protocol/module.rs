@@ -243,18 +243,17 @@ impl Builder {
         self.within("Leases::close", |this| this.shut(Change::Close));
     }
 
-    /// `Leases::drain`: zap all; if anything is attached, tell all, then wait for all if that is left to do.
+    /// `Leases::drain`: zap all that is mapped; tell all that is attached, then wait for all if that is left to do.
     fn drain(&mut self) {
         self.within("Leases::drain", |this| {
+            let unmapped = this.unless(Cond::AnyVmas);
             this.for_each(|this, buffer| {
-                this.act(Act::NoteAttached(buffer));
-                let unmapped = this.unless(Cond::HasVmas(buffer));
                 if !this.has(Bug::ZapBeforeBegin) {
-                    this.zap(buffer);
+                    this.zap_if_mapped(buffer);
                 }
-                this.land(unmapped);
             });
-            let nothing = this.unless(Cond::NotedAttached);
+            this.land(unmapped);
+            let nothing = this.unless(Cond::AnyAttached);
             this.for_each(|this, buffer| {
                 let nobody = this.unless(Cond::IsAttached(buffer));
                 this.invalidate(buffer);
