@@ -887,6 +887,37 @@ fn revoke_in_low_power_is_for_good() {
     leased.is_dead();
 }
 
+/// However many there are, in whatever order they come and go, and whoever came into the place of another.
+#[test]
+fn leases_by_the_hundred_are_all_taken_away() {
+    let device = Device::open("display");
+    observe::wait_for_buffers(device.function(), 0);
+    let lease = |number: u64| {
+        let fd = device.export(0, &[(number * PAGE, PAGE)]).unwrap();
+        let map = Map::new(&fd, PAGE).unwrap();
+        map.write(0, number as u32).unwrap();
+        (number, fd, map)
+    };
+    // The second time there is room from the first.
+    for _ in 0..2 {
+        let mut leases: Vec<_> = (0..300).map(lease).collect();
+        leases.retain(|(number, ..)| number % 3 != 1);
+        leases.extend((300..350).map(lease));
+        observe::wait_for_buffers(device.function(), leases.len());
+        device.set_memory(false);
+        for (number, fd, map) in &leases {
+            assert_eq!(map.read(0), Err(Sigbus), "{number}");
+            assert_eq!(device.state(fd), MEMORY_OFF, "{number}");
+        }
+        device.set_memory(true);
+        for (number, _, map) in &leases {
+            assert_eq!(map.read(0), Ok(*number as u32));
+        }
+        drop(leases);
+        observe::wait_for_buffers(device.function(), 0);
+    }
+}
+
 /// Whether the system can sleep like this. If so, all is taken away and given back, but for memory that is off.
 fn sleeps_and_wakes_up(leased: &Leased, what: &str, sleep: impl Fn() -> bool) -> bool {
     if !sleep() {

@@ -98,6 +98,7 @@ impl Leases {
     /// No leases of the function `bdf`, which is not open.
     pub(crate) fn new(bdf: &CStr, providers: Arc<Providers>) -> Result<Arc<Self>> {
         let bdf = CString::try_from_fmt(fmt!("{bdf}"))?;
+        let table = Table::new()?;
         Arc::pin_init(
             try_pin_init!(Self {
                 names: Names::new(&bdf),
@@ -107,7 +108,7 @@ impl Leases {
                 reachable: Atomic::new(NOTHING),
                 epoch: Atomic::new(NOTHING),
                 asleep: Flag::new(),
-                table <- new_mutex!(Table::new(), "barlease::table"),
+                table <- new_mutex!(table, "barlease::table"),
                 vmas: Atomic::new(0),
                 attachments: Atomic::new(0),
                 log_limit <- Ratelimit::new(),

@@ -4,7 +4,8 @@
 //!
 //! A place stays where it is while its buffer is there, so who visits all of them can let go of the
 //! lock and go on by number. Vacant places are a list, last in, first out, so adding and removing are
-//! a few loads and stores. Room is allocated outside of the lock.
+//! a few loads and stores. Room is allocated outside of the lock; a little is there from the beginning,
+//! and is what is left when the last buffer has gone.
 
 use crate::buffer::Buffer;
 use kernel::{
@@ -40,6 +41,8 @@ enum Place {
 /// From `vacant` on all vacant places are linked, each once.
 pub(crate) struct Table {
     places: KVVec<Place>,
+    /// The room from the beginning, while there is more.
+    first: Option<Room>,
     vacant: u32,
     taken: usize,
 }
@@ -47,23 +50,24 @@ pub(crate) struct Table {
 /// Memory for places.
 pub(crate) struct Room(KVVec<Place>);
 
-/// Places that are kept when no buffer is left.
+/// Places from the beginning.
 const FEW: usize = 64;
 
 impl Table {
-    /// No places.
-    pub(crate) fn new() -> Self {
-        Self {
-            places: KVVec::new(),
+    /// No buffers.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            places: Self::room(FEW)?.0,
+            first: None,
             vacant: Number::NONE,
             taken: 0,
-        }
+        })
     }
 
     /// How many places are wanted before a buffer can be added; `None` when there is one.
     pub(crate) fn wants_room(&self) -> Option<usize> {
         let full = self.vacant == Number::NONE && self.places.len() == self.places.capacity();
-        full.then(|| (2 * self.places.len()).max(FEW))
+        full.then(|| 2 * self.places.len())
     }
 
     /// So many places.
@@ -76,15 +80,20 @@ impl Table {
 
     /// Moves everything to `room`, if that is larger than what there is. What is to be dropped without
     /// the lock.
-    pub(crate) fn move_to(&mut self, mut room: Room) -> Room {
-        if room.0.capacity() > self.places.capacity() {
-            for place in self.places.drain_all() {
-                // There is room for more.
-                let _ = room.0.push_within_capacity(place);
-            }
-            core::mem::swap(&mut self.places, &mut room.0);
+    pub(crate) fn move_to(&mut self, mut room: Room) -> Option<Room> {
+        if room.0.capacity() <= self.places.capacity() {
+            return Some(room);
         }
-        room
+        for place in self.places.drain_all() {
+            // There is room for more.
+            let _ = room.0.push_within_capacity(place);
+        }
+        core::mem::swap(&mut self.places, &mut room.0);
+        if self.first.is_some() {
+            return Some(room);
+        }
+        self.first = Some(room);
+        None
     }
 
     /// Adds a buffer. There must be room.
@@ -117,11 +126,15 @@ impl Table {
         };
         self.vacant = number;
         self.taken -= 1;
-        if self.taken > 0 || self.places.len() <= FEW {
+        if self.taken > 0 {
             return Some((buffer, None));
         }
+        let Some(mut first) = self.first.take() else {
+            return Some((buffer, None));
+        };
         self.vacant = Number::NONE;
-        Some((buffer, Some(Room(core::mem::take(&mut self.places)))))
+        core::mem::swap(&mut self.places, &mut first.0);
+        Some((buffer, Some(first)))
     }
 
     /// Fills `batch`, from its first place on, with the buffers from place `from` on that are `wanted`;
