@@ -125,8 +125,22 @@ impl Serialize for Bdf {
 
 impl<'de> Deserialize<'de> for Bdf {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
-        text.parse().map_err(de::Error::custom)
+        deserializer.deserialize_str(Text)
+    }
+}
+
+/// Parses in place: a `Cow` would be a copy.
+struct Text;
+
+impl de::Visitor<'_> for Text {
+    type Value = Bdf;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the address of a PCI function, such as 0000:00:05.0")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Bdf, E> {
+        text.parse().map_err(E::custom)
     }
 }
 

@@ -56,7 +56,9 @@ impl Lease {
                 .map_err(|error| Error::from_io("send", Object::Socket, error.into()))?;
         }
         let header = header(message.len() - HEADER)?;
-        message.splice(..HEADER, header);
+        if let Some(place) = message.first_chunk_mut() {
+            *place = header;
+        }
         // All at once: the receiver is woken once.
         send_with_fd(socket, &message, self)
     }
