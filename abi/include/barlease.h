@@ -21,8 +21,35 @@
 /* Name of the PCI driver, for driver_override. */
 #define BARLEASE_DRIVER_NAME "barlease-vfio-pci"
 
-/* VFIO_DEVICE_FEATURE_DMA_BUF of linux/vfio.h, for older headers. */
+/* ---- VFIO_DEVICE_FEATURE_DMA_BUF: GET, PROBE ------------------------------ */
+
+/*
+ * As in linux/vfio.h, for older headers. The answer is a new dma-buf fd: the
+ * concatenation of the ranges, which all lie in one BAR and may be in any
+ * order, overlap and repeat.
+ *
+ * EINVAL: flags not 0, open_flags with other bits than O_ACCMODE and
+ * O_CLOEXEC, no range, a length of 0, an offset or a length that is not page
+ * aligned, a range past the end of the BAR, a sum that overflows, argsz too
+ * small. EOVERFLOW: offset and address of the BAR overflow. E2BIG: more than
+ * BARLEASE_MAX_RANGES. ENODEV: no BAR of a page or more. EPERM: a range
+ * overlaps the MSI-X table or PBA, and the IOMMU does not isolate MSIs.
+ */
 #define BARLEASE_FEATURE_DMA_BUF 11
+
+/* struct vfio_region_dma_range */
+struct barlease_dma_range {
+	__u64 offset;		/* bytes, page aligned */
+	__u64 length;		/* bytes, page aligned, not 0 */
+};
+
+/* struct vfio_device_feature_dma_buf; nr_ranges times the above follow. */
+struct barlease_dma_buf_get {
+	__u32 region_index;	/* 0 to 5 */
+	__u32 open_flags;	/* O_ACCMODE, O_CLOEXEC */
+	__u32 flags;		/* 0 */
+	__u32 nr_ranges;
+};
 
 /* Most ranges that one buffer may have; more is E2BIG. */
 #define BARLEASE_MAX_RANGES 65536
@@ -54,7 +81,9 @@ enum barlease_state {
  * mapping of it exists and none can be made again: attach, map and mmap answer
  * ENODEV, a touch of an old mapping gives SIGBUS. Other buffers, overlapping
  * ones too, are not affected; the range can be exported again at once.
- * Waits for importers without a time-out.
+ * Waits for importers without a time-out. A fatal signal ends the wait: the
+ * buffer is DEAD then, and what its importers still have to undo is waited for
+ * by the module (BARLEASE_BUFFER_DRAINING).
  *
  * EBADFD: the buffer is DEAD by an earlier REVOKE.
  */
@@ -164,8 +193,104 @@ struct barlease_dma_buf_status {
 /*
  * Payload and answer of VFIO_DEVICE_FEATURE_DMA_BUF, given by the kernel's own
  * exporter: for iommufd, which imports no other. EPERM: a range overlaps the
- * MSI-X table or PBA.
+ * MSI-X table or PBA, and the IOMMU does not isolate MSIs. ENODEV: the device
+ * is gone.
  */
 #define BARLEASE_FEATURE_DMA_BUF_STOCK 0xBA05
+
+/* ---- BARLEASE_FEATURE_DMA_BUF_LIST: GET, PROBE ---------------------------- */
+
+#define BARLEASE_FEATURE_DMA_BUF_LIST 0xBA06
+
+/* Most records that one call copies. */
+#define BARLEASE_MAX_RECORDS 4096
+
+/* flags of a record */
+#define BARLEASE_BUFFER_INTERNAL	(1U << 0) /* a mapping of a BAR through the device fd, not a lease */
+#define BARLEASE_BUFFER_DRAINING	(1U << 1) /* DEAD; a fence or a mapping that an importer had is still to end */
+#define BARLEASE_BUFFER_NAME_BUSY	(1U << 2) /* the name could not be read just now, and is empty */
+
+/*
+ * A buffer of this open of the device. Grows at its end only.
+ *
+ * The id is the inode number of the dma-buf (fstat of its fd, ino: in
+ * /proc/PID/fdinfo, the inode in /proc/PID/maps): unique on this host until
+ * its next boot. Nothing opens a buffer by its id.
+ */
+struct barlease_dma_buf_record {
+	__u64 id;
+	__u64 size;		/* bytes, the sum of the ranges */
+	__u32 region_index;
+	__u32 nr_ranges;
+	__u32 memattr;		/* BARLEASE_MEMATTR_* of the next mmap */
+	__u32 state;		/* enum barlease_state */
+	__u32 reasons;		/* BARLEASE_REASON_*; 0 when DEAD */
+	__u32 flags;		/* BARLEASE_BUFFER_* */
+	__u32 nr_attachments;	/* importers attached */
+	__u32 nr_mappings;	/* DMA mappings that they have */
+	__u32 nr_vmas;		/* mappings of processes */
+	__u32 nr_wc_vmas;	/* those of them that are write-combining */
+	__u32 access;		/* O_ACCMODE of its open flags */
+	__u32 reserved;
+	__u8 name[32];		/* filled up with NUL */
+};
+
+/*
+ * The buffers of this open of the device with an id greater than after, in
+ * ascending order of id, internal ones too. Room for nr_records records, each
+ * record_size bytes after the one before, follows this structure; of a
+ * record_size larger than the kernel's, the rest of each record is zeroed.
+ * Buffers that come or go during a walk may or may not be seen; each other one
+ * is seen once.
+ *
+ * EINVAL: record_size below 96, argsz too small for nr_records records.
+ */
+struct barlease_dma_buf_list {
+	__u64 after;		/* in; out: the id to go on from, 0 at the end */
+	__u32 nr_records;	/* in, may be 0; out: records copied */
+	__u32 record_size;	/* in; out: the kernel's */
+};
+
+/* ---- BARLEASE_FEATURE_DMA_BUF_REVOKE_ID: SET, PROBE ----------------------- */
+
+#define BARLEASE_FEATURE_DMA_BUF_REVOKE_ID 0xBA07
+
+/* Do not wait for importers. */
+#define BARLEASE_REVOKE_NOWAIT	(1U << 0)
+
+/*
+ * As BARLEASE_FEATURE_DMA_BUF_REVOKE, of the buffer with this id.
+ *
+ * With BARLEASE_REVOKE_NOWAIT the buffer is DEAD, CPU mappings are gone and
+ * importers are told when this returns: 0 when nothing is left to wait for,
+ * EINPROGRESS when a fence that was there or a mapping is. LIST says so until
+ * it is undone, and EVENTS signals then.
+ *
+ * EINVAL: unknown flag, reserved not 0, an internal buffer. ENOENT: this open
+ * of the device has no buffer with this id. EBADFD: revoked before.
+ */
+struct barlease_dma_buf_revoke_id {
+	__u64 id;
+	__u32 flags;
+	__u32 reserved;
+};
+
+/* ---- BARLEASE_FEATURE_EVENTS: SET, PROBE ---------------------------------- */
+
+#define BARLEASE_FEATURE_EVENTS 0xBA08
+
+/*
+ * The eventfd gets 1 added whenever a buffer of this open of the device changes
+ * state, stops draining or disappears, and when the memory of the device
+ * becomes inaccessible or accessible again. Changes may add up to fewer
+ * signals, never to none. There is one eventfd for an open; another SET
+ * replaces it.
+ *
+ * EBADF: no such fd. EINVAL: not an eventfd, reserved not 0.
+ */
+struct barlease_events {
+	__s32 eventfd;		/* -1: none */
+	__u32 reserved;
+};
 
 #endif /* BARLEASE_H */

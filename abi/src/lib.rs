@@ -30,6 +30,13 @@ pub const FEATURE_DMA_BUF_STATUS: u16 = 0xBA04;
 /// Feature 11 answered by the kernel's own exporter, payload [`DmaBufGet`]: GET, PROBE.
 pub const FEATURE_DMA_BUF_STOCK: u16 = 0xBA05;
 
+/// The buffers of this open of the device, payload [`DmaBufList`]: GET, PROBE.
+pub const FEATURE_DMA_BUF_LIST: u16 = 0xBA06;
+/// Permanent revocation by id, payload [`DmaBufRevokeId`]: SET, PROBE.
+pub const FEATURE_DMA_BUF_REVOKE_ID: u16 = 0xBA07;
+/// An eventfd for changes of state, payload [`Events`]: SET, PROBE.
+pub const FEATURE_EVENTS: u16 = 0xBA08;
+
 /// Most ranges that one buffer may have; more is `E2BIG`.
 pub const MAX_RANGES: u32 = 65_536;
 
@@ -50,6 +57,19 @@ pub const REASON_LOW_POWER: u32 = 1 << 2;
 pub const REASON_ERROR: u32 = 1 << 3;
 /// Reason: a config-space write that may turn memory off is in progress.
 pub const REASON_CONFIG_WRITE: u32 = 1 << 4;
+
+/// [`DmaBufRecord::flags`]: a mapping of a BAR through the device fd, not a lease.
+pub const BUFFER_INTERNAL: u32 = 1 << 0;
+/// [`DmaBufRecord::flags`]: dead, and a fence or a mapping that an importer had before is still to end.
+pub const BUFFER_DRAINING: u32 = 1 << 1;
+/// [`DmaBufRecord::flags`]: the name could not be read just now, and is empty.
+pub const BUFFER_NAME_BUSY: u32 = 1 << 2;
+
+/// Most records that one call of [`FEATURE_DMA_BUF_LIST`] copies.
+pub const MAX_RECORDS: u32 = 4096;
+
+/// [`DmaBufRevokeId::flags`]: do not wait for importers.
+pub const REVOKE_NOWAIT: u32 = 1 << 0;
 
 /// Memory type: uncached, the default.
 pub const MEMATTR_NC: u32 = 0;
@@ -187,4 +207,77 @@ pub struct DmaBufStatus {
     pub nr_ranges: u32,
     /// Out: number of importers attached.
     pub nr_attachments: u32,
+}
+
+/// Fixed part of the payload of [`FEATURE_DMA_BUF_LIST`]; room for `nr_records` records of `record_size`
+/// bytes, each of which begins with a [`DmaBufRecord`], follows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DmaBufList {
+    /// In: the records of buffers with a greater id are asked for. Out: the id to go on from; 0 when no
+    /// buffer has a greater one.
+    pub after: u64,
+    /// In: records that there is room for. Out: records that were copied.
+    pub nr_records: u32,
+    /// In: bytes from one record to the next, at least the size of [`DmaBufRecord`]. Out: the size of the
+    /// kernel's.
+    pub record_size: u32,
+}
+
+/// A buffer, as [`FEATURE_DMA_BUF_LIST`] says it. Grows at its end only.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DmaBufRecord {
+    /// The inode number of the dma-buf: unique on this host until its next boot.
+    pub id: u64,
+    /// Bytes, the sum of the ranges.
+    pub size: u64,
+    /// The BAR.
+    pub region_index: u32,
+    /// Number of ranges.
+    pub nr_ranges: u32,
+    /// `MEMATTR_*` that the next mapping gets.
+    pub memattr: u32,
+    /// `STATE_*`.
+    pub state: u32,
+    /// Mask of `REASON_*`, 0 when dead.
+    pub reasons: u32,
+    /// Mask of `BUFFER_*`.
+    pub flags: u32,
+    /// Importers attached.
+    pub nr_attachments: u32,
+    /// Mappings that importers have.
+    pub nr_mappings: u32,
+    /// VMAs of processes.
+    pub nr_vmas: u32,
+    /// Those of them that are write-combining.
+    pub nr_wc_vmas: u32,
+    /// `O_ACCMODE` of the open flags: what the fd allows.
+    pub access: u32,
+    /// 0.
+    pub reserved: u32,
+    /// The name of the dma-buf, filled up with NUL.
+    pub name: [u8; 32],
+}
+
+/// Payload of [`FEATURE_DMA_BUF_REVOKE_ID`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DmaBufRevokeId {
+    /// The buffer to revoke for good.
+    pub id: u64,
+    /// [`REVOKE_NOWAIT`].
+    pub flags: u32,
+    /// Must be 0.
+    pub reserved: u32,
+}
+
+/// Payload of [`FEATURE_EVENTS`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Events {
+    /// The eventfd, in the place of an earlier one; -1 for none.
+    pub eventfd: i32,
+    /// Must be 0.
+    pub reserved: u32,
 }
