@@ -12,7 +12,7 @@
 //! - [`regions`]: mmap of BARs through the device fd, and aliases;
 //! - [`buffer`]: a lease: its dma-buf, its mappings, its faults, its revocation;
 //! - [`leases`]: all buffers of a function and the state of access; **the lock order is there**;
-//! - [`table`]: the set of these buffers;
+//! - [`list`]: tells the owner of the device of its buffers;
 //! - [`model`]: every decision that needs no kernel, tested on the host;
 //! - [`sys`]: safe abstractions over the C side. All `unsafe` is there.
 
@@ -35,10 +35,10 @@ mod denylist;
 mod driver;
 mod export;
 mod leases;
+mod list;
 mod msix;
 mod regions;
 mod sys;
-mod table;
 
 use sys::vfio_pci::Registration;
 

@@ -9,7 +9,8 @@ use crate::{
     buffer::Buffer,
     debugfs::BuffersFile,
     export,
-    leases::Leases,
+    leases::{Leases, Wait},
+    list,
     model::{
         access::{Access, Event, Levels},
         alias::Aliases,
@@ -19,6 +20,7 @@ use crate::{
     msix::Protected,
     regions,
     sys::{
+        delayed::Delayed,
         dma_buf::DmaBuf,
         errno,
         p2p::Providers,
@@ -52,6 +54,9 @@ pub(crate) struct Barlease {
     aliases: Mutex<Aliases>,
     #[pin]
     _sleep: SleepNotifier<Leases>,
+    /// Warns of what drains with nobody waiting for it.
+    #[pin]
+    left_draining: Delayed<Leases>,
     _buffers_file: Pin<KBox<BuffersFile>>,
 }
 
@@ -90,6 +95,7 @@ impl Driver for Barlease {
         Arc::pin_init(
             try_pin_init!(Self {
                 _sleep <- SleepNotifier::new(leases.clone()),
+                left_draining <- Delayed::new(leases.clone()),
                 leases,
                 sensitive: Sensitive::new(function.pm_capability()),
                 protected,
@@ -118,7 +124,10 @@ impl Driver for Barlease {
     }
 
     fn closing(device: &Device<'_, Self>) {
-        device.driver().leases.close();
+        let driver = device.driver();
+        driver.leases.close();
+        driver.leases.events().clear();
+        driver.left_draining.stop();
     }
 
     #[inline]
@@ -179,6 +188,9 @@ impl Driver for Barlease {
             abi::FEATURE_DMA_BUF_TPH => return tph(device, flags, payload),
             abi::FEATURE_ALIAS_REGION => return regions::alias(device, flags, payload),
             abi::FEATURE_DMA_BUF_STATUS => return status(device, flags, payload),
+            abi::FEATURE_DMA_BUF_LIST => return list::list(device, flags, payload),
+            abi::FEATURE_DMA_BUF_REVOKE_ID => return revoke_id(device, flags, payload),
+            abi::FEATURE_EVENTS => return events(device, flags, payload),
             _ => {}
         }
         let enters = matches!(
@@ -358,7 +370,67 @@ fn revoke(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Re
     }
     let request: abi::DmaBufRevoke = payload.reader().read()?;
     let dmabuf = buffer_at(device, request.dmabuf_fd)?;
-    dmabuf.exported::<Buffer>().ok_or(EINVAL)?.revoke()?;
+    let buffer = dmabuf.exported::<Buffer>().ok_or(EINVAL)?;
+    revoke_buffer(device, &buffer, Wait::Importers)
+}
+
+/// `BARLEASE_FEATURE_DMA_BUF_REVOKE_ID`.
+fn revoke_id(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Result<i32> {
+    let size = size_of::<abi::DmaBufRevokeId>();
+    if !check_feature(flags, &payload, FEATURE_SET, size)? {
+        return Ok(0);
+    }
+    let request: abi::DmaBufRevokeId = payload.reader().read()?;
+    if request.flags & !abi::REVOKE_NOWAIT != 0 || request.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let leases = device.driver().leases();
+    let buffer = leases.find(request.id).ok_or(ENOENT)?;
+    if !buffer.is_of(leases) {
+        return Err(ENOENT);
+    }
+    if buffer.is_internal() {
+        return Err(EINVAL);
+    }
+    let wait = if request.flags & abi::REVOKE_NOWAIT == 0 {
+        Wait::Importers
+    } else {
+        Wait::No
+    };
+    revoke_buffer(device, &buffer, wait)
+}
+
+fn revoke_buffer(device: &Device<'_, Barlease>, buffer: &Buffer, wait: Wait) -> Result<i32> {
+    buffer.revoke()?;
+    if !buffer.is_draining() {
+        return Ok(0);
+    }
+    let left = match wait {
+        Wait::Importers => match buffer.wait_killable() {
+            Ok(()) => return Ok(0),
+            Err(killed) => killed,
+        },
+        Wait::No => errno::EINPROGRESS.into(),
+    };
+    buffer.leave_draining();
+    device.driver().left_draining.start();
+    Err(left)
+}
+
+/// `BARLEASE_FEATURE_EVENTS`.
+fn events(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Result<i32> {
+    if !check_feature(flags, &payload, FEATURE_SET, size_of::<abi::Events>())? {
+        return Ok(0);
+    }
+    let request: abi::Events = payload.reader().read()?;
+    if request.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let events = device.driver().leases().events();
+    match request.eventfd {
+        -1 => events.clear(),
+        fd => events.set(fd)?,
+    }
     Ok(0)
 }
 

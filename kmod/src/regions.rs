@@ -171,15 +171,16 @@ pub(crate) fn mmap(device: &Device<'_, Barlease>, vma: NewVma<'_>) -> Result {
     if bar >= u64::from(BARS) {
         return Ok(());
     }
-    // The core accepted it: the BAR is there, starts at a page, and holds the span.
-    let bar = bar as u32;
-    let start = device.bar(bar)?.start;
-    let size = vma.length();
-    let segment = Segment::after(0, start + (page << PAGE_SHIFT), size, PAGE_SHIFT);
+    // The core accepted it: the BAR is there, starts at a page, and holds the span. One that is smaller
+    // than a page has the page for itself.
+    let number = bar as u32;
+    let bar = device.bar(number)?;
+    let size = bar.length.next_multiple_of(PAGE_SIZE);
     let contents = Contents {
-        bar,
+        bar: number,
         size,
-        segments: Items::One(segment),
+        segments: Items::One(Segment::after(0, bar.start, size, PAGE_SHIFT)),
     };
-    Buffer::map_bar(device.driver().leases(), contents, memory_type, vma)
+    let leases = device.driver().leases();
+    Buffer::map_bar(leases, contents, memory_type, offset - page, vma)
 }

@@ -222,6 +222,11 @@ impl Access {
         epoch.0 == self.epoch
     }
 
+    /// The latest epoch, which may be over; `None` when the device was never open.
+    pub fn latest(&self) -> Option<Epoch> {
+        Epoch::of_word(self.epoch)
+    }
+
     /// `event` begins. The caller drains after this and before it lets the event happen.
     pub fn begin(&mut self, event: Event) {
         self.set(event, self.count(event).saturating_add(1));

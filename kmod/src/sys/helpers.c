@@ -2,6 +2,8 @@
 
 #include <linux/dma-fence.h>
 #include <linux/dma-resv.h>
+#include <linux/eventfd.h>
+#include <linux/fs.h>
 #include <linux/iommu.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -108,33 +110,24 @@ void bl_dma_buf_name(struct dma_buf *dmabuf, char *name)
 	spin_unlock(&dmabuf->name_lock);
 }
 
-/* Only before anybody else can know of it. The last byte of the name is taken for NUL. */
+/*
+ * Only before it has a name. The last byte of the name is taken for NUL. The
+ * dma-buf is on the kernel's list of all of them already, whose readers take
+ * the lock.
+ */
 bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name)
 {
-	char *copy = kmalloc(DMA_BUF_NAME_LEN, GFP_KERNEL);
+	char *copy = kmalloc(DMA_BUF_NAME_LEN, GFP_KERNEL_ACCOUNT);
 
 	if (!copy)
 		return false;
 	memcpy(copy, name, DMA_BUF_NAME_LEN - 1);
 	copy[DMA_BUF_NAME_LEN - 1] = '\0';
+	spin_lock(&dmabuf->name_lock);
 	/* The dma-buf frees it. */
 	dmabuf->name = copy;
+	spin_unlock(&dmabuf->name_lock);
 	return true;
-}
-
-/* A reference to a fence that has not signalled, or NULL. */
-struct dma_fence *bl_pending_fence(struct dma_resv *resv)
-{
-	struct dma_resv_iter cursor;
-	struct dma_fence *fence;
-
-	dma_resv_iter_begin(&cursor, resv, DMA_RESV_USAGE_BOOKKEEP);
-	dma_resv_for_each_fence_unlocked(&cursor, fence) {
-		dma_fence_get(fence);
-		break;
-	}
-	dma_resv_iter_end(&cursor);
-	return fence;
 }
 
 void bl_dma_fence_put(struct dma_fence *fence)
@@ -145,6 +138,20 @@ void bl_dma_fence_put(struct dma_fence *fence)
 bool bl_vma_may_share(const struct vm_area_struct *vma)
 {
 	return vma->vm_flags & VM_MAYSHARE;
+}
+
+/*
+ * Lets the mapping allow no more than the file does: an importer may map the
+ * dma-buf through a file of its own (dma_buf_mmap()).
+ */
+int bl_vma_no_more_than(struct vm_area_struct *vma, const struct file *file)
+{
+	if (file->f_mode & FMODE_WRITE)
+		return 0;
+	if (vma->vm_flags & VM_WRITE)
+		return -EACCES;
+	vm_flags_clear(vma, VM_MAYWRITE);
+	return 0;
 }
 
 /*
@@ -221,6 +228,85 @@ bool bl_count_wait(atomic_t *count, unsigned int milliseconds)
 {
 	return wait_var_event_timeout(count, !atomic_read_acquire(count),
 				      msecs_to_jiffies(milliseconds));
+}
+
+unsigned int bl_count_read(const atomic_t *count)
+{
+	return atomic_read(count);
+}
+
+/* Above 0: there is none any more; 0: the time is over; below: a fatal signal. */
+long bl_count_wait_killable(atomic_t *count, unsigned int milliseconds)
+{
+	if (!atomic_read_acquire(count))
+		return 1;
+	return ___wait_var_event(count,
+				 ___wait_cond_timeout(!atomic_read_acquire(count)),
+				 TASK_KILLABLE, 0, msecs_to_jiffies(milliseconds),
+				 __ret = schedule_timeout(__ret));
+}
+
+void bl_event_slot_init(struct bl_event_slot *slot)
+{
+	spin_lock_init(&slot->lock);
+	slot->ctx = NULL;
+}
+
+static void bl_event_slot_swap(struct bl_event_slot *slot, struct eventfd_ctx *ctx)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&slot->lock, flags);
+	ctx = xchg(&slot->ctx, ctx);
+	spin_unlock_irqrestore(&slot->lock, flags);
+	if (ctx)
+		eventfd_ctx_put(ctx);
+	/* A thread that asks for the state after this misses no change: see bl_event_slot_signal(). */
+	smp_mb();
+}
+
+int bl_event_slot_set(struct bl_event_slot *slot, int fd)
+{
+	struct eventfd_ctx *ctx = eventfd_ctx_fdget(fd);
+
+	if (IS_ERR(ctx))
+		return PTR_ERR(ctx);
+	bl_event_slot_swap(slot, ctx);
+	return 0;
+}
+
+void bl_event_slot_clear(struct bl_event_slot *slot)
+{
+	bl_event_slot_swap(slot, NULL);
+}
+
+/*
+ * After a change that is ordered before the caller's look at the slot: by a
+ * lock that a thread takes to ask for the state, or by a full barrier.
+ */
+void bl_event_slot_signal(struct bl_event_slot *slot)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&slot->lock, flags);
+	if (slot->ctx)
+		eventfd_signal(slot->ctx);
+	spin_unlock_irqrestore(&slot->lock, flags);
+}
+
+void bl_delayed_init(struct delayed_work *work, work_func_t function)
+{
+	INIT_DELAYED_WORK(work, function);
+}
+
+void bl_delayed_start(struct delayed_work *work, unsigned int milliseconds)
+{
+	queue_delayed_work(system_unbound_wq, work, msecs_to_jiffies(milliseconds));
+}
+
+void bl_delayed_cancel(struct delayed_work *work)
+{
+	cancel_delayed_work_sync(work);
 }
 
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar)

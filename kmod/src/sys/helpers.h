@@ -12,6 +12,8 @@
 #include <linux/pm_runtime.h>
 #include <linux/ratelimit_types.h>
 #include <linux/rwsem.h>
+#include <linux/spinlock_types.h>
+#include <linux/workqueue.h>
 #include <uapi/linux/dma-buf.h>
 
 enum { BL_DMA_BUF_NAME_LEN = DMA_BUF_NAME_LEN };
@@ -30,9 +32,9 @@ void bl_pm_runtime_put(struct device *dev);
 void bl_pci_wake(struct pci_dev *pdev);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
 bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name);
-struct dma_fence *bl_pending_fence(struct dma_resv *resv);
 void bl_dma_fence_put(struct dma_fence *fence);
 bool bl_vma_may_share(const struct vm_area_struct *vma);
+int bl_vma_no_more_than(struct vm_area_struct *vma, const struct file *file);
 void bl_vma_set_io(struct vm_area_struct *vma, bool write_combining);
 bool bl_write_combining_is_real(void);
 vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
@@ -41,7 +43,24 @@ vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
 void bl_count_up(atomic_t *count);
 void bl_count_down(atomic_t *count);
 bool bl_count_any(const atomic_t *count);
+unsigned int bl_count_read(const atomic_t *count);
 bool bl_count_wait(atomic_t *count, unsigned int milliseconds);
+long bl_count_wait_killable(atomic_t *count, unsigned int milliseconds);
+
+/* An eventfd, or none. */
+struct bl_event_slot {
+	spinlock_t lock;
+	struct eventfd_ctx *ctx;
+};
+
+void bl_event_slot_init(struct bl_event_slot *slot);
+int bl_event_slot_set(struct bl_event_slot *slot, int fd);
+void bl_event_slot_clear(struct bl_event_slot *slot);
+void bl_event_slot_signal(struct bl_event_slot *slot);
+
+void bl_delayed_init(struct delayed_work *work, work_func_t function);
+void bl_delayed_start(struct delayed_work *work, unsigned int milliseconds);
+void bl_delayed_cancel(struct delayed_work *work);
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar);
 bool bl_uses_dma_iommu(struct device *dev);
 u64 bl_pci_client(struct device *dev);

@@ -12,8 +12,11 @@ mod symbols;
 mod wake;
 
 pub(crate) mod debugfs_root;
+pub(crate) mod delayed;
 pub(crate) mod dma_buf;
 pub(crate) mod errno;
+pub(crate) mod eventfd;
+pub(crate) mod fence;
 pub(crate) mod flag;
 pub(crate) mod idle;
 pub(crate) mod items;
@@ -23,5 +26,6 @@ pub(crate) mod payload;
 pub(crate) mod ratelimit;
 pub(crate) mod rwsem;
 pub(crate) mod sleep;
+pub(crate) mod tree;
 pub(crate) mod vfio_pci;
 pub(crate) mod vma;

@@ -7,6 +7,7 @@
 use super::bindings;
 use core::marker::PhantomData;
 use kernel::{
+    error::to_result,
     mm::virt::VmaRef,
     prelude::*,
     sync::{Arc, ArcBorrow},
@@ -256,6 +257,12 @@ impl NewVma<'_> {
     pub(crate) fn is_shared(&self) -> bool {
         // SAFETY: `vma` is valid and locked for writing during mmap.
         unsafe { bindings::bl_vma_may_share(self.vma) }
+    }
+
+    /// Lets it allow no more than `file` does; `EACCES` when it is to be written and the file is not.
+    pub(super) fn allow_no_more_than(&self, file: *const bindings::file) -> Result {
+        // SAFETY: `vma` is valid and locked for writing during mmap; so is the file, by the caller.
+        to_result(unsafe { bindings::bl_vma_no_more_than(self.vma, file) })
     }
 
     /// Offset of its first byte in the file, in pages.
