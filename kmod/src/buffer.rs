@@ -135,7 +135,12 @@ impl Buffer {
         let map = place.as_ref().ok_or(EINVAL)?;
         let buffer: Arc<Self> = map.dmabuf.exported::<Self>().ok_or(EINVAL)?.into();
         // The device may have gone away with its fd still open.
-        buffer.alive()?;
+        if let Err(error) = buffer.alive() {
+            let unused = maps.take_unused(&buffer, memory_type);
+            drop(maps);
+            drop(unused);
+            return Err(error);
+        }
         // The VMA keeps the dma-buf from here on, and `maps` keeps the device open for all of them.
         map.dmabuf.become_file_of(&vma);
         vma.map_io(buffer, memory_type);

@@ -271,13 +271,6 @@ impl NewVma<'_> {
         unsafe { (*self.vma).vm_pgoff as u64 }
     }
 
-    /// Its length in bytes.
-    pub(crate) fn length(&self) -> u64 {
-        // SAFETY: `vma` is valid and locked for writing during mmap.
-        let vma = unsafe { VmaRef::from_raw(self.vma) };
-        (vma.end() - vma.start()) as u64
-    }
-
     /// Runs `f` with another offset in its place.
     pub(crate) fn with_page_offset<R>(&self, offset: u64, f: impl FnOnce() -> R) -> R {
         let real = self.page_offset();
