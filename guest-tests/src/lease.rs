@@ -279,10 +279,7 @@ pub fn export_sync_file(fd: impl AsFd) -> Answer<OwnedFd> {
 /// That of the ioctl.
 pub fn import_sync_file(fd: impl AsFd, sync_file: impl AsFd) -> Answer<()> {
     const IMPORT: u64 = 0x4008_6203;
-    let argument = [
-        DMA_BUF_SYNC_WRITE as i32,
-        sync_file.as_fd().as_raw_fd(),
-    ];
+    let argument = [DMA_BUF_SYNC_WRITE as i32, sync_file.as_fd().as_raw_fd()];
     let fd = fd.as_fd().as_raw_fd();
     // SAFETY: The kernel reads eight bytes.
     answer(unsafe { libc::ioctl(fd, IMPORT, argument.as_ptr()) }).map(drop)

@@ -264,21 +264,6 @@ fn the_death_of_the_importing_process_lets_go() {
 }
 
 #[test]
-fn the_revoking_process_cannot_be_killed_out_of_its_wait() {
-    let device = open();
-    let (fd, slow) = held(&device, ONE);
-    let child = Child::start(&[device.as_fd(), fd.as_fd()], |_| {
-        device.revoke(&fd).unwrap();
-    });
-    slow.wait_for_interruption();
-    waits_for(
-        || drop(child),
-        || assert_eq!(device.state(&fd), State::Dead),
-        || slow.unmap().unwrap(),
-    );
-}
-
-#[test]
 fn closing_the_importer_lets_go() {
     let device = open();
     let (fd, slow) = held(&device, TWO);
