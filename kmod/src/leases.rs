@@ -45,12 +45,11 @@
 
 use crate::{
     buffer::{Buffer, Names},
-    model::access::{Access, Epoch, Event, Levels, NOTHING, State},
+    model::access::{Access, Epoch, Event, NOTHING, Sampled, State},
     sys::{
         flag::{Flag, peek},
         p2p::Providers,
         ratelimit::Ratelimit,
-        sleep::Sleeper,
     },
     table::{Number, Table},
 };
@@ -79,8 +78,8 @@ pub(crate) struct Leases {
     reachable: Atomic<u64>,
     /// [`Access::word`], likewise.
     epoch: Atomic<u64>,
-    /// Whether the device sleeps, or was seen half awake, as `access` says. Written with `access` locked, read by whoever
-    /// had an access through the device fd, who is to pay nothing where nothing sleeps.
+    /// [`Access::is_stale`] of `access`, likewise. Each access through the device fd reads it, and is to
+    /// pay nothing where nothing sleeps.
     asleep: Flag,
     #[pin]
     table: Mutex<Table>,
@@ -89,6 +88,15 @@ pub(crate) struct Leases {
     attachments: Atomic<i64>,
     #[pin]
     log_limit: Ratelimit,
+}
+
+/// Whether the importers that are told to let go are waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// They are: nothing reaches the memory after that.
+    Yes,
+    /// They are told, and let go when they do. The caller holds what others need.
+    No,
 }
 
 /// How many buffers are looked up at a time.
@@ -137,20 +145,22 @@ impl Leases {
         self.log_limit.allows()
     }
 
-    /// The device was opened.
-    pub(crate) fn open(&self, levels: Levels) {
+    /// The device was opened. `sample` is as for [`Self::update`].
+    pub(crate) fn open(&self, sample: impl FnOnce(&Access) -> Sampled) {
         self.update(|access| {
-            let _epoch = access.open(levels);
+            let sampled = sample(access);
+            let _epoch = access.open(sampled);
             self.epoch.store(access.word(), Relaxed);
         });
     }
 
     /// The device is being closed, or is gone: all its buffers are dead when this returns.
     pub(crate) fn close(&self) {
-        self.shut(|access| {
+        let change = |access: &mut Access| {
             access.close();
             self.epoch.store(NOTHING, Relaxed);
-        });
+        };
+        self.shut(change, Wait::Yes);
     }
 
     /// The current epoch; `ENODEV` when the device is not open.
@@ -163,18 +173,24 @@ impl Leases {
         self.access.lock().is_latest(epoch)
     }
 
-    /// `event` begins: nothing of this device can be reached when this returns.
-    pub(crate) fn begin(&self, event: Event) {
-        self.shut(|access| access.begin(event));
+    /// `event` begins: nothing of this device can be reached when this returns, but for what importers
+    /// have mapped that are not waited for.
+    pub(crate) fn begin(&self, event: Event, wait: Wait) {
+        self.shut(|access| access.begin(event), wait);
+    }
+
+    /// Recovery from an error has failed. As for `begin`.
+    pub(crate) fn fail(&self, wait: Wait) {
+        self.shut(Access::fail, wait);
     }
 
     /// Makes a change after which nothing may be reached, and takes away what is there.
-    fn shut(&self, change: impl FnOnce(&mut Access)) {
+    fn shut(&self, change: impl FnOnce(&mut Access), wait: Wait) {
         let mut access = self.access.lock();
         change(&mut access);
         self.reachable.xchg(NOTHING, Full);
         drop(access);
-        self.drain();
+        self.drain(wait);
     }
 
     /// Changes the state of access in one step, which `change` computes: to end an event, and to
@@ -184,17 +200,32 @@ impl Leases {
     pub(crate) fn update(&self, change: impl FnOnce(&mut Access)) {
         let mut access = self.access.lock();
         change(&mut access);
-        let levels = access.levels();
-        // Before a reset the core wakes the device outside of any event, and then restores it. An event that ends between
-        // the two finds a device that is awake and decodes nothing.
-        let half_awake = levels.undecoded && !levels.memory_off;
-        self.asleep
-            .set(levels.sleeping || levels.low_power || half_awake);
+        self.asleep.set(access.is_stale());
         // When an open door is seen does not matter.
         self.reachable.store(access.reachable(), Release);
     }
 
-    /// Whether the device slept, or was half awake, when it was asked last.
+    /// The same outside of any event, so the door may be open: if `change` shuts it, what is there is
+    /// taken away. (A reset had ended with a sample that deserved no full trust,
+    /// [`Trust::AfterReset`], and was wrong.) `lock` is given back before anybody is waited for.
+    ///
+    /// [`Trust::AfterReset`]: crate::model::access::Trust::AfterReset
+    pub(crate) fn correct<L>(&self, lock: L, change: impl FnOnce(&mut Access, &L)) {
+        let mut access = self.access.lock();
+        let before = access.reachable();
+        change(&mut access, &lock);
+        self.asleep.set(access.is_stale());
+        let now = access.reachable();
+        self.reachable.xchg(now, Full);
+        drop(access);
+        drop(lock);
+        if before != NOTHING && now == NOTHING {
+            self.drain(Wait::Yes);
+        }
+    }
+
+    /// Whether the device may say something else by now than it did when it was asked last: because it
+    /// slept then, or was half awake.
     pub(crate) fn is_asleep(&self) -> bool {
         self.asleep.get()
     }
@@ -301,30 +332,20 @@ impl Leases {
     ///
     /// In phases, so that it takes as long as the slowest importer and not the sum, and CPU access
     /// waits for no importer.
-    fn drain(&self) {
+    fn drain(&self, wait: Wait) {
         if peek(&self.vmas) != 0 {
             self.for_each(Buffer::is_mapped, Buffer::zap);
         }
         if peek(&self.attachments) != 0 {
-            self.drain_importers();
+            self.drain_importers(wait);
         }
     }
 
-    fn drain_importers(&self) {
+    fn drain_importers(&self, wait: Wait) {
         let mut waits = false;
         self.for_each(Buffer::is_attached, |buffer| waits |= buffer.invalidate());
-        if waits {
+        if waits && wait == Wait::Yes {
             self.for_each(Buffer::is_attached, Buffer::wait);
         }
-    }
-}
-
-impl Sleeper for Leases {
-    fn fall_asleep(&self) {
-        self.begin(Event::Sleep);
-    }
-
-    fn wake_up(&self) {
-        self.update(|access| access.end(Event::Sleep));
     }
 }
