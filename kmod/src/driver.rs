@@ -12,9 +12,9 @@ use crate::{
     leases::{Leases, Wait},
     list,
     model::{
-        access::{Access, Event, Levels},
+        access::{Access, Event, Sampled, Trust},
         alias::Aliases,
-        config::{Piece, Sensitive},
+        config,
         tph::{self, Completer, Tph, TphError},
     },
     msix::Protected,
@@ -26,17 +26,16 @@ use crate::{
         p2p::Providers,
         params,
         payload::UserPayload,
-        sleep::SleepNotifier,
         vfio_pci::{
-            Answer, CONFIG_REGION, Capabilities, Device, Driver, FEATURE_GET,
+            Answer, CONFIG_REGION, Capabilities, Device, Driver, ErrorState, FEATURE_GET,
             FEATURE_LOW_POWER_ENTRY, FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK,
-            FEATURE_PROBE, FEATURE_SET, Function, NUM_REGIONS, OFFSET_SHIFT, RegionInfo,
-            UserBuffer,
+            FEATURE_PROBE, FEATURE_SET, Function, MemoryRead, MemorySem, NUM_REGIONS, OFFSET_SHIFT,
+            RegionInfo, UserBuffer,
         },
         vma::{self, NewVma},
     },
 };
-use core::{mem::size_of, ops::Range};
+use core::mem::size_of;
 use kernel::{
     new_mutex,
     prelude::*,
@@ -47,13 +46,10 @@ use kernel::{
 #[pin_data]
 pub(crate) struct Barlease {
     leases: Arc<Leases>,
-    sensitive: Sensitive,
     protected: Protected,
     completer: Completer,
     #[pin]
     aliases: Mutex<Aliases>,
-    #[pin]
-    _sleep: SleepNotifier<Leases>,
     /// Warns of what drains with nobody waiting for it.
     #[pin]
     left_draining: Delayed<Leases>,
@@ -94,10 +90,8 @@ impl Driver for Barlease {
         let protected = Protected::of(function)?;
         Arc::pin_init(
             try_pin_init!(Self {
-                _sleep <- SleepNotifier::new(leases.clone()),
                 left_draining <- Delayed::new(leases.clone()),
                 leases,
-                sensitive: Sensitive::new(function.pm_capability()),
                 protected,
                 completer: Completer::from_device_capabilities2(function.device_capabilities2()),
                 aliases <- new_mutex!(Aliases::default(), "barlease::aliases"),
@@ -118,7 +112,11 @@ impl Driver for Barlease {
     fn opened(device: &Device<'_, Self>) {
         let driver = device.driver();
         driver.aliases.lock().clear();
-        driver.leases.open(device.levels());
+        // Whoever waits for an importer with the lock held has the device open, or, for a hot reset, the
+        // lock of its set, which is held here.
+        let lock = device.memory().read();
+        driver.leases.open(|access| sample(device, access, &lock));
+        drop(lock);
         // If `unbinding` came before this.
         driver.unbinding(&device.function());
     }
@@ -141,13 +139,8 @@ impl Driver for Barlease {
 
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
-        let driver = device.driver();
-        let region = regions::region_of(*position);
-        // Its low half says of each offset in config space what there is, and of others too much.
-        let offset = u64::from(*position as u32);
-        let further = region > CONFIG_REGION
-            || region == CONFIG_REGION && driver.sensitive.touches(offset, buffer.len() as u64);
-        if further || driver.leases.is_asleep() {
+        let further = regions::region_of(*position) >= CONFIG_REGION;
+        if further || device.driver().leases.is_asleep() {
             return write_further(*device, buffer, position);
         }
         device.core_write(buffer, position)
@@ -162,7 +155,10 @@ impl Driver for Barlease {
         info: &mut RegionInfo<'_>,
         capabilities: &mut Capabilities<'_>,
     ) -> Result {
-        regions::info(device, info, capabilities)
+        let answer = regions::info(device, info, capabilities);
+        // The core may have lent the memory bit meanwhile, so that others could not ask.
+        notice_wake_up(device);
+        answer
     }
 
     fn ioctl(device: &Device<'_, Self>, command: u32, argument: usize) -> Result<isize> {
@@ -212,71 +208,133 @@ impl Driver for Barlease {
     }
 
     fn reset_prepare(&self, _function: &Function<'_>) {
-        self.leases.begin(Event::Reset);
+        self.leases.begin(Event::Reset, Wait::Yes);
     }
 
-    fn reset_done(&self, function: &Function<'_>) {
+    fn reset_done(&self, function: &Function<'_>, memory: MemorySem<'_>) {
+        let lock = memory.try_read();
         self.leases.update(|access| {
-            note_state_of(function, access);
             access.end(Event::Reset);
+            resample(function, access, trust(&lock, Trust::AfterReset));
         });
     }
 
-    fn error_detected(&self, _function: &Function<'_>) {
-        self.leases.begin(Event::Error);
+    fn error_detected(&self, _function: &Function<'_>, state: ErrorState) {
+        // The caller holds `pci_bus_sem`: nothing that it could be made to wait for is waited for.
+        match state {
+            ErrorState::Recovers => self.leases.begin(Event::Error, Wait::No),
+            ErrorState::Failed => self.leases.fail(Wait::No),
+        }
     }
 
-    fn error_resume(&self, function: &Function<'_>) {
+    fn error_resume(&self, function: &Function<'_>, memory: MemorySem<'_>) {
+        let lock = memory.try_read();
         self.leases.update(|access| {
-            note_state_of(function, access);
             access.end_all(Event::Error);
+            resample(function, access, trust(&lock, Trust::Nothing));
         });
     }
 
-    fn power_set(&self, function: &Function<'_>) {
-        self.leases.update(|access| note_state_of(function, access));
+    fn power_set(&self, function: &Function<'_>, memory: MemorySem<'_>) {
+        // The core has just had the lock for writing in the same place.
+        let _lock = memory.read();
+        self.leases
+            .update(|access| resample(function, access, Trust::Full));
     }
 
-    fn woken(&self, function: &Function<'_>, low_power: bool) {
+    fn woken(&self, function: &Function<'_>, memory: MemorySem<'_>, low_power: bool) {
+        // As above.
+        let _lock = memory.read();
         self.leases.update(|access| {
-            note_state_of(function, access);
-            access.set_levels(Levels {
-                low_power,
-                ..access.levels()
-            });
+            resample(function, access, Trust::Full);
+            let sampled = access.sampled();
+            access.sample(
+                Sampled {
+                    low_power,
+                    ..sampled
+                },
+                Trust::Full,
+            );
+        });
+    }
+
+    fn system_falls_asleep(&self, _function: &Function<'_>) {
+        self.leases.begin(Event::Sleep, Wait::Yes);
+    }
+
+    fn system_woke_up(&self, function: &Function<'_>, memory: MemorySem<'_>) {
+        let lock = memory.try_read();
+        self.leases.update(|access| {
+            access.end(Event::Sleep);
+            resample(function, access, trust(&lock, Trust::Nothing));
         });
     }
 }
 
-/// Takes note of what resets and wake-ups change. What the user reads and asked for they do not change,
-/// and it cannot be asked for here: the device may be being closed. One that is not open is asked when it
-/// is opened.
-fn note_state_of(function: &Function<'_>, access: &mut Access) {
+/// What a sample of the hardware's COMMAND is worth. Only the holder of the core's lock knows that the
+/// core has not lent the memory bit.
+fn trust(lock: &Option<MemoryRead<'_>>, without: Trust) -> Trust {
+    match lock {
+        Some(_) => Trust::Full,
+        None => without,
+    }
+}
+
+/// Whether the hardware's COMMAND lacks the memory bit. A function that sleeps, or is in reset, is not
+/// asked: whoever wakes it or ends the reset asks it.
+fn is_undecoded(function: &Function<'_>, access: &Access) -> bool {
+    if function.is_sleeping() || !access.may_ask() {
+        return access.sampled().undecoded;
+    }
+    !function.decodes_memory()
+}
+
+/// Samples the hardware again: COMMAND and the power state. The virtual COMMAND and the request for low
+/// power do not change here, and close may be freeing the virtual config space. A closed device is
+/// sampled by `opened`.
+fn resample(function: &Function<'_>, access: &mut Access, trust: Trust) {
     if access.epoch().is_none() {
         return;
     }
-    access.set_levels(Levels {
-        undecoded: !function.decodes_memory(),
+    let sampled = Sampled {
+        undecoded: is_undecoded(function, access),
         sleeping: function.is_sleeping(),
-        ..access.levels()
-    });
+        ..access.sampled()
+    };
+    access.sample(sampled, trust);
+}
+
+/// Samples everything.
+fn sample(device: &Device<'_, Barlease>, access: &Access, _lock: &MemoryRead<'_>) -> Sampled {
+    let function = device.function();
+    let memory_off = device.memory_is_off();
+    Sampled {
+        memory_off,
+        // Not asked where it makes no difference: it is a read from the bus.
+        undecoded: !memory_off && is_undecoded(&function, access),
+        sleeping: function.is_sleeping(),
+        low_power: device.is_in_low_power(),
+    }
 }
 
 /// Lets `act` happen with no memory of the device reachable, then asks the device what is so now.
 fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() -> R) -> R {
     let leases = &device.driver().leases;
-    leases.begin(event);
+    leases.begin(event, Wait::Yes);
     let result = act();
+    // `act` had the lock for writing, and waited as long for it.
+    let lock = device.memory().read();
     leases.update(|access| {
-        access.set_levels(device.levels());
+        let sampled = sample(device, access, &lock);
+        access.sample(sampled, Trust::Full);
         access.end(event);
     });
     result
 }
 
-/// Some operations of the core set D0, and one ends low power of a device that is awake. No event tells
-/// us, so whoever had an access asks, after it, if the device slept before it. (One that falls asleep
-/// and is woken meanwhile is woken by run-time power management, which does tell us.)
+/// Resets, hot resets and `sriov_configure` set D0, and LOW_POWER_EXIT ends low power, without a
+/// callback. So every access through the fd samples again afterwards if the last sample said "asleep".
+/// A device that was awake then cannot have slept and been woken since without `runtime_resume`.
 fn notice_wake_up(device: &Device<'_, Barlease>) {
     if device.driver().leases().is_asleep() {
         ask(*device);
@@ -285,8 +343,16 @@ fn notice_wake_up(device: &Device<'_, Barlease>) {
 
 #[cold]
 fn ask(device: Device<'_, Barlease>) {
+    // Whoever has the lock for writing asks when its own operation ends. To wait for it here would tie
+    // REVOKE of one lease to the importer of another, which a reset may be waiting for.
+    let Some(lock) = device.memory().try_read() else {
+        return;
+    };
     let leases = device.driver().leases();
-    leases.update(|access| access.set_levels(device.levels()));
+    leases.correct(lock, |access, lock| {
+        let sampled = sample(&device, access, lock);
+        access.sample(sampled, Trust::Full);
+    });
 }
 
 /// Where config space begins in the device fd.
@@ -300,7 +366,7 @@ fn read_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut
     answer
 }
 
-/// Writes to config space that may take memory away, behind it, and to a device that sleeps.
+/// Writes to config space, to what lies behind it, and to a device that sleeps.
 #[inline(never)]
 fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
     let answer = if regions::region_of(*position) == CONFIG_REGION {
@@ -314,50 +380,17 @@ fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mu
 
 fn write_config(device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
     let begin = *position as u64 - CONFIG_START;
-    let end = begin.saturating_add(buffer.len() as u64);
-    // The core refuses what goes past the end before it writes anything; cut, its first parts would
-    // pass.
-    if end > device.function().config_size() {
+    let len = buffer.len() as u64;
+    // The core refuses what goes past the end, before it writes anything.
+    let fits = begin.saturating_add(len) <= device.function().config_size();
+    let power = config::covers_power_state(device.config_map(), begin, len);
+    if !fits || !power && !config::covers_command(begin, len) {
         return device.core_write(buffer, position);
     }
-    match device.driver().sensitive.next_piece(begin, end) {
-        Some(piece) if piece.len == end - begin => write_piece(device, piece, buffer, position),
-        _ => write_in_pieces(device, buffer, position, begin..end).into(),
-    }
-}
-
-/// A write with each part that may take memory away in brackets.
-#[inline(never)]
-fn write_in_pieces(
-    device: &Device<'_, Barlease>,
-    buffer: UserBuffer,
-    position: &mut i64,
-    range: Range<u64>,
-) -> Result<usize> {
-    let mut next = range.start;
-    while let Some(piece) = device.driver().sensitive.next_piece(next, range.end) {
-        let part = buffer.part((piece.pos - range.start) as usize, piece.len as usize);
-        let mut at = (CONFIG_START + piece.pos) as i64;
-        write_piece(device, piece, part, &mut at).into_result()?;
-        next = piece.pos + piece.len;
-    }
-    *position += buffer.len() as i64;
-    Ok(buffer.len())
-}
-
-fn write_piece(
-    device: &Device<'_, Barlease>,
-    piece: Piece,
-    part: UserBuffer,
-    position: &mut i64,
-) -> Answer {
-    if !piece.sensitive {
-        return device.core_write(part, position);
-    }
     bracketed(device, Event::ConfigWrite, || {
-        let answer = device.core_write(part, position);
-        if device.driver().sensitive.has_power_state(piece) {
-            device.wake_if_unnoticed(&device.memory_lock());
+        let answer = device.core_write(buffer, position);
+        if power {
+            device.wake_if_unnoticed(&device.memory().write());
         }
         answer
     })
@@ -371,7 +404,7 @@ fn revoke(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Re
     let request: abi::DmaBufRevoke = payload.reader().read()?;
     let dmabuf = buffer_at(device, request.dmabuf_fd)?;
     let buffer = dmabuf.exported::<Buffer>().ok_or(EINVAL)?;
-    revoke_buffer(device, &buffer, Wait::Importers)
+    revoke_buffer(device, &buffer, Wait::Yes)
 }
 
 /// `BARLEASE_FEATURE_DMA_BUF_REVOKE_ID`.
@@ -393,7 +426,7 @@ fn revoke_id(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) ->
         return Err(EINVAL);
     }
     let wait = if request.flags & abi::REVOKE_NOWAIT == 0 {
-        Wait::Importers
+        Wait::Yes
     } else {
         Wait::No
     };
@@ -406,7 +439,7 @@ fn revoke_buffer(device: &Device<'_, Barlease>, buffer: &Buffer, wait: Wait) -> 
         return Ok(0);
     }
     let left = match wait {
-        Wait::Importers => match buffer.wait_killable() {
+        Wait::Yes => match buffer.wait_killable() {
             Ok(()) => return Ok(0),
             Err(killed) => killed,
         },

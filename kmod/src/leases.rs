@@ -46,7 +46,7 @@
 
 use crate::{
     buffer::{BarMaps, Buffer, Names, PATIENCE_MS, until_there_is_memory},
-    model::access::{Access, Epoch, Event, Levels, NOTHING, State},
+    model::access::{Access, Epoch, Event, NOTHING, Sampled, State},
     sys::{
         delayed::Later,
         eventfd::EventSlot,
@@ -54,7 +54,6 @@ use crate::{
         flag::{Flag, peek},
         p2p::Providers,
         ratelimit::Ratelimit,
-        sleep::Sleeper,
         tree::Tree,
     },
 };
@@ -83,8 +82,8 @@ pub(crate) struct Leases {
     reachable: Atomic<u64>,
     /// [`Access::word`], likewise.
     epoch: Atomic<u64>,
-    /// Whether the device sleeps, or was seen half awake, as `access` says. Written with `access` locked, read by whoever
-    /// had an access through the device fd, who is to pay nothing where nothing sleeps.
+    /// [`Access::is_stale`] of `access`, likewise. Each access through the device fd reads it, and is to
+    /// pay nothing where nothing sleeps.
     asleep: Flag,
     #[pin]
     table: Mutex<Tree<Buffer>>,
@@ -97,6 +96,15 @@ pub(crate) struct Leases {
     attachments: Atomic<i64>,
     #[pin]
     log_limit: Ratelimit,
+}
+
+/// Whether the importers that are told to let go are waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// They are: nothing reaches the memory after that.
+    Yes,
+    /// They are told, and let go when they do. The caller holds what others need.
+    No,
 }
 
 /// How many buffers are looked up at a time.
@@ -166,21 +174,23 @@ impl Leases {
         self.log_limit.allows()
     }
 
-    /// The device was opened.
-    pub(crate) fn open(&self, levels: Levels) {
+    /// The device was opened. `sample` is as for [`Self::update`].
+    pub(crate) fn open(&self, sample: impl FnOnce(&Access) -> Sampled) {
         self.events.clear();
         self.update(|access| {
-            let _epoch = access.open(levels);
+            let sampled = sample(access);
+            let _epoch = access.open(sampled);
             self.epoch.store(access.word(), Relaxed);
         });
     }
 
     /// The device is being closed, or is gone: all its buffers are dead when this returns.
     pub(crate) fn close(&self) {
-        self.shut(Wait::Importers, |access| {
+        let change = |access: &mut Access| {
             access.close();
             self.epoch.store(NOTHING, Relaxed);
-        });
+        };
+        self.shut(change, Wait::Yes);
     }
 
     /// The current epoch; `ENODEV` when the device is not open.
@@ -198,18 +208,19 @@ impl Leases {
         self.access.lock().latest()
     }
 
-    /// `event` begins: nothing of this device can be reached when this returns. An error does not wait
-    /// for importers: the PCI core reports it with a lock of the whole bus held.
-    pub(crate) fn begin(&self, event: Event) {
-        let wait = match event {
-            Event::Error => Wait::No,
-            _ => Wait::Importers,
-        };
-        self.shut(wait, |access| access.begin(event));
+    /// `event` begins: nothing of this device can be reached when this returns, but for what importers
+    /// have mapped that are not waited for.
+    pub(crate) fn begin(&self, event: Event, wait: Wait) {
+        self.shut(|access| access.begin(event), wait);
+    }
+
+    /// Recovery from an error has failed. As for `begin`.
+    pub(crate) fn fail(&self, wait: Wait) {
+        self.shut(Access::fail, wait);
     }
 
     /// Makes a change after which nothing may be reached, and takes away what is there.
-    fn shut(&self, wait: Wait, change: impl FnOnce(&mut Access)) {
+    fn shut(&self, change: impl FnOnce(&mut Access), wait: Wait) {
         let mut access = self.access.lock();
         change(&mut access);
         self.reachable.xchg(NOTHING, Full);
@@ -228,12 +239,7 @@ impl Leases {
         // the state after that, and so with `access` locked after this.
         let before = self.events.is_set().then(|| access.clone());
         change(&mut access);
-        let levels = access.levels();
-        // Before a reset the core wakes the device outside of any event, and then restores it. An event that ends between
-        // the two finds a device that is awake and decodes nothing.
-        let half_awake = levels.undecoded && !levels.memory_off;
-        self.asleep
-            .set(levels.sleeping || levels.low_power || half_awake);
+        self.asleep.set(access.is_stale());
         // When an open door is seen does not matter.
         self.reachable.store(access.reachable(), Release);
         let changed = before.is_some_and(|before| before != *access);
@@ -243,7 +249,30 @@ impl Leases {
         }
     }
 
-    /// Whether the device slept, or was half awake, when it was asked last.
+    /// The same outside of any event, so the door may be open: if `change` shuts it, what is there is
+    /// taken away. (A reset had ended with a sample that deserved no full trust,
+    /// [`Trust::AfterReset`], and was wrong.) `lock` is given back before anybody is waited for.
+    ///
+    /// [`Trust::AfterReset`]: crate::model::access::Trust::AfterReset
+    pub(crate) fn correct<L>(&self, lock: L, change: impl FnOnce(&mut Access, &L)) {
+        let mut access = self.access.lock();
+        let before = access.reachable();
+        change(&mut access, &lock);
+        self.asleep.set(access.is_stale());
+        let now = access.reachable();
+        self.reachable.xchg(now, Full);
+        drop(access);
+        drop(lock);
+        if before != now {
+            self.notify();
+        }
+        if before != NOTHING && now == NOTHING {
+            self.drain(Wait::Yes);
+        }
+    }
+
+    /// Whether the device may say something else by now than it did when it was asked last: because it
+    /// slept then, or was half awake.
     pub(crate) fn is_asleep(&self) -> bool {
         self.asleep.get()
     }
@@ -392,7 +421,7 @@ impl Leases {
         self.for_each(Buffer::is_attached, |buffer| {
             if !buffer.is_revoked() {
                 buffer.tell();
-                if wait == Wait::Importers {
+                if wait == Wait::Yes {
                     watch_fences(buffer, &mut fences);
                 }
             }
@@ -416,15 +445,6 @@ impl Leases {
         });
         any
     }
-}
-
-/// Whether importers that are told to let go are waited for.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wait {
-    /// Until they have.
-    Importers,
-    /// Not: the caller may not wait.
-    No,
 }
 
 /// The fences that a buffer had when an event began.
@@ -468,15 +488,5 @@ impl Later for Leases {
 
     fn run(&self) -> bool {
         self.warn_of_draining()
-    }
-}
-
-impl Sleeper for Leases {
-    fn fall_asleep(&self) {
-        self.begin(Event::Sleep);
-    }
-
-    fn wake_up(&self) {
-        self.update(|access| access.end(Event::Sleep));
     }
 }

@@ -13,6 +13,7 @@
 #include <linux/ratelimit.h>
 #include <linux/scatterlist.h>
 #include <linux/slab.h>
+#include <linux/suspend.h>
 #include <linux/wait_bit.h>
 /* Wants struct scatterlist. */
 #include <linux/iommu-dma.h>
@@ -58,6 +59,16 @@ bool bl_pci_is_gone(const struct pci_dev *pdev)
 bool bl_pci_no_command_memory(const struct pci_dev *pdev)
 {
 	return data_race(pdev->no_command_memory != 0);
+}
+
+int bl_register_pm_notifier(struct notifier_block *block)
+{
+	return register_pm_notifier(block);
+}
+
+void bl_unregister_pm_notifier(struct notifier_block *block)
+{
+	unregister_pm_notifier(block);
 }
 
 void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain)

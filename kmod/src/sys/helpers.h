@@ -8,6 +8,7 @@
 #include <linux/dma-buf-mapping.h>
 #include <linux/dma-mapping.h>
 #include <linux/mm_types.h>
+#include <linux/notifier.h>
 #include <linux/pci.h>
 #include <linux/pm_runtime.h>
 #include <linux/ratelimit_types.h>
@@ -24,6 +25,8 @@ void bl_ratelimit_init(struct ratelimit_state *state);
 const char *bl_pci_name(const struct pci_dev *pdev);
 bool bl_pci_is_gone(const struct pci_dev *pdev);
 bool bl_pci_no_command_memory(const struct pci_dev *pdev);
+int bl_register_pm_notifier(struct notifier_block *block);
+void bl_unregister_pm_notifier(struct notifier_block *block);
 void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain);
 void bl_pm_runtime_get_noresume(struct device *dev);
 bool bl_pm_runtime_is_active(struct device *dev);
