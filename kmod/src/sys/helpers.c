@@ -5,12 +5,14 @@
 #include <linux/iommu.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/nospec.h>
 #include <linux/pci-p2pdma.h>
 #include <linux/pgtable.h>
 #include <linux/pm_domain.h>
 #include <linux/ratelimit.h>
 #include <linux/scatterlist.h>
 #include <linux/slab.h>
+#include <linux/suspend.h>
 #include <linux/wait_bit.h>
 /* Wants struct scatterlist. */
 #include <linux/iommu-dma.h>
@@ -47,6 +49,37 @@ const char *bl_pci_name(const struct pci_dev *pdev)
 bool bl_pci_is_gone(const struct pci_dev *pdev)
 {
 	return READ_ONCE(pdev->error_state) == pci_channel_io_perm_failure;
+}
+
+/*
+ * Whether the function, and all of its group, can raise their own MSIs only:
+ * what vfio asks before it gives a group to user space. Not under a spinlock.
+ */
+bool bl_pci_has_isolated_msi(struct pci_dev *pdev)
+{
+	struct iommu_group *group = iommu_group_get(&pdev->dev);
+	bool isolated;
+
+	if (!group)
+		return false;
+	isolated = iommu_group_has_isolated_msi(group);
+	iommu_group_put(group);
+	return isolated;
+}
+
+/*
+ * The lines that the PCI core writes about a function whose driver has no reset
+ * handlers, as stock vfio-pci has none.
+ */
+void bl_pci_log_reset(const struct pci_dev *pdev, bool done)
+{
+	dev_warn_ratelimited(&pdev->dev, "%s\n",
+			     done ? "reset done" : "resetting");
+}
+
+unsigned long bl_array_index_nospec(unsigned long index, unsigned long size)
+{
+	return array_index_nospec(index, size);
 }
 
 /*
@@ -90,6 +123,22 @@ void bl_pm_runtime_put(struct device *dev)
 	pm_runtime_put(dev);
 }
 
+int bl_pm_runtime_resume_and_get(struct device *dev)
+{
+	return pm_runtime_resume_and_get(dev);
+}
+
+/* Static inlines without CONFIG_PM_SLEEP. */
+int bl_register_pm_notifier(struct notifier_block *block)
+{
+	return register_pm_notifier(block);
+}
+
+void bl_unregister_pm_notifier(struct notifier_block *block)
+{
+	unregister_pm_notifier(block);
+}
+
 /*
  * Wakes a function that sleeps although the kernel takes it for awake, by way
  * of a state that it does not take it for.
@@ -117,8 +166,10 @@ bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name)
 		return false;
 	memcpy(copy, name, DMA_BUF_NAME_LEN - 1);
 	copy[DMA_BUF_NAME_LEN - 1] = '\0';
-	/* The dma-buf frees it. */
+	/* The dma-buf frees it. Whoever lists all dma-bufs looks at names under the lock. */
+	spin_lock(&dmabuf->name_lock);
 	dmabuf->name = copy;
+	spin_unlock(&dmabuf->name_lock);
 	return true;
 }
 

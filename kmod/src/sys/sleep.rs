@@ -51,7 +51,7 @@ impl<T: Sleeper> SleepNotifier<T> {
                 unsafe { slot.write(block) };
                 // SAFETY: The block is filled in, stays where it is, and is unregistered before it
                 // goes away. The sleeper behind it is there already.
-                to_result(unsafe { bindings::register_pm_notifier(slot) })
+                to_result(unsafe { bindings::bl_register_pm_notifier(slot) })
             }),
         })
     }
@@ -84,6 +84,6 @@ impl<T: Sleeper> SleepNotifier<T> {
 impl<T: Sleeper> PinnedDrop for SleepNotifier<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: By the type invariant the block is registered.
-        unsafe { bindings::unregister_pm_notifier(self.block.get()) };
+        unsafe { bindings::bl_unregister_pm_notifier(self.block.get()) };
     }
 }
