@@ -104,6 +104,7 @@ void bl_pm_runtime_get_noresume(struct device *dev)
 /* With the lock: rpm_suspend() looks at the usage count and changes the status under it. */
 bool bl_pm_runtime_is_active(struct device *dev)
 {
+#ifdef CONFIG_PM
 	unsigned long flags;
 	bool active;
 
@@ -111,6 +112,9 @@ bool bl_pm_runtime_is_active(struct device *dev)
 	active = dev->power.runtime_status == RPM_ACTIVE;
 	spin_unlock_irqrestore(&dev->power.lock, flags);
 	return active;
+#else
+	return true;
+#endif
 }
 
 void bl_pm_runtime_barrier(struct device *dev)

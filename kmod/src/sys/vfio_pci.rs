@@ -8,7 +8,8 @@
 //! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
 use super::{
-    bindings, nospec,
+    bindings,
+    nospec,
     p2p::Providers,
     payload::UserPayload,
     vma::NewVma,
@@ -713,11 +714,7 @@ impl<D: Driver> Vtable<D> {
     };
 
     const PCI: &'static bindings::vfio_pci_device_ops = &bindings::vfio_pci_device_ops {
-        // Without it the core has no exporter that would call this.
-        #[cfg(CONFIG_VFIO_PCI_DMABUF)]
         get_dmabuf_phys: Some(Self::get_dmabuf_phys),
-        #[cfg(not(CONFIG_VFIO_PCI_DMABUF))]
-        get_dmabuf_phys: None,
     };
 
     const ERRORS: &'static bindings::pci_error_handlers = &bindings::pci_error_handlers {
@@ -835,7 +832,6 @@ impl<D: Driver> Vtable<D> {
     ///
     /// To be called by the vfio-pci core only, as `vfio_pci_device_ops.get_dmabuf_phys` of a device
     /// of `D`.
-    #[cfg(CONFIG_VFIO_PCI_DMABUF)]
     unsafe extern "C" fn get_dmabuf_phys(
         core: *mut bindings::vfio_pci_core_device,
         provider: *mut *mut bindings::p2pdma_provider,
@@ -852,9 +848,17 @@ impl<D: Driver> Vtable<D> {
         if let Err(error) = device.driver().may_export(index, asked) {
             return error.to_errno();
         }
+        #[cfg(CONFIG_VFIO_PCI_DMABUF)]
         // SAFETY: Same requirements.
-        unsafe {
+        return unsafe {
             bindings::vfio_pci_core_get_dmabuf_phys(core, provider, index, vector, ranges, count)
+        };
+        // Nobody calls this where the core has no exporter. It is the answer of the inline function
+        // that the core's header has there, which bindgen leaves out.
+        #[cfg(not(CONFIG_VFIO_PCI_DMABUF))]
+        {
+            let _ = (provider, vector);
+            Error::from(super::errno::EOPNOTSUPP).to_errno()
         }
     }
 
