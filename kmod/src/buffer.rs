@@ -571,7 +571,13 @@ impl tree::Item for Buffer {
     }
 }
 
-impl Exporter for Buffer {
+#[expect(
+    unsafe_code,
+    reason = "a promise about `operations` and `live`, kept below"
+)]
+// SAFETY: `OPERATIONS` is a static and `live` a field. `Buffer::export` makes the value for the
+// dma-buf that is being exported, and gives it away to it.
+unsafe impl Exporter for Buffer {
     type UnderResv = Guarded;
 
     fn operations() -> &'static Operations<Self> {

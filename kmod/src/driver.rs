@@ -8,6 +8,7 @@ use crate::{
     abi,
     buffer::Buffer,
     debugfs::BuffersFile,
+    door::Way,
     export,
     leases::{Leases, Wait},
     list,
@@ -23,6 +24,7 @@ use crate::{
         delayed::Delayed,
         dma_buf::DmaBuf,
         errno,
+        flag::Flag,
         p2p::Providers,
         params,
         payload::UserPayload,
@@ -46,10 +48,15 @@ use kernel::{
 #[pin_data]
 pub(crate) struct Barlease {
     leases: Arc<Leases>,
-    protected: Protected,
     completer: Completer,
     #[pin]
     aliases: Mutex<Aliases>,
+    /// Of the time since the device was opened: what of its BARs is protected, whether the kernel's own
+    /// exporter answers feature 11, and whether somebody has asked about aliases.
+    #[pin]
+    protected: Mutex<Protected>,
+    stock_dma_buf: Flag,
+    knows_aliases: Flag,
     /// Warns of what drains with nobody waiting for it.
     #[pin]
     left_draining: Delayed<Leases>,
@@ -67,17 +74,23 @@ impl Barlease {
         &self.aliases
     }
 
-    /// What it does not lease.
-    pub(crate) fn protected(&self) -> &Protected {
-        &self.protected
+    /// What it does not lease, since it was opened.
+    pub(crate) fn protected(&self) -> Protected {
+        *self.protected.lock()
+    }
+
+    /// Whether somebody has asked about aliases since it was opened. The word is set by the first
+    /// question.
+    pub(crate) fn knows_aliases(&self) -> &Flag {
+        &self.knows_aliases
     }
 }
 
 impl Driver for Barlease {
     const NAME: &'static CStr = c"barlease-vfio-pci";
 
-    fn accepts(vendor: u32, device: u32) -> bool {
-        crate::denylist::accepts(vendor, device)
+    fn accepts(function: &Function<'_>) -> bool {
+        crate::denylist::accepts(function)
     }
 
     fn sriov() -> bool {
@@ -87,14 +100,15 @@ impl Driver for Barlease {
     fn bind(function: &Function<'_>, providers: Arc<Providers>) -> Result<Arc<Self>> {
         let leases = Leases::new(function.name(), providers)?;
         let buffers_file = BuffersFile::new(&leases)?;
-        let protected = Protected::of(function)?;
         Arc::pin_init(
             try_pin_init!(Self {
                 left_draining <- Delayed::new(leases.clone()),
                 leases,
-                protected,
                 completer: Completer::from_device_capabilities2(function.device_capabilities2()),
                 aliases <- new_mutex!(Aliases::default(), "barlease::aliases"),
+                protected <- new_mutex!(Protected::nothing(), "barlease::protected"),
+                stock_dma_buf: Flag::new(),
+                knows_aliases: Flag::new(),
                 _buffers_file: buffers_file,
             }),
             GFP_KERNEL,
@@ -112,6 +126,9 @@ impl Driver for Barlease {
     fn opened(device: &Device<'_, Self>) {
         let driver = device.driver();
         driver.aliases.lock().clear();
+        *driver.protected.lock() = Protected::of(&device.function());
+        driver.stock_dma_buf.set(params::stock_dma_buf());
+        driver.knows_aliases.set(false);
         // Whoever waits for an importer with the lock held has the device open, or, for a hot reset, the
         // lock of its set, which is held here.
         let lock = device.memory().read();
@@ -131,7 +148,7 @@ impl Driver for Barlease {
     #[inline]
     fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
         let further = regions::region_of(*position) >= u64::from(NUM_REGIONS);
-        if further || device.driver().leases.is_asleep() {
+        if further || device.driver().leases.is_shut() {
             return read_further(*device, buffer, position);
         }
         device.core_read(buffer, position)
@@ -140,13 +157,15 @@ impl Driver for Barlease {
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
         let further = regions::region_of(*position) >= CONFIG_REGION;
-        if further || device.driver().leases.is_asleep() {
+        if further || device.driver().leases.is_shut() {
             return write_further(*device, buffer, position);
         }
         device.core_write(buffer, position)
     }
 
     fn may_export(&self, bar: u32, ranges: &[abi::DmaRange]) -> Result {
+        // A device that was pulled out is still open, and no longer anybody's.
+        self.leases.epoch()?;
         export::check_protected(self, bar, ranges)
     }
 
@@ -172,7 +191,7 @@ impl Driver for Barlease {
         notice_wake_up(device);
         let feature = flags & FEATURE_MASK;
         match feature as u16 {
-            abi::FEATURE_DMA_BUF if !params::stock_dma_buf() => {
+            abi::FEATURE_DMA_BUF if !device.driver().stock_dma_buf.get() => {
                 return export::get(device, flags, payload);
             }
             abi::FEATURE_DMA_BUF_STOCK => {
@@ -335,7 +354,7 @@ fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() 
 /// Resets, hot resets and `sriov_configure` set D0, and LOW_POWER_EXIT ends low power, without a
 /// callback. So every access through the fd samples again afterwards if the last sample said "asleep".
 /// A device that was awake then cannot have slept and been woken since without `runtime_resume`.
-fn notice_wake_up(device: &Device<'_, Barlease>) {
+pub(crate) fn notice_wake_up(device: &Device<'_, Barlease>) {
     if device.driver().leases().is_asleep() {
         ask(*device);
     }
@@ -358,21 +377,21 @@ fn ask(device: Device<'_, Barlease>) {
 /// Where config space begins in the device fd.
 const CONFIG_START: u64 = CONFIG_REGION << OFFSET_SHIFT;
 
-/// Reads behind the regions that every device has, and of a device that sleeps.
+/// Reads behind the regions that every device has, and of a device that must not be touched.
 #[inline(never)]
 fn read_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
-    let answer = regions::access(device, buffer, position, Device::core_read);
+    let answer = regions::access(device, buffer, position, Way::Read);
     notice_wake_up(&device);
     answer
 }
 
-/// Writes to config space, to what lies behind it, and to a device that sleeps.
+/// Writes to config space, to what lies behind it, and to a device whose memory must not be touched.
 #[inline(never)]
 fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
     let answer = if regions::region_of(*position) == CONFIG_REGION {
         write_config(&device, buffer, position)
     } else {
-        regions::access(device, buffer, position, Device::core_write)
+        regions::access(device, buffer, position, Way::Write)
     };
     notice_wake_up(&device);
     answer

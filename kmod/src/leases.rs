@@ -46,7 +46,7 @@
 
 use crate::{
     buffer::{BarMaps, Buffer, Names, PATIENCE_MS, until_there_is_memory},
-    model::access::{Access, Epoch, Event, NOTHING, Sampled, State},
+    model::access::{Access, Epoch, Event, NOTHING, Reasons, Sampled, State},
     sys::{
         delayed::Later,
         eventfd::EventSlot,
@@ -287,6 +287,17 @@ impl Leases {
     #[inline]
     pub(crate) fn is_reachable(&self, epoch: Epoch) -> bool {
         epoch.is_reachable(peek(&self.reachable))
+    }
+
+    /// Whether nothing of the device may be touched, as far as can be seen without a lock.
+    #[inline]
+    pub(crate) fn is_shut(&self) -> bool {
+        peek(&self.reachable) == NOTHING
+    }
+
+    /// Why the owner of the device may not touch its memory while it is held awake.
+    pub(crate) fn reasons_when_awake(&self) -> Reasons {
+        self.access.lock().reasons_when_awake()
     }
 
     /// One of its buffers has a VMA more, which it has counted; what is looked at after this is looked

@@ -340,6 +340,22 @@ impl Access {
         })
     }
 
+    /// Why memory may not be touched by the owner of the device while something keeps the device awake:
+    /// low power that the owner asked for is suspended for that time, and its beginning waits for it.
+    pub fn reasons_when_awake(&self) -> Reasons {
+        let awake = Sampled {
+            low_power: false,
+            ..self.sampled
+        };
+        let levels = awake.reasons().with(Reasons::ERROR, self.failed);
+        Event::ALL
+            .iter()
+            .filter(|event| **event != Event::LowPower)
+            .fold(levels, |reasons, &event| {
+                reasons.with(event.reason(), self.count(event) != 0)
+            })
+    }
+
     /// Which epoch is open, in a word, for who looks without a lock: [`Epoch::of_word`].
     pub const fn word(&self) -> u64 {
         if self.open { self.epoch } else { NOTHING }

@@ -25,12 +25,17 @@ use kernel::{
 pub(crate) const NAME_LEN: usize = bindings::BL_DMA_BUF_NAME_LEN as usize;
 
 /// What a dma-buf exports.
-pub(crate) trait Exporter: Send + Sync + Sized + 'static {
+///
+/// # Safety
+///
+/// [`Self::operations`] must return the same `static` each time, and [`Self::live`] the same one for a
+/// value. A value must be exported by one dma-buf only: what `make` returns to [`DmaBuf::export`] is
+/// new, and its `live` leads to the dma-buf that it was made for.
+pub(crate) unsafe trait Exporter: Send + Sync + Sized + 'static {
     /// What is guarded by the reservation lock of the dma-buf.
     type UnderResv: Send + 'static;
 
-    /// The operations, by whose address a dma-buf is recognised as one of `Self`. Must return the
-    /// same `static` each time.
+    /// The operations, by whose address a dma-buf is recognised as one of `Self`.
     fn operations() -> &'static Operations<Self>;
 
     /// The way back to the dma-buf.
@@ -225,7 +230,9 @@ impl DmaBuf {
         let dmabuf = from_err_ptr(unsafe { bindings::dma_buf_export(&info) })?;
         // INVARIANT: `dma_buf_export` returned the first reference.
         let mut this = Self(NonNull::new(dmabuf).ok_or(ENOMEM)?);
-        // SAFETY: Nobody else knows the dma-buf, and `name` is as long as a name is at most.
+        // SAFETY: `name` is as long as a name is at most. The dma-buf is in the kernel's list of all,
+        // and what walks that looks at names under their lock and at a pointer to one that is
+        // complete; nobody else has a reference, so nobody else changes the name.
         if !unsafe { bindings::bl_dma_buf_name_new(this.0.as_ptr(), name.as_ptr().cast()) } {
             return Err(ENOMEM);
         }

@@ -7,6 +7,7 @@
 #include <linux/iommu.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/nospec.h>
 #include <linux/pci-p2pdma.h>
 #include <linux/pgtable.h>
 #include <linux/pm_domain.h>
@@ -53,6 +54,37 @@ bool bl_pci_is_gone(const struct pci_dev *pdev)
 }
 
 /*
+ * Whether the function, and all of its group, can raise their own MSIs only:
+ * what vfio asks before it gives a group to user space. Not under a spinlock.
+ */
+bool bl_pci_has_isolated_msi(struct pci_dev *pdev)
+{
+	struct iommu_group *group = iommu_group_get(&pdev->dev);
+	bool isolated;
+
+	if (!group)
+		return false;
+	isolated = iommu_group_has_isolated_msi(group);
+	iommu_group_put(group);
+	return isolated;
+}
+
+/*
+ * The lines that the PCI core writes about a function whose driver has no reset
+ * handlers, as stock vfio-pci has none.
+ */
+void bl_pci_log_reset(const struct pci_dev *pdev, bool done)
+{
+	dev_warn_ratelimited(&pdev->dev, "%s\n",
+			     done ? "reset done" : "resetting");
+}
+
+unsigned long bl_array_index_nospec(unsigned long index, unsigned long size)
+{
+	return array_index_nospec(index, size);
+}
+
+/*
  * Set at enumeration, but the bits beside it change at any time, under locks
  * of their own: what a read of the whole finds there does not matter.
  */
@@ -84,6 +116,7 @@ void bl_pm_runtime_get_noresume(struct device *dev)
 /* With the lock: rpm_suspend() looks at the usage count and changes the status under it. */
 bool bl_pm_runtime_is_active(struct device *dev)
 {
+#ifdef CONFIG_PM
 	unsigned long flags;
 	bool active;
 
@@ -91,6 +124,9 @@ bool bl_pm_runtime_is_active(struct device *dev)
 	active = dev->power.runtime_status == RPM_ACTIVE;
 	spin_unlock_irqrestore(&dev->power.lock, flags);
 	return active;
+#else
+	return true;
+#endif
 }
 
 void bl_pm_runtime_barrier(struct device *dev)
@@ -102,6 +138,13 @@ void bl_pm_runtime_put(struct device *dev)
 {
 	pm_runtime_put(dev);
 }
+
+int bl_pm_runtime_resume_and_get(struct device *dev)
+{
+	return pm_runtime_resume_and_get(dev);
+}
+
+/* Static inlines without CONFIG_PM_SLEEP. */
 
 /*
  * Wakes a function that sleeps although the kernel takes it for awake, by way
@@ -134,8 +177,8 @@ bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name)
 		return false;
 	memcpy(copy, name, DMA_BUF_NAME_LEN - 1);
 	copy[DMA_BUF_NAME_LEN - 1] = '\0';
+	/* The dma-buf frees it. Whoever lists all dma-bufs looks at names under the lock. */
 	spin_lock(&dmabuf->name_lock);
-	/* The dma-buf frees it. */
 	dmabuf->name = copy;
 	spin_unlock(&dmabuf->name_lock);
 	return true;

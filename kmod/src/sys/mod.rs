@@ -20,6 +20,7 @@ pub(crate) mod fence;
 pub(crate) mod flag;
 pub(crate) mod idle;
 pub(crate) mod items;
+pub(crate) mod nospec;
 pub(crate) mod p2p;
 pub(crate) mod params;
 pub(crate) mod payload;

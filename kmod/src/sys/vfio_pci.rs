@@ -8,7 +8,7 @@
 //! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
 use super::{
-    bindings,
+    bindings, nospec,
     p2p::Providers,
     payload::UserPayload,
     sleep::{Notifier, SystemSleep},
@@ -23,6 +23,7 @@ use core::{
     cell::UnsafeCell,
     marker::PhantomData,
     mem::{MaybeUninit, offset_of, size_of},
+    ops::Range,
 };
 use kernel::{
     error::{from_err_ptr, from_result, to_result},
@@ -30,6 +31,7 @@ use kernel::{
     str::as_char_ptr_in_const_context,
     sync::Arc,
     types::{NotThreadSafe, Opaque},
+    uaccess::{UserPtr, UserSlice},
 };
 
 /// Number of standard BARs.
@@ -64,7 +66,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     const NAME: &'static CStr;
 
     /// Whether the driver takes this function at all.
-    fn accepts(vendor: u32, device: u32) -> bool;
+    fn accepts(function: &Function<'_>) -> bool;
 
     /// Whether virtual functions may be made.
     fn sriov() -> bool;
@@ -159,6 +161,25 @@ impl UserBuffer {
     pub(crate) fn len(&self) -> usize {
         self.len
     }
+
+    /// `len` bytes from `offset` on.
+    pub(crate) fn part(&self, offset: usize, len: usize) -> Self {
+        Self {
+            address: self.address.wrapping_add(offset),
+            len,
+        }
+    }
+
+    /// Whether `len` bytes from `offset` on, 8 at most, can be read by the process.
+    pub(crate) fn is_readable(&self, offset: usize, len: usize) -> bool {
+        let address = UserPtr::from_ptr(self.address.wrapping_add(offset).cast());
+        let mut bytes = [0; 8];
+        let place = bytes.get_mut(..len);
+        place.is_some_and(|place| {
+            let mut reader = UserSlice::new(address, len).reader();
+            reader.read_slice(place).is_ok()
+        })
+    }
 }
 
 /// The answer to a read or a write: bytes, or a negative errno.
@@ -168,6 +189,13 @@ impl UserBuffer {
 #[repr(transparent)]
 #[must_use]
 pub(crate) struct Answer(isize);
+
+impl Answer {
+    /// Bytes, or the error.
+    pub(crate) fn into_result(self) -> Result<usize> {
+        count_or_error(self.0)
+    }
+}
 
 impl From<Result<usize>> for Answer {
     fn from(result: Result<usize>) -> Self {
@@ -243,6 +271,19 @@ impl Function<'_> {
         let name = unsafe { bindings::bl_pci_name(self.pdev) };
         // SAFETY: The name is a C string that lives as long as the device.
         unsafe { CStr::from_char_ptr(name) }
+    }
+
+    /// Vendor and device, as its config space names them.
+    pub(crate) fn id(&self) -> (u32, u32) {
+        // SAFETY: `pdev` is valid; both were read at enumeration and do not change.
+        let (vendor, device) = unsafe { ((*self.pdev).vendor, (*self.pdev).device) };
+        (u32::from(vendor), u32::from(device))
+    }
+
+    /// Whether it can raise no MSIs but its own, and neither can the other functions of its group.
+    pub(crate) fn has_isolated_msi(&self) -> bool {
+        // SAFETY: `pdev` is valid; operations of a device may sleep.
+        unsafe { bindings::bl_pci_has_isolated_msi(self.pdev) }
     }
 
     /// Whether the kernel takes it for one in D1 or deeper.
@@ -460,6 +501,23 @@ impl Drop for MemoryWrite<'_> {
     }
 }
 
+/// Keeps a device from falling asleep until it is dropped.
+///
+/// # Invariants
+///
+/// `dev` is valid, and one of its usage counts is ours.
+pub(crate) struct KeptAwake<'a> {
+    dev: *mut bindings::device,
+    _device: PhantomData<&'a ()>,
+}
+
+impl Drop for KeptAwake<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant there is a count to give back.
+        unsafe { bindings::bl_pm_runtime_put(self.dev) };
+    }
+}
+
 impl<'a, D: Driver> Device<'a, D> {
     /// # Safety
     ///
@@ -547,7 +605,8 @@ impl<'a, D: Driver> Device<'a, D> {
     /// A memory BAR that the core claimed and mapped; `ENODEV` otherwise. (It maps I/O BARs too: to
     /// port numbers, which are no addresses of memory.)
     pub(crate) fn bar(&self, index: u32) -> Result<Bar> {
-        let index = index as usize;
+        // CAST: A `u32` fits into a `usize`.
+        let index = nospec::checked(index as usize, BARS as usize).ok_or(ENODEV)?;
         // SAFETY: Computes an address inside of the device.
         let map = unsafe { &raw const (*self.core()).barmap };
         // SAFETY: The device is valid; the map does not change while it is open.
@@ -576,7 +635,35 @@ impl<'a, D: Driver> Device<'a, D> {
     pub(crate) fn is_mappable(&self, index: u32) -> bool {
         // SAFETY: The device is valid; the flags do not change while it is open.
         let mappable = unsafe { (*self.core()).bar_mmap_supported };
-        mappable.get(index as usize).copied().unwrap_or(false)
+        // CAST: A `u32` fits into a `usize`.
+        nospec::checked(index as usize, mappable.len()).is_some_and(|index| mappable[index])
+    }
+
+    /// The bytes of a BAR in which the core lets a read or a write reach nothing: the MSI-X table.
+    pub(crate) fn hole(&self, index: u32) -> Range<u64> {
+        let core = self.core();
+        // SAFETY: The device is valid; the core found the table when it was opened.
+        let (bar, start, size) =
+            unsafe { ((*core).msix_bar, (*core).msix_offset, (*core).msix_size) };
+        if u32::from(bar) != index {
+            return 0..0;
+        }
+        u64::from(start)..u64::from(start) + u64::from(size)
+    }
+
+    /// Wakes the device, if run-time power management has it asleep, and keeps it awake.
+    ///
+    /// The core does so for each read and write. Its `memory_lock` must not be held.
+    pub(crate) fn wake(&self) -> Result<KeptAwake<'a>> {
+        // SAFETY: Computes an address inside of the function, which is valid.
+        let dev = unsafe { &raw mut (*self.function().pdev).dev };
+        // SAFETY: `dev` is valid while the device is open.
+        to_result(unsafe { bindings::bl_pm_runtime_resume_and_get(dev) })?;
+        // INVARIANT: The count was just raised.
+        Ok(KeptAwake {
+            dev,
+            _device: PhantomData,
+        })
     }
 
     /// Number of the core's device-specific regions, whose indexes follow [`NUM_REGIONS`].
@@ -638,6 +725,37 @@ impl<'a, D: Driver> Device<'a, D> {
     }
 }
 
+// The structures that bindgen made are those of the C compiler (`helpers.h`).
+const _: () = {
+    use bindings::{vfio_device, vfio_device_ops, vfio_pci_core_device};
+    macro_rules! same {
+        ($($left:expr => $right:ident),* $(,)?) => {
+            // CAST: Sizes and offsets of structures of some kilobytes.
+            $(assert!($left == bindings::$right as usize);)*
+        };
+    }
+    same!(
+        size_of::<vfio_device>() => BL_VFIO_DEVICE_SIZE,
+        offset_of!(vfio_device, dev) => BL_VFIO_DEVICE_DEV,
+        offset_of!(vfio_device, device) => BL_VFIO_DEVICE_DEVICE,
+        size_of::<vfio_device_ops>() => BL_VFIO_OPS_SIZE,
+        size_of::<vfio_pci_core_device>() => BL_CORE_SIZE,
+        offset_of!(vfio_pci_core_device, vdev) => BL_CORE_VDEV,
+        offset_of!(vfio_pci_core_device, pdev) => BL_CORE_PDEV,
+        offset_of!(vfio_pci_core_device, pci_ops) => BL_CORE_PCI_OPS,
+        offset_of!(vfio_pci_core_device, barmap) => BL_CORE_BARMAP,
+        offset_of!(vfio_pci_core_device, bar_mmap_supported) => BL_CORE_BAR_MMAP_SUPPORTED,
+        offset_of!(vfio_pci_core_device, vconfig) => BL_CORE_VCONFIG,
+        offset_of!(vfio_pci_core_device, num_regions) => BL_CORE_NUM_REGIONS,
+        offset_of!(vfio_pci_core_device, msix_bar) => BL_CORE_MSIX_BAR,
+        offset_of!(vfio_pci_core_device, msix_size) => BL_CORE_MSIX_SIZE,
+        offset_of!(vfio_pci_core_device, msix_offset) => BL_CORE_MSIX_OFFSET,
+        offset_of!(vfio_pci_core_device, pm_runtime_engaged) => BL_CORE_PM_RUNTIME_ENGAGED,
+        offset_of!(vfio_pci_core_device, memory_lock) => BL_CORE_MEMORY_LOCK,
+    );
+    assert!(offset_of!(vfio_pci_core_device, vdev) == 0);
+};
+
 /// A non-negative answer, or the error that a negative one is.
 fn count_or_error(answer: isize) -> Result<usize> {
     match usize::try_from(answer) {
@@ -650,12 +768,9 @@ fn count_or_error(answer: isize) -> Result<usize> {
 struct Vtable<D>(PhantomData<D>);
 
 impl<D: Driver> Vtable<D> {
-    const LAYOUT: () = {
-        assert!(offset_of!(Layout<D>, core) == 0);
-        assert!(offset_of!(bindings::vfio_pci_core_device, vdev) == 0);
-    };
+    const LAYOUT: () = assert!(offset_of!(Layout<D>, core) == 0);
 
-    const DEVICE: bindings::vfio_device_ops = bindings::vfio_device_ops {
+    const DEVICE: &'static bindings::vfio_device_ops = &bindings::vfio_device_ops {
         name: as_char_ptr_in_const_context(D::NAME).cast_mut(),
         init: Some(Self::init),
         release: Some(Self::release),
@@ -685,11 +800,11 @@ impl<D: Driver> Vtable<D> {
         ..pin_init::zeroed()
     };
 
-    const PCI: bindings::vfio_pci_device_ops = bindings::vfio_pci_device_ops {
+    const PCI: &'static bindings::vfio_pci_device_ops = &bindings::vfio_pci_device_ops {
         get_dmabuf_phys: Some(Self::get_dmabuf_phys),
     };
 
-    const ERRORS: bindings::pci_error_handlers = bindings::pci_error_handlers {
+    const ERRORS: &'static bindings::pci_error_handlers = &bindings::pci_error_handlers {
         error_detected: Some(Self::error_detected),
         reset_prepare: Some(Self::reset_prepare),
         reset_done: Some(Self::reset_done),
@@ -698,7 +813,7 @@ impl<D: Driver> Vtable<D> {
     };
 
     /// Any function, but only when asked for by name (`PCI_DRIVER_OVERRIDE_DEVICE_VFIO`).
-    const IDS: [bindings::pci_device_id; 2] = [
+    const IDS: &'static [bindings::pci_device_id; 2] = &[
         bindings::pci_device_id {
             vendor: bindings::PCI_ANY_ID as u32,
             device: bindings::PCI_ANY_ID as u32,
@@ -724,6 +839,8 @@ impl<D: Driver> Vtable<D> {
             };
             let providers = Providers::new()?;
             let driver = D::bind(&function, providers.clone())?;
+            // SAFETY: `vdev` was zeroed, is the core's, and nobody else knows it yet.
+            unsafe { bindings::bl_latch_params(vdev.cast()) };
             // SAFETY: `vdev` was zeroed and is being initialized.
             to_result(unsafe { bindings::vfio_pci_core_init_dev(vdev) })?;
             // SAFETY: Computes an address inside of the allocation.
@@ -818,9 +935,17 @@ impl<D: Driver> Vtable<D> {
         if let Err(error) = device.driver().may_export(index, asked) {
             return error.to_errno();
         }
+        #[cfg(CONFIG_VFIO_PCI_DMABUF)]
         // SAFETY: Same requirements.
-        unsafe {
+        return unsafe {
             bindings::vfio_pci_core_get_dmabuf_phys(core, provider, index, vector, ranges, count)
+        };
+        // Nobody calls this where the core has no exporter. It is the answer of the inline function
+        // that the core's header has there, which bindgen leaves out.
+        #[cfg(not(CONFIG_VFIO_PCI_DMABUF))]
+        {
+            let _ = (provider, vector);
+            Error::from(super::errno::EOPNOTSUPP).to_errno()
         }
     }
 
@@ -1008,6 +1133,8 @@ impl<D: Driver> Vtable<D> {
     /// To be called by the PCI core only, as `pci_error_handlers.reset_prepare` of a function that is
     /// bound to the driver.
     unsafe extern "C" fn reset_prepare(pdev: *mut bindings::pci_dev) {
+        // SAFETY: `pdev` is valid.
+        unsafe { bindings::bl_pci_log_reset(pdev, false) };
         let prepare = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
             driver.reset_prepare(function);
             // SAFETY: Computes an address inside of the function.
@@ -1026,6 +1153,8 @@ impl<D: Driver> Vtable<D> {
     /// To be called by the PCI core only, as `pci_error_handlers.reset_done` of a function that is
     /// bound to the driver.
     unsafe extern "C" fn reset_done(pdev: *mut bindings::pci_dev) {
+        // SAFETY: `pdev` is valid.
+        unsafe { bindings::bl_pci_log_reset(pdev, true) };
         let done = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
             driver.reset_done(function, layout.memory());
             // SAFETY: Computes an address inside of the function.
@@ -1078,16 +1207,18 @@ impl<D: Driver> Vtable<D> {
         _id: *const bindings::pci_device_id,
     ) -> c_int {
         let () = Self::LAYOUT;
-        // SAFETY: `pdev` is valid.
-        let (vendor, device) = unsafe { ((*pdev).vendor, (*pdev).device) };
-        if !D::accepts(u32::from(vendor), u32::from(device)) {
+        let function = Function {
+            pdev,
+            _call: PhantomData,
+        };
+        if !D::accepts(&function) {
             return EINVAL.to_errno();
         }
         // SAFETY: Computes an address inside of the function.
         let dev = unsafe { &raw mut (*pdev).dev };
         // SAFETY: The operations are static and the size is that of our structure.
         let vdev =
-            unsafe { bindings::_vfio_alloc_device(size_of::<Layout<D>>(), dev, &Self::DEVICE) };
+            unsafe { bindings::_vfio_alloc_device(size_of::<Layout<D>>(), dev, Self::DEVICE) };
         let vdev = match from_err_ptr(vdev) {
             Ok(vdev) => vdev,
             Err(error) => return error.to_errno(),
@@ -1096,7 +1227,7 @@ impl<D: Driver> Vtable<D> {
         // SAFETY: The core wants its own structure as the function's data.
         unsafe { bindings::dev_set_drvdata(dev, core.cast()) };
         // SAFETY: The device was just made and is ours.
-        unsafe { (*core).pci_ops = &Self::PCI };
+        unsafe { (*core).pci_ops = Self::PCI };
         // SAFETY: The device was just made, zeroed, and is ours; it is there until `put_device`.
         let domain = unsafe { &(*vdev.cast::<Layout<D>>()).domain };
         // SAFETY: The function is being probed; the domain lives until it is cleared, below or in
@@ -1191,9 +1322,10 @@ pub(crate) struct Registration<D: Driver> {
     _driver: PhantomData<D>,
 }
 
-// SAFETY: Registering and unregistering may be done from any thread.
+// SAFETY: The driver core reads and writes the `pci_driver` under locks of its own; of ours only
+// `drop` touches it, which has it alone. Unregistering may be done from any thread.
 unsafe impl<D: Driver> Send for Registration<D> {}
-// SAFETY: A shared registration gives access to nothing.
+// SAFETY: Nothing can be done with a shared registration: it has no method that takes `&self`.
 unsafe impl<D: Driver> Sync for Registration<D> {}
 
 impl<D: Driver> Registration<D> {
@@ -1207,7 +1339,7 @@ impl<D: Driver> Registration<D> {
                     probe: Some(Vtable::<D>::probe),
                     remove: Some(Vtable::<D>::remove),
                     sriov_configure: Some(Vtable::<D>::sriov_configure),
-                    err_handler: &Vtable::<D>::ERRORS,
+                    err_handler: Vtable::<D>::ERRORS,
                     driver_managed_dma: true,
                     ..pin_init::zeroed()
                 };
