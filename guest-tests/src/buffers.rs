@@ -185,14 +185,11 @@ impl Device {
             assert!(ids.clone().is_sorted_by(|one, next| one < next), "order");
             assert!(records.iter().all(|record| record.id > after));
             all.extend(records);
-            let Some(last) = all.last() else {
-                assert_eq!(listed.head.after, 0, "nothing, and more to come");
-                return all;
-            };
             if listed.head.after == 0 {
                 return all;
             }
-            assert!(listed.head.after >= last.id, "it would begin again");
+            let last = all.last().map_or(0, |record| record.id);
+            assert!(listed.head.after >= last, "it would begin again");
             assert!(listed.head.after > after, "no progress");
             after = listed.head.after;
         }

@@ -246,6 +246,19 @@ pub fn eventfd() -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
+/// Has reads and writes of a file block, or not.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn set_blocking(fd: impl AsFd, blocking: bool) {
+    let fd = fd.as_fd().as_raw_fd();
+    let flags = if blocking { 0 } else { libc::O_NONBLOCK };
+    // SAFETY: Has no argument that is memory.
+    let answer = unsafe { libc::fcntl(fd, libc::F_SETFL, flags) };
+    assert_eq!(answer, 0, "fcntl: {}", io::Error::last_os_error());
+}
+
 /// Whether an eventfd was signalled within that time. Does not take the event away.
 #[must_use]
 pub fn is_signalled_within(event: impl AsFd, time: Duration) -> bool {
