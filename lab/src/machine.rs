@@ -244,7 +244,7 @@ impl Preset {
     pub fn of_tests(binary: &str) -> Self {
         // Cargo adds `-` and a hash.
         match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
-            "command" | "splits" | "tph" | "witness" => Self::Device,
+            "command" | "door" | "splits" | "tph" | "witness" => Self::Device,
             "aer" | "removal" => Self::Ports,
             "random" => Self::Random,
             "nopat" => Self::NoPat,
