@@ -10,7 +10,7 @@ use barlease_guest_tests::{
         BAR, DEVICE, FATAL, NEIGHBOUR, NON_FATAL, end_of_recovery, inject, report_corrected,
         wait_for_recovery,
     },
-    errno::ENODEV,
+    errno::{EIO, ENODEV},
     importer::{Attachment, Importer, KernelLog, check_that_nothing_is_left},
     lease::State,
     map::{How, Map, Sigbus},
@@ -294,4 +294,27 @@ fn an_error_of_a_device_that_is_not_open_does_not_outlast_it() {
 #[test]
 fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
     check_that_nothing_is_left(&[DEVICE, NEIGHBOUR, "memory"]);
+}
+
+/// A fatal error leaves the device reset and not restored: it decodes nothing, which stock vfio-pci does not look at.
+#[test]
+fn reads_and_writes_are_refused_until_the_device_is_restored() {
+    let _anew = Anew;
+    let scene = Scene::new();
+    let alias = scene.device.alias(BAR, ALIAS_WC).unwrap();
+    let reads = || {
+        [BAR, alias].map(|region| {
+            let mut bytes = [0; 4];
+            let read = scene.device.read(region, FEATURES, &mut bytes);
+            read.map(|_| u32::from_ne_bytes(bytes))
+        })
+    };
+    assert_eq!(reads(), [Ok(scene.features); 2]);
+    scene.survives(FATAL);
+    scene.is(MEMORY_OFF);
+    assert_eq!(reads(), [Err(EIO); 2]);
+    let written = scene.device.write(BAR, FEATURES, &[0; 4]);
+    assert_eq!(written, Err(EIO));
+    scene.device.set_memory(true);
+    assert_eq!(reads(), [Ok(scene.features); 2]);
 }

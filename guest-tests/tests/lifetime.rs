@@ -10,13 +10,14 @@ use std::{
 use barlease_abi::FEATURE_DMA_BUF;
 use barlease_guest_tests::{
     HUGE, PAGE,
-    errno::{EAGAIN, EBADF, ENODEV, Errno},
+    errno::{EAGAIN, EBADF, ENODEV, EPERM, Errno},
     lease::{self, State},
     map::{How, Map, Sigbus},
     observe,
-    pci::{self, BARLEASE, Function, STOCK},
+    pci::{self, BARLEASE, Function, Parameter, STOCK},
     process::{Child, End},
     vfio::{Device, GET, Group},
+    wait::{A_WHILE, until},
 };
 
 /// The frame buffer of the display: 64 MiB.
@@ -426,23 +427,30 @@ fn export_of_msix_table() -> Result<OwnedFd, Errno> {
 }
 
 #[test]
-fn the_msix_table_is_exported_where_the_module_parameter_allows_it() {
-    let parameter = || pci::module_attribute("parameters/allow_msix_export").unwrap();
-    assert_eq!(parameter(), "N");
+fn parameters_are_given_when_the_module_is_loaded() {
+    let parameter = |name: &str| pci::module_attribute(&format!("parameters/{name}")).unwrap();
+    assert_eq!(parameter("msix_export"), "auto");
     with_module_idle(|| {
         pci::unload_module().unwrap();
-        pci::load_module("allow_msix_export=1");
-        assert_eq!(parameter(), "Y");
-        let device = Device::open("nvme");
-        let (bar, page) = msix_table(&device);
-        let fd = device.export(bar, &[(page, PAGE)]).unwrap();
-        Map::new(&fd, PAGE).unwrap().read(0).unwrap();
-        drop((fd, device));
-        Function::named("nvme").unbind();
+        pci::load_module("msix_export=never nointxmask=1 disable_idle_d3=1");
+        assert_eq!(parameter("msix_export"), "never");
+        assert_eq!(export_of_msix_table().unwrap_err(), EPERM);
+        // A function that is bound keeps what it was bound with: it does not sleep while it is idle.
+        let function = Function::named("nvme");
+        for value in ["N", "Y"] {
+            let _parameter = Parameter::set("disable_idle_d3", value).unwrap();
+            thread::sleep(A_WHILE);
+            assert_eq!(function.runtime_status(), "active");
+        }
+        assert_eq!(parameter("nointxmask"), "Y");
+        function.unbind();
         pci::unload_module().unwrap();
         pci::load_module("");
     });
-    assert!(export_of_msix_table().is_err());
+    assert!(export_of_msix_table().is_ok());
+    until("an idle device to sleep", || {
+        Function::named("nvme").runtime_status() == "suspended"
+    });
 }
 
 #[test]

@@ -12,7 +12,7 @@ use barlease_guest_tests::{
     PAGE,
     errno::ENODEV,
     importer::{Attachment, Importer, check_that_nothing_is_left},
-    lease::State,
+    lease::{Request, State},
     map::{How, Map, Sigbus},
     observe,
     process::{self, Child},
@@ -102,6 +102,8 @@ fn what_is_pulled_out_is_dead_before_its_user_lets_go() {
         scene.device.export(BAR, &[(0, PAGE)]).map(drop),
         Err(ENODEV)
     );
+    let request = Request::new(BAR, &[(0, PAGE)]);
+    assert_eq!(scene.device.stock_export(&request).map(drop), Err(ENODEV));
     let bar = How::shared().map(&scene.device, u64::from(BAR) << 40, PAGE);
     assert_eq!(bar.map(drop), Err(ENODEV));
     assert!(

@@ -175,7 +175,7 @@ pub enum Preset {
     Ports,
     /// As `device`, with what `ports` has more.
     Random,
-    /// As `full` without page attributes, so without write-combining.
+    /// As `full` without page attributes, so without write-combining, and without isolated interrupts.
     NoPat,
     /// What the benchmarks need. No device can be reset, so opening one does not wait for its reset.
     Bench,
@@ -221,7 +221,7 @@ impl Preset {
             Self::Ports => Machine::with_native_ports(ports()),
             Self::Random => Machine::with_native_ports(random()),
             Self::NoPat => Machine {
-                append: vec!["nopat".to_owned()],
+                append: ["nopat", "intremap=off"].map(str::to_owned).into(),
                 ..Machine::new(full())
             },
             Self::Bench => Machine {
@@ -244,7 +244,7 @@ impl Preset {
     pub fn of_tests(binary: &str) -> Self {
         // Cargo adds `-` and a hash.
         match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
-            "command" | "splits" | "tph" | "witness" => Self::Device,
+            "command" | "door" | "splits" | "tph" | "witness" => Self::Device,
             "aer" | "removal" => Self::Ports,
             "random" => Self::Random,
             "nopat" => Self::NoPat,

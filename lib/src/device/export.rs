@@ -174,7 +174,7 @@ impl<'a> ExportBuilder<'a> {
             .unsupported_or("export", object, errno)
             .with_remedy(
                 "the range overlaps the MSI-X table, with which a holder could raise interrupts: \
-                 the parameter allow_msix_export of barlease_vfio_pci permits it",
+                 the parameter msix_export of barlease_vfio_pci permits it",
             )
     }
 }
