@@ -59,7 +59,7 @@ fn alias_at(device: &Device<'_, Barlease>, index: u64) -> Option<Alias> {
 
 /// Whether a BAR can be aliased.
 fn is_aliasable(device: &Device<'_, Barlease>, bar: u32) -> bool {
-    device.is_mappable(bar) && device.bar(bar).is_ok_and(|bar| bar.length >= PAGE_SIZE)
+    device.is_mappable(bar) && device.bar(bar).is_ok_and(|bar| bar.length() >= PAGE_SIZE)
 }
 
 /// `BARLEASE_FEATURE_ALIAS_REGION`.
@@ -173,11 +173,15 @@ pub(crate) fn mmap(device: &Device<'_, Barlease>, vma: NewVma<'_>) -> Result {
     }
     // The core accepted it: the BAR is there, starts at a page, and holds the span.
     let bar = bar as u32;
-    let start = device.bar(bar)?.start;
+    let memory = device.bar(bar)?;
     let size = vma.length();
-    let segment = Segment::after(0, start + (page << PAGE_SHIFT), size, PAGE_SHIFT);
+    let segment = Segment {
+        end: size >> PAGE_SHIFT,
+        page,
+    };
     let contents = Contents {
         bar,
+        memory,
         size,
         segments: Items::One(segment),
     };
