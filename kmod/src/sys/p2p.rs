@@ -283,7 +283,8 @@ impl<'a> Importer<'a> {
         let route = match self.route() {
             Some(route) => route,
             None => {
-                let route = self.find_route(providers, bar, last)?;
+                let first = runs.clone().next().ok_or(EINVAL)?;
+                let route = self.find_route(providers, bar, first.page, last)?;
                 self.set_route(route);
                 route
             }
@@ -320,7 +321,7 @@ impl<'a> Importer<'a> {
         Ok(())
     }
 
-    /// Maps the first page of a BAR by the stock helper.
+    /// Maps a page by the stock helper.
     fn map_stock(
         &self,
         provider: NonNull<bindings::p2pdma_provider>,
@@ -356,8 +357,8 @@ impl<'a> Importer<'a> {
         unsafe { bindings::bl_forget_translations(self.device()) };
     }
 
-    /// How the importer reaches `bar`, of which it is to map bytes up to the address `last`.
-    fn find_route(&self, providers: &Providers, bar: &Bar, last: u64) -> Result<Route> {
+    /// How the importer reaches `bar`, of which it is to map `page` and bytes up to the address `last`.
+    fn find_route(&self, providers: &Providers, bar: &Bar, page: u64, last: u64) -> Result<Route> {
         let translated = self.is_translated();
         if translated {
             // SAFETY: The device of an attachment is valid.
@@ -370,7 +371,7 @@ impl<'a> Importer<'a> {
         }
         let provider = providers.get(bar.index())?;
         let bus_offset = provider.bus_offset()?;
-        let page = Piece::of(bar, Run { page: 0, pages: 1 })?;
+        let page = Piece::of(bar, Run { page, pages: 1 })?;
         let entries = self.map_stock(provider.get()?, &page)?;
         // SAFETY: The table has an entry.
         let mapped = unsafe { (*(*entries).sgl).dma_address };
