@@ -585,6 +585,7 @@ fn a_buffer_that_is_longer_than_twice_its_bar_is_not_mapped_for_an_importer() {
 fn memory_that_is_not_aligned_takes_as_few_tables_as_memory_that_is() {
     let device = Device::open("big");
     let importer = Importer::open();
+    let _mask = importer.mask(48);
     let tables = |offset: u64| {
         let fd = device.export(BAR, &[(offset, 512 * MIB)]).unwrap();
         let attachment = importer.attach(&fd).unwrap();
