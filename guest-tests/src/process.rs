@@ -123,6 +123,23 @@ impl Drop for Child {
     }
 }
 
+/// Ends this process by SIGALRM after so many seconds: for one that may run for ever.
+pub fn end_after(seconds: u32) {
+    // SAFETY: Sets a timer of the process; nobody handles its signal.
+    unsafe { libc::alarm(seconds) };
+}
+
+/// Turns off huge pages for this process (`PR_SET_THP_DISABLE`).
+///
+/// # Panics
+///
+/// When the kernel refuses.
+pub fn turn_off_huge_pages() {
+    // SAFETY: The arguments are numbers.
+    let result = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+    assert_eq!(result, 0, "prctl: {}", io::Error::last_os_error());
+}
+
 /// Gives up the privileges of root in this process, for good.
 ///
 /// # Panics

@@ -91,7 +91,7 @@ fn refuse(
 ) -> Answer {
     let offset = *position as u64 & ((1 << OFFSET_SHIFT) - 1);
     let left = match device.bar(bar) {
-        Ok(bar) => bar.length.saturating_sub(offset),
+        Ok(bar) => bar.length().saturating_sub(offset),
         // No memory: not there, or port numbers.
         Err(_) => 0,
     };

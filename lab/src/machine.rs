@@ -181,11 +181,13 @@ pub enum Preset {
     Bench,
     /// As `device`, with a kernel that keeps who has allocated what.
     Tracked,
+    /// Two host bridges: devices with memory behind one of them, the importer behind the other.
+    Bridges,
 }
 
 impl Preset {
     /// All presets.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Display,
         Self::Full,
         Self::Device,
@@ -194,6 +196,7 @@ impl Preset {
         Self::NoPat,
         Self::Bench,
         Self::Tracked,
+        Self::Bridges,
     ];
 
     /// Its name.
@@ -208,6 +211,7 @@ impl Preset {
             Self::NoPat => "nopat",
             Self::Bench => "bench",
             Self::Tracked => "tracked",
+            Self::Bridges => "bridges",
         }
     }
 
@@ -230,6 +234,7 @@ impl Preset {
                 append: vec!["tsc=reliable".to_owned()],
                 ..Machine::new(bench())
             },
+            Self::Bridges => Machine::new(bridges()),
             Self::Tracked => Machine {
                 // The lists that it makes of that need long pieces of memory.
                 memory: 2048,
@@ -249,6 +254,7 @@ impl Preset {
             "random" => Self::Random,
             "nopat" => Self::NoPat,
             "fault_injection" => Self::Tracked,
+            "p2p_route" => Self::Bridges,
             _ => Self::Full,
         }
     }
@@ -370,12 +376,41 @@ fn card(bus: &str, bdf: &str) -> Device {
 }
 
 fn edu() -> Device {
-    Device::new(
-        "edu",
-        "0000:00:06.0",
-        "edu: a DMA engine, 32 bits",
-        "edu,bus=pcie.0,addr=06,dma_mask=0xffffffff",
-    )
+    edu_at("0000:00:06.0", "bus=pcie.0,addr=06")
+}
+
+fn edu_at(bdf: &str, place: &str) -> Device {
+    let device = format!("edu,{place},dma_mask=0xffffffff");
+    Device::new("edu", bdf, "edu: a DMA engine, 32 bits", &device)
+}
+
+/// The BARs are so small that they lie below 4 GiB, where the IOMMU looks for addresses first.
+fn bridges() -> Vec<Device> {
+    let bridge = |name: &str, device: &str| Device {
+        bdf: None,
+        ..Device::new(name, "", "bridge", device)
+    };
+    vec![
+        Device::root_port("rp1", 3),
+        Device::memory(
+            "memory",
+            "0000:01:00.0",
+            "ivshmem: BAR2 is 64 MiB of memory; behind the first host bridge",
+            64,
+            "bus=rp1,addr=00.0",
+        ),
+        Device::root_port("rp2", 4),
+        Device::memory(
+            "filler",
+            "0000:02:00.0",
+            "ivshmem: BAR2 is 64 MiB of memory; behind the first host bridge",
+            64,
+            "bus=rp2,addr=00.0",
+        ),
+        bridge("second", "pxb-pcie,bus=pcie.0,addr=05,bus_nr=64"),
+        bridge("rp3", "pcie-root-port,bus=second,addr=00,chassis=5,slot=5"),
+        edu_at("0000:41:00.0", "bus=rp3,addr=00.0"),
+    ]
 }
 
 fn bench() -> Vec<Device> {
@@ -502,6 +537,7 @@ mod tests {
         assert_eq!(Preset::of_tests("witness-0f2a"), Preset::Device);
         assert_eq!(Preset::of_tests("witness"), Preset::Device);
         assert_eq!(Preset::of_tests("memory_type-0f2a"), Preset::Full);
+        assert_eq!(Preset::of_tests("p2p_route-0f2a"), Preset::Bridges);
     }
 
     #[test]

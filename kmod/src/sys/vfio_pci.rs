@@ -8,6 +8,7 @@
 //! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
 use super::{
+    bar::Bar,
     bindings, nospec,
     p2p::Providers,
     payload::UserPayload,
@@ -15,10 +16,7 @@ use super::{
     vma::NewVma,
     wake::{self, Awake, Domain},
 };
-use crate::{
-    abi::DmaRange,
-    model::{config, ranges::Bar},
-};
+use crate::{abi::DmaRange, model::config};
 use core::{
     cell::UnsafeCell,
     marker::PhantomData,
@@ -604,9 +602,9 @@ impl<'a, D: Driver> Device<'a, D> {
 
     /// A memory BAR that the core claimed and mapped; `ENODEV` otherwise. (It maps I/O BARs too: to
     /// port numbers, which are no addresses of memory.)
-    pub(crate) fn bar(&self, index: u32) -> Result<Bar> {
+    pub(crate) fn bar(&self, number: u32) -> Result<Bar> {
         // CAST: A `u32` fits into a `usize`.
-        let index = nospec::checked(index as usize, BARS as usize).ok_or(ENODEV)?;
+        let index = nospec::checked(number as usize, BARS as usize).ok_or(ENODEV)?;
         // SAFETY: Computes an address inside of the device.
         let map = unsafe { &raw const (*self.core()).barmap };
         // SAFETY: The device is valid; the map does not change while it is open.
@@ -625,10 +623,11 @@ impl<'a, D: Driver> Device<'a, D> {
             return Err(ENODEV);
         }
         // `pci_resource_len`; one that is mapped is not empty.
-        Ok(Bar {
-            start: resource.start,
-            length: resource.end - resource.start + 1,
-        })
+        let length = resource.end - resource.start + 1;
+        let alone = self.is_mappable(number);
+        // SAFETY: The core maps only what it has claimed. One smaller than a page it lets be mapped
+        // only if it has claimed the rest of the page, too (`vfio_pci_probe_mmaps`).
+        Ok(unsafe { Bar::new(number, resource.start, length, alone) })
     }
 
     /// Whether the core lets a BAR be mapped; not whether it is one.
