@@ -57,6 +57,12 @@ impl Bar {
     }
 }
 
+/// Whether `count` pages from `page` on, at least one, are among the first `pages` pages of a BAR.
+#[inline]
+pub fn holds(pages: u64, page: u64, count: u64) -> bool {
+    count != 0 && pages.checked_sub(count).is_some_and(|last| page <= last)
+}
+
 /// One range of a buffer, in pages.
 ///
 /// # Invariants of a list of segments

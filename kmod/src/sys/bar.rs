@@ -76,7 +76,6 @@ impl Bar {
     /// the BAR.
     #[inline]
     pub(super) fn frame_of(&self, page: u64, pages: u64) -> Option<u64> {
-        let last = self.pages.checked_sub(pages)?;
-        (pages != 0 && page <= last).then(|| self.first_frame().wrapping_add(page))
+        ranges::holds(self.pages, page, pages).then(|| self.first_frame().wrapping_add(page))
     }
 }
