@@ -312,7 +312,8 @@ impl Map {
         crate::errno::answer(unsafe { libc::read(fd, place, 4) })
     }
 
-    /// Lets the kernel store four zero bytes at each of these offsets, at most 1,024, by one system call.
+    /// Lets the kernel store four zero bytes at each of these offsets, at most 1,024, by one system
+    /// call.
     ///
     /// # Errors
     ///

@@ -24,7 +24,7 @@ use barlease_guest_tests::{
 /// The frame buffer of the display: 64 MiB.
 const FRAME_BUFFER: u32 = 0;
 
-// ---- Entries that are read-only although the mapping is not ----------------------------------------
+// ---- Entries that are read-only although the mapping is not -------------------------------------
 
 /// Each kind of mapping of the first 4 MiB of a BAR, with a name.
 fn kinds(device: &Device) -> Vec<(&'static str, Map)> {
@@ -46,8 +46,8 @@ fn kinds(device: &Device) -> Vec<(&'static str, Map)> {
     ]
 }
 
-/// While the kernel keeps track of what is written to, an entry is made read-only so that the first store
-/// faults. Such a fault must end.
+/// While the kernel keeps track of what is written to, an entry is made read-only so that the first
+/// store faults. Such a fault must end.
 #[test]
 fn a_store_is_served_while_the_kernel_keeps_track_of_stores() {
     let device = Device::open("display");
@@ -91,10 +91,10 @@ fn entries_are_writable_while_the_kernel_keeps_track_of_stores() {
     }
 }
 
-// ---- Huge pages turned off -------------------------------------------------------------------------
+// ---- Huge pages turned off ----------------------------------------------------------------------
 
-/// The switch is for memory that is made of pages; device memory is not. So it makes no difference, and no
-/// table of pages is made where an entry above it could be.
+/// The switch is for memory that is made of pages; device memory is not. So it makes no difference,
+/// and no table of pages is made where an entry above it could be.
 #[test]
 fn a_process_that_has_turned_off_huge_pages_gets_large_entries_of_device_memory() {
     let device = Device::open("display");
@@ -112,18 +112,19 @@ fn a_process_that_has_turned_off_huge_pages_gets_large_entries_of_device_memory(
     .join();
 }
 
-// ---- A holder whose memory is short ----------------------------------------------------------------
+// ---- A holder whose memory is short -------------------------------------------------------------
 
 /// BAR2 of the big device is 4 GiB.
 const BIG_BAR: u32 = 2;
 const LEASE: u64 = 1 << 30;
 
-/// A longer wait than any that the owner should see; with a page-table allocation inside of what the owner
-/// waits for it is 2 s.
+/// A longer wait than any that the owner should see; with a page-table allocation inside of what
+/// the owner waits for it is 2 s.
 const LONG: Duration = Duration::from_millis(1000);
 
-/// Has a process map a lease again and again, at a place that takes many page tables, in a control group that is
-/// above its limit: the kernel has it sleep for 2 s where it allocates. Meanwhile the owner takes memory away.
+/// Has a process map a lease again and again, at a place that takes many page tables, in a control
+/// group that is above its limit: the kernel has it sleep for 2 s where it allocates. Meanwhile the
+/// owner takes memory away.
 fn memory_is_taken_from_a_holder_that_sleeps(huge_pages: bool, skew: u64) {
     let Some(group) = Cgroup::new("holder") else {
         return;
@@ -161,7 +162,7 @@ fn memory_is_taken_from_a_holder_that_sleeps(huge_pages: bool, skew: u64) {
     group.set("memory.high", "1M");
     holder.link.send(2);
     let mut longest = Duration::ZERO;
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(10);
     while Instant::now() < end {
         let before = Instant::now();
         device.set_memory(false);

@@ -548,7 +548,8 @@ fn iommu_pages() -> u64 {
     number.expect("nr_iommu_pages").parse().expect("a number")
 }
 
-/// A buffer may be as long as one likes, but what an importer maps takes tables that nobody is charged for.
+/// A buffer may be as long as one likes, but what an importer maps takes tables that nobody is
+/// charged for.
 #[test]
 fn a_buffer_that_is_longer_than_twice_its_bar_is_not_mapped_for_an_importer() {
     let device = memory();
@@ -566,7 +567,8 @@ fn a_buffer_that_is_longer_than_twice_its_bar_is_not_mapped_for_an_importer() {
     let map = Map::new(&fd, 2 * BAR_LEN + PAGE).unwrap();
     map.read(2 * BAR_LEN).unwrap();
 
-    // 64 GiB, of which none but the first page is where an entry above a page could be: 128 MiB of tables.
+    // 64 GiB, of which none but the first page is where an entry above a page could be: 128 MiB of
+    // tables.
     let mut ranges = vec![(0, PAGE)];
     ranges.extend([whole; 1024]);
     let fd = device.export(BAR, &ranges).unwrap();
@@ -580,7 +582,8 @@ fn a_buffer_that_is_longer_than_twice_its_bar_is_not_mapped_for_an_importer() {
     device.revoke(&fd).unwrap();
 }
 
-/// A lease that begins in the middle of a large page is not one of pages for that: its IOVA begins there, too.
+/// A lease that begins in the middle of a large page is not one of pages for that: its IOVA begins
+/// there, too.
 #[test]
 fn memory_that_is_not_aligned_takes_as_few_tables_as_memory_that_is() {
     let device = Device::open("big");
@@ -610,7 +613,8 @@ fn memory_that_is_not_aligned_takes_as_few_tables_as_memory_that_is() {
     }
 }
 
-/// Without translation a device that has 32 bits of address cannot name memory above: the kernel would warn of the try.
+/// Without translation a device that has 32 bits of address cannot name memory above: the kernel
+/// would warn of the try.
 #[test]
 fn what_a_device_without_translation_cannot_name_is_refused() {
     let _domain = Domain::set("identity");
@@ -628,7 +632,8 @@ fn what_a_device_without_translation_cannot_name_is_refused() {
     attachment.unmap().unwrap();
     drop(mask);
     assert_eq!(attachment.map(), Err(EINVAL));
-    // Nor is it the first page that counts: up to bit 32 more than the beginning, and the end is beyond.
+    // Nor is it the first page that counts: up to bit 32 more than the beginning, and the end is
+    // beyond.
     let bits = 64 - start.leading_zeros();
     let _mask = importer.mask(bits);
     let beyond = (1u64 << bits)

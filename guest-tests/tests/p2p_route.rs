@@ -31,8 +31,8 @@ fn host_bridge(function: &Function) -> String {
         .into_owned()
 }
 
-/// Takes addresses of the importer's until the next one is an address of `bar`, and says which. They
-/// stay taken as long as `taken` lives.
+/// Takes addresses of the importer's until the next one is an address of `bar`, and says which.
+/// They stay taken as long as `taken` lives.
 fn take_addresses(
     filler: &Device,
     importer: &Importer,

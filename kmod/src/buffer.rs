@@ -424,14 +424,15 @@ impl Buffer {
         self.leases.state(self.epoch, self.is_revoked())
     }
 
-    /// What a fault is to insert while the buffer is accessible, or its outcome. Allocates what that
-    /// takes.
+    /// What a fault is to insert while the buffer is accessible, or its outcome. Allocates what
+    /// that takes.
     ///
-    /// An entry above a page is uncached: write-combining ones are made a page at a time, since
-    /// the kernel gives no way to make others. Where no entry above a page is possible, now or
-    /// later, one fault brings in what such an entry would have, at most 512 pages. Where one is, a
-    /// fault for a page (the process has turned off huge pages for its own memory) brings it in, too,
-    /// if there is no table of pages yet: to make one there could meet such an entry of another thread.
+    /// An entry above a page is uncached: write-combining ones are made a page at a time, since the
+    /// kernel gives no way to make others. Where no entry above a page is possible, now or later,
+    /// one fault brings in what such an entry would have, at most 512 pages. Where one is, a fault
+    /// for a page (the process has turned off huge pages for its own memory) brings it in, too, if
+    /// there is no table of pages yet: to make one there could meet such an entry of another
+    /// thread.
     // Once for each memory type, which then is a constant.
     #[inline(always)]
     fn plan(&self, fault: &Fault<'_>, order: u32) -> core::result::Result<Plan, Outcome> {
@@ -703,8 +704,8 @@ impl vma::Mapped for Buffer {
         if order > PMD_ORDER {
             return Outcome::FALLBACK;
         }
-        // Who takes memory away must not wait for an allocation, which may take seconds: so it is made
-        // before, and only while the door is open.
+        // Who takes memory away must not wait for an allocation, which may take seconds: so it is
+        // made before, and only while the door is open.
         if !self.is_reachable() {
             return Outcome::SIGBUS;
         }

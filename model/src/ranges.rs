@@ -4,8 +4,8 @@
 //!
 //! A buffer is the concatenation of its ranges. It is kept as one [`Segment`] a range with prefix
 //! sums, so that a look-up is a binary search. Units: everything that comes from user space is in
-//! bytes; segments count pages. No address is kept: pages are counted from the beginning of the BAR,
-//! and only the code that makes a page-table entry or a DMA mapping adds where that is.
+//! bytes; segments count pages. No address is kept: pages are counted from the beginning of the
+//! BAR, and only the code that makes a page-table entry or a DMA mapping adds where that is.
 
 /// Why a list of ranges is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +55,12 @@ impl Bar {
         }
         Ok(address)
     }
+}
+
+/// Whether `count` pages from `page` on, at least one, are among the first `pages` pages of a BAR.
+#[inline]
+pub fn holds(pages: u64, page: u64, count: u64) -> bool {
+    count != 0 && pages.checked_sub(count).is_some_and(|last| page <= last)
 }
 
 /// One range of a buffer, in pages.
@@ -197,8 +203,8 @@ pub enum Misfit {
 /// The first page of the BAR for a page-table entry of `2^order` pages that covers `address`.
 ///
 /// Such an entry lies inside the mapping and inside one range, and its frame number is a multiple
-/// of `2^order`: it never spans two ranges, even if they touch. `first_frame` is the frame number of
-/// the BAR's first page, which may be less aligned than the entry.
+/// of `2^order`: it never spans two ranges, even if they touch. `first_frame` is the frame number
+/// of the BAR's first page, which may be less aligned than the entry.
 pub fn entry_for(
     segments: &[Segment],
     mapping: &Mapping,

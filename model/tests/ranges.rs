@@ -4,7 +4,7 @@
 
 use barlease_model::ranges::{
     Bar, Mapping, Misfit, Place, Placement, RangeError, Run, Segment, begin_of, entry_for, find,
-    overlaps, runs,
+    holds, overlaps, runs,
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -533,6 +533,16 @@ proptest! {
                 prop_assert!(offset + range > length);
             }
         }
+    }
+
+    #[test]
+    fn a_bar_holds_pages_as_the_oracle_says(
+        pages in prop_oneof![extreme(), 0u64..8],
+        page in prop_oneof![extreme(), 0u64..8],
+        count in prop_oneof![extreme(), 0u64..8],
+    ) {
+        let end = u128::from(page) + u128::from(count);
+        prop_assert_eq!(holds(pages, page, count), count != 0 && end <= u128::from(pages));
     }
 
     #[test]

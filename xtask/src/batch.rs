@@ -68,6 +68,7 @@ const COSTS: &[(&str, Cost)] = &[
     ("events", Cost(28, 57)),
     ("export", Cost(6, 26)),
     ("fault_injection", Cost(3, 144)),
+    ("faults_hostile", Cost(28, 10)),
     ("importer", Cost(18, 42)),
     ("importer_events", Cost(54, 72)),
     ("importer_slow", Cost(18, 22)),

@@ -445,6 +445,10 @@ impl Oracle {
                 if self.state(this.buffer) != State::Ok {
                     return refused(libc::ENODEV);
                 }
+                let buffer = &self.buffers[&this.buffer];
+                if buffer.size() > 2 * self.devices[buffer.device].spec.size {
+                    return refused(libc::EINVAL);
+                }
                 self.attachment(attachment).mapped = true;
                 DONE
             }

@@ -174,6 +174,24 @@ fn memory_off_takes_from_everybody_and_memory_on_gives_back() {
 }
 
 #[test]
+fn more_than_twice_a_bar_is_not_mapped_for_an_importer() {
+    let mut course = Course::new();
+    let size = course.0.devices[0].spec.size;
+    let map = |course: &mut Course, ranges: &[_]| {
+        let buffer = course.export(0, ranges);
+        course.map(buffer);
+        let attachment = course.made(Op::Attach { buffer });
+        Op::MapDma { attachment }
+    };
+    let twice = map(&mut course, &[(0, size), (0, size)]);
+    course.done(twice);
+    let more = map(&mut course, &[(0, size), (PAGE, PAGE), (0, size)]);
+    course.is(more.clone(), refused(libc::EINVAL));
+    course.memory(0, false);
+    course.is(more, refused(libc::ENODEV));
+}
+
+#[test]
 fn revoke_is_for_good_and_for_one() {
     let mut course = Course::new();
     let (buffer, mapping, attachment) = course.leased(0);

@@ -17,7 +17,8 @@ use kernel::page::{PAGE_SHIFT, PAGE_SIZE};
 /// # Invariants
 ///
 /// The first `pages` pages from `start` on are memory of a BAR that the core has claimed, and of
-/// nothing else. A BAR that is smaller than a page has one if it is alone in it, and otherwise none.
+/// nothing else. A BAR that is smaller than a page has one if it is alone in it, and otherwise
+/// none.
 #[derive(Clone, Copy)]
 pub(crate) struct Bar {
     index: u32,
@@ -29,8 +30,8 @@ pub(crate) struct Bar {
 impl Bar {
     /// # Safety
     ///
-    /// The bytes must be those of BAR `index`, which the core has claimed. Where that is less than a
-    /// page, `alone` must say whether nothing else is in that page.
+    /// The bytes must be those of BAR `index`, which the core has claimed. Where that is less than
+    /// a page, `alone` must say whether nothing else is in that page.
     pub(super) unsafe fn new(index: u32, start: u64, length: u64, alone: bool) -> Self {
         let page = PAGE_SIZE as u64;
         let pages = if start & (page - 1) != 0 {
@@ -72,11 +73,10 @@ impl Bar {
         self.start >> PAGE_SHIFT
     }
 
-    /// The frame number of `page`, if it and those after it, `pages` in all and at least one, are in
-    /// the BAR.
+    /// The frame number of `page`, if it and those after it, `pages` in all and at least one, are
+    /// in the BAR.
     #[inline]
     pub(super) fn frame_of(&self, page: u64, pages: u64) -> Option<u64> {
-        let last = self.pages.checked_sub(pages)?;
-        (pages != 0 && page <= last).then(|| self.first_frame().wrapping_add(page))
+        ranges::holds(self.pages, page, pages).then(|| self.first_frame().wrapping_add(page))
     }
 }

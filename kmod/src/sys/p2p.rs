@@ -8,10 +8,10 @@
 //! kind, for 10 ms: DMA that is under way still lands. Here a mapping that was undone is blocked.
 //!
 //! How a pair of devices reaches each other only the stock helper can tell (its
-//! `pci_p2pdma_map_type()` is not exported): one page is mapped by it. What came out is an I/O virtual
-//! address if the IOMMU leads it to that page, and an address of the bus if it does not. The number
-//! itself says nothing: behind another host bridge the addresses of a BAR are free for the importer's
-//! IOMMU to be used. That is done once an attachment.
+//! `pci_p2pdma_map_type()` is not exported): one page is mapped by it. What came out is an I/O
+//! virtual address if the IOMMU leads it to that page, and an address of the bus if it does not.
+//! The number itself says nothing: behind another host bridge the addresses of a BAR are free for
+//! the importer's IOMMU to be used. That is done once an attachment.
 //!
 //! C headers: [`include/linux/pci-p2pdma.h`](srctree/include/linux/pci-p2pdma.h),
 //! [`include/linux/dma-buf-mapping.h`](srctree/include/linux/dma-buf-mapping.h)
@@ -223,7 +223,8 @@ struct Table {
     entries: bindings::sg_table,
     iova: bindings::dma_iova_state,
     route: Route,
-    /// Bytes of the IOVA before the first run: it is as far from a multiple of [`LARGE`] as the memory.
+    /// Bytes of the IOVA before the first run: it is as far from a multiple of [`LARGE`] as the
+    /// memory.
     offset: usize,
     /// Bytes that are mapped, or entries where there is no IOVA: what is to be undone.
     done: usize,
@@ -312,7 +313,8 @@ impl<'a> Importer<'a> {
         unsafe { bindings::bl_uses_dma_iommu(self.device()) }
     }
 
-    /// `EINVAL` where the importer has no address as high as `last`: the DMA API would warn of that.
+    /// `EINVAL` where the importer has no address as high as `last`: the DMA API would warn of
+    /// that.
     fn check_reach(&self, last: u64) -> Result {
         // SAFETY: The device of an attachment is valid.
         if last > unsafe { bindings::bl_dma_reach(self.device()) } {
@@ -357,7 +359,8 @@ impl<'a> Importer<'a> {
         unsafe { bindings::bl_forget_translations(self.device()) };
     }
 
-    /// How the importer reaches `bar`, of which it is to map `page` and bytes up to the address `last`.
+    /// How the importer reaches `bar`, of which it is to map `page` and bytes up to the address
+    /// `last`.
     fn find_route(&self, providers: &Providers, bar: &Bar, page: u64, last: u64) -> Result<Route> {
         let translated = self.is_translated();
         if translated {
@@ -385,7 +388,8 @@ impl<'a> Importer<'a> {
         } else if bus_offset != 0 && mapped == page.address.wrapping_add(bus_offset) {
             Route::Bus
         } else {
-            // Where there is no offset either, both addresses are the same, and the DMA API makes it.
+            // Where there is no offset either, both addresses are the same, and the DMA API makes
+            // it.
             Route::Direct
         };
         self.unmap_stock(entries);
@@ -427,8 +431,8 @@ impl<'a> Importer<'a> {
         Ok(Mapped(table.cast()))
     }
 
-    /// Allocates an IOVA of `size` bytes for memory that begins at `first`: so that larger entries are
-    /// possible in the IOMMU, if there is one so large, else anywhere.
+    /// Allocates an IOVA of `size` bytes for memory that begins at `first`: so that larger entries
+    /// are possible in the IOMMU, if there is one so large, else anywhere.
     fn find_iova(&self, table: &mut Table, first: u64, size: usize) -> bool {
         let inside = first as usize & (LARGE - 1);
         let offsets = if size > 2 * LARGE {
@@ -626,8 +630,8 @@ fn fill(
     Ok(unsafe { bindings::sg_next(entry) })
 }
 
-/// Lets others have the processor: there may be 65,536 runs. The reservation lock, which is held, is
-/// one that sleeps.
+/// Lets others have the processor: there may be 65,536 runs. The reservation lock, which is held,
+/// is one that sleeps.
 fn pause() {
     // SAFETY: Allowed wherever sleeping is.
     unsafe { bindings::bl_cond_resched() };

@@ -126,8 +126,9 @@ impl Fault<'_> {
         }
     }
 
-    /// The entry above that of the page that faulted. If it leads to a table, and the fault is of order
-    /// 0, it stays so while that is handled: a thread that frees tables has the `mmap_lock` for writing.
+    /// The entry above that of the page that faulted. If it leads to a table, and the fault is of
+    /// order 0, it stays so while that is handled: a thread that frees tables has the `mmap_lock`
+    /// for writing.
     pub(crate) fn pmd_entry(&self) -> PmdEntry {
         // SAFETY: `vmf` is valid during the fault.
         match unsafe { bindings::bl_table_of(self.vmf) } {
@@ -140,8 +141,8 @@ impl Fault<'_> {
     /// Makes the table of pages that the address is in, if there is none. This allocates, so it may
     /// wait as long as the memory control group of the process has it wait.
     ///
-    /// For a fault of order 0, and where no entry above a page can be: the kernel warns of one that it
-    /// finds there.
+    /// For a fault of order 0, and where no entry above a page can be: the kernel warns of one that
+    /// it finds there.
     pub(crate) fn make_table(&self) -> core::result::Result<(), Outcome> {
         // SAFETY: `vmf` is valid during the fault.
         match Outcome(unsafe { bindings::bl_make_table(self.vmf) }) {
@@ -159,9 +160,9 @@ impl Fault<'_> {
             && left.is_some_and(|left| pages <= left >> PAGE_SHIFT)
     }
 
-    /// Inserts an uncached entry of `order` (0 or [`PMD_ORDER`]) around the address for the pages of
-    /// `bar` from `page` on. SIGBUS where these are not in the BAR, or the entry is not in the VMA
-    /// or not aligned.
+    /// Inserts an uncached entry of `order` (0 or [`PMD_ORDER`]) around the address for the pages
+    /// of `bar` from `page` on. SIGBUS where these are not in the BAR, or the entry is not in the
+    /// VMA or not aligned.
     pub(crate) fn insert(&self, bar: &Bar, page: u64, order: u32) -> Outcome {
         if order == 0 {
             let Some(frame) = bar.frame_of(page, 1) else {
@@ -176,8 +177,8 @@ impl Fault<'_> {
             let first = self.address() & !((pages << PAGE_SHIFT) - 1);
             match bar.frame_of(page, pages) {
                 Some(frame) if frame & (pages - 1) == 0 && self.has(first, pages) => {
-                    // SAFETY: `vmf` is valid during the fault, and its VMA has VM_PFNMAP (see above)
-                    // and all of the entry; the frames are those of a BAR.
+                    // SAFETY: `vmf` is valid during the fault, and its VMA has VM_PFNMAP (see
+                    // above) and all of the entry; the frames are those of a BAR.
                     Outcome(unsafe { bindings::bl_insert_large(self.vmf, frame as usize) })
                 }
                 _ => Outcome::SIGBUS,
@@ -187,12 +188,13 @@ impl Fault<'_> {
         }
     }
 
-    /// Inserts `pages` entries of the VMA's memory type from `address` on, where there are none, for
-    /// the pages of `bar` from `page` on. SIGBUS where these are not in the BAR or not in the VMA.
+    /// Inserts `pages` entries of the VMA's memory type from `address` on, where there are none,
+    /// for the pages of `bar` from `page` on. SIGBUS where these are not in the BAR or not in the
+    /// VMA.
     ///
     /// The run should lie in a part of the VMA where no entry above a page can be: the kernel warns
-    /// of one that it finds there. Unlike [`Self::insert`] this keeps the memory type that was asked
-    /// for, where x86 overrides it with the one that the BAR was mapped with first
+    /// of one that it finds there. Unlike [`Self::insert`] this keeps the memory type that was
+    /// asked for, where x86 overrides it with the one that the BAR was mapped with first
     /// (`vmf_insert_pfn` and all others that look it up).
     pub(crate) fn insert_run(&self, bar: &Bar, address: u64, page: u64, pages: u64) -> Outcome {
         match bar.frame_of(page, pages) {
