@@ -13,9 +13,12 @@
 #include <linux/pm_runtime.h>
 #include <linux/ratelimit_types.h>
 #include <linux/rwsem.h>
+#include <linux/vfio.h>
 #include <uapi/linux/dma-buf.h>
 
 enum { BL_DMA_BUF_NAME_LEN = DMA_BUF_NAME_LEN };
+/* A cast: no constant to bindgen. */
+enum { BL_VFIO_DEVICE_SET_IRQS = VFIO_DEVICE_SET_IRQS };
 
 struct module *bl_this_module(void);
 void bl_init_rwsem(struct rw_semaphore *sem);
