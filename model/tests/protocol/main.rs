@@ -52,6 +52,11 @@ threads! {
 /// Those after which run-time power management may put the device to sleep.
 const LOW_POWER: [Who; 3] = [LowPower, LowPowerForGood, LowPowerUntilWakeUp];
 
+/// Those that open the device.
+const OPENERS: [Who; 2] = [CloseAndOpen, NextOwner];
+/// Importers.
+const IMPORTING: [Who; 3] = [QuickImporter, SlowImporter, FencedImporter];
+
 /// These threads at once. Buffer 0 is exported at first; buffer 1 is the exporter's.
 fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
     let mut start = World::new();
@@ -135,7 +140,7 @@ fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
 /// Whether a combination makes sense: at most two importers, one owner of each VMA, one close, one release.
 fn fits(who: &[Who]) -> bool {
     let number = |of: &[Who]| who.iter().filter(|this| of.contains(this)).count();
-    number(&[QuickImporter, SlowImporter, FencedImporter]) <= machine::IMPORTERS
+    number(&IMPORTING) <= machine::IMPORTERS
         && [Toucher, OtherToucher, Release, Killer, Fencer, Undecoded, Lender, OtherLender]
             .iter()
             .all(|&one| number(&[one]) <= 1)
@@ -143,6 +148,12 @@ fn fits(who: &[Who]) -> bool {
         && number(&[Error, FatalError, FailedError]) <= 1
         // It is the other's copy.
         && (number(&[OtherLender]) == 0 || number(&[Lender]) == 1)
+        // The others are as this one, but for what comes of it.
+        && (number(&[Error]) == 0 || number(&OPENERS) + number(&IMPORTING) != 0)
+        && (number(&[FailedError]) == 0 || number(&OPENERS) + number(&[Toucher]) != 0)
+        // As another one, but that nobody asks afterwards.
+        && (number(&[HotReset]) == 0 || number(&LOW_POWER) + number(&[Lender, D3hot]) != 0)
+        && (number(&[Fencer]) == 0 || number(&IMPORTING) != 0)
         // Else there is nothing to lend; and nobody to be killed; and nothing to wait for.
         && (number(&[Lender]) == 0 || number(&[Undecoded, FatalError, D3hot, SysfsReset]) != 0)
         && (number(&[Killer]) == 0 || number(&[Revoker]) != 0)
@@ -317,7 +328,7 @@ planted! {
     a_wake_up_that_nobody_notices_is_found:
         NoNotice, [LowPower], NOT_STUCK;
     a_word_on_sleep_that_is_written_too_late_is_found:
-        AsleepStoredLate, [SysfsReset, LowPower], NOT_STUCK;
+        AsleepStoredLate, [D3hot, SysfsReset, VfioReset], NOT_STUCK;
     a_drain_that_locks_access_is_found:
         DrainLocksAccess, [QuickImporter, MemoryOff], NO_DEADLOCK;
     a_zap_that_does_not_wait_for_faults_is_found:
