@@ -129,6 +129,16 @@ fn an_error_takes_away_and_recovery_gives_back() {
     scene.was_taken_away_and_given_back();
 }
 
+/// Opens another function, which may be in the group of one that is open.
+fn open_beside(device: &Device, name: &str) -> Device {
+    let function = Function::named(name);
+    function.bind(BARLEASE);
+    if function.group() != device.function().group() {
+        return Device::open(name);
+    }
+    device.group().device(&function).unwrap()
+}
+
 /// Something that keeps recovery between its phases: a reset of the other function has that function's device lock, and
 /// waits for an importer.
 struct Stall {
@@ -137,8 +147,8 @@ struct Stall {
 }
 
 impl Stall {
-    fn new() -> Self {
-        let device = Device::open(NEIGHBOUR);
+    fn new(scene: &Scene) -> Self {
+        let device = open_beside(&scene.device, NEIGHBOUR);
         let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
         let attachment = Importer::open().attach(&fd).unwrap();
         attachment.map().unwrap();
@@ -164,7 +174,7 @@ impl Stall {
 #[test]
 fn until_recovery_nobody_reaches_the_device() {
     let scene = Scene::new();
-    let stall = Stall::new();
+    let stall = Stall::new(&scene);
     let mut log = KernelLog::from_now();
     let mut late = None;
     stall.hold_up(&scene, NON_FATAL, || {
@@ -213,7 +223,7 @@ fn importers_are_told_of_an_error_and_not_waited_for() {
 #[test]
 fn opening_the_device_does_not_end_a_recovery() {
     let scene = Scene::new();
-    let stall = Stall::new();
+    let stall = Stall::new(&scene);
     let mut log = KernelLog::from_now();
     wait::waits_for(
         || stall.device.function().reset().unwrap(),
@@ -222,7 +232,7 @@ fn opening_the_device_does_not_end_a_recovery() {
             inject(NON_FATAL);
             scene.is_told();
             drop(scene);
-            let device = Device::open(DEVICE);
+            let device = open_beside(&stall.device, DEVICE);
             let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
             assert_eq!(device.state(&fd), ERROR);
             let map = Map::new(&fd, PAGE).unwrap();
@@ -386,7 +396,7 @@ fn an_error_that_nobody_recovers_from_lasts_until_the_device_is_opened_again() {
 #[test]
 fn an_error_of_one_function_takes_away_from_the_other() {
     let scene = Scene::new();
-    let other = Device::open(NEIGHBOUR);
+    let other = open_beside(&scene.device, NEIGHBOUR);
     let told = process::eventfd();
     other.trigger(ERR_IRQ, &told).unwrap();
     let fd = other.export(BAR, &[(0, PAGE)]).unwrap();

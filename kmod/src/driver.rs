@@ -191,24 +191,26 @@ impl Driver for Barlease {
             abi::FEATURE_DMA_BUF_STATUS => return status(device, flags, payload),
             _ => {}
         }
-        let enters = matches!(
-            feature,
-            FEATURE_LOW_POWER_ENTRY | FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP
-        );
-        if enters && flags & FEATURE_SET != 0 && flags & FEATURE_PROBE == 0 {
-            return bracketed(device, Event::LowPower, || {
-                device.core_feature(flags, payload)
-            });
+        let acts = flags & FEATURE_SET != 0 && flags & FEATURE_PROBE == 0;
+        match feature {
+            FEATURE_LOW_POWER_ENTRY | FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP if acts => {
+                bracketed(device, Event::LowPower, || {
+                    device.core_feature(flags, payload)
+                })
+            }
+            FEATURE_LOW_POWER_EXIT if acts => {
+                let answer = device.core_feature(flags, payload);
+                // Nobody else asks after a change of the owner's. The core had the lock for writing, and
+                // waited as long for it.
+                ask(*device, &device.memory().read());
+                answer
+            }
+            _ => {
+                let answer = device.core_feature(flags, payload);
+                notice_wake_up(device);
+                answer
+            }
         }
-        let answer = device.core_feature(flags, payload);
-        if feature == FEATURE_LOW_POWER_EXIT {
-            // A change of the device's owner, of which nobody else will ask. The core had the lock for
-            // writing, and waited as long for it.
-            ask(*device, &device.memory().read());
-        } else {
-            notice_wake_up(device);
-        }
-        answer
     }
 
     fn mmap(device: &Device<'_, Self>, vma: NewVma<'_>) -> Result {
