@@ -4,6 +4,7 @@
 use std::{
     os::fd::{AsFd, OwnedFd},
     sync::atomic::{AtomicU32, Ordering},
+    thread,
     time::Duration,
 };
 
@@ -127,6 +128,26 @@ fn what_is_pulled_out_is_dead_before_its_user_lets_go() {
     slot.plug();
     let again = Scene::new();
     assert_eq!(again.device.state(&again.fd), State::Ok);
+}
+
+/// The kernel asks for the device back every 10 seconds, and looks then whether it is still there.
+#[test]
+fn what_is_pulled_out_while_it_is_wanted_back_is_dead_too() {
+    let (slot, _unproved) = slot();
+    let scene = Scene::new();
+    thread::scope(|scope| {
+        scope.spawn(|| slot.function.unbind());
+        scene.is_wanted();
+        assert_eq!(scene.device.state(&scene.fd), State::Ok);
+        slot.pull();
+        wait::until("the kernel to notice", || {
+            scene.device.state(&scene.fd) == State::Dead
+        });
+        scene.is_dead();
+        drop(scene);
+    });
+    slot.wait_until_empty();
+    slot.plug();
 }
 
 #[test]

@@ -174,6 +174,11 @@ impl Leases {
         self.log_limit.allows()
     }
 
+    /// The device is about to be opened.
+    pub(crate) fn opening(&self) {
+        self.access.lock().opening();
+    }
+
     /// The device was opened. `sample` is as for [`Self::update`].
     pub(crate) fn open(&self, sample: impl FnOnce(&Access) -> Sampled) {
         self.events.clear();
@@ -249,26 +254,12 @@ impl Leases {
         }
     }
 
-    /// The same outside of any event, so the door may be open: if `change` shuts it, what is there is
-    /// taken away. (A reset had ended with a sample that deserved no full trust,
-    /// [`Trust::AfterReset`], and was wrong.) `lock` is given back before anybody is waited for.
-    ///
-    /// [`Trust::AfterReset`]: crate::model::access::Trust::AfterReset
-    pub(crate) fn correct<L>(&self, lock: L, change: impl FnOnce(&mut Access, &L)) {
-        let mut access = self.access.lock();
-        let before = access.reachable();
-        change(&mut access, &lock);
-        self.asleep.set(access.is_stale());
-        let now = access.reachable();
-        self.reachable.xchg(now, Full);
-        drop(access);
-        drop(lock);
-        if before != now {
-            self.notify();
-        }
-        if before != NOTHING && now == NOTHING {
-            self.drain(Wait::Yes);
-        }
+    /// Lets `act` happen, which may lend the memory bit of the hardware's COMMAND.
+    pub(crate) fn lending<R>(&self, act: impl FnOnce() -> R) -> R {
+        self.access.lock().lend();
+        let result = act();
+        self.access.lock().give_back();
+        result
     }
 
     /// Whether the device may say something else by now than it did when it was asked last: because it

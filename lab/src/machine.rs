@@ -298,6 +298,7 @@ fn own() -> Vec<Device> {
     };
     let mapped = Options {
         trapped: false,
+        second_pm: true,
         ..trapped.clone()
     };
     let mut devices = full();
@@ -314,7 +315,7 @@ fn own() -> Vec<Device> {
         Device::served(
             "mapped",
             "0000:06:00.0",
-            "our own: as the other, with a BAR0 that is mapped",
+            "our own: as the other, with a BAR0 that is mapped and two power-management capabilities",
             "rp6",
             mapped,
         ),

@@ -20,10 +20,13 @@
 #include <linux/rwsem.h>
 #include <linux/spinlock_types.h>
 #include <linux/workqueue.h>
+#include <linux/vfio.h>
 #include <linux/vfio_pci_core.h>
 #include <uapi/linux/dma-buf.h>
 
 enum { BL_DMA_BUF_NAME_LEN = DMA_BUF_NAME_LEN };
+/* A cast: no constant to bindgen. */
+enum { BL_VFIO_DEVICE_SET_IRQS = VFIO_DEVICE_SET_IRQS };
 /* bindgen leaves the macro out where it is made of function-like ones, as on arm64. */
 enum { BL_PMD_ORDER = PMD_ORDER };
 

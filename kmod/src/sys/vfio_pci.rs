@@ -36,6 +36,10 @@ use kernel::{
 pub(crate) const BARS: u32 = bindings::PCI_STD_NUM_BARS;
 /// Region index of config space.
 pub(crate) const CONFIG_REGION: u64 = bindings::VFIO_PCI_CONFIG_REGION_INDEX as u64;
+/// Region index of the option ROM.
+pub(crate) const ROM_REGION: u32 = bindings::VFIO_PCI_ROM_REGION_INDEX;
+/// `VFIO_DEVICE_SET_IRQS`.
+pub(crate) const SET_IRQS: u32 = bindings::BL_VFIO_DEVICE_SET_IRQS;
 /// Shift from a file offset of the device fd to a region index.
 pub(crate) const OFFSET_SHIFT: u32 = bindings::VFIO_PCI_OFFSET_SHIFT;
 
@@ -55,6 +59,8 @@ pub(crate) const FEATURE_LOW_POWER_ENTRY: u32 = bindings::VFIO_DEVICE_FEATURE_LO
 /// Enter low power, and leave it at the next wake-up.
 pub(crate) const FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP: u32 =
     bindings::VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP;
+/// Leave low power.
+pub(crate) const FEATURE_LOW_POWER_EXIT: u32 = bindings::VFIO_DEVICE_FEATURE_LOW_POWER_EXIT;
 
 /// A driver: the data of one bound function, and the operations on it.
 ///
@@ -75,6 +81,9 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// The function is about to be unbound. It may be open, and then stays so until its user closes it.
     /// Called again every 10 seconds meanwhile.
     fn unbinding(&self, function: &Function<'_>);
+
+    /// The first fd of the device is about to be opened, and the function to be enabled and reset.
+    fn opening(&self);
 
     /// The first fd of the device was opened.
     fn opened(device: &Device<'_, Self>);
@@ -872,6 +881,11 @@ impl<D: Driver> Vtable<D> {
     /// To be called by the vfio core only, as `vfio_device_ops.open_device` of a device of `D`.
     unsafe extern "C" fn open_device(vdev: *mut bindings::vfio_device) -> c_int {
         let core = vdev.cast::<bindings::vfio_pci_core_device>();
+        // SAFETY: Computes an address inside of the device.
+        let slot = unsafe { (*vdev.cast::<Layout<D>>()).driver.get() };
+        // SAFETY: Written by `init`, and not again before `release`.
+        let bound = unsafe { (*slot).assume_init_ref() };
+        bound.driver.opening();
         // SAFETY: The device is being opened.
         let result = unsafe { bindings::vfio_pci_core_enable(core) };
         if result != 0 {
