@@ -71,14 +71,17 @@ pub(crate) fn access(
     refuse(device, region as u32, buffer, position, way)
 }
 
-/// Whether the memory of a device that is awake may be touched.
+/// Whether the memory of a device that is awake may be touched, or might have been since this was
+/// called.
 fn is_open(device: &Device<'_, Barlease>) -> bool {
     let leases = device.driver().leases();
+    let openings = leases.openings();
     for _ in 0..PATIENCE {
         match leases.reasons_when_awake() {
             Reasons::NONE => return true,
             // Most config writes leave memory on, and are over at once. Stock vfio-pci has accesses
-            // wait for them.
+            // wait for them. Another one may have begun by the time at which this thread looks.
+            Reasons::CONFIG_WRITE if leases.openings() != openings => return true,
             Reasons::CONFIG_WRITE => fsleep(Delta::from_millis(1)),
             _ => return false,
         }

@@ -79,6 +79,8 @@ pub(crate) struct Leases {
     reachable: Atomic<u64>,
     /// [`Access::word`], likewise.
     epoch: Atomic<u64>,
+    /// How often the door was opened.
+    openings: Atomic<u64>,
     /// Whether the device sleeps, or was seen half awake, as `access` says. Written with `access` locked, read by whoever
     /// had an access through the device fd, who is to pay nothing where nothing sleeps.
     asleep: Flag,
@@ -107,6 +109,7 @@ impl Leases {
                 access <- new_mutex!(Access::new(), "barlease::access"),
                 reachable: Atomic::new(NOTHING),
                 epoch: Atomic::new(NOTHING),
+                openings: Atomic::new(0),
                 asleep: Flag::new(),
                 table <- new_mutex!(table, "barlease::table"),
                 vmas: Atomic::new(0),
@@ -191,7 +194,11 @@ impl Leases {
         self.asleep
             .set(levels.sleeping || levels.low_power || half_awake);
         // When an open door is seen does not matter.
-        self.reachable.store(access.reachable(), Release);
+        let reachable = access.reachable();
+        self.reachable.store(reachable, Release);
+        if reachable != NOTHING {
+            self.openings.fetch_add(1, Relaxed);
+        }
     }
 
     /// Whether the device slept, or was half awake, when it was asked last.
@@ -215,6 +222,11 @@ impl Leases {
     #[inline]
     pub(crate) fn is_shut(&self) -> bool {
         peek(&self.reachable) == NOTHING
+    }
+
+    /// How often the door was opened: who sees another number than before knows that it was open.
+    pub(crate) fn openings(&self) -> u64 {
+        self.openings.load(Relaxed)
     }
 
     /// Why the owner of the device may not touch its memory while it is held awake.
