@@ -402,7 +402,10 @@ fn memattr_of(memory_type: MemoryType) -> u32 {
     }
 }
 
-#[expect(unsafe_code, reason = "a promise about `operations` and `live`, kept below")]
+#[expect(
+    unsafe_code,
+    reason = "a promise about `operations` and `live`, kept below"
+)]
 // SAFETY: `OPERATIONS` is a static and `live` a field. `Buffer::export` makes the value for the
 // dma-buf that is being exported, and gives it away to it.
 unsafe impl Exporter for Buffer {

@@ -32,12 +32,7 @@ pub(crate) enum Way {
 }
 
 impl Way {
-    fn pass(
-        self,
-        device: &Device<'_, Barlease>,
-        buffer: UserBuffer,
-        position: &mut i64,
-    ) -> Answer {
+    fn pass(self, device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
         match self {
             Self::Read => device.core_read(buffer, position),
             Self::Write => device.core_write(buffer, position),

@@ -8,8 +8,7 @@
 //! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
 use super::{
-    bindings,
-    nospec,
+    bindings, nospec,
     p2p::Providers,
     payload::UserPayload,
     vma::NewVma,
