@@ -166,7 +166,7 @@ fn a_config_write_that_leaves_memory_on_refuses_nothing() {
         device.set_command(command & !4);
     };
     let read = || assert_eq!(device.read(MEMORY, 8, &mut [0; 4]), Ok(4));
-    meanwhile(&[&toggle, &read], || thread::sleep(Duration::from_secs(2)));
+    meanwhile(&[&toggle, &read], || thread::sleep(Duration::from_secs(5)));
 }
 
 fn sleeps(function: &Function) {

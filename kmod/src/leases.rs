@@ -82,6 +82,8 @@ pub(crate) struct Leases {
     reachable: Atomic<u64>,
     /// [`Access::word`], likewise.
     epoch: Atomic<u64>,
+    /// How often the door was opened.
+    openings: Atomic<u64>,
     /// [`Access::is_stale`] of `access`, likewise. Each access through the device fd reads it, and is to
     /// pay nothing where nothing sleeps.
     asleep: Flag,
@@ -126,6 +128,7 @@ impl Leases {
                 access <- new_mutex!(Access::new(), "barlease::access"),
                 reachable: Atomic::new(NOTHING),
                 epoch: Atomic::new(NOTHING),
+                openings: Atomic::new(0),
                 asleep: Flag::new(),
                 table <- new_mutex!(Tree::new(), "barlease::table"),
                 bar_maps <- new_mutex!(BarMaps::default(), "barlease::bar_maps"),
@@ -246,7 +249,11 @@ impl Leases {
         change(&mut access);
         self.asleep.set(access.is_stale());
         // When an open door is seen does not matter.
-        self.reachable.store(access.reachable(), Release);
+        let reachable = access.reachable();
+        self.reachable.store(reachable, Release);
+        if reachable != NOTHING {
+            self.openings.fetch_add(1, Relaxed);
+        }
         let changed = before.is_some_and(|before| before != *access);
         drop(access);
         if changed {
@@ -284,6 +291,11 @@ impl Leases {
     #[inline]
     pub(crate) fn is_shut(&self) -> bool {
         peek(&self.reachable) == NOTHING
+    }
+
+    /// How often the door was opened: who sees another number than before knows that it was open.
+    pub(crate) fn openings(&self) -> u64 {
+        self.openings.load(Relaxed)
     }
 
     /// Why the owner of the device may not touch its memory while it is held awake.

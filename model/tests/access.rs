@@ -304,6 +304,37 @@ fn sleep_and_low_power_are_one_reason_and_two_events() {
 }
 
 #[test]
+fn low_power_that_was_asked_for_is_no_reason_while_the_device_is_kept_awake() {
+    for levels in all_levels() {
+        for event in [None].into_iter().chain(Event::ALL.map(Some)) {
+            let mut access = Access::new();
+            let _epoch = access.open(levels);
+            if let Some(event) = event {
+                access.begin(event);
+            }
+            let power = levels.sleeping || event == Some(Event::Sleep);
+            let wanted = [
+                (Reasons::MEMORY_OFF, levels.memory_off || levels.undecoded),
+                (Reasons::LOW_POWER, power),
+                (Reasons::RESET, event == Some(Event::Reset)),
+                (Reasons::ERROR, event == Some(Event::Error)),
+                (Reasons::CONFIG_WRITE, event == Some(Event::ConfigWrite)),
+            ];
+            let reasons = access.reasons_when_awake();
+            for (reason, holds) in wanted {
+                assert_eq!(
+                    reasons.contains(reason),
+                    holds,
+                    "{levels:?} {event:?} {reason:?}"
+                );
+            }
+            // It is never wider than what shuts leases.
+            assert!(access.reasons().contains(reasons));
+        }
+    }
+}
+
+#[test]
 fn an_end_without_a_beginning_is_nothing() {
     for event in Event::ALL {
         let mut access = Access::new();
