@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Read,
+    io::{Read, Write},
     os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
@@ -298,6 +298,16 @@ impl Events {
             Ok(()) => u64::from_ne_bytes(bytes),
             Err(_) => 0,
         }
+    }
+
+    /// Adds one to it, as an event does.
+    ///
+    /// # Panics
+    ///
+    /// When it is full.
+    pub fn add(&self) {
+        let mut file = fs::File::from(duplicate(&self.0));
+        file.write_all(&1u64.to_ne_bytes()).expect("an eventfd");
     }
 
     /// Forgets what was signalled, until nothing comes any more.

@@ -2,7 +2,11 @@
 #![cfg(barlease_guest)]
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    fs::{self, File},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
     thread,
     time::Duration,
 };
@@ -217,6 +221,53 @@ fn an_o_path_descriptor_of_a_mapped_buffer() {
     drop(device);
     assert_eq!(map.read(0), Err(Sigbus));
     drop(path);
+}
+
+/// An `O_PATH` descriptor of the file that is mapped.
+fn path_of_mapping(map: &Map) -> OwnedFd {
+    let (start, end) = (map.address(), map.address() + map.len() as usize);
+    let path = format!("/proc/self/map_files/{start:x}-{end:x}");
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_PATH);
+    options.open(path).expect("an O_PATH descriptor").into()
+}
+
+#[test]
+fn an_o_path_descriptor_of_a_bar_mapping_does_not_keep_the_device_open() {
+    let device = display();
+    let function = device.function().clone();
+    let (_fd, map) = leased(&device);
+    let bar = How::shared().map(&device, 0, 4 * PAGE).unwrap();
+    let path = path_of_mapping(&bar);
+    drop(device);
+    map.touch_all().unwrap();
+    drop(bar);
+    assert_eq!(map.read(0), Err(Sigbus), "the device is still open");
+    function.unbind();
+    drop(path);
+    function.bind(BARLEASE);
+}
+
+#[test]
+fn mappings_of_a_bar_have_a_file_in_common() {
+    const NUMBER: usize = 1000;
+    let device = display();
+    let one = How::shared().map(&device, 0, PAGE).unwrap();
+    let files = || {
+        let text = fs::read_to_string("/proc/sys/fs/file-nr").expect("file-nr");
+        let number = text.split_whitespace().next().expect("a number");
+        number.parse::<usize>().expect("a number")
+    };
+    let before = files();
+    let place = |number: usize| (number as u64 % 64) * PAGE;
+    let maps: Vec<_> = (0..NUMBER)
+        .map(|number| How::shared().map(&device, place(number), PAGE).unwrap())
+        .collect();
+    let more = files().saturating_sub(before);
+    assert!(more < NUMBER / 10, "{more} files more");
+    maps.iter().for_each(|map| map.touch_all().unwrap());
+    drop((one, maps));
+    observe::wait_for_buffers(device.function(), 0);
 }
 
 #[test]
