@@ -139,8 +139,8 @@ fn open_beside(device: &Device, name: &str) -> Device {
     device.group().device(&function).unwrap()
 }
 
-/// Something that keeps recovery between its phases: a reset of the other function has that function's device lock, and
-/// waits for an importer.
+/// Something that keeps recovery between its phases: a reset of the other function has that
+/// function's device lock, and waits for an importer.
 struct Stall {
     attachment: Attachment,
     device: Device,
@@ -313,7 +313,8 @@ fn what_an_error_took_is_not_given_back_by_setting_up_interrupts() {
     scene.was_taken_away_and_given_back();
 }
 
-/// The same without an error: a function that loses its config space in D3hot gets back what it had then.
+/// The same without an error: a function that loses its config space in D3hot gets back what it had
+/// then.
 #[test]
 fn what_a_sleep_took_is_not_given_back_by_setting_up_interrupts() {
     let device = Device::open("igb");

@@ -216,7 +216,7 @@ fn the_witness_sees_what_the_emulator_keeps_and_what_comes_during_a_reset() {
     function.bind(BARLEASE);
 }
 
-// ---- Config space ---------------------------------------------------------------------------------
+// ---- Config space --------------------------------------------------------------------------------
 
 /// A request that a function in reset drops is an error of its port, which the neighbours pay for.
 #[test]

@@ -133,8 +133,8 @@ impl Driver for Barlease {
         *driver.protected.lock() = Protected::of(&device.function());
         driver.stock_dma_buf.set(params::stock_dma_buf());
         driver.knows_aliases.set(false);
-        // Whoever waits for an importer with the lock held has the device open, or, for a hot reset, the
-        // lock of its set, which is held here.
+        // Whoever waits for an importer with the lock held has the device open, or, for a hot
+        // reset, the lock of its set, which is held here.
         let lock = device.memory().read();
         driver.leases.open(|access| sample(device, access, &lock));
         drop(lock);
@@ -231,8 +231,8 @@ impl Driver for Barlease {
             }
             FEATURE_LOW_POWER_EXIT if acts => {
                 let answer = device.core_feature(flags, payload);
-                // Nobody else asks after a change of the owner's. The core had the lock for writing, and
-                // waited as long for it.
+                // Nobody else asks after a change of the owner's. The core had the lock for
+                // writing, and waited as long for it.
                 ask(*device, &device.memory().read());
                 answer
             }
@@ -308,8 +308,8 @@ impl Driver for Barlease {
     }
 }
 
-/// Whether the hardware's COMMAND lacks the memory bit. A function that sleeps, or is in reset, is not
-/// asked: whoever wakes it or ends the reset asks it.
+/// Whether the hardware's COMMAND lacks the memory bit. A function that sleeps, or is in reset, is
+/// not asked: whoever wakes it or ends the reset asks it.
 ///
 /// With the core's lock held the core has not lent the bit. Without it, whoever may have lent it is
 /// counted; nothing good is believed then, and the lender asks when it is done.
@@ -320,9 +320,9 @@ fn is_undecoded(function: &Function<'_>, access: &Access, lock: Option<&MemoryRe
     lock.is_none() && access.is_lent() || !function.decodes_memory()
 }
 
-/// Samples the hardware again: COMMAND and the power state. The virtual COMMAND and the request for low
-/// power do not change here, and close may be freeing the virtual config space. A closed device is
-/// sampled by `opened`.
+/// Samples the hardware again: COMMAND and the power state. The virtual COMMAND and the request for
+/// low power do not change here, and close may be freeing the virtual config space. A closed device
+/// is sampled by `opened`.
 fn resample(function: &Function<'_>, access: &mut Access, lock: Option<&MemoryRead<'_>>) {
     if access.epoch().is_none() {
         return;
@@ -363,8 +363,9 @@ fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() 
 }
 
 /// Resets, hot resets and `sriov_configure` set D0, and LOW_POWER_EXIT ends low power, without a
-/// callback. So every access through the fd samples again afterwards if the last sample said "asleep".
-/// A device that was awake then cannot have slept and been woken since without `runtime_resume`.
+/// callback. So every access through the fd samples again afterwards if the last sample said
+/// "asleep". A device that was awake then cannot have slept and been woken since without
+/// `runtime_resume`.
 pub(crate) fn notice_wake_up(device: &Device<'_, Barlease>) {
     if device.driver().leases().is_asleep() {
         try_to_ask(*device);
@@ -373,8 +374,8 @@ pub(crate) fn notice_wake_up(device: &Device<'_, Barlease>) {
 
 #[cold]
 fn try_to_ask(device: Device<'_, Barlease>) {
-    // Whoever has the lock for writing asks when its own operation ends. To wait for it here would tie
-    // REVOKE of one lease to the importer of another, which a reset may be waiting for.
+    // Whoever has the lock for writing asks when its own operation ends. To wait for it here would
+    // tie REVOKE of one lease to the importer of another, which a reset may be waiting for.
     if let Some(lock) = device.memory().try_read() {
         ask(device, &lock);
     }

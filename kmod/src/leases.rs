@@ -19,9 +19,9 @@
 //!    those that have begun;
 //! 7. [`Leases::access`]: to change it and to ask for it, with nothing called meanwhile.
 //!
-//! Never taken: `memory_lock` in mmap, fault, `reset_prepare` and `reset_done` (a reader of it may
-//! be waiting for the `mmap_lock`, and a reset may come with it held); `access` by a thread that
-//! holds it.
+//! Never taken: `memory_lock` in mmap, fault and `reset_prepare`, and never waited for in
+//! `reset_done` (a reader of it may be waiting for the `mmap_lock`, and a reset may come with it
+//! held); `access` by a thread that holds it.
 //!
 //! No tenant's fault takes a lock that another tenant's takes: who holds one may have lost its
 //! processor.
@@ -84,8 +84,8 @@ pub(crate) struct Leases {
     epoch: Atomic<u64>,
     /// How often the door was opened.
     openings: Atomic<u64>,
-    /// [`Access::is_stale`] of `access`, likewise. Each access through the device fd reads it, and is to
-    /// pay nothing where nothing sleeps.
+    /// [`Access::is_stale`] of `access`, likewise. Each access through the device fd reads it, and
+    /// is to pay nothing where nothing sleeps.
     asleep: Flag,
     #[pin]
     table: Mutex<Tree<Buffer>>,
@@ -216,8 +216,8 @@ impl Leases {
         self.access.lock().latest()
     }
 
-    /// `event` begins: nothing of this device can be reached when this returns, but for what importers
-    /// have mapped that are not waited for.
+    /// `event` begins: nothing of this device can be reached when this returns, but for what
+    /// importers have mapped that are not waited for.
     pub(crate) fn begin(&self, event: Event, wait: Wait) {
         self.shut(|access| access.begin(event), wait);
     }
@@ -269,8 +269,8 @@ impl Leases {
         result
     }
 
-    /// Whether the device may say something else by now than it did when it was asked last: because it
-    /// slept then, or was half awake.
+    /// Whether the device may say something else by now than it did when it was asked last: because
+    /// it slept then, or was half awake.
     pub(crate) fn is_asleep(&self) -> bool {
         self.asleep.get()
     }

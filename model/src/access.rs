@@ -9,28 +9,30 @@
 //!
 //! # What is sampled
 //!
-//! Three registers decide, and each is kept in two places that may differ:
+//! COMMAND and PMCSR decide, and each is kept in two places that may differ:
 //!
-//! | register | where | says | changed by |
-//! |---|---|---|---|
-//! | virtual COMMAND | the core's `vconfig` | what the user asked for: [`Sampled::memory_off`] | the user's config writes |
-//! | hardware COMMAND | the function | what it decodes: [`Sampled::undecoded`] | the same; resets and D3hot clear it and restoring sets it; the core lends it (below) |
-//! | PMCSR | the function | the power state that it is in | the user's config writes, resets, power management |
-//! | `pdev->current_state` | the kernel | the power state that the kernel takes it for: [`Sampled::sleeping`] | the kernel, after each write of PMCSR of its own |
+//! | where | says | changed by |
+//! |---|---|---|
+//! | virtual COMMAND (`vconfig`) | [`Sampled::memory_off`]: what the user reads | config writes |
+//! | hardware COMMAND | [`Sampled::undecoded`]: what is decoded | the same; resets; the core |
+//! | PMCSR | the power state | config writes; resets; power management |
+//! | `pdev->current_state` | [`Sampled::sleeping`]: what the kernel believes | the kernel |
 //!
 //! - Virtual COMMAND has the memory bit and hardware COMMAND lacks it: the function is `undecoded`.
 //!   It was reset, or woken from D3hot, and nobody has given back what it lost.
-//! - An `undecoded` function may be one that was only seen half awake: the kernel has set D0, and
-//!   restores COMMAND in a moment. Nothing tells us when. So the next access through the device fd
-//!   asks again ([`Access::is_stale`]).
+//! - An `undecoded` function may only have been seen half awake. `VFIO_DEVICE_RESET` sets D0 before
+//!   `reset_prepare`, and restores config space after that; no event tells of either. A sample
+//!   between the two sees D0 and no memory bit. So the next access through the device fd samples
+//!   again ([`Access::is_stale`]).
 //! - PMCSR may say D3hot while `current_state` says D0 (`Device::wake_if_unnoticed` in
-//!   `kmod/src/sys/vfio_pci.rs`): the driver looks after each write of PMCSR, and wakes the function.
+//!   `kmod/src/sys/vfio_pci.rs`): the driver looks after each write of PMCSR, and wakes the
+//!   function.
 //!
 //! The core lends the memory bit of the hardware's COMMAND for the time of some operations
 //! (`vfio_pci_memory_lock_and_enable`), with its `memory_lock` held for writing. A bit that is lent
-//! must not be believed. So whoever samples holds that lock for reading. Where it cannot be had, the
-//! sampler relies on the lenders having been counted ([`Access::lend`]), and believes nothing good
-//! while there is one ([`Access::is_lent`]).
+//! must not be believed. So whoever samples holds that lock for reading. Where it cannot be had,
+//! the sampler relies on the lenders having been counted ([`Access::lend`]), and believes nothing
+//! good while there is one ([`Access::is_lent`]).
 //!
 //! A buffer belongs to one [`Epoch`], the time from an open of the device to its close, and is
 //! dead once that epoch is over.
@@ -232,8 +234,8 @@ impl Access {
         self.failed = false;
     }
 
-    /// The device was opened, and says this; starts an epoch. No event ends: a recovery may be between
-    /// two of its phases.
+    /// The device was opened, and says this; starts an epoch. No event ends: a recovery may be
+    /// between two of its phases.
     pub fn open(&mut self, sampled: Sampled) -> Epoch {
         self.epoch = self.epoch.wrapping_add(1).max(1);
         self.open = true;
@@ -266,8 +268,8 @@ impl Access {
         self.set(event, self.count(event).saturating_add(1));
     }
 
-    /// `event` is over. Without its beginning this is nothing: system sleep may have begun before the
-    /// driver was bound.
+    /// `event` is over. Without its beginning this is nothing: system sleep may have begun before
+    /// the driver was bound.
     pub fn end(&mut self, event: Event) {
         self.set(event, self.count(event).saturating_sub(1));
     }
@@ -284,8 +286,9 @@ impl Access {
         self.failed = true;
     }
 
-    /// Whether the function's config space may be read from the bus. A function that is in reset, or
-    /// whose link may be, does not answer, and that is an error of its port. Who ends the event asks.
+    /// Whether the function's config space may be read from the bus. A function that is in reset,
+    /// or whose link may be, does not answer, and that is an error of its port. Who ends the event
+    /// asks.
     pub fn may_ask(&self) -> bool {
         self.count(Event::Reset) == 0 && self.count(Event::Error) == 0
     }

@@ -193,20 +193,58 @@ enum Route {
     Direct,
 }
 
-impl Route {
-    /// As a number of a pointer's size, other than that of no route.
-    fn number(self) -> usize {
-        match self {
-            Self::Bus => 1,
-            Self::Iova => 2,
-            Self::Direct => 3,
+/// What is noted of an attachment, in its `priv`: no memory.
+///
+/// Its low two bits are the route, once that is known; the others count its mappings. Zero is that of a
+/// new attachment. The reservation lock guards it.
+#[derive(Clone, Copy)]
+pub(super) struct Note(usize);
+
+impl Note {
+    const ROUTE: usize = 0b11;
+    const MAPPING: usize = 0b100;
+
+    /// # Safety
+    ///
+    /// `attachment` must be valid, of a dma-buf of ours, and its reservation lock held.
+    pub(super) unsafe fn of(attachment: *const bindings::dma_buf_attachment) -> Self {
+        // SAFETY: The attachment is valid; `priv` is the exporter's.
+        Self(unsafe { (*attachment).priv_ }.addr())
+    }
+
+    /// Whether the importer has a mapping.
+    pub(super) fn is_mapped(self) -> bool {
+        self.0 >= Self::MAPPING
+    }
+
+    fn route(self) -> Option<Route> {
+        match self.0 & Self::ROUTE {
+            1 => Some(Route::Bus),
+            2 => Some(Route::Iova),
+            3 => Some(Route::Direct),
+            _ => None,
         }
+    }
+
+    /// With that route, and a mapping more.
+    fn mapped_by(self, route: Route) -> Self {
+        let route = match route {
+            Route::Bus => 1,
+            Route::Iova => 2,
+            Route::Direct => 3,
+        };
+        Self((self.0 & !Self::ROUTE | route).wrapping_add(Self::MAPPING))
+    }
+
+    /// With a mapping less.
+    fn unmapped(self) -> Self {
+        Self(self.0.wrapping_sub(Self::MAPPING))
     }
 }
 
 /// One importer that maps or unmaps, with the reservation lock held.
 ///
-/// The `priv` of the attachment is the number of its route, once that is known: no memory.
+/// What it needs to know of earlier calls is in the [`Note`] of the attachment.
 pub(crate) struct Importer<'a> {
     attachment: *mut bindings::dma_buf_attachment,
     direction: bindings::dma_data_direction,
@@ -252,18 +290,15 @@ impl<'a> Importer<'a> {
         unsafe { (*self.attachment).dev }
     }
 
-    /// The route that was found when it mapped first.
-    fn route(&self) -> Option<Route> {
-        // SAFETY: The attachment is valid; `priv` is the exporter's, and the reservation lock guards it.
-        let number = unsafe { (*self.attachment).priv_ }.addr();
-        [Route::Bus, Route::Iova, Route::Direct]
-            .into_iter()
-            .find(|route| route.number() == number)
+    /// What is noted of the attachment.
+    fn note(&self) -> Note {
+        // SAFETY: The attachment is valid, and the reservation lock is held.
+        unsafe { Note::of(self.attachment) }
     }
 
-    fn set_route(&mut self, route: Route) {
-        let number = core::ptr::without_provenance_mut(route.number());
-        // SAFETY: As for `route`.
+    fn set_note(&mut self, note: Note) {
+        let number = core::ptr::without_provenance_mut(note.0);
+        // SAFETY: The attachment is valid; `priv` is the exporter's, and the reservation lock guards it.
         unsafe { (*self.attachment).priv_ = number };
     }
 
@@ -281,13 +316,11 @@ impl<'a> Importer<'a> {
         for run in runs.clone() {
             last = Piece::of(bar, run)?.last().max(last);
         }
-        let route = match self.route() {
+        let route = match self.note().route() {
             Some(route) => route,
             None => {
                 let first = runs.clone().next().ok_or(EINVAL)?;
-                let route = self.find_route(providers, bar, first.page, last)?;
-                self.set_route(route);
-                route
+                self.find_route(providers, bar, first.page, last)?
             }
         };
         let bus_offset = match route {
@@ -297,11 +330,14 @@ impl<'a> Importer<'a> {
         if route != Route::Iova {
             self.check_reach(last.wrapping_add(bus_offset))?;
         }
-        self.map_runs(bus_offset, route, bar, runs)
+        let mapped = self.map_runs(bus_offset, route, bar, runs)?;
+        self.set_note(self.note().mapped_by(route));
+        Ok(mapped)
     }
 
     /// Undoes `map`.
     pub(crate) fn unmap(&mut self, mapped: Mapped) {
+        self.set_note(self.note().unmapped());
         // SAFETY: The mapping was made by `map_runs`, which leaked the table.
         let mut table = unsafe { KBox::from_raw(mapped.0.cast::<Table>()) };
         self.undo(&mut table);

@@ -123,27 +123,29 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// The reset is over, or failed. As for `reset_prepare`.
     fn reset_done(&self, function: &Function<'_>, memory: MemorySem<'_>);
 
-    /// An error of the function, or of another one behind the same port, was reported. Recovery begins,
-    /// or has failed. `pci_bus_sem` is held, which every hot-plug takes.
+    /// An error of the function, or of another one behind the same port, was reported. Recovery
+    /// begins, or has failed. `pci_bus_sem` is held, which every hot-plug takes.
     fn error_detected(&self, function: &Function<'_>, state: ErrorState);
 
-    /// Recovery from an error succeeded. `pci_bus_sem` is held: `memory_lock` must not be waited for.
+    /// Recovery from an error succeeded. `pci_bus_sem` is held: `memory_lock` must not be waited
+    /// for.
     fn error_resume(&self, function: &Function<'_>, memory: MemorySem<'_>);
 
-    /// `vfio_pci_core_sriov_configure` was called, which may have set the function to D0. The core's
-    /// `memory_lock` is not held.
+    /// `vfio_pci_core_sriov_configure` was called, which may have set the function to D0. The
+    /// core's `memory_lock` is not held.
     fn power_set(&self, function: &Function<'_>, memory: MemorySem<'_>);
 
-    /// Run-time power management has woken the function, whoever wanted it and whether it is open or
-    /// not. `low_power` is `pm_runtime_engaged` after that: true if the user entered low power without a
-    /// wake-up eventfd. The core's `memory_lock` is not held.
+    /// Run-time power management has woken the function, whoever wanted it and whether it is open
+    /// or not. `low_power` is `pm_runtime_engaged` after that: true if the user entered low power
+    /// without a wake-up eventfd. The core's `memory_lock` is not held.
     fn woken(&self, function: &Function<'_>, memory: MemorySem<'_>, low_power: bool);
 
-    /// The system is about to sleep, hibernate, or restore an image. The function may be open or not.
+    /// The system is about to sleep, hibernate, or restore an image. The function may be open or
+    /// not.
     fn system_falls_asleep(&self, function: &Function<'_>);
 
-    /// The system is awake again, or did not fall asleep after all; so is the function. Once for each
-    /// `system_falls_asleep`, and perhaps once more after the function was bound.
+    /// The system is awake again, or did not fall asleep after all; so is the function. Once for
+    /// each `system_falls_asleep`, and perhaps once more after the function was bound.
     fn system_woke_up(&self, function: &Function<'_>, memory: MemorySem<'_>);
 }
 
@@ -325,9 +327,9 @@ impl Function<'_> {
         !unsafe { bindings::bl_pci_no_command_memory(self.pdev) }
     }
 
-    /// Whether the hardware's COMMAND has the memory bit, whatever the user reads: a read from the bus.
-    /// After a reset without a restore it has not (`vfio_basic_config_write` knows such "backdoor
-    /// resets"). A function that does not answer has not either.
+    /// Whether the hardware's COMMAND has the memory bit, whatever the user reads: a read from the
+    /// bus. After a reset without a restore it has not (`vfio_basic_config_write` knows such
+    /// "backdoor resets"). A function that does not answer has not either.
     ///
     /// The core may have lent the bit, unless its `memory_lock` is held.
     pub(crate) fn decodes_memory(&self) -> bool {
@@ -572,9 +574,9 @@ impl<'a, D: Driver> Device<'a, D> {
 
     /// Wakes the device if it sleeps although the kernel takes it for awake.
     ///
-    /// `vfio_default_config_write` reads, modifies and writes PMCSR without `memory_lock`; only then
-    /// `vfio_pm_config_write` takes it. If a reset comes between the read and the write, stale PowerState
-    /// bits put the device back into D3hot while `pdev->current_state` says D0.
+    /// `vfio_default_config_write` reads, modifies and writes PMCSR without `memory_lock`; only
+    /// then `vfio_pm_config_write` takes it. If a reset comes between the read and the write, stale
+    /// PowerState bits put the device back into D3hot while `pdev->current_state` says D0.
     pub(crate) fn wake_if_unnoticed(&self, _lock: &MemoryWrite<'_>) {
         let function = self.function();
         if function.sleeps_unnoticed() {
@@ -583,8 +585,8 @@ impl<'a, D: Driver> Device<'a, D> {
         }
     }
 
-    /// Whether the virtual COMMAND, which the user reads and writes, lacks the memory bit, and the bit
-    /// means something.
+    /// Whether the virtual COMMAND, which the user reads and writes, lacks the memory bit, and the
+    /// bit means something.
     pub(crate) fn memory_is_off(&self) -> bool {
         // SAFETY: The virtual config space is there while the device is open.
         let vconfig = unsafe { (*self.core()).vconfig };
@@ -604,8 +606,8 @@ impl<'a, D: Driver> Device<'a, D> {
     pub(crate) fn config_map(&self) -> &'a [u8] {
         // SAFETY: The map is there while the device is open.
         let map = unsafe { (*self.core()).pci_config_map };
-        // SAFETY: It has a byte for each of config space, of which there are at least so many. The core
-        // fills it in before the device is open, and does not change it while it is.
+        // SAFETY: It has a byte for each of config space, of which there are at least so many. The
+        // core fills it in before the device is open, and does not change it while it is.
         unsafe { core::slice::from_raw_parts(map, config::LENGTH) }
     }
 
@@ -1248,8 +1250,9 @@ impl<D: Driver> Vtable<D> {
         unsafe { domain.set(dev, Self::runtime_resume) };
         // SAFETY: As for `domain`.
         let sleep = unsafe { &(*vdev.cast::<Layout<D>>()).sleep };
-        // SAFETY: The notifier stays where it is until it is unregistered, below or in `remove`, and is
-        // not registered yet. `system_sleep` may be called from here on: the layout is filled in.
+        // SAFETY: The notifier stays where it is until it is unregistered, below or in `remove`,
+        // and is not registered yet. `system_sleep` may be called from here on: the layout is
+        // filled in.
         let mut result = unsafe { sleep.register(Self::system_sleep) };
         if result == 0 {
             // SAFETY: The device is initialized.

@@ -334,8 +334,8 @@ impl Builder {
         });
     }
 
-    /// `Leases::drain`: zap all that is mapped; tell all that is attached, and see which fences they have; then wait for
-    /// all, if that is left to do.
+    /// `Leases::drain`: zap all that is mapped; tell all that is attached, and see which fences
+    /// they have; then wait for all, if that is left to do.
     fn drain(&mut self, wait: Wait) {
         self.within("Leases::drain", |this| {
             let unmapped = this.unless(Cond::AnyVmas);
@@ -452,7 +452,8 @@ impl Builder {
         }
     }
 
-    /// `Buffer::wait`: for the fences of the snapshot, then until there are no mappings; or until the process is killed.
+    /// `Buffer::wait`: for the fences of the snapshot, then until there are no mappings; or until
+    /// the process is killed.
     fn wait(&mut self, buffer: usize) {
         self.within("Buffer::wait", |this| {
             this.wait_for_fences(Some(buffer));
@@ -460,8 +461,8 @@ impl Builder {
         });
     }
 
-    /// `Buffer::revoke`. It returns when nobody reaches the buffer, or without a wait for importers: because it is not to
-    /// wait, or its process was killed.
+    /// `Buffer::revoke`. It returns when nobody reaches the buffer, or without a wait for
+    /// importers: because it is not to wait, or its process was killed.
     fn revoke(&mut self, buffer: usize, waits: bool) {
         self.within("Buffer::revoke", |this| {
             let early = this.has(Bug::ZapBeforeMark);
@@ -713,7 +714,8 @@ impl Builder {
         });
     }
 
-    /// The end of an event whose caller must not wait: `driver::resample` with the lock, or with lenders counted.
+    /// The end of an event whose caller must not wait: `driver::resample` with the lock, or with
+    /// lenders counted.
     fn end_and_resample(&mut self, event: Event) {
         let half = self.has(Bug::HalfAwakeIsAwake);
         let careless = self.has(Bug::LentIsBelieved);
@@ -1010,7 +1012,8 @@ pub(crate) fn killer(setting: Setting) -> Program {
     this.end("killer", Uses::Nothing)
 }
 
-/// Somebody who adds fences to a buffer, one after the other, whenever its reservation lock is free.
+/// Somebody who adds fences to a buffer, one after the other, whenever its reservation lock is
+/// free.
 pub(crate) fn fencer(setting: Setting, buffer: usize) -> Program {
     let mut this = Builder::new(setting);
     for _ in 0..2 {
@@ -1060,8 +1063,8 @@ pub(crate) fn bus_reset(setting: Setting) -> Program {
     this.end("reset of the bridge", Uses::Nothing)
 }
 
-/// A hot reset through the fd of another function of the set: with `memory_lock` of this one, and its run-time power
-/// management held; nobody asks afterwards.
+/// A hot reset through the fd of another function of the set: with `memory_lock` of this one, and
+/// its run-time power management held; nobody asks afterwards.
 pub(crate) fn hot_reset(setting: Setting) -> Program {
     let mut this = Builder::new(setting);
     this.awake(|this| {
@@ -1177,8 +1180,8 @@ pub(crate) fn host_wake_up(setting: Setting) -> Program {
     this.end("wake-up by the host", Uses::Nothing)
 }
 
-/// System sleep (`Barlease::system_falls_asleep`, `system_woke_up`). The PCI core wakes the device while user space is
-/// frozen: nobody is in the middle of anything.
+/// System sleep (`Barlease::system_falls_asleep`, `system_woke_up`). The PCI core wakes the device
+/// while user space is frozen: nobody is in the middle of anything.
 pub(crate) fn sleep(setting: Setting) -> Program {
     let mut this = Builder::new(setting);
     this.begin(Event::Sleep);
@@ -1202,8 +1205,9 @@ pub(crate) enum Outcome {
     Failed,
 }
 
-/// A device error and its recovery (`Barlease::error_detected`, `error_resume`), each with the device lock and
-/// `pci_bus_sem` held (`report_error_detected`, `report_resume`, `report_perm_failure_detected`).
+/// A device error and its recovery (`Barlease::error_detected`, `error_resume`), each with the
+/// device lock and `pci_bus_sem` held (`report_error_detected`, `report_resume`,
+/// `report_perm_failure_detected`).
 pub(crate) fn error(setting: Setting, outcome: Outcome) -> Program {
     let mut this = Builder::new(setting);
     let reported = |this: &mut Builder, f: &dyn Fn(&mut Builder)| {
