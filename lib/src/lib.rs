@@ -129,6 +129,7 @@ pub use device::RegionKind;
 pub use device::Tph;
 pub use error::Error;
 pub use error::GroupMember;
+pub use error::Lost;
 pub use error::Object;
 pub use error::Result;
 pub use lease::FD_VARIABLE;

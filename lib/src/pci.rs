@@ -338,11 +338,7 @@ impl Pci {
 }
 
 fn invalid(bdf: Bdf, reason: String) -> Error {
-    Error::Invalid {
-        operation: "bind",
-        object: Object::Device(bdf),
-        reason,
-    }
+    Error::invalid("bind", Object::Device(bdf), reason)
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

@@ -1,5 +1,6 @@
 //! The features of a device, and the operations that need them.
 
+use std::borrow::Cow;
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
 
@@ -132,10 +133,12 @@ impl Device {
         let answer = self
             .raw_status(lease)
             .map_err(|errno| self.explain("status", lease, errno))?;
-        let unknown = |what: &str, value: u32| Error::Malformed {
-            operation: "status",
-            object: lease.object(),
-            reason: format!("the driver answered {what} {value}, which this version does not know"),
+        let unknown = |what: &str, value: u32| {
+            Error::malformed(
+                "status",
+                lease.object(),
+                format!("the driver answered {what} {value}, which this version does not know"),
+            )
         };
         Ok(Status {
             state: State::from_abi(answer.state).ok_or_else(|| unknown("state", answer.state))?,
@@ -180,11 +183,11 @@ impl Device {
     /// complete TPH, or not bound to Barlease's driver.
     pub fn set_tph(&self, lease: &Lease, tph: Tph) -> Result<()> {
         if tph.processing_hint > 3 {
-            return Err(Error::Invalid {
-                operation: "set steering tag",
-                object: lease.object(),
-                reason: format!("the processing hint {} is over 3", tph.processing_hint),
-            });
+            return Err(Error::invalid(
+                "set steering tag",
+                lease.object(),
+                format!("the processing hint {} is over 3", tph.processing_hint),
+            ));
         }
         let flag = |set, flag| if set { flag } else { 0 };
         let payload = abi::DmaBufTph {
@@ -244,12 +247,14 @@ impl Device {
     fn explain(&self, operation: &'static str, lease: &Lease, errno: Errno) -> Error {
         let object = lease.object();
         match errno {
-            Errno::BADFD => Error::Dead { operation, object },
-            Errno::INVAL => Error::NotALease { operation, object },
+            Errno::BADFD => Error::dead(operation, object).because(errno),
+            Errno::INVAL => Error::not_a_lease(operation, object).because(errno),
             // Both a dead lease and one of another device: only the latter has no status here.
             Errno::NODEV => match self.raw_status(lease) {
-                Ok(status) if status.state == abi::STATE_DEAD => Error::Dead { operation, object },
-                _ => Error::WrongDevice { operation, object },
+                Ok(status) if status.state == abi::STATE_DEAD => {
+                    Error::dead(operation, object).because(errno)
+                }
+                _ => Error::wrong_device(operation, object).because(errno),
             },
             errno => self.unsupported_or(operation, object, errno),
         }
@@ -263,17 +268,13 @@ impl Device {
         errno: Errno,
     ) -> Error {
         let remedy = match errno {
-            Errno::NOTTY => self.driver_remedy(),
+            Errno::NOTTY => self.driver_remedy().into(),
             Errno::OPNOTSUPP => {
-                "the driver has it, but not for this device on this platform".to_owned()
+                Cow::from("the driver has it, but not for this device on this platform")
             }
             errno => return Error::from_errno(operation, object, errno),
         };
-        Error::Unsupported {
-            operation,
-            object,
-            remedy,
-        }
+        Error::unsupported(operation, object, remedy).because(errno)
     }
 
     fn driver_remedy(&self) -> String {

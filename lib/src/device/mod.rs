@@ -156,10 +156,8 @@ impl Device {
     pub fn region(&self, index: u32) -> Result<Region> {
         let failed =
             |errno| Error::from_errno("get region information", self.region_object(index), errno);
-        let malformed = |reason: &str| Error::Malformed {
-            operation: "get region information",
-            object: self.region_object(index),
-            reason: reason.to_owned(),
+        let malformed = |reason: &'static str| {
+            Error::malformed("get region information", self.region_object(index), reason)
         };
         let mut info = vfio::vfio_region_info {
             index,
@@ -326,11 +324,10 @@ impl Device {
     /// Errors: [`Error::Unsupported`]: it has no way to be reset; [`Error::Io`].
     pub fn reset(&self) -> Result<()> {
         ioctl::device_reset(self.as_fd()).map_err(|errno| match errno {
-            Errno::INVAL | Errno::NOTTY => Error::Unsupported {
-                operation: "reset",
-                object: self.object(),
-                remedy: "the device has no reset of its own".to_owned(),
-            },
+            Errno::INVAL | Errno::NOTTY => {
+                Error::unsupported("reset", self.object(), "the device has no reset of its own")
+                    .because(errno)
+            }
             errno => Error::from_errno("reset", self.object(), errno),
         })
     }

@@ -129,13 +129,11 @@ impl OpenOptions {
             (Backend::Auto | Backend::Cdev, Some(node)) => {
                 self.open_cdev(bdf, device.driver, &node, &pci)
             }
-            (Backend::Cdev, None) => Err(Error::Unsupported {
-                operation: "open",
-                object: Object::Device(bdf),
-                remedy: "this kernel has no VFIO character devices or no iommufd: \
-                         use the group backend"
-                    .to_owned(),
-            }),
+            (Backend::Cdev, None) => Err(Error::unsupported(
+                "open",
+                Object::Device(bdf),
+                "this kernel has no VFIO character devices or no iommufd: use the group backend",
+            )),
             (Backend::Auto | Backend::Group, _) => self.open_group(bdf, device.driver, group, &pci),
         }
     }
@@ -194,11 +192,11 @@ impl OpenOptions {
         let version = ioctl::api_version(container.as_fd()).map_err(failed)?;
         let type1 = ioctl::check_extension(container.as_fd(), vfio::VFIO_TYPE1v2_IOMMU);
         if version != vfio::VFIO_API_VERSION as i32 || type1 != Ok(true) {
-            return Err(Error::Unsupported {
-                operation: "open",
-                object: Object::file(container_path),
-                remedy: "load the module vfio_iommu_type1".to_owned(),
-            });
+            return Err(Error::unsupported(
+                "open",
+                Object::file(container_path),
+                "load the module vfio_iommu_type1",
+            ));
         }
 
         let group = open_node(&path)?;
