@@ -50,6 +50,12 @@ pub enum Object {
     Variable(Box<str>),
     /// This process: its signal handlers, limits and the like.
     Process,
+    /// An eventfd.
+    Event,
+    /// A VFIO container, or an iommufd with its I/O address space.
+    Iommu,
+    /// A lease that is known by its id only.
+    LeaseId(crate::LeaseId),
 }
 
 impl Object {
@@ -76,6 +82,9 @@ impl fmt::Display for Object {
             Self::Socket => f.write_str("socket"),
             Self::Variable(name) => write!(f, "${name}"),
             Self::Process => f.write_str("this process"),
+            Self::Event => f.write_str("eventfd"),
+            Self::Iommu => f.write_str("IOMMU"),
+            Self::LeaseId(id) => write!(f, "lease {id}"),
         }
     }
 }

@@ -319,9 +319,25 @@ impl Words {
         self.0.get(offset / 8).copied().unwrap_or(0)
     }
 
+    /// Stores bytes at an offset that is a multiple of 8. Nothing happens past the end.
+    pub(crate) fn put_bytes(&mut self, offset: usize, bytes: &[u8]) {
+        for (n, chunk) in bytes.chunks(8).enumerate() {
+            let mut word = [0; 8];
+            word.iter_mut()
+                .zip(chunk)
+                .for_each(|(to, from)| *to = *from);
+            self.put_u64(offset + n * 8, u64::from_ne_bytes(word));
+        }
+    }
+
+    /// The bytes.
+    pub(crate) fn bytes(&self) -> impl Iterator<Item = u8> + '_ {
+        self.0.iter().flat_map(|word| word.to_ne_bytes())
+    }
+
     /// The bytes.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        self.0.iter().flat_map(|word| word.to_ne_bytes()).collect()
+        self.bytes().collect()
     }
 }
 
@@ -434,11 +450,7 @@ pub(crate) unsafe fn type1_map(
 }
 
 /// `VFIO_IOMMU_UNMAP_DMA`: how many bytes were mapped there.
-pub(crate) fn type1_unmap(
-    container: BorrowedFd<'_>,
-    iova: u64,
-    length: u64,
-) -> Result<u64, Errno> {
+pub(crate) fn type1_unmap(container: BorrowedFd<'_>, iova: u64, length: u64) -> Result<u64, Errno> {
     let mut unmap = vfio::vfio_iommu_type1_dma_unmap {
         iova,
         size: length,
@@ -525,6 +537,10 @@ pub(crate) fn ioas_ranges(
     iommufd: BorrowedFd<'_>,
     ioas: u32,
 ) -> Result<(Vec<(u64, u64)>, u64), Errno> {
+    #[cfg(any(test, feature = "fake"))]
+    if let Some(answer) = crate::fake::iova_ranges(iommufd) {
+        return Ok(answer);
+    }
     let mut ranges = vec![iommufd::iommu_iova_range::default(); 16];
     // A device that is attached meanwhile can make more ranges of them.
     for _ in 0..8 {
