@@ -7,14 +7,17 @@ use std::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::fs::OpenOptionsExt,
     },
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     path::Path,
     process::Command,
     sync::Arc,
+    thread,
+    time::Duration,
 };
 
 use crate::{
     errno::{Answer, Errno, answer},
-    lease::Request,
+    lease::{self, Request},
     observe,
     pci::{self, Function},
     vfio::{Device, GET},
@@ -255,6 +258,65 @@ impl Attachment {
     /// That of the ioctl.
     pub fn signal(&self) -> Answer<()> {
         self.target(abi::SIGNAL, 0)
+    }
+
+    /// Adds a further fence, with these `abi::FENCE_*`: its number. It signals after `time`, or, if that is nothing, by
+    /// [`Self::signal_number`] or with the end of the attachment.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn add_fence(&self, flags: u32, time: Duration) -> Answer<u32> {
+        let mut fence = abi::AddFence {
+            id: self.id,
+            flags,
+            milliseconds: time.as_millis() as u32,
+            number: 0,
+        };
+        self.importer.request(abi::ADD_FENCE, &mut fence)?;
+        Ok(fence.number)
+    }
+
+    /// Signals a further fence.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn signal_number(&self, number: u32) -> Answer<()> {
+        self.target(abi::SIGNAL, number)
+    }
+
+    /// A fence that signals after `time`, or never by itself, as a sync file.
+    ///
+    /// # Panics
+    ///
+    /// When there is none: the buffer must have no other fence that shows.
+    #[must_use]
+    pub fn sync_file(&self, fd: impl AsFd, flags: u32, time: Duration) -> OwnedFd {
+        let fence = self.add_fence(flags | abi::FENCE_SHOWS, time);
+        fence.expect("a fence");
+        lease::export_sync_file(fd).expect("a sync file")
+    }
+
+    /// Has the importer keep the reservation lock of the dma-buf while `body` runs.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    pub fn occupied<R>(&self, body: impl FnOnce() -> R) -> R {
+        thread::scope(|scope| {
+            scope.spawn(|| self.target(abi::OCCUPY, 0).expect("the reservation lock"));
+            wait::until("the reservation lock", || {
+                self.target(abi::OCCUPIED, 0).is_ok()
+            });
+            let result = catch_unwind(AssertUnwindSafe(body));
+            // Also after a panic: a scope waits for its threads.
+            self.target(abi::VACATE, 0).expect("the reservation lock");
+            match result {
+                Ok(result) => result,
+                Err(panic) => resume_unwind(panic),
+            }
+        })
     }
 
     /// Detaches.

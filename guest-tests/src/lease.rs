@@ -257,6 +257,37 @@ pub fn set_name(fd: impl AsFd, name: &str) -> Answer<()> {
     answer(unsafe { libc::ioctl(fd, SET_NAME, name.as_ptr()) }).map(drop)
 }
 
+/// The fences of a dma-buf that who writes to it waits for, as a sync file (`DMA_BUF_IOCTL_EXPORT_SYNC_FILE`).
+///
+/// # Errors
+///
+/// That of the ioctl.
+pub fn export_sync_file(fd: impl AsFd) -> Answer<OwnedFd> {
+    const EXPORT: u64 = 0xc008_6202;
+    let mut argument = [DMA_BUF_SYNC_WRITE as i32, -1];
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: The kernel reads and writes eight bytes.
+    answer(unsafe { libc::ioctl(fd, EXPORT, argument.as_mut_ptr()) })?;
+    // SAFETY: The fd is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(argument[1]) })
+}
+
+/// Adds the fences of a sync file to a dma-buf, for who reads or writes (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`).
+///
+/// # Errors
+///
+/// That of the ioctl.
+pub fn import_sync_file(fd: impl AsFd, sync_file: impl AsFd) -> Answer<()> {
+    const IMPORT: u64 = 0x4008_6203;
+    let argument = [DMA_BUF_SYNC_WRITE as i32, sync_file.as_fd().as_raw_fd()];
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: The kernel reads eight bytes.
+    answer(unsafe { libc::ioctl(fd, IMPORT, argument.as_ptr()) }).map(drop)
+}
+
+/// `DMA_BUF_SYNC_WRITE`.
+const DMA_BUF_SYNC_WRITE: u32 = 2;
+
 /// Another fd of the same file.
 ///
 /// # Panics

@@ -6,6 +6,7 @@
 //! - [`pci`]: functions, drivers, resets, through sysfs;
 //! - [`vfio`]: groups, devices and their ioctls;
 //! - [`lease`]: the features of the contract;
+//! - [`buffers`]: those that go by the id of a buffer;
 //! - [`attributes`]: those that change how memory is reached;
 //! - [`map`]: mappings, and touching them without dying of it;
 //! - [`process`]: child processes;
@@ -29,6 +30,7 @@ pub mod aer;
 pub mod allocations;
 #[expect(unsafe_code, reason = "an ioctl, fds by number")]
 pub mod attributes;
+pub mod buffers;
 pub mod errno;
 #[expect(unsafe_code, reason = "finit_module, fork, sched_setaffinity")]
 pub mod faults;

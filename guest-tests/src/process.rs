@@ -9,6 +9,7 @@ use std::{
         unix::net::UnixStream,
     },
     panic::{self, AssertUnwindSafe},
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -61,6 +62,18 @@ impl Child {
     #[must_use]
     pub fn id(&self) -> i32 {
         self.pid
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    ///
+    /// When it was waited for before.
+    pub fn signal(&self, signal: i32) {
+        assert!(!self.reaped);
+        // SAFETY: It was not waited for, so the id is still its own.
+        let sent = unsafe { libc::kill(self.pid, signal) };
+        assert_eq!(sent, 0, "kill: {}", io::Error::last_os_error());
     }
 
     /// Waits for its end.
@@ -192,6 +205,31 @@ fn close_all_but(mut kept: Vec<RawFd>) {
         }
         first = fd.saturating_add(1);
     }
+}
+
+static HANDLED: AtomicU32 = AtomicU32::new(0);
+
+/// From now on, a signal is counted by a handler, and interrupted system calls are not begun again.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn handle(signal: i32) {
+    extern "C" fn count(_signal: i32) {
+        HANDLED.fetch_add(1, Ordering::SeqCst);
+    }
+    // SAFETY: All zeroes is a valid action.
+    let mut action: libc::sigaction = unsafe { mem::zeroed() };
+    action.sa_sigaction = count as *const () as usize;
+    // SAFETY: The handler follows the rules of signal handlers.
+    let answer = unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
+    assert_eq!(answer, 0, "sigaction: {}", io::Error::last_os_error());
+}
+
+/// How many signals were [handled](handle).
+#[must_use]
+pub fn handled() -> u32 {
+    HANDLED.load(Ordering::SeqCst)
 }
 
 /// An eventfd that does not block.

@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Longer than anything takes that happens at all.
-pub const LONG: Duration = Duration::from_secs(60);
+pub const LONG: Duration = Duration::from_secs(14);
 
 /// How long a test looks on whether something happens that must not: what is to be waited for would
 /// take a fraction of that.
@@ -75,6 +75,38 @@ pub fn waits_for<R: Send>(
         match (held, result) {
             (Ok(()), Ok(result)) => result,
             (Err(panic), _) | (_, Err(panic)) => resume_unwind(panic),
+        }
+    })
+}
+
+/// Runs `act`, which must come to its end by itself. When it has not for [`LONG`], the test has failed, and `let_go` is called,
+/// so that no thread is left in the kernel.
+///
+/// # Panics
+///
+/// When it did not end by itself, or one of the two panics.
+pub fn ends_by_itself<R: Send>(
+    what: &str,
+    act: impl FnOnce() -> R + Send,
+    let_go: impl FnOnce(),
+) -> R {
+    thread::scope(|scope| {
+        let acting = scope.spawn(act);
+        let end = Instant::now() + LONG;
+        while !acting.is_finished() && Instant::now() < end {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let ended = acting.is_finished();
+        if !ended {
+            eprintln!("{what} waits for what it must not wait for");
+            let_go();
+        }
+        match at_once(what, || acting.join()) {
+            Ok(result) => {
+                assert!(ended, "{what} waited for what it must not wait for");
+                result
+            }
+            Err(panic) => resume_unwind(panic),
         }
     })
 }

@@ -264,18 +264,23 @@ fn the_death_of_the_importing_process_lets_go() {
 }
 
 #[test]
-fn the_revoking_process_cannot_be_killed_out_of_its_wait() {
+fn the_revoking_process_can_be_killed_out_of_its_wait_and_the_buffer_is_dead() {
     let device = open();
     let (fd, slow) = held(&device, ONE);
     let child = Child::start(&[device.as_fd(), fd.as_fd()], |_| {
         device.revoke(&fd).unwrap();
     });
     slow.wait_for_interruption();
+    at_once("the end of the process", || drop(child));
+    assert_eq!(device.state(&fd), State::Dead);
+    assert!(slow.is_mapped());
+    // An event waits for what the revocation has left.
     waits_for(
-        || drop(child),
-        || assert_eq!(device.state(&fd), State::Dead),
+        || device.set_memory(false),
+        || assert!(slow.is_mapped()),
         || slow.unmap().unwrap(),
     );
+    device.set_memory(true);
 }
 
 #[test]

@@ -51,7 +51,7 @@ pub const UNMAP: u32 = request::<Target>(5);
 pub const HOLD: u32 = request::<Target>(6);
 /// Adds a fence to the dma-buf that says that edu still uses it. `EBUSY` there is one.
 pub const FENCE: u32 = request::<Target>(7);
-/// Signals the fence. `ENXIO` there is none.
+/// Signals the fence of number `value`: 0 for that of [`FENCE`]. `ENXIO` there is none.
 pub const SIGNAL: u32 = request::<Target>(8);
 /// How the attachment is.
 pub const STATUS: u32 = request::<Status>(9);
@@ -67,6 +67,36 @@ pub const TRANSLATE: u32 = request::<Translate>(12);
 pub const TPH: u32 = request::<Tph>(13);
 /// Sets edu's DMA mask to `value` bits; at first it has 32, which is what its engine reaches.
 pub const MASK: u32 = request::<Target>(14);
+
+/// Adds a further fence, of which there may be any number. `EINVAL` undefined flags.
+pub const ADD_FENCE: u32 = request::<AddFence>(15);
+/// Takes the reservation lock of the dma-buf and keeps it until [`VACATE`], or a signal.
+pub const OCCUPY: u32 = request::<Target>(16);
+/// Has [`OCCUPY`] return. `ENXIO` there is none.
+pub const VACATE: u32 = request::<Target>(17);
+/// `ENXIO` unless an [`OCCUPY`] has the lock.
+pub const OCCUPIED: u32 = request::<Target>(18);
+
+/// [`AddFence::flags`]: `DMA_BUF_IOCTL_EXPORT_SYNC_FILE` finds it (`DMA_RESV_USAGE_READ`).
+pub const FENCE_SHOWS: u32 = 1 << 0;
+/// [`AddFence::flags`]: a wait for it that takes too long ends with `ETIME`.
+pub const FENCE_TIME_ERROR: u32 = 1 << 1;
+/// [`AddFence::flags`]: a wait for it ends with `EDEADLK` at once, until it has signalled.
+pub const FENCE_DEADLOCK: u32 = 1 << 2;
+
+/// Argument of [`ADD_FENCE`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AddFence {
+    /// In: the number of the attachment.
+    pub id: u32,
+    /// In: `FENCE_*`.
+    pub flags: u32,
+    /// In: signals after so long; 0: when it is told to, or the attachment goes.
+    pub milliseconds: u32,
+    /// Out: its number, for [`SIGNAL`].
+    pub number: u32,
+}
 
 /// Argument of [`ATTACH`].
 #[repr(C)]

@@ -8,11 +8,12 @@
 //! The parts, from the outside in:
 //!
 //! - [`driver`]: which operation of a device does what to its leases;
+//! - [`door`]: whether a read or a write through the device fd may reach a BAR;
 //! - [`export`]: makes a buffer of what a process asks for;
 //! - [`regions`]: mmap of BARs through the device fd, and aliases;
 //! - [`buffer`]: a lease: its dma-buf, its mappings, its faults, its revocation;
 //! - [`leases`]: all buffers of a function and the state of access; **the lock order is there**;
-//! - [`table`]: the set of these buffers;
+//! - [`list`]: tells the owner of the device of its buffers;
 //! - [`model`]: every decision that needs no kernel, tested on the host;
 //! - [`sys`]: safe abstractions over the C side. All `unsafe` is there.
 
@@ -32,13 +33,14 @@ mod model;
 mod buffer;
 mod debugfs;
 mod denylist;
+mod door;
 mod driver;
 mod export;
 mod leases;
+mod list;
 mod msix;
 mod regions;
 mod sys;
-mod table;
 
 use sys::vfio_pci::Registration;
 
@@ -68,7 +70,7 @@ struct Module {
 impl kernel::InPlaceModule for Module {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
-            _debugfs: sys::debugfs_root::Root::new(Dir::new(c"barlease")),
+            _debugfs: sys::debugfs_root::Root::new(Dir::new(c"barlease"))?,
             registration <- Registration::new(module),
         })
     }

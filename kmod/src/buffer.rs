@@ -12,24 +12,28 @@ use crate::{
         tph::Tph,
     },
     sys::{
-        dma_buf::{DmaBuf, Exporter, Fence, Live, MappedInode, NAME_LEN, Operations},
+        dma_buf::{DmaBuf, Exporter, Live, MappedInode, NAME_LEN, Operations},
         errno,
-        flag::peek,
+        fence::{Fence, FenceWatch},
+        flag::{Flag, peek},
         idle::Outstanding,
         items::Items,
         p2p::{Importer, Mapped, Run},
         rwsem::RwSem,
+        tree::{self, Links},
+        vfio_pci::BARS,
         vma::{self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
     },
-    table::Number,
 };
 use kernel::{
+    bindings,
     prelude::*,
     str::BStr,
     sync::{
         Arc, ArcBorrow,
         atomic::{Atomic, Full, Relaxed},
     },
+    time::{Delta, delay::fsleep},
 };
 
 /// What a buffer holds.
@@ -47,8 +51,8 @@ pub(crate) struct Contents {
 /// Referenced by its dma-buf, by each VMA that maps it and by the table of its [`Leases`]. It does
 /// not lead to the device: once its epoch is over it is a dead shell.
 ///
-/// A mapping of a BAR through the device fd is a buffer too, an internal one of exactly the mapped
-/// span, so that one mechanism takes everything away. No fd of it exists.
+/// The mappings of a BAR through the device fd are those of a buffer, too, an internal one of the whole
+/// BAR ([`BarMaps`]), so that one mechanism takes everything away. No fd of it exists.
 #[pin_data]
 pub(crate) struct Buffer {
     leases: Arc<Leases>,
@@ -57,8 +61,10 @@ pub(crate) struct Buffer {
     /// The page offset that a mapping of its first page has: not 0 for a mapping through the device
     /// fd, which shows the offset that the user passed.
     first_page: u64,
-    /// Keeps the device open while a BAR is mapped through its fd.
-    device_file: Option<OpenFile>,
+    /// Whether it is that of the mappings of a BAR through the device fd.
+    internal: bool,
+    /// `O_ACCMODE` of its open flags.
+    access: u32,
     /// Whether it was revoked for good: 1, or 0.
     revoked: Atomic<u32>,
     /// Held by a fault from its look at the state until its entry is in, so who takes memory away waits for the faults of
@@ -76,7 +82,13 @@ pub(crate) struct Buffer {
     /// Mappings that importers have. Changed with the reservation lock held.
     mappings: Outstanding,
     inode: MappedInode,
-    number: Number,
+    /// Its place in the table of its [`Leases`].
+    links: Links<Buffer>,
+    /// The fences that it had when it was revoked.
+    #[pin]
+    revocation: FenceWatch,
+    /// Whether nobody waits for the importers that it had when it was revoked.
+    left: Flag,
     /// Locked by what looks at the dma-buf; its release locks it first.
     #[pin]
     live: Live<Guarded>,
@@ -89,7 +101,7 @@ pub(crate) struct Guarded {
 }
 
 /// How long to wait for an importer before it is named in the log, and again each time after that.
-const PATIENCE_MS: u32 = 10_000;
+pub(crate) const PATIENCE_MS: u32 = 10_000;
 
 static OPERATIONS: Operations<Buffer> = Operations::new();
 
@@ -99,29 +111,49 @@ impl Buffer {
         Self::make(leases, contents, MemoryType::Uncached, flags, None)
     }
 
-    /// Makes `vma`, a mapping of a BAR through the device fd, a mapping of an internal buffer of
-    /// what it maps.
+    /// Makes `vma`, a mapping of a BAR through the device fd, a mapping of the internal buffer of that
+    /// BAR and memory type. `contents` is the whole BAR, whose first page is at the page offset
+    /// `first_page` of the device fd.
     pub(crate) fn map_bar(
         leases: &Arc<Leases>,
         contents: Contents,
         memory_type: MemoryType,
+        first_page: u64,
         vma: NewVma<'_>,
     ) -> Result {
-        let flags = kernel::bindings::O_RDWR;
-        let dmabuf = Self::make(leases, contents, memory_type, flags, Some(&vma))?;
-        let buffer: Arc<Self> = dmabuf.exported::<Self>().ok_or(EINVAL)?.into();
-        // The VMA keeps the dma-buf from here on, and the buffer keeps the device.
-        dmabuf.become_file_of(&vma);
+        let bar = contents.bar;
+        let mut maps = leases.bar_maps().lock();
+        let place = maps.place(bar, memory_type).ok_or(EINVAL)?;
+        if place.is_none() {
+            let internal = Some(first_page);
+            let dmabuf = Self::make(leases, contents, memory_type, bindings::O_RDWR, internal)?;
+            *place = Some(BarMap {
+                dmabuf,
+                _device_file: vma.file(),
+            });
+        }
+        let map = place.as_ref().ok_or(EINVAL)?;
+        let buffer: Arc<Self> = map.dmabuf.exported::<Self>().ok_or(EINVAL)?.into();
+        // The device may have gone away with its fd still open.
+        if let Err(error) = buffer.alive() {
+            let unused = maps.take_unused(&buffer, memory_type);
+            drop(maps);
+            drop(unused);
+            return Err(error);
+        }
+        // The VMA keeps the dma-buf from here on, and `maps` keeps the device open for all of them.
+        map.dmabuf.become_file_of(&vma);
         vma.map_io(buffer, memory_type);
         Ok(())
     }
 
+    /// `internal` is the page offset of the first page in the device fd, of a buffer that is no lease.
     fn make(
         leases: &Arc<Leases>,
         contents: Contents,
         memory_type: MemoryType,
         flags: u32,
-        vma: Option<&NewVma<'_>>,
+        internal: Option<u64>,
     ) -> Result<DmaBuf> {
         let epoch = leases.epoch()?;
         let name = leases.names().of(contents.bar, memory_type);
@@ -131,8 +163,9 @@ impl Buffer {
                     leases: leases.clone(),
                     epoch,
                     contents,
-                    first_page: vma.map_or(0, NewVma::page_offset),
-                    device_file: vma.map(NewVma::file),
+                    first_page: internal.unwrap_or(0),
+                    internal: internal.is_some(),
+                    access: flags & bindings::O_ACCMODE,
                     revoked: Atomic::new(0),
                     gate <- RwSem::new(()),
                     memattr: Atomic::new(memattr_of(memory_type)),
@@ -141,7 +174,9 @@ impl Buffer {
                     attachments: Atomic::new(0),
                     mappings: Outstanding::none(),
                     inode: dmabuf.inode(),
-                    number: Number::new(),
+                    links: Links::new(),
+                    revocation <- FenceWatch::new(Some(leases.events().clone())),
+                    left: Flag::new(),
                     live <- dmabuf.live(Guarded { tph: Tph::NONE }),
                 }),
                 GFP_KERNEL_ACCOUNT,
@@ -151,9 +186,9 @@ impl Buffer {
         Ok(dmabuf)
     }
 
-    /// Its place in the table of its [`Leases`].
-    pub(crate) fn number(&self) -> &Number {
-        &self.number
+    /// Its id: what the uAPI names it by.
+    pub(crate) fn id(&self) -> u64 {
+        self.inode.number()
     }
 
     /// Whether it belongs to the latest open of the device of `leases`: the current one, for who
@@ -162,29 +197,64 @@ impl Buffer {
         Arc::ptr_eq(&self.leases, leases) && leases.is_latest(self.epoch)
     }
 
-    /// Whether it is a mapping of a BAR through the device fd.
-    pub(crate) fn is_internal(&self) -> bool {
-        self.device_file.is_some()
+    /// Whether it was made in `epoch`.
+    pub(crate) fn is_of_epoch(&self, epoch: Option<Epoch>) -> bool {
+        epoch == Some(self.epoch)
     }
 
-    /// Revokes it for good: neither a process nor a device can reach it when this returns. `EBADFD`
-    /// when that was done before.
+    /// Whether it is that of the mappings of a BAR through the device fd.
+    pub(crate) fn is_internal(&self) -> bool {
+        self.internal
+    }
+
+    /// Revokes it for good, but for importers that have yet to let go: it is dead, no process reaches
+    /// it, and its importers are told. `EBADFD` when that was done before.
     pub(crate) fn revoke(&self) -> Result {
         let first = self.revoked.xchg(1, Full) == 0;
+        self.leases.notify();
         if self.is_mapped() {
             self.zap();
         }
-        if self.is_attached() && self.invalidate() {
-            self.wait();
+        if !first {
+            return Err(errno::EBADFD.into());
         }
-        if first {
-            Ok(())
-        } else {
-            Err(errno::EBADFD.into())
+        if self.is_attached() {
+            self.tell();
+            if let Some(fence) = self.fences() {
+                self.revocation.arm(fence);
+            }
         }
+        Ok(())
     }
 
-    fn is_revoked(&self) -> bool {
+    /// Waits until it drains no more. `EINTR` when a fatal signal comes meanwhile.
+    pub(crate) fn wait_killable(&self) -> Result {
+        for outstanding in [self.revocation.pending(), &self.mappings] {
+            while !outstanding.wait_killable(PATIENCE_MS)? {
+                self.complain();
+            }
+        }
+        Ok(())
+    }
+
+    /// Nobody waits for its importers from here on.
+    pub(crate) fn leave_draining(&self) {
+        self.left.set(true);
+    }
+
+    /// Whether it drains, and nobody waits for that.
+    pub(crate) fn is_left_draining(&self) -> bool {
+        self.left.get() && self.is_draining()
+    }
+
+    /// Whether it is dead, and an importer that it had before has yet to end what it does or to undo
+    /// its mapping.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.state() == State::Dead && (self.revocation.pending().any() || self.mappings.any())
+    }
+
+    /// Whether it was revoked for good.
+    pub(crate) fn is_revoked(&self) -> bool {
         peek(&self.revoked) != 0
     }
 
@@ -208,13 +278,18 @@ impl Buffer {
         Ok(())
     }
 
-    /// Its state as the uAPI has it.
-    pub(crate) fn status(&self) -> abi::DmaBufStatus {
-        let (state, reasons) = match self.state() {
+    /// Its state and the reasons for it, as the uAPI has them.
+    fn state_and_reasons(&self) -> (u32, u32) {
+        match self.state() {
             State::Ok => (abi::STATE_OK, 0),
             State::Revoked(reasons) => (abi::STATE_REVOKED, reasons.bits()),
             State::Dead => (abi::STATE_DEAD, 0),
-        };
+        }
+    }
+
+    /// What STATUS says of it.
+    pub(crate) fn status(&self) -> abi::DmaBufStatus {
+        let (state, reasons) = self.state_and_reasons();
         abi::DmaBufStatus {
             dmabuf_fd: 0,
             reserved: 0,
@@ -225,6 +300,32 @@ impl Buffer {
             size: self.contents.size,
             nr_ranges: self.contents.segments.len() as u32,
             nr_attachments: self.attachments.load(Relaxed) as u32,
+        }
+    }
+
+    /// What LIST says of it.
+    pub(crate) fn record(&self) -> abi::DmaBufRecord {
+        let status = self.status();
+        let name = self.name();
+        let flag = |set, flag| if set { flag } else { 0 };
+        abi::DmaBufRecord {
+            id: self.id(),
+            size: status.size,
+            region_index: status.region_index,
+            nr_ranges: status.nr_ranges,
+            memattr: status.memattr,
+            state: status.state,
+            reasons: status.reasons,
+            flags: flag(self.internal, abi::BUFFER_INTERNAL)
+                | flag(self.is_draining(), abi::BUFFER_DRAINING)
+                | flag(name.is_none(), abi::BUFFER_NAME_BUSY),
+            nr_attachments: status.nr_attachments,
+            nr_mappings: self.mappings.count(),
+            nr_vmas: self.vmas() as u32,
+            nr_wc_vmas: self.wc_vmas() as u32,
+            access: self.access,
+            reserved: 0,
+            name: name.unwrap_or([0; NAME_LEN]),
         }
     }
 
@@ -260,42 +361,51 @@ impl Buffer {
         peek(&self.attachments) != 0
     }
 
-    /// Tells its importers that their mappings are to go: whether something is left to wait for. What
-    /// has no mapping is not told: there is nothing to undo, and a pinned importer may take it as
-    /// final.
-    pub(crate) fn invalidate(&self) -> bool {
-        self.live.lock().invalidate(|| self.mappings.any())
+    /// Tells its importers that their mappings are to go. One that has no mapping is not told: there is
+    /// nothing to undo, and a pinned importer may take it as final.
+    pub(crate) fn tell(&self) {
+        self.live.lock().invalidate(|| self.mappings.any());
     }
 
-    /// Waits until its importers have ended what they do and undone their mappings, however long
-    /// that takes: until then their devices reach the memory.
+    /// One fence for all that its importers, and those that were told before, still do with it.
+    ///
+    /// Fences are looked at once in each event that takes the memory away: a process can go on adding
+    /// some for ever (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`), and need not even be an importer for it.
+    pub(crate) fn fences(&self) -> Option<Fence> {
+        until_there_is_memory(|| self.live.lock().fences())
+    }
+
+    /// Waits until its importers have undone their mappings, and, of a buffer that was revoked, until
+    /// they have ended what they did then: until then their devices reach the memory, however long that
+    /// takes.
     pub(crate) fn wait(&self) {
         // `live` is not locked meanwhile: an event has other importers to tell, and must not wait
         // for this one before it does.
-        while let Some(fence) = self.pending_fence() {
-            if !fence.wait(PATIENCE_MS) {
-                self.complain("to end its work");
+        for outstanding in [self.revocation.pending(), &self.mappings] {
+            while !outstanding.wait(PATIENCE_MS) {
+                self.complain();
             }
         }
-        while !self.mappings.wait(PATIENCE_MS) {
-            self.complain("to undo its mapping");
-        }
     }
 
-    fn pending_fence(&self) -> Option<Fence> {
-        self.live.lock().pending_fence()
-    }
-
-    fn complain(&self, what: &str) {
+    /// Says in the log which importers are waited for, a line, not too often.
+    pub(crate) fn complain(&self) {
         let live = self.live.lock();
-        let (bdf, bar, size) = (self.leases.bdf(), self.contents.bar, self.contents.size);
-        let name = live.name();
+        let (name, importers) = (live.name(), live.importers());
+        drop(live);
+        if !self.leases.may_log() {
+            return;
+        }
         let name = BStr::from_bytes(name.split(|&byte| byte == 0).next().unwrap_or(&[]));
-        live.for_each_importer(|importer| {
-            pr_warn!(
-                "{bdf}: revoking {name} (BAR {bar}, {size:#x} bytes) waits for {importer} {what}\n"
-            );
-        });
+        let (bdf, bar, size) = (self.leases.bdf(), self.contents.bar, self.contents.size);
+        let what = if self.mappings.any() {
+            "to undo its mapping"
+        } else {
+            "to end its work"
+        };
+        pr_warn!(
+            "{bdf}: taking away {name} (BAR {bar}, {size:#x} bytes) waits for {importers} {what}\n"
+        );
     }
 
     /// What an importer maps: the ranges, those that touch as one.
@@ -351,6 +461,55 @@ impl Buffer {
     }
 }
 
+/// Runs `f` until it does not fail for want of memory: taking memory away must not fail, and what it needs
+/// is little.
+pub(crate) fn until_there_is_memory<T>(mut f: impl FnMut() -> Result<T>) -> T {
+    loop {
+        if let Ok(value) = f() {
+            return value;
+        }
+        fsleep(Delta::from_millis(10));
+    }
+}
+
+/// The mappings of a BAR through the device fd.
+struct BarMap {
+    /// Its internal buffer, which these VMAs map.
+    dmabuf: DmaBuf,
+    /// Keeps the device open while there are any.
+    _device_file: OpenFile,
+}
+
+/// The mappings through the device fd, by BAR and memory type: one internal buffer for all of a kind.
+///
+/// One that no VMA maps any more goes away.
+#[derive(Default)]
+pub(crate) struct BarMaps([[Option<BarMap>; 2]; BARS as usize]);
+
+impl BarMaps {
+    fn place(&mut self, bar: u32, memory_type: MemoryType) -> Option<&mut Option<BarMap>> {
+        let [uncached, write_combining] = self.0.get_mut(bar as usize)?;
+        Some(match memory_type {
+            MemoryType::Uncached => uncached,
+            MemoryType::WriteCombining => write_combining,
+        })
+    }
+
+    /// Takes out the mappings of `buffer`, if there are none any more. VMAs are added with the maps
+    /// locked, or made of others.
+    fn take_unused(&mut self, buffer: &Buffer, memory_type: MemoryType) -> Option<BarMap> {
+        let place = self.place(buffer.contents.bar, memory_type)?;
+        let is_its = |map: &mut BarMap| {
+            let found = map.dmabuf.exported::<Buffer>();
+            found.is_some_and(|found| core::ptr::eq(&*found, buffer))
+        };
+        if buffer.is_mapped() {
+            return None;
+        }
+        place.take_if(is_its)
+    }
+}
+
 /// The names of a function's dma-bufs: `barlease:<BDF>/<bar>`, with `+wc` behind it where it is that; cut where such a name
 /// ends.
 pub(crate) struct Names {
@@ -402,7 +561,23 @@ fn memattr_of(memory_type: MemoryType) -> u32 {
     }
 }
 
-impl Exporter for Buffer {
+impl tree::Item for Buffer {
+    fn links(&self) -> &Links<Self> {
+        &self.links
+    }
+
+    fn key(&self) -> u64 {
+        self.id()
+    }
+}
+
+#[expect(
+    unsafe_code,
+    reason = "a promise about `operations` and `live`, kept below"
+)]
+// SAFETY: `OPERATIONS` is a static and `live` a field. `Buffer::export` makes the value for the
+// dma-buf that is being exported, and gives it away to it.
+unsafe impl Exporter for Buffer {
     type UnderResv = Guarded;
 
     fn operations() -> &'static Operations<Self> {
@@ -466,10 +641,15 @@ impl Exporter for Buffer {
     fn unmap(&self, importer: &mut Importer<'_>, mapped: Mapped) {
         importer.unmap(mapped, self.runs());
         self.mappings.end();
+        // The reservation lock is held, which a revocation takes to tell importers: it has, or will find
+        // no mapping.
+        if self.is_revoked() {
+            self.leases.notify();
+        }
     }
 
     fn release(this: Arc<Self>) {
-        this.leases.remove(&this.number);
+        this.leases.remove(this.id());
     }
 }
 
@@ -499,10 +679,15 @@ impl vma::Mapped for Buffer {
     }
 
     fn vma_closed(&self, memory_type: MemoryType) {
-        self.vmas.fetch_sub(1, Relaxed);
+        let last = self.vmas.fetch_sub(1, Relaxed) == 1;
         self.leases.vma_closed();
         if memory_type == MemoryType::WriteCombining {
             self.wc_vmas.fetch_sub(1, Relaxed);
+        }
+        if last && self.internal {
+            let unused = self.leases.bar_maps().lock().take_unused(self, memory_type);
+            // What this drops last may be the device fd: without the lock.
+            drop(unused);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Functions that must not be given to user space, as stock vfio-pci has them: their errata can be
 //! used against the host (`drivers/vfio/pci/vfio_pci.c`, `vfio_pci_dev_in_denylist`).
 
-use crate::sys::params;
+use crate::sys::{params, vfio_pci::Function};
 use kernel::{bindings, prelude::*};
 
 const INTEL: u32 = bindings::PCI_VENDOR_ID_INTEL;
@@ -14,14 +14,16 @@ const DENIED: [u32; 8] = [
 ];
 
 /// Whether the function may be bound.
-pub(crate) fn accepts(vendor: u32, device: u32) -> bool {
+pub(crate) fn accepts(function: &Function<'_>) -> bool {
+    let (vendor, device) = function.id();
     if vendor != INTEL || !DENIED.contains(&device) {
         return true;
     }
+    let name = function.name();
     if params::disable_denylist() {
-        pr_warn!("denylist disabled: taking {vendor:04x}:{device:04x}\n");
+        pr_warn!("{name}: denylist disabled: taking {vendor:04x}:{device:04x}\n");
         return true;
     }
-    pr_warn!("{vendor:04x}:{device:04x} is in the denylist of vfio-pci: not taken\n");
+    pr_warn!("{name}: {vendor:04x}:{device:04x} is in the denylist of vfio-pci: not taken\n");
     false
 }

@@ -8,33 +8,36 @@ use crate::{
     abi,
     buffer::Buffer,
     debugfs::BuffersFile,
+    door::Way,
     export,
-    leases::Leases,
+    leases::{Leases, Wait},
+    list,
     model::{
-        access::{Access, Event, Levels},
+        access::{Access, Event, Sampled, Trust},
         alias::Aliases,
-        config::{Piece, Sensitive},
+        config,
         tph::{self, Completer, Tph, TphError},
     },
     msix::Protected,
     regions,
     sys::{
+        delayed::Delayed,
         dma_buf::DmaBuf,
         errno,
+        flag::Flag,
         p2p::Providers,
         params,
         payload::UserPayload,
-        sleep::SleepNotifier,
         vfio_pci::{
-            Answer, CONFIG_REGION, Capabilities, Device, Driver, FEATURE_GET,
+            Answer, CONFIG_REGION, Capabilities, Device, Driver, ErrorState, FEATURE_GET,
             FEATURE_LOW_POWER_ENTRY, FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK,
-            FEATURE_PROBE, FEATURE_SET, Function, NUM_REGIONS, OFFSET_SHIFT, RegionInfo,
-            UserBuffer,
+            FEATURE_PROBE, FEATURE_SET, Function, MemoryRead, MemorySem, NUM_REGIONS, OFFSET_SHIFT,
+            RegionInfo, UserBuffer,
         },
         vma::{self, NewVma},
     },
 };
-use core::{mem::size_of, ops::Range};
+use core::mem::size_of;
 use kernel::{
     new_mutex,
     prelude::*,
@@ -45,13 +48,18 @@ use kernel::{
 #[pin_data]
 pub(crate) struct Barlease {
     leases: Arc<Leases>,
-    sensitive: Sensitive,
-    protected: Protected,
     completer: Completer,
     #[pin]
     aliases: Mutex<Aliases>,
+    /// Of the time since the device was opened: what of its BARs is protected, whether the kernel's own
+    /// exporter answers feature 11, and whether somebody has asked about aliases.
     #[pin]
-    _sleep: SleepNotifier<Leases>,
+    protected: Mutex<Protected>,
+    stock_dma_buf: Flag,
+    knows_aliases: Flag,
+    /// Warns of what drains with nobody waiting for it.
+    #[pin]
+    left_draining: Delayed<Leases>,
     _buffers_file: Pin<KBox<BuffersFile>>,
 }
 
@@ -66,17 +74,23 @@ impl Barlease {
         &self.aliases
     }
 
-    /// What it does not lease.
-    pub(crate) fn protected(&self) -> &Protected {
-        &self.protected
+    /// What it does not lease, since it was opened.
+    pub(crate) fn protected(&self) -> Protected {
+        *self.protected.lock()
+    }
+
+    /// Whether somebody has asked about aliases since it was opened. The word is set by the first
+    /// question.
+    pub(crate) fn knows_aliases(&self) -> &Flag {
+        &self.knows_aliases
     }
 }
 
 impl Driver for Barlease {
     const NAME: &'static CStr = c"barlease-vfio-pci";
 
-    fn accepts(vendor: u32, device: u32) -> bool {
-        crate::denylist::accepts(vendor, device)
+    fn accepts(function: &Function<'_>) -> bool {
+        crate::denylist::accepts(function)
     }
 
     fn sriov() -> bool {
@@ -86,15 +100,15 @@ impl Driver for Barlease {
     fn bind(function: &Function<'_>, providers: Arc<Providers>) -> Result<Arc<Self>> {
         let leases = Leases::new(function.name(), providers)?;
         let buffers_file = BuffersFile::new(&leases)?;
-        let protected = Protected::of(function)?;
         Arc::pin_init(
             try_pin_init!(Self {
-                _sleep <- SleepNotifier::new(leases.clone()),
+                left_draining <- Delayed::new(leases.clone()),
                 leases,
-                sensitive: Sensitive::new(function.pm_capability()),
-                protected,
                 completer: Completer::from_device_capabilities2(function.device_capabilities2()),
                 aliases <- new_mutex!(Aliases::default(), "barlease::aliases"),
+                protected <- new_mutex!(Protected::nothing(), "barlease::protected"),
+                stock_dma_buf: Flag::new(),
+                knows_aliases: Flag::new(),
                 _buffers_file: buffers_file,
             }),
             GFP_KERNEL,
@@ -112,19 +126,29 @@ impl Driver for Barlease {
     fn opened(device: &Device<'_, Self>) {
         let driver = device.driver();
         driver.aliases.lock().clear();
-        driver.leases.open(device.levels());
+        *driver.protected.lock() = Protected::of(&device.function());
+        driver.stock_dma_buf.set(params::stock_dma_buf());
+        driver.knows_aliases.set(false);
+        // Whoever waits for an importer with the lock held has the device open, or, for a hot reset, the
+        // lock of its set, which is held here.
+        let lock = device.memory().read();
+        driver.leases.open(|access| sample(device, access, &lock));
+        drop(lock);
         // If `unbinding` came before this.
         driver.unbinding(&device.function());
     }
 
     fn closing(device: &Device<'_, Self>) {
-        device.driver().leases.close();
+        let driver = device.driver();
+        driver.leases.close();
+        driver.leases.events().clear();
+        driver.left_draining.stop();
     }
 
     #[inline]
     fn read(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
         let further = regions::region_of(*position) >= u64::from(NUM_REGIONS);
-        if further || device.driver().leases.is_asleep() {
+        if further || device.driver().leases.is_shut() {
             return read_further(*device, buffer, position);
         }
         device.core_read(buffer, position)
@@ -132,19 +156,16 @@ impl Driver for Barlease {
 
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
-        let driver = device.driver();
-        let region = regions::region_of(*position);
-        // Its low half says of each offset in config space what there is, and of others too much.
-        let offset = u64::from(*position as u32);
-        let further = region > CONFIG_REGION
-            || region == CONFIG_REGION && driver.sensitive.touches(offset, buffer.len() as u64);
-        if further || driver.leases.is_asleep() {
+        let further = regions::region_of(*position) >= CONFIG_REGION;
+        if further || device.driver().leases.is_shut() {
             return write_further(*device, buffer, position);
         }
         device.core_write(buffer, position)
     }
 
     fn may_export(&self, bar: u32, ranges: &[abi::DmaRange]) -> Result {
+        // A device that was pulled out is still open, and no longer anybody's.
+        self.leases.epoch()?;
         export::check_protected(self, bar, ranges)
     }
 
@@ -153,7 +174,10 @@ impl Driver for Barlease {
         info: &mut RegionInfo<'_>,
         capabilities: &mut Capabilities<'_>,
     ) -> Result {
-        regions::info(device, info, capabilities)
+        let answer = regions::info(device, info, capabilities);
+        // The core may have lent the memory bit meanwhile, so that others could not ask.
+        notice_wake_up(device);
+        answer
     }
 
     fn ioctl(device: &Device<'_, Self>, command: u32, argument: usize) -> Result<isize> {
@@ -167,7 +191,7 @@ impl Driver for Barlease {
         notice_wake_up(device);
         let feature = flags & FEATURE_MASK;
         match feature as u16 {
-            abi::FEATURE_DMA_BUF if !params::stock_dma_buf() => {
+            abi::FEATURE_DMA_BUF if !device.driver().stock_dma_buf.get() => {
                 return export::get(device, flags, payload);
             }
             abi::FEATURE_DMA_BUF_STOCK => {
@@ -179,6 +203,9 @@ impl Driver for Barlease {
             abi::FEATURE_DMA_BUF_TPH => return tph(device, flags, payload),
             abi::FEATURE_ALIAS_REGION => return regions::alias(device, flags, payload),
             abi::FEATURE_DMA_BUF_STATUS => return status(device, flags, payload),
+            abi::FEATURE_DMA_BUF_LIST => return list::list(device, flags, payload),
+            abi::FEATURE_DMA_BUF_REVOKE_ID => return revoke_id(device, flags, payload),
+            abi::FEATURE_EVENTS => return events(device, flags, payload),
             _ => {}
         }
         let enters = matches!(
@@ -200,72 +227,134 @@ impl Driver for Barlease {
     }
 
     fn reset_prepare(&self, _function: &Function<'_>) {
-        self.leases.begin(Event::Reset);
+        self.leases.begin(Event::Reset, Wait::Yes);
     }
 
-    fn reset_done(&self, function: &Function<'_>) {
+    fn reset_done(&self, function: &Function<'_>, memory: MemorySem<'_>) {
+        let lock = memory.try_read();
         self.leases.update(|access| {
-            note_state_of(function, access);
             access.end(Event::Reset);
+            resample(function, access, trust(&lock, Trust::AfterReset));
         });
     }
 
-    fn error_detected(&self, _function: &Function<'_>) {
-        self.leases.begin(Event::Error);
+    fn error_detected(&self, _function: &Function<'_>, state: ErrorState) {
+        // The caller holds `pci_bus_sem`: nothing that it could be made to wait for is waited for.
+        match state {
+            ErrorState::Recovers => self.leases.begin(Event::Error, Wait::No),
+            ErrorState::Failed => self.leases.fail(Wait::No),
+        }
     }
 
-    fn error_resume(&self, function: &Function<'_>) {
+    fn error_resume(&self, function: &Function<'_>, memory: MemorySem<'_>) {
+        let lock = memory.try_read();
         self.leases.update(|access| {
-            note_state_of(function, access);
             access.end_all(Event::Error);
+            resample(function, access, trust(&lock, Trust::Nothing));
         });
     }
 
-    fn power_set(&self, function: &Function<'_>) {
-        self.leases.update(|access| note_state_of(function, access));
+    fn power_set(&self, function: &Function<'_>, memory: MemorySem<'_>) {
+        // The core has just had the lock for writing in the same place.
+        let _lock = memory.read();
+        self.leases
+            .update(|access| resample(function, access, Trust::Full));
     }
 
-    fn woken(&self, function: &Function<'_>, low_power: bool) {
+    fn woken(&self, function: &Function<'_>, memory: MemorySem<'_>, low_power: bool) {
+        // As above.
+        let _lock = memory.read();
         self.leases.update(|access| {
-            note_state_of(function, access);
-            access.set_levels(Levels {
-                low_power,
-                ..access.levels()
-            });
+            resample(function, access, Trust::Full);
+            let sampled = access.sampled();
+            access.sample(
+                Sampled {
+                    low_power,
+                    ..sampled
+                },
+                Trust::Full,
+            );
+        });
+    }
+
+    fn system_falls_asleep(&self, _function: &Function<'_>) {
+        self.leases.begin(Event::Sleep, Wait::Yes);
+    }
+
+    fn system_woke_up(&self, function: &Function<'_>, memory: MemorySem<'_>) {
+        let lock = memory.try_read();
+        self.leases.update(|access| {
+            access.end(Event::Sleep);
+            resample(function, access, trust(&lock, Trust::Nothing));
         });
     }
 }
 
-/// Takes note of what resets and wake-ups change. What the user reads and asked for they do not change,
-/// and it cannot be asked for here: the device may be being closed. One that is not open is asked when it
-/// is opened.
-fn note_state_of(function: &Function<'_>, access: &mut Access) {
+/// What a sample of the hardware's COMMAND is worth. Only the holder of the core's lock knows that the
+/// core has not lent the memory bit.
+fn trust(lock: &Option<MemoryRead<'_>>, without: Trust) -> Trust {
+    match lock {
+        Some(_) => Trust::Full,
+        None => without,
+    }
+}
+
+/// Whether the hardware's COMMAND lacks the memory bit. A function that sleeps, or is in reset, is not
+/// asked: whoever wakes it or ends the reset asks it.
+fn is_undecoded(function: &Function<'_>, access: &Access) -> bool {
+    if function.is_sleeping() || !access.may_ask() {
+        return access.sampled().undecoded;
+    }
+    !function.decodes_memory()
+}
+
+/// Samples the hardware again: COMMAND and the power state. The virtual COMMAND and the request for low
+/// power do not change here, and close may be freeing the virtual config space. A closed device is
+/// sampled by `opened`.
+fn resample(function: &Function<'_>, access: &mut Access, trust: Trust) {
     if access.epoch().is_none() {
         return;
     }
-    access.set_levels(Levels {
-        undecoded: !function.decodes_memory(),
+    let sampled = Sampled {
+        undecoded: is_undecoded(function, access),
         sleeping: function.is_sleeping(),
-        ..access.levels()
-    });
+        ..access.sampled()
+    };
+    access.sample(sampled, trust);
+}
+
+/// Samples everything.
+fn sample(device: &Device<'_, Barlease>, access: &Access, _lock: &MemoryRead<'_>) -> Sampled {
+    let function = device.function();
+    let memory_off = device.memory_is_off();
+    Sampled {
+        memory_off,
+        // Not asked where it makes no difference: it is a read from the bus.
+        undecoded: !memory_off && is_undecoded(&function, access),
+        sleeping: function.is_sleeping(),
+        low_power: device.is_in_low_power(),
+    }
 }
 
 /// Lets `act` happen with no memory of the device reachable, then asks the device what is so now.
 fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() -> R) -> R {
     let leases = &device.driver().leases;
-    leases.begin(event);
+    leases.begin(event, Wait::Yes);
     let result = act();
+    // `act` had the lock for writing, and waited as long for it.
+    let lock = device.memory().read();
     leases.update(|access| {
-        access.set_levels(device.levels());
+        let sampled = sample(device, access, &lock);
+        access.sample(sampled, Trust::Full);
         access.end(event);
     });
     result
 }
 
-/// Some operations of the core set D0, and one ends low power of a device that is awake. No event tells
-/// us, so whoever had an access asks, after it, if the device slept before it. (One that falls asleep
-/// and is woken meanwhile is woken by run-time power management, which does tell us.)
-fn notice_wake_up(device: &Device<'_, Barlease>) {
+/// Resets, hot resets and `sriov_configure` set D0, and LOW_POWER_EXIT ends low power, without a
+/// callback. So every access through the fd samples again afterwards if the last sample said "asleep".
+/// A device that was awake then cannot have slept and been woken since without `runtime_resume`.
+pub(crate) fn notice_wake_up(device: &Device<'_, Barlease>) {
     if device.driver().leases().is_asleep() {
         ask(*device);
     }
@@ -273,28 +362,36 @@ fn notice_wake_up(device: &Device<'_, Barlease>) {
 
 #[cold]
 fn ask(device: Device<'_, Barlease>) {
+    // Whoever has the lock for writing asks when its own operation ends. To wait for it here would tie
+    // REVOKE of one lease to the importer of another, which a reset may be waiting for.
+    let Some(lock) = device.memory().try_read() else {
+        return;
+    };
     let leases = device.driver().leases();
-    leases.update(|access| access.set_levels(device.levels()));
+    leases.correct(lock, |access, lock| {
+        let sampled = sample(&device, access, lock);
+        access.sample(sampled, Trust::Full);
+    });
 }
 
 /// Where config space begins in the device fd.
 const CONFIG_START: u64 = CONFIG_REGION << OFFSET_SHIFT;
 
-/// Reads behind the regions that every device has, and of a device that sleeps.
+/// Reads behind the regions that every device has, and of a device that must not be touched.
 #[inline(never)]
 fn read_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
-    let answer = regions::access(device, buffer, position, Device::core_read);
+    let answer = regions::access(device, buffer, position, Way::Read);
     notice_wake_up(&device);
     answer
 }
 
-/// Writes to config space that may take memory away, behind it, and to a device that sleeps.
+/// Writes to config space, to what lies behind it, and to a device whose memory must not be touched.
 #[inline(never)]
 fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
     let answer = if regions::region_of(*position) == CONFIG_REGION {
         write_config(&device, buffer, position)
     } else {
-        regions::access(device, buffer, position, Device::core_write)
+        regions::access(device, buffer, position, Way::Write)
     };
     notice_wake_up(&device);
     answer
@@ -302,50 +399,17 @@ fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mu
 
 fn write_config(device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
     let begin = *position as u64 - CONFIG_START;
-    let end = begin.saturating_add(buffer.len() as u64);
-    // The core refuses what goes past the end before it writes anything; cut, its first parts would
-    // pass.
-    if end > device.function().config_size() {
+    let len = buffer.len() as u64;
+    // The core refuses what goes past the end, before it writes anything.
+    let fits = begin.saturating_add(len) <= device.function().config_size();
+    let power = config::covers_power_state(device.config_map(), begin, len);
+    if !fits || !power && !config::covers_command(begin, len) {
         return device.core_write(buffer, position);
     }
-    match device.driver().sensitive.next_piece(begin, end) {
-        Some(piece) if piece.len == end - begin => write_piece(device, piece, buffer, position),
-        _ => write_in_pieces(device, buffer, position, begin..end).into(),
-    }
-}
-
-/// A write with each part that may take memory away in brackets.
-#[inline(never)]
-fn write_in_pieces(
-    device: &Device<'_, Barlease>,
-    buffer: UserBuffer,
-    position: &mut i64,
-    range: Range<u64>,
-) -> Result<usize> {
-    let mut next = range.start;
-    while let Some(piece) = device.driver().sensitive.next_piece(next, range.end) {
-        let part = buffer.part((piece.pos - range.start) as usize, piece.len as usize);
-        let mut at = (CONFIG_START + piece.pos) as i64;
-        write_piece(device, piece, part, &mut at).into_result()?;
-        next = piece.pos + piece.len;
-    }
-    *position += buffer.len() as i64;
-    Ok(buffer.len())
-}
-
-fn write_piece(
-    device: &Device<'_, Barlease>,
-    piece: Piece,
-    part: UserBuffer,
-    position: &mut i64,
-) -> Answer {
-    if !piece.sensitive {
-        return device.core_write(part, position);
-    }
     bracketed(device, Event::ConfigWrite, || {
-        let answer = device.core_write(part, position);
-        if device.driver().sensitive.has_power_state(piece) {
-            device.wake_if_unnoticed(&device.memory_lock());
+        let answer = device.core_write(buffer, position);
+        if power {
+            device.wake_if_unnoticed(&device.memory().write());
         }
         answer
     })
@@ -358,7 +422,67 @@ fn revoke(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Re
     }
     let request: abi::DmaBufRevoke = payload.reader().read()?;
     let dmabuf = buffer_at(device, request.dmabuf_fd)?;
-    dmabuf.exported::<Buffer>().ok_or(EINVAL)?.revoke()?;
+    let buffer = dmabuf.exported::<Buffer>().ok_or(EINVAL)?;
+    revoke_buffer(device, &buffer, Wait::Yes)
+}
+
+/// `BARLEASE_FEATURE_DMA_BUF_REVOKE_ID`.
+fn revoke_id(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Result<i32> {
+    let size = size_of::<abi::DmaBufRevokeId>();
+    if !check_feature(flags, &payload, FEATURE_SET, size)? {
+        return Ok(0);
+    }
+    let request: abi::DmaBufRevokeId = payload.reader().read()?;
+    if request.flags & !abi::REVOKE_NOWAIT != 0 || request.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let leases = device.driver().leases();
+    let buffer = leases.find(request.id).ok_or(ENOENT)?;
+    if !buffer.is_of(leases) {
+        return Err(ENOENT);
+    }
+    if buffer.is_internal() {
+        return Err(EINVAL);
+    }
+    let wait = if request.flags & abi::REVOKE_NOWAIT == 0 {
+        Wait::Yes
+    } else {
+        Wait::No
+    };
+    revoke_buffer(device, &buffer, wait)
+}
+
+fn revoke_buffer(device: &Device<'_, Barlease>, buffer: &Buffer, wait: Wait) -> Result<i32> {
+    buffer.revoke()?;
+    if !buffer.is_draining() {
+        return Ok(0);
+    }
+    let left = match wait {
+        Wait::Yes => match buffer.wait_killable() {
+            Ok(()) => return Ok(0),
+            Err(killed) => killed,
+        },
+        Wait::No => errno::EINPROGRESS.into(),
+    };
+    buffer.leave_draining();
+    device.driver().left_draining.start();
+    Err(left)
+}
+
+/// `BARLEASE_FEATURE_EVENTS`.
+fn events(device: &Device<'_, Barlease>, flags: u32, payload: UserPayload) -> Result<i32> {
+    if !check_feature(flags, &payload, FEATURE_SET, size_of::<abi::Events>())? {
+        return Ok(0);
+    }
+    let request: abi::Events = payload.reader().read()?;
+    if request.reserved != 0 {
+        return Err(EINVAL);
+    }
+    let events = device.driver().leases().events();
+    match request.eventfd {
+        -1 => events.clear(),
+        fd => events.set(fd)?,
+    }
     Ok(0)
 }
 

@@ -12,7 +12,6 @@ use crate::{
     refuse,
     sys::{
         items::{self, Items},
-        params,
         payload::{PayloadReader, UserPayload},
         vfio_pci::{BARS, Device, FEATURE_GET},
     },
@@ -91,16 +90,16 @@ pub(crate) fn check_protected(driver: &Barlease, bar: u32, ranges: &[abi::DmaRan
 }
 
 /// What of a BAR must not be exported, if there is anything.
-fn protected_of(driver: &Barlease, bar: u32) -> Option<&Protected> {
+fn protected_of(driver: &Barlease, bar: u32) -> Option<Protected> {
     let protected = driver.protected();
-    (protected.has(bar) && !params::allow_msix_export()).then_some(protected)
+    protected.refuses(bar).then_some(protected)
 }
 
 fn refuse_protected<T>(leases: &Leases, bar: u32, hit: &str) -> Result<T> {
     refuse!(
         leases,
         EPERM,
-        "export: BAR {bar}: overlaps {hit} (see allow_msix_export)"
+        "export: BAR {bar}: overlaps {hit} (see msix_export)"
     )
 }
 
@@ -154,7 +153,7 @@ fn place(
     let mut hit = None;
     let segments = if count == 1 {
         let range = reader.read::<abi::DmaRange>()?;
-        hit = protected.and_then(|areas| areas.hit(index, &[range]));
+        hit = protected.and_then(|protected| protected.hit(index, &[range]));
         Items::One(placement.next(range.offset, range.length)?)
     } else {
         let mut segments = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT).map_err(Error::from)?;
@@ -169,7 +168,7 @@ fn place(
                 wrong = items::append(&mut segments, ranges, |range| {
                     placement.next(range.offset, range.length)
                 });
-                hit = hit.or_else(|| protected.and_then(|areas| areas.hit(index, ranges)));
+                hit = hit.or_else(|| protected.as_ref()?.hit(index, ranges));
             }
         }
         wrong?;

@@ -6,7 +6,8 @@
 //!
 //! From the outermost to the innermost:
 //!
-//! 1. the core's `memory_lock`, often held when we are called;
+//! 1. the core's `memory_lock`, often held when we are called; in an mmap and in the close of a VMA the
+//!    `mmap_lock`, and under it [`Leases::bar_maps`], which is held while an internal buffer is made;
 //! 2. [`Buffer::live`](crate::buffer::Buffer), one a buffer: what looks at its dma-buf and its
 //!    release exclude each other with. Not held while importers are waited for;
 //! 3. the reservation lock of a dma-buf, often held by importers when we are called;
@@ -44,15 +45,17 @@
 //! other.
 
 use crate::{
-    buffer::{Buffer, Names},
-    model::access::{Access, Epoch, Event, Levels, NOTHING, State},
+    buffer::{BarMaps, Buffer, Names, PATIENCE_MS, until_there_is_memory},
+    model::access::{Access, Epoch, Event, NOTHING, Reasons, Sampled, State},
     sys::{
+        delayed::Later,
+        eventfd::EventSlot,
+        fence::FenceWatch,
         flag::{Flag, peek},
         p2p::Providers,
         ratelimit::Ratelimit,
-        sleep::Sleeper,
+        tree::Tree,
     },
-    table::{Number, Table},
 };
 use kernel::{
     new_mutex,
@@ -79,11 +82,15 @@ pub(crate) struct Leases {
     reachable: Atomic<u64>,
     /// [`Access::word`], likewise.
     epoch: Atomic<u64>,
-    /// Whether the device sleeps, or was seen half awake, as `access` says. Written with `access` locked, read by whoever
-    /// had an access through the device fd, who is to pay nothing where nothing sleeps.
+    /// [`Access::is_stale`] of `access`, likewise. Each access through the device fd reads it, and is to
+    /// pay nothing where nothing sleeps.
     asleep: Flag,
     #[pin]
-    table: Mutex<Table>,
+    table: Mutex<Tree<Buffer>>,
+    #[pin]
+    bar_maps: Mutex<BarMaps>,
+    /// The eventfd of the open, which hears of every change.
+    events: Arc<EventSlot>,
     /// VMAs that map its buffers, and importers attached to them: each is the sum of what the buffers count.
     vmas: Atomic<i64>,
     attachments: Atomic<i64>,
@@ -91,14 +98,26 @@ pub(crate) struct Leases {
     log_limit: Ratelimit,
 }
 
+/// Whether the importers that are told to let go are waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// They are: nothing reaches the memory after that.
+    Yes,
+    /// They are told, and let go when they do. The caller holds what others need.
+    No,
+}
+
 /// How many buffers are looked up at a time.
-const BATCH: usize = 8;
+pub(crate) const BATCH: usize = 8;
+
+/// How many are looked at, at the most, with the table locked.
+const LOOKS: usize = 64;
 
 impl Leases {
     /// No leases of the function `bdf`, which is not open.
     pub(crate) fn new(bdf: &CStr, providers: Arc<Providers>) -> Result<Arc<Self>> {
         let bdf = CString::try_from_fmt(fmt!("{bdf}"))?;
-        let table = Table::new()?;
+        let events = Arc::pin_init(EventSlot::new(), GFP_KERNEL)?;
         Arc::pin_init(
             try_pin_init!(Self {
                 names: Names::new(&bdf),
@@ -108,7 +127,9 @@ impl Leases {
                 reachable: Atomic::new(NOTHING),
                 epoch: Atomic::new(NOTHING),
                 asleep: Flag::new(),
-                table <- new_mutex!(table, "barlease::table"),
+                table <- new_mutex!(Tree::new(), "barlease::table"),
+                bar_maps <- new_mutex!(BarMaps::default(), "barlease::bar_maps"),
+                events,
                 vmas: Atomic::new(0),
                 attachments: Atomic::new(0),
                 log_limit <- Ratelimit::new(),
@@ -132,25 +153,44 @@ impl Leases {
         &self.providers
     }
 
+    /// The internal buffers of mappings through the device fd.
+    pub(crate) fn bar_maps(&self) -> &Mutex<BarMaps> {
+        &self.bar_maps
+    }
+
+    /// The eventfd of the open.
+    pub(crate) fn events(&self) -> &Arc<EventSlot> {
+        &self.events
+    }
+
+    /// Something has changed that the owner may want to ask about.
+    #[inline]
+    pub(crate) fn notify(&self) {
+        self.events.signal();
+    }
+
     /// Whether a message that a user causes may be logged now.
     pub(crate) fn may_log(&self) -> bool {
         self.log_limit.allows()
     }
 
-    /// The device was opened.
-    pub(crate) fn open(&self, levels: Levels) {
+    /// The device was opened. `sample` is as for [`Self::update`].
+    pub(crate) fn open(&self, sample: impl FnOnce(&Access) -> Sampled) {
+        self.events.clear();
         self.update(|access| {
-            let _epoch = access.open(levels);
+            let sampled = sample(access);
+            let _epoch = access.open(sampled);
             self.epoch.store(access.word(), Relaxed);
         });
     }
 
     /// The device is being closed, or is gone: all its buffers are dead when this returns.
     pub(crate) fn close(&self) {
-        self.shut(|access| {
+        let change = |access: &mut Access| {
             access.close();
             self.epoch.store(NOTHING, Relaxed);
-        });
+        };
+        self.shut(change, Wait::Yes);
     }
 
     /// The current epoch; `ENODEV` when the device is not open.
@@ -163,18 +203,30 @@ impl Leases {
         self.access.lock().is_latest(epoch)
     }
 
-    /// `event` begins: nothing of this device can be reached when this returns.
-    pub(crate) fn begin(&self, event: Event) {
-        self.shut(|access| access.begin(event));
+    /// The epoch of the last open of the device, which may be over; `None` when it was never open.
+    pub(crate) fn latest_epoch(&self) -> Option<Epoch> {
+        self.access.lock().latest()
+    }
+
+    /// `event` begins: nothing of this device can be reached when this returns, but for what importers
+    /// have mapped that are not waited for.
+    pub(crate) fn begin(&self, event: Event, wait: Wait) {
+        self.shut(|access| access.begin(event), wait);
+    }
+
+    /// Recovery from an error has failed. As for `begin`.
+    pub(crate) fn fail(&self, wait: Wait) {
+        self.shut(Access::fail, wait);
     }
 
     /// Makes a change after which nothing may be reached, and takes away what is there.
-    fn shut(&self, change: impl FnOnce(&mut Access)) {
+    fn shut(&self, change: impl FnOnce(&mut Access), wait: Wait) {
         let mut access = self.access.lock();
         change(&mut access);
         self.reachable.xchg(NOTHING, Full);
         drop(access);
-        self.drain();
+        self.notify();
+        self.drain(wait);
     }
 
     /// Changes the state of access in one step, which `change` computes: to end an event, and to
@@ -183,18 +235,44 @@ impl Leases {
     #[inline]
     pub(crate) fn update(&self, change: impl FnOnce(&mut Access)) {
         let mut access = self.access.lock();
+        // An owner that did not ask to hear of changes pays for one look. One that asks just now looks at
+        // the state after that, and so with `access` locked after this.
+        let before = self.events.is_set().then(|| access.clone());
         change(&mut access);
-        let levels = access.levels();
-        // Before a reset the core wakes the device outside of any event, and then restores it. An event that ends between
-        // the two finds a device that is awake and decodes nothing.
-        let half_awake = levels.undecoded && !levels.memory_off;
-        self.asleep
-            .set(levels.sleeping || levels.low_power || half_awake);
+        self.asleep.set(access.is_stale());
         // When an open door is seen does not matter.
         self.reachable.store(access.reachable(), Release);
+        let changed = before.is_some_and(|before| before != *access);
+        drop(access);
+        if changed {
+            self.notify();
+        }
     }
 
-    /// Whether the device slept, or was half awake, when it was asked last.
+    /// The same outside of any event, so the door may be open: if `change` shuts it, what is there is
+    /// taken away. (A reset had ended with a sample that deserved no full trust,
+    /// [`Trust::AfterReset`], and was wrong.) `lock` is given back before anybody is waited for.
+    ///
+    /// [`Trust::AfterReset`]: crate::model::access::Trust::AfterReset
+    pub(crate) fn correct<L>(&self, lock: L, change: impl FnOnce(&mut Access, &L)) {
+        let mut access = self.access.lock();
+        let before = access.reachable();
+        change(&mut access, &lock);
+        self.asleep.set(access.is_stale());
+        let now = access.reachable();
+        self.reachable.xchg(now, Full);
+        drop(access);
+        drop(lock);
+        if before != now {
+            self.notify();
+        }
+        if before != NOTHING && now == NOTHING {
+            self.drain(Wait::Yes);
+        }
+    }
+
+    /// Whether the device may say something else by now than it did when it was asked last: because it
+    /// slept then, or was half awake.
     pub(crate) fn is_asleep(&self) -> bool {
         self.asleep.get()
     }
@@ -209,6 +287,17 @@ impl Leases {
     #[inline]
     pub(crate) fn is_reachable(&self, epoch: Epoch) -> bool {
         epoch.is_reachable(peek(&self.reachable))
+    }
+
+    /// Whether nothing of the device may be touched, as far as can be seen without a lock.
+    #[inline]
+    pub(crate) fn is_shut(&self) -> bool {
+        peek(&self.reachable) == NOTHING
+    }
+
+    /// Why the owner of the device may not touch its memory while it is held awake.
+    pub(crate) fn reasons_when_awake(&self) -> Reasons {
+        self.access.lock().reasons_when_awake()
     }
 
     /// One of its buffers has a VMA more, which it has counted; what is looked at after this is looked
@@ -234,28 +323,22 @@ impl Leases {
 
     /// Adds a buffer, which every drain from here on finds.
     pub(crate) fn add(&self, buffer: Arc<Buffer>) -> Result {
-        loop {
-            let mut table = self.table.lock();
-            let Some(wanted) = table.wants_room() else {
-                table.add(buffer);
-                return Ok(());
-            };
-            drop(table);
-            let room = Table::room(wanted)?;
-            let mut table = self.table.lock();
-            let old = table.move_to(room);
-            drop(table);
-            drop(old);
-        }
+        let added = self.table.lock().insert(buffer);
+        // One that was not added is dropped without the lock. The kernel gives no inode number twice.
+        added.map_err(|_| EEXIST)
     }
 
     /// Takes a buffer out, if it was ever added.
-    pub(crate) fn remove(&self, number: &Number) {
-        let mut table = self.table.lock();
-        let removed = table.remove(number);
-        drop(table);
+    pub(crate) fn remove(&self, id: u64) {
+        let removed = self.table.lock().remove(id);
         // What this may drop last is dropped without the lock.
         drop(removed);
+        self.notify();
+    }
+
+    /// The buffer with this id.
+    pub(crate) fn find(&self, id: u64) -> Option<Arc<Buffer>> {
+        self.table.lock().get(id).map(Into::into)
     }
 
     /// Calls `f` with each buffer that is `wanted`, without a lock; `wanted` is asked with the table
@@ -265,31 +348,31 @@ impl Leases {
     pub(crate) fn for_each(
         &self,
         mut wanted: impl FnMut(&Buffer) -> bool,
-        mut f: impl FnMut(&Buffer),
+        mut f: impl FnMut(&Arc<Buffer>),
     ) {
         // Often there is one, or none: it costs no batch.
         let mut first = [None];
-        let next = self.table.lock().look_up(0, &mut wanted, &mut first);
-        let [Some(buffer)] = first else { return };
-        f(&buffer);
-        drop(buffer);
+        let next = self.look_up(0, &mut wanted, &mut first);
+        if let [Some(buffer)] = first {
+            f(&buffer);
+        }
         if let Some(from) = next {
             self.for_each_from(from, wanted, f);
         }
     }
 
-    /// The same, from a place in the table on.
+    /// The same, from an id on.
     #[inline(never)]
     fn for_each_from(
         &self,
-        from: usize,
+        from: u64,
         mut wanted: impl FnMut(&Buffer) -> bool,
-        mut f: impl FnMut(&Buffer),
+        mut f: impl FnMut(&Arc<Buffer>),
     ) {
         let mut batch = [const { None }; BATCH];
         let mut next = Some(from);
         while let Some(from) = next {
-            next = self.table.lock().look_up(from, &mut wanted, &mut batch);
+            next = self.look_up(from, &mut wanted, &mut batch);
             for place in &mut batch {
                 let Some(buffer) = place.take() else { break };
                 f(&buffer);
@@ -297,34 +380,124 @@ impl Leases {
         }
     }
 
+    /// Fills `batch`, from its first place on, with buffers that are `wanted`, in ascending order of
+    /// their ids, from the id `from` on: the id to go on from, unless there are no more buffers. Looks
+    /// at a few only, so that an export or the end of a buffer does not wait long for the table.
+    #[inline]
+    pub(crate) fn look_up(
+        &self,
+        from: u64,
+        wanted: &mut impl FnMut(&Buffer) -> bool,
+        batch: &mut [Option<Arc<Buffer>>],
+    ) -> Option<u64> {
+        let mut places = batch.iter_mut();
+        let mut place = places.next();
+        let table = self.table.lock();
+        for (seen, buffer) in table.iter_from(from).enumerate() {
+            let Some(vacant) = place.take().filter(|_| seen < LOOKS) else {
+                return Some(buffer.id());
+            };
+            place = if wanted(&buffer) {
+                *vacant = Some(buffer.into());
+                places.next()
+            } else {
+                Some(vacant)
+            };
+        }
+        None
+    }
+
     /// Takes away what each buffer has, where its state says that nothing new can come.
     ///
     /// In phases, so that it takes as long as the slowest importer and not the sum, and CPU access
     /// waits for no importer.
-    fn drain(&self) {
+    fn drain(&self, wait: Wait) {
         if peek(&self.vmas) != 0 {
-            self.for_each(Buffer::is_mapped, Buffer::zap);
+            self.for_each(Buffer::is_mapped, |buffer| buffer.zap());
         }
         if peek(&self.attachments) != 0 {
-            self.drain_importers();
+            self.drain_importers(wait);
         }
     }
 
-    fn drain_importers(&self) {
-        let mut waits = false;
-        self.for_each(Buffer::is_attached, |buffer| waits |= buffer.invalidate());
-        if waits {
-            self.for_each(Buffer::is_attached, Buffer::wait);
+    /// Tells the importers of every buffer, and then waits for the fences that were there and for the
+    /// mappings that have to go.
+    ///
+    /// A fence that somebody adds later is not waited for, so nobody can make this last for ever. A
+    /// buffer that was revoked has been told, and its fences were looked at then: what is left of that
+    /// is waited for.
+    #[inline(never)]
+    fn drain_importers(&self, wait: Wait) {
+        let mut fences = KVVec::new();
+        self.for_each(Buffer::is_attached, |buffer| {
+            if !buffer.is_revoked() {
+                buffer.tell();
+                if wait == Wait::Yes {
+                    watch_fences(buffer, &mut fences);
+                }
+            }
+        });
+        if wait == Wait::No {
+            return;
+        }
+        for watched in &fences {
+            watched.wait();
+        }
+        self.for_each(Buffer::is_attached, |buffer| buffer.wait());
+    }
+
+    /// Warns of the revoked buffers that nobody waits for and that an importer still uses: whether
+    /// there are any.
+    pub(crate) fn warn_of_draining(&self) -> bool {
+        let mut any = false;
+        self.for_each(Buffer::is_left_draining, |buffer| {
+            any = true;
+            buffer.complain();
+        });
+        any
+    }
+}
+
+/// The fences that a buffer had when an event began.
+#[pin_data]
+struct Watched {
+    #[pin]
+    watch: FenceWatch,
+    buffer: Arc<Buffer>,
+}
+
+impl Watched {
+    fn wait(&self) {
+        while !self.watch.pending().wait(PATIENCE_MS) {
+            self.buffer.complain();
         }
     }
 }
 
-impl Sleeper for Leases {
-    fn fall_asleep(&self) {
-        self.begin(Event::Sleep);
-    }
+/// Adds to `fences` those of `buffer` that have not signalled, if there are any.
+///
+/// Taking away must not fail: where memory is short, this waits for some.
+fn watch_fences(buffer: &Arc<Buffer>, fences: &mut KVVec<Pin<KBox<Watched>>>) {
+    let Some(fence) = buffer.fences() else { return };
+    let watched = until_there_is_memory(|| {
+        fences.reserve(1, GFP_KERNEL)?;
+        KBox::pin_init(
+            pin_init!(Watched {
+                watch <- FenceWatch::new(None),
+                buffer: buffer.clone(),
+            }),
+            GFP_KERNEL,
+        )
+    });
+    watched.watch.arm(fence);
+    // There is room.
+    let _ = fences.push_within_capacity(watched);
+}
 
-    fn wake_up(&self) {
-        self.update(|access| access.end(Event::Sleep));
+impl Later for Leases {
+    const MILLISECONDS: u32 = PATIENCE_MS;
+
+    fn run(&self) -> bool {
+        self.warn_of_draining()
     }
 }

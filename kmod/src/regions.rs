@@ -11,12 +11,17 @@
 use crate::{
     PAGE_SHIFT, PAGE_SIZE, abi,
     buffer::{Buffer, Contents},
+    door::{self, Way},
     driver::{Barlease, check_feature},
-    model::{alias::Alias, ranges::Segment},
+    model::{
+        alias::{Alias, MAX_ALIASES},
+        ranges::Segment,
+    },
     refuse,
     sys::{
         errno,
         items::Items,
+        nospec,
         payload::{UserPayload, pod_bytes},
         vfio_pci::{
             Answer, BARS, Capabilities, Device, FEATURE_GET, NUM_REGIONS, OFFSET_SHIFT, RegionInfo,
@@ -54,6 +59,8 @@ fn first_alias(device: &Device<'_, Barlease>) -> u32 {
 fn alias_at(device: &Device<'_, Barlease>, index: u64) -> Option<Alias> {
     let index = u32::try_from(index).ok()?;
     let number = index.checked_sub(first_alias(device))?;
+    // CAST: A `u32` fits into a `usize`, and the number of an alias into a `u32`.
+    let number = nospec::checked(number as usize, MAX_ALIASES)? as u32;
     device.driver().aliases().lock().get(number)
 }
 
@@ -72,6 +79,7 @@ pub(crate) fn alias(
     if supported == 0 {
         return Err(errno::EOPNOTSUPP.into());
     }
+    device.driver().knows_aliases().set(true);
     if !check_feature(flags, &payload, FEATURE_GET, size_of::<abi::AliasRegion>())? {
         return Ok(0);
     }
@@ -111,9 +119,13 @@ pub(crate) fn info(
     let index = info.index();
     let Some(alias) = alias_at(device, u64::from(index)) else {
         device.core_region_info(info, capabilities)?;
-        if is_aliasable(device, index) {
+        // A program that has not asked gets the core's answer: there are some that a further
+        // capability leads astray.
+        let asked = device.driver().knows_aliases().get();
+        let supported = supported_flags();
+        if asked && supported != 0 && is_aliasable(device, index) {
             let payload = abi::RegionCapAliasable {
-                supported_mapping_flags: supported_flags(),
+                supported_mapping_flags: supported,
                 reserved: 0,
             };
             let id = abi::REGION_CAP_ALIASABLE;
@@ -137,22 +149,21 @@ pub(crate) fn info(
     )
 }
 
-/// Runs `access`, a read or a write at a position in the device fd behind the regions that every
-/// device has, at the position in the BAR if it is in an alias.
+/// A read or a write at a position in the device fd, which is one in the BAR if it is in an alias.
 #[inline(never)]
-pub(crate) fn access<'a>(
-    device: Device<'a, Barlease>,
+pub(crate) fn access(
+    device: Device<'_, Barlease>,
     buffer: UserBuffer,
     position: &mut i64,
-    access: impl FnOnce(&Device<'a, Barlease>, UserBuffer, &mut i64) -> Answer,
+    way: Way,
 ) -> Answer {
     let region = region_of(*position);
     let Some(alias) = alias_at(&device, region) else {
-        return access(&device, buffer, position);
+        return door::access(&device, buffer, position, way);
     };
     let shift = (region - u64::from(alias.bar)) << OFFSET_SHIFT;
     let mut in_bar = *position - shift as i64;
-    let answer = access(&device, buffer, &mut in_bar);
+    let answer = door::access(&device, buffer, &mut in_bar, way);
     // The core moves it when it succeeds.
     *position = in_bar + shift as i64;
     answer
@@ -171,15 +182,16 @@ pub(crate) fn mmap(device: &Device<'_, Barlease>, vma: NewVma<'_>) -> Result {
     if bar >= u64::from(BARS) {
         return Ok(());
     }
-    // The core accepted it: the BAR is there, starts at a page, and holds the span.
-    let bar = bar as u32;
-    let start = device.bar(bar)?.start;
-    let size = vma.length();
-    let segment = Segment::after(0, start + (page << PAGE_SHIFT), size, PAGE_SHIFT);
+    // The core accepted it: the BAR is there, starts at a page, and holds the span. One that is smaller
+    // than a page has the page for itself.
+    let number = bar as u32;
+    let bar = device.bar(number)?;
+    let size = bar.length.next_multiple_of(PAGE_SIZE);
     let contents = Contents {
-        bar,
+        bar: number,
         size,
-        segments: Items::One(segment),
+        segments: Items::One(Segment::after(0, bar.start, size, PAGE_SHIFT)),
     };
-    Buffer::map_bar(device.driver().leases(), contents, memory_type, vma)
+    let leases = device.driver().leases();
+    Buffer::map_bar(leases, contents, memory_type, offset - page, vma)
 }

@@ -4,8 +4,31 @@
 //!
 //! A device has a set of [`Reasons`] why it may not. An event source that is about to take memory
 //! away *begins* its reason, drains every buffer, lets the event happen, and *ends* its reason,
-//! telling at the same time what the device says now ([`Levels`]). Reasons that have a beginning
+//! telling at the same time what the device says now ([`Sampled`]). Reasons that have a beginning
 //! and an end are counted, so concurrent events nest; there are no booleans to re-arm.
+//!
+//! # What is sampled
+//!
+//! Three registers decide, and each is kept in two places that may differ:
+//!
+//! | register | where | says | changed by |
+//! |---|---|---|---|
+//! | virtual COMMAND | the core's `vconfig` | what the user asked for: [`Sampled::memory_off`] | the user's config writes |
+//! | hardware COMMAND | the function | what it decodes: [`Sampled::undecoded`] | the same; resets and D3hot clear it and restoring sets it; the core lends it (below) |
+//! | PMCSR | the function | the power state that it is in | the user's config writes, resets, power management |
+//! | `pdev->current_state` | the kernel | the power state that the kernel takes it for: [`Sampled::sleeping`] | the kernel, after each write of PMCSR of its own |
+//!
+//! - Virtual COMMAND has the memory bit and hardware COMMAND lacks it: the function is `undecoded`.
+//!   It was reset, or woken from D3hot, and nobody has given back what it lost.
+//! - An `undecoded` function may be one that was only seen half awake: the kernel has set D0, and
+//!   restores COMMAND in a moment. Nothing tells us when. So the next access through the device fd
+//!   asks again ([`Access::is_stale`]).
+//! - PMCSR may say D3hot while `current_state` says D0 (`Device::wake_if_unnoticed` in
+//!   `kmod/src/sys/vfio_pci.rs`): the driver looks after each write of PMCSR, and wakes the function.
+//!
+//! The core lends the memory bit of the hardware's COMMAND for the time of some operations
+//! (`vfio_pci_memory_lock_and_enable`), with its `memory_lock` held for writing. A bit that is lent
+//! must not be believed. [`Trust`] says what a sample is worth.
 //!
 //! A buffer belongs to one [`Epoch`], the time from an open of the device to its close, and is
 //! dead once that epoch is over.
@@ -103,20 +126,32 @@ impl Event {
 
 /// What the device itself says about its memory, sampled at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Levels {
+pub struct Sampled {
     /// The memory bit of COMMAND, as the user reads it, is clear, and counts (it does not for a
     /// virtual function).
     pub memory_off: bool,
-    /// The device itself decodes no memory, whatever the user reads: it was reset and nobody has
-    /// restored it. Where `memory_off` holds, it need not be known.
+    /// The memory bit of the hardware's COMMAND is clear, whatever the user reads. Where
+    /// `memory_off` holds, it need not be known.
     pub undecoded: bool,
-    /// The power state is D1 or deeper.
+    /// The kernel takes the function for one in D1 or deeper.
     pub sleeping: bool,
     /// The user asked for low power and has not asked to leave it.
     pub low_power: bool,
 }
 
-impl Levels {
+/// What a sample of the hardware's COMMAND is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// All of it: the sampler held the core's `memory_lock`.
+    Full,
+    /// The function was reset just now, and somebody holds the lock: who resets, as a rule. That the
+    /// function does not decode is believed; that it does, unless it did not before.
+    AfterReset,
+    /// Somebody holds the lock, and may have lent the bit: nothing good is believed.
+    Nothing,
+}
+
+impl Sampled {
     const fn reasons(self) -> Reasons {
         let mut reasons = Reasons::NONE;
         if self.memory_off || self.undecoded {
@@ -170,7 +205,11 @@ pub struct Access {
     epoch: u64,
     open: bool,
     events: [u32; EVENTS],
-    levels: Levels,
+    sampled: Sampled,
+    /// Whether the last sample is worth less than a full one.
+    doubtful: bool,
+    /// Recovery from an error has failed.
+    failed: bool,
 }
 
 impl Default for Access {
@@ -186,24 +225,26 @@ impl Access {
             epoch: 0,
             open: false,
             events: [0; EVENTS],
-            levels: Levels {
+            sampled: Sampled {
                 memory_off: false,
                 undecoded: false,
                 sleeping: false,
                 low_power: false,
             },
+            doubtful: false,
+            failed: false,
         }
     }
 
-    /// The device was opened; starts an epoch.
+    /// The device was opened, and sampled with full trust; starts an epoch.
     ///
-    /// An error that nobody recovered from does not outlast the open in which it happened: opening
-    /// enabled and reset the function.
-    pub fn open(&mut self, levels: Levels) -> Epoch {
+    /// A failed recovery does not outlast the open in which it happened: opening enabled and reset
+    /// the function. An event that goes on does: a recovery may be between two of its phases.
+    pub fn open(&mut self, sampled: Sampled) -> Epoch {
         self.epoch = self.epoch.wrapping_add(1).max(1);
         self.open = true;
-        self.levels = levels;
-        self.set(Event::Error, 0);
+        self.failed = false;
+        self.sample(sampled, Trust::Full);
         Epoch(self.epoch)
     }
 
@@ -222,13 +263,18 @@ impl Access {
         epoch.0 == self.epoch
     }
 
+    /// The latest epoch, which may be over; `None` when the device was never open.
+    pub fn latest(&self) -> Option<Epoch> {
+        Epoch::of_word(self.epoch)
+    }
+
     /// `event` begins. The caller drains after this and before it lets the event happen.
     pub fn begin(&mut self, event: Event) {
         self.set(event, self.count(event).saturating_add(1));
     }
 
-    /// `event` is over. Without its beginning this is nothing: a reset that began before the driver
-    /// was bound ends after it.
+    /// `event` is over. Without its beginning this is nothing: system sleep may have begun before the
+    /// driver was bound.
     pub fn end(&mut self, event: Event) {
         self.set(event, self.count(event).saturating_sub(1));
     }
@@ -238,21 +284,74 @@ impl Access {
         self.set(event, 0);
     }
 
-    /// What the device says now.
-    pub fn set_levels(&mut self, levels: Levels) {
-        self.levels = levels;
+    /// Recovery from the errors that were reported has failed: until the next open. The caller drains
+    /// after this, as after `begin`.
+    pub fn fail(&mut self) {
+        self.end_all(Event::Error);
+        self.failed = true;
     }
 
-    /// What the device said last.
-    pub fn levels(&self) -> Levels {
-        self.levels
+    /// Whether the function's config space may be read from the bus. A function that is in reset, or
+    /// whose link may be, does not answer, and that is an error of its port. Who ends the event asks.
+    pub fn may_ask(&self) -> bool {
+        self.count(Event::Reset) == 0 && self.count(Event::Error) == 0
+    }
+
+    /// The device was sampled.
+    pub fn sample(&mut self, sampled: Sampled, trust: Trust) {
+        let undecoded = match trust {
+            Trust::Full => sampled.undecoded,
+            Trust::AfterReset => sampled.undecoded || self.sampled.undecoded,
+            Trust::Nothing => true,
+        };
+        self.sampled = Sampled {
+            undecoded,
+            ..sampled
+        };
+        self.doubtful = trust != Trust::Full;
+    }
+
+    /// What the last sample said, as far as it was believed.
+    pub fn sampled(&self) -> Sampled {
+        self.sampled
+    }
+
+    /// Whether the device may say something else by now although no event has told us: whoever has
+    /// had an access through the device fd then asks it.
+    ///
+    /// - Resets set D0, and LOW_POWER_EXIT ends low power, without a callback.
+    /// - What was `undecoded` may have been half awake.
+    /// - A sample that was not to be trusted is made up for.
+    pub fn is_stale(&self) -> bool {
+        let Sampled {
+            memory_off,
+            undecoded,
+            sleeping,
+            low_power,
+        } = self.sampled;
+        sleeping || low_power || undecoded && !memory_off || self.doubtful
     }
 
     /// Why memory may not be touched, whoever asks.
     pub fn reasons(&self) -> Reasons {
+        let levels = self.sampled.reasons().with(Reasons::ERROR, self.failed);
+        Event::ALL.iter().fold(levels, |reasons, &event| {
+            reasons.with(event.reason(), self.count(event) != 0)
+        })
+    }
+
+    /// Why memory may not be touched by the owner of the device while something keeps the device awake:
+    /// low power that the owner asked for is suspended for that time, and its beginning waits for it.
+    pub fn reasons_when_awake(&self) -> Reasons {
+        let awake = Sampled {
+            low_power: false,
+            ..self.sampled
+        };
+        let levels = awake.reasons().with(Reasons::ERROR, self.failed);
         Event::ALL
             .iter()
-            .fold(self.levels.reasons(), |reasons, &event| {
+            .filter(|event| **event != Event::LowPower)
+            .fold(levels, |reasons, &event| {
                 reasons.with(event.reason(), self.count(event) != 0)
             })
     }
@@ -266,7 +365,7 @@ impl Access {
     /// [`Epoch::is_reachable`]. What was revoked for good may not be touched whatever it says.
     pub fn reachable(&self) -> u64 {
         let events = self.events.iter().fold(0, |all, count| all | count);
-        if self.open && events == 0 && self.levels == Levels::default() {
+        if self.open && events == 0 && !self.failed && self.sampled == Sampled::default() {
             self.epoch
         } else {
             NOTHING

@@ -1,92 +1,45 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 OR MIT
 
-//! Which part of a config-space write may take memory away.
+//! Which write to config space may take memory away.
 //!
-//! Decided by position only. The value is never looked at: the core copies it from user memory
-//! after us, and a process that races itself would show it another one
-//! (`drivers/vfio/pci/vfio_pci_config.c`, `vfio_pci_config_rw_single`).
-//!
-//! A write is cut at dwords. The core cuts it further, into naturally aligned pieces of at most 4
-//! bytes that never cross a dword, so a cut at a dword changes nothing of what it does.
+//! The position decides, never the value: the core copies the value from user memory after us, and a
+//! process that races itself would show it another one (`vfio_pci_config_rw_single` in
+//! `drivers/vfio/pci/vfio_pci_config.c`).
 
 /// Offset of COMMAND (PCI Local Bus 3.0, 6.2.2); the memory bit is in its low byte.
 const COMMAND: u64 = 0x04;
-/// Offset of PMCSR in the power-management capability; the power state is in its low byte (PCI Bus
-/// Power Management Interface 1.2, 3.2.4).
-const PMCSR: u64 = 4;
+/// Id of the power-management capability, and its length.
+const PM: u8 = 0x01;
+const PM_LENGTH: usize = 8;
+/// Offset of PMCSR in it; the power state is in the low byte (PCI Bus Power Management Interface
+/// 1.2, 3.2.4).
+const PMCSR: usize = 4;
 
-/// Bytes of a dword.
-const DWORD: u64 = 4;
+/// Bytes of config space that have capabilities of this kind.
+pub const LENGTH: usize = 256;
 
-/// A part of a write to config space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// Offset in config space.
-    pub pos: u64,
-    /// Bytes.
-    pub len: u64,
-    /// Whether it may take memory away.
-    pub sensitive: bool,
+/// Whether a write of `len` bytes at `pos` covers the low byte of COMMAND.
+pub const fn covers_command(pos: u64, len: u64) -> bool {
+    pos <= COMMAND && COMMAND - pos < len
 }
 
-/// The bytes of a function's config space that decide whether its memory can be accessed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sensitive {
-    /// Offset of PMCSR; that of COMMAND where there is none.
-    pmcsr: u64,
-}
-
-impl Sensitive {
-    /// Those of a function whose power-management capability, if it has one, is at this offset, dword
-    /// aligned.
-    pub const fn new(pm_capability: Option<u8>) -> Self {
-        Self {
-            pmcsr: match pm_capability {
-                Some(offset) => offset as u64 + PMCSR,
-                None => COMMAND,
-            },
+/// Whether a write of `len` bytes at `pos` covers the power state of any power-management
+/// capability. `map` has the id of the capability that each byte of config space belongs to: the
+/// core's `pci_config_map`, so what the core takes for such a capability is one here.
+pub fn covers_power_state(map: &[u8], pos: u64, len: u64) -> bool {
+    let end = pos.saturating_add(len);
+    let capabilities = map.iter().take(LENGTH);
+    // How many bytes of such a capability came before: two may lie side by side.
+    let mut before = 0;
+    for (at, &id) in (0u64..).zip(capabilities) {
+        if id != PM {
+            before = 0;
+            continue;
         }
-    }
-
-    /// Whether a write of `len` bytes at `pos` may take memory away. A position may be that of a
-    /// write elsewhere, below or above, with a difference modulo 2^64 from the beginning of config
-    /// space: of such a write this may say that it does, if it is no further away than its length.
-    #[inline]
-    pub const fn touches(&self, pos: u64, len: u64) -> bool {
-        COMMAND.wrapping_sub(pos) < len || self.pmcsr.wrapping_sub(pos) < len
-    }
-
-    /// Whether a piece has the power state in it.
-    pub const fn has_power_state(&self, piece: Piece) -> bool {
-        self.pmcsr != COMMAND && self.pmcsr.wrapping_sub(piece.pos) < piece.len
-    }
-
-    /// The first piece of a write of `[pos, end)`; `None` when nothing is left.
-    ///
-    /// A sensitive piece is at most a dword; what lies before, between and after is as long as can
-    /// be. The pieces of a write, one after the other, are the write.
-    pub fn next_piece(&self, pos: u64, end: u64) -> Option<Piece> {
-        if pos >= end {
-            return None;
+        if before % PM_LENGTH == PMCSR && (pos..end).contains(&at) {
+            return true;
         }
-        let dword = pos & !(DWORD - 1);
-        let dword_end = dword.saturating_add(DWORD).min(end);
-        if self.touches(pos, dword_end - pos) {
-            return Some(Piece {
-                pos,
-                len: dword_end - pos,
-                sensitive: true,
-            });
-        }
-        let stop = [COMMAND, self.pmcsr]
-            .into_iter()
-            .filter(|&byte| byte > pos && byte < end)
-            .min()
-            .map_or(end, |byte| byte & !(DWORD - 1));
-        Some(Piece {
-            pos,
-            len: stop - pos,
-            sensitive: false,
-        })
+        before += 1;
     }
+    false
 }

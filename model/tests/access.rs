@@ -2,36 +2,38 @@
 
 //! Access against an oracle that remembers the whole history and reads the answer off it.
 
-use barlease_model::access::{Access, Epoch, Event, Levels, NOTHING, Reasons, State};
+use barlease_model::access::{Access, Epoch, Event, NOTHING, Reasons, Sampled, State, Trust};
 use proptest::{collection::vec, prelude::*, sample::select};
 
 /// What can happen to a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Step {
-    Open(Levels),
+    Open(Sampled),
     Close,
     Begin(Event),
     End(Event),
     EndAll(Event),
-    SetLevels(Levels),
+    Sample(Sampled, Trust),
+    Fail,
 }
 
-use Step::{Begin, Close, End, EndAll, Open, SetLevels};
+use Step::{Begin, Close, End, EndAll, Fail, Open, Sample};
+use Trust::{AfterReset, Full, Nothing};
 
-const MEMORY_ON: Levels = Levels {
+const MEMORY_ON: Sampled = Sampled {
     memory_off: false,
     undecoded: false,
     sleeping: false,
     low_power: false,
 };
-const MEMORY_OFF: Levels = Levels {
+const MEMORY_OFF: Sampled = Sampled {
     memory_off: true,
     ..MEMORY_ON
 };
 
-fn all_levels() -> Vec<Levels> {
+fn all_levels() -> Vec<Sampled> {
     (0..16)
-        .map(|bits| Levels {
+        .map(|bits| Sampled {
             memory_off: bits & 1 != 0,
             sleeping: bits & 2 != 0,
             low_power: bits & 4 != 0,
@@ -41,12 +43,13 @@ fn all_levels() -> Vec<Levels> {
 }
 
 fn all_steps() -> Vec<Step> {
-    let mut steps = vec![Close];
+    let mut steps = vec![Close, Fail];
     for event in Event::ALL {
         steps.extend([Begin(event), End(event), EndAll(event)]);
     }
     for levels in all_levels() {
-        steps.extend([Open(levels), SetLevels(levels)]);
+        steps.push(Open(levels));
+        steps.extend([Full, AfterReset, Nothing].map(|trust| Sample(levels, trust)));
     }
     steps
 }
@@ -75,7 +78,8 @@ impl Traced {
             Begin(event) => self.access.begin(event),
             End(event) => self.access.end(event),
             EndAll(event) => self.access.end_all(event),
-            SetLevels(levels) => self.access.set_levels(levels),
+            Sample(levels, trust) => self.access.sample(levels, trust),
+            Fail => self.access.fail(),
         }
         self.history.push(step);
         self
@@ -89,17 +93,43 @@ impl Traced {
                 Begin(e) if *e == event => pending + 1,
                 End(e) if *e == event => pending.saturating_sub(1),
                 EndAll(e) if *e == event => 0,
-                Open(_) if event == Event::Error => 0,
+                Fail if event == Event::Error => 0,
                 _ => pending,
             })
     }
 
-    fn levels(&self) -> Levels {
-        let said = |step: &Step| match step {
-            Open(levels) | SetLevels(levels) => Some(*levels),
-            _ => None,
-        };
-        self.history.iter().rev().find_map(said).unwrap_or_default()
+    /// What is believed of the device: what was said last, but for the hardware's COMMAND what was
+    /// said last with full trust, and all that was bad since.
+    fn levels(&self) -> Sampled {
+        let mut all = Sampled::default();
+        for step in &self.history {
+            match *step {
+                Open(sampled) | Sample(sampled, Full) => all = sampled,
+                Sample(sampled, trust) => {
+                    let undecoded = all.undecoded || sampled.undecoded || trust == Nothing;
+                    all = Sampled {
+                        undecoded,
+                        ..sampled
+                    };
+                }
+                _ => {}
+            }
+        }
+        all
+    }
+
+    /// Whether recovery has failed since the device was opened.
+    fn failed(&self) -> bool {
+        let mut last = self.history.iter().rev();
+        let last = last.find(|step| matches!(step, Fail | Open(_)));
+        matches!(last, Some(Fail))
+    }
+
+    /// Whether something was sampled since that was not to be trusted.
+    fn doubtful(&self) -> bool {
+        let mut last = self.history.iter().rev();
+        let last = last.find(|step| matches!(step, Sample(..) | Open(_)));
+        matches!(last, Some(Sample(_, AfterReset | Nothing)))
     }
 
     /// The bits of the uAPI, spelt out.
@@ -117,7 +147,7 @@ impl Traced {
         {
             bits |= barlease_abi::REASON_LOW_POWER;
         }
-        if pending(Event::Error) {
+        if pending(Event::Error) || self.failed() {
             bits |= barlease_abi::REASON_ERROR;
         }
         if pending(Event::ConfigWrite) {
@@ -134,7 +164,13 @@ impl Traced {
     fn check(&self) {
         let access = &self.access;
         let history = &self.history;
-        assert_eq!(access.levels(), self.levels(), "{history:?}");
+        let levels = self.levels();
+        assert_eq!(access.sampled(), levels, "{history:?}");
+        let asks = self.pending(Event::Reset) + self.pending(Event::Error) == 0;
+        assert_eq!(access.may_ask(), asks, "{history:?}");
+        let half_awake = levels.undecoded && !levels.memory_off;
+        let stale = levels.sleeping || levels.low_power || half_awake || self.doubtful();
+        assert_eq!(access.is_stale(), stale, "{history:?}");
         assert_eq!(access.reasons().bits(), self.reason_bits(), "{history:?}");
         let current = self.epochs.last().copied().filter(|_| self.is_open());
         assert_eq!(access.epoch(), current, "{history:?}");
@@ -188,8 +224,10 @@ fn every_history_of_five_steps_that_nest() {
         End(Event::ConfigWrite),
         Begin(Event::Error),
         EndAll(Event::Error),
-        SetLevels(MEMORY_OFF),
-        SetLevels(MEMORY_ON),
+        Fail,
+        Sample(MEMORY_OFF, Full),
+        Sample(MEMORY_ON, Full),
+        Sample(MEMORY_ON, Nothing),
     ];
     explore(&Traced::new(), &steps, 5);
 }
@@ -282,18 +320,59 @@ fn an_end_without_a_beginning_is_nothing() {
 }
 
 #[test]
-fn opening_ends_an_error_and_nothing_else() {
+fn opening_ends_no_event() {
     for event in Event::ALL {
         let mut access = Access::new();
         access.open(MEMORY_ON);
         access.begin(event);
         access.close();
         let epoch = access.open(MEMORY_ON);
-        let expected = match event {
-            Event::Error => State::Ok,
-            _ => State::Revoked(event.reason()),
-        };
+        let expected = State::Revoked(event.reason());
         assert_eq!(access.state(epoch, false), expected, "{event:?}");
+    }
+}
+
+#[test]
+fn a_failed_recovery_lasts_until_the_next_open() {
+    let mut access = Access::new();
+    let epoch = access.open(MEMORY_ON);
+    access.begin(Event::Error);
+    access.begin(Event::Error);
+    access.fail();
+    access.sample(MEMORY_ON, Full);
+    // A recovery after it does not mend what came before.
+    access.begin(Event::Error);
+    access.end_all(Event::Error);
+    assert_eq!(access.state(epoch, false), State::Revoked(Reasons::ERROR));
+    access.close();
+    let epoch = access.open(MEMORY_ON);
+    assert_eq!(access.state(epoch, false), State::Ok);
+}
+
+#[test]
+fn a_bit_that_may_be_lent_is_not_believed() {
+    let undecoded = Sampled {
+        undecoded: true,
+        ..MEMORY_ON
+    };
+    for (before, trust, expected) in [
+        (undecoded, Full, State::Ok),
+        (undecoded, AfterReset, State::Revoked(Reasons::MEMORY_OFF)),
+        (undecoded, Nothing, State::Revoked(Reasons::MEMORY_OFF)),
+        (MEMORY_ON, AfterReset, State::Ok),
+        (MEMORY_ON, Nothing, State::Revoked(Reasons::MEMORY_OFF)),
+    ] {
+        let mut access = Access::new();
+        let epoch = access.open(before);
+        access.sample(MEMORY_ON, trust);
+        assert_eq!(access.state(epoch, false), expected, "{before:?} {trust:?}");
+        assert_eq!(access.is_stale(), trust != Full, "{before:?} {trust:?}");
+        access.sample(undecoded, trust);
+        assert_ne!(
+            access.state(epoch, false),
+            State::Ok,
+            "{before:?} {trust:?}"
+        );
     }
 }
 

@@ -8,6 +8,7 @@ use crate::{
     edu::EDU,
     sys::{
         dma_buf::{Attachment, DmaBuf, Kind},
+        fence::Wait,
         module::ModuleReference,
         user,
     },
@@ -65,7 +66,16 @@ impl MiscDevice for Opened {
                 Ok(())
             }),
             abi::FENCE => this.on(argument, |attachment, _| attachment.lock().add_fence()),
-            abi::SIGNAL => this.on(argument, |attachment, _| attachment.lock().signal_fence()),
+            abi::SIGNAL => this.on(argument, |attachment, number| {
+                attachment.lock().signal_fence(number)
+            }),
+            abi::ADD_FENCE => user::exchange(argument, |fence| this.add_fence(fence)),
+            abi::OCCUPY => this.on(argument, |attachment, _| {
+                attachment.occupy();
+                Ok(())
+            }),
+            abi::VACATE => this.on(argument, |attachment, _| attachment.vacate()),
+            abi::OCCUPIED => this.on(argument, |attachment, _| attachment.is_occupied()),
             abi::MASK => user::exchange(argument, |target: &mut abi::Target| {
                 let edu = EDU.lock();
                 let edu = edu.as_ref().ok_or(ENODEV)?;
@@ -110,6 +120,20 @@ impl Opened {
         let function = edu.as_ref().ok_or(ENODEV)?.function();
         let attachment = Attachment::new(dmabuf, function, kind)?;
         request.id = attachments::add(self.owner, attachment)?;
+        Ok(())
+    }
+
+    fn add_fence(&self, fence: &mut abi::AddFence) -> Result {
+        let wait = match fence.flags & !abi::FENCE_SHOWS {
+            0 => Wait::Usual,
+            abi::FENCE_TIME_ERROR => Wait::TimeError,
+            abi::FENCE_DEADLOCK => Wait::Deadlock,
+            _ => return Err(EINVAL),
+        };
+        let shows = fence.flags & abi::FENCE_SHOWS != 0;
+        let attachment = attachments::get(self.owner, fence.id)?;
+        let mut locked = attachment.lock();
+        fence.number = locked.add_further_fence(wait, shows, fence.milliseconds)?;
         Ok(())
     }
 

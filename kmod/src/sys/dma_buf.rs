@@ -6,6 +6,7 @@
 
 use super::{
     bindings, errno,
+    fence::Fence,
     p2p::{Importer, Mapped},
     vma::NewVma,
 };
@@ -13,10 +14,10 @@ use core::{cell::UnsafeCell, marker::PhantomData, ptr::NonNull};
 use kernel::{
     container_of,
     error::{from_err_ptr, from_result, to_result},
-    new_mutex,
+    fmt, new_mutex,
     prelude::*,
+    str::BStr,
     sync::{Arc, ArcBorrow, Mutex, lock::mutex::MutexGuard},
-    time::msecs_to_jiffies,
     types::ForeignOwnable,
 };
 
@@ -24,12 +25,17 @@ use kernel::{
 pub(crate) const NAME_LEN: usize = bindings::BL_DMA_BUF_NAME_LEN as usize;
 
 /// What a dma-buf exports.
-pub(crate) trait Exporter: Send + Sync + Sized + 'static {
+///
+/// # Safety
+///
+/// [`Self::operations`] must return the same `static` each time, and [`Self::live`] the same one for a
+/// value. A value must be exported by one dma-buf only: what `make` returns to [`DmaBuf::export`] is
+/// new, and its `live` leads to the dma-buf that it was made for.
+pub(crate) unsafe trait Exporter: Send + Sync + Sized + 'static {
     /// What is guarded by the reservation lock of the dma-buf.
     type UnderResv: Send + 'static;
 
-    /// The operations, by whose address a dma-buf is recognised as one of `Self`. Must return the
-    /// same `static` each time.
+    /// The operations, by whose address a dma-buf is recognised as one of `Self`.
     fn operations() -> &'static Operations<Self>;
 
     /// The way back to the dma-buf.
@@ -164,6 +170,8 @@ impl<T: Exporter> Operations<T> {
         // SAFETY: `vma` is the argument of the mmap operation that is running.
         let vma = unsafe { NewVma::from_raw(vma) };
         from_result(|| {
+            // SAFETY: The file that is mapped keeps the dma-buf, and with it its own file, alive.
+            vma.allow_no_more_than(unsafe { (*dmabuf).file })?;
             // SAFETY: The file that is mapped keeps the dma-buf alive, whose operations are these.
             T::mmap(unsafe { Self::borrow(dmabuf) }, vma)?;
             Ok(0)
@@ -193,6 +201,9 @@ impl<T: Exporter> Operations<T> {
 /// The pointer is valid and owns a reference to the dma-buf's file.
 pub(crate) struct DmaBuf(NonNull<bindings::dma_buf>);
 
+// SAFETY: The reference is to a file, whose count is atomic: it may be given back on any thread.
+unsafe impl Send for DmaBuf {}
+
 impl DmaBuf {
     /// A new dma-buf of `size` bytes with that name and the open flags `flags`, which exports what
     /// `make` makes for it. The last byte of `name` does not count.
@@ -219,7 +230,9 @@ impl DmaBuf {
         let dmabuf = from_err_ptr(unsafe { bindings::dma_buf_export(&info) })?;
         // INVARIANT: `dma_buf_export` returned the first reference.
         let mut this = Self(NonNull::new(dmabuf).ok_or(ENOMEM)?);
-        // SAFETY: Nobody else knows the dma-buf, and `name` is as long as a name is at most.
+        // SAFETY: `name` is as long as a name is at most. The dma-buf is in the kernel's list of all,
+        // and what walks that looks at names under their lock and at a pointer to one that is
+        // complete; nobody else has a reference, so nobody else changes the name.
         if !unsafe { bindings::bl_dma_buf_name_new(this.0.as_ptr(), name.as_ptr().cast()) } {
             return Err(ENOMEM);
         }
@@ -268,7 +281,7 @@ impl DmaBuf {
     }
 
     /// Makes it the file of `vma`, which gives up the one that it had.
-    pub(crate) fn become_file_of(self, vma: &NewVma<'_>) {
+    pub(crate) fn become_file_of(&self, vma: &NewVma<'_>) {
         // SAFETY: By the type invariant the dma-buf is valid.
         vma.set_file(unsafe { self.0.as_ref().file });
     }
@@ -371,37 +384,40 @@ impl LiveGuard<'_> {
 
 impl LiveGuard<'_> {
     /// Tells every importer that its mappings are to go, if there are any; `is_mapped` is asked with
-    /// the reservation lock held, when no mapping is being made. Whether something is left to wait
-    /// for then: a mapping, or a fence.
-    pub(crate) fn invalidate(&self, is_mapped: impl Fn() -> bool) -> bool {
+    /// the reservation lock held, when no mapping is being made.
+    pub(crate) fn invalidate(&self, is_mapped: impl FnOnce() -> bool) {
         self.with_resv_locked(|dmabuf| {
             if is_mapped() {
                 // SAFETY: The dma-buf is not released while this is locked, and its reservation
                 // lock is held.
                 unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
             }
+        });
+    }
+
+    /// One fence that stands for all that are there and have not signalled: what devices still do
+    /// with the memory. `ENOMEM`.
+    pub(crate) fn fences(&self) -> Result<Option<Fence>> {
+        let fence = self.with_resv_locked(|dmabuf| {
+            let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
             // SAFETY: The dma-buf is not released while this is locked.
             let resv = unsafe { (*dmabuf).resv };
-            let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
             // SAFETY: As above.
-            is_mapped() || !unsafe { bindings::dma_resv_test_signaled(resv, usage) }
-        })
-        .unwrap_or(false)
+            if unsafe { bindings::dma_resv_test_signaled(resv, usage) } {
+                return Ok(None);
+            }
+            let mut fence = core::ptr::null_mut();
+            // SAFETY: As above; `fence` is a place for the result. Nobody adds a fence meanwhile.
+            to_result(unsafe { bindings::dma_resv_get_singleton(resv, usage, &mut fence) })?;
+            // SAFETY: `dma_resv_get_singleton` returned null or a reference.
+            Ok(unsafe { Fence::from_raw(fence) })
+        });
+        fence.unwrap_or(Ok(None))
     }
 
-    /// A fence that has not signalled: some importer still uses the dma-buf.
-    pub(crate) fn pending_fence(&self) -> Option<Fence> {
-        let dmabuf = self.0.as_ref()?;
-        // SAFETY: The dma-buf is not released while this is locked.
-        let resv = unsafe { dmabuf.0.as_ref().resv };
-        // SAFETY: As above.
-        let fence = unsafe { bindings::bl_pending_fence(resv) };
-        // INVARIANT: `bl_pending_fence` returned a reference.
-        NonNull::new(fence).map(Fence)
-    }
-
-    /// Calls `f` with the name of the device of each importer.
-    pub(crate) fn for_each_importer(&self, mut f: impl FnMut(&CStr)) {
+    /// Its importers.
+    pub(crate) fn importers(&self) -> Importers {
+        let mut importers = Importers::default();
         self.with_resv_locked(|dmabuf| {
             // SAFETY: Computes an address inside of the dma-buf.
             let head = unsafe { &raw const (*dmabuf).attachments };
@@ -413,11 +429,12 @@ impl LiveGuard<'_> {
                 // SAFETY: The device of an attachment is valid.
                 let name = unsafe { bindings::dev_name((*attachment).dev) };
                 // SAFETY: The name is a C string.
-                f(unsafe { CStr::from_char_ptr(name) });
+                importers.add(unsafe { CStr::from_char_ptr(name) });
                 // SAFETY: The reservation lock guards the list.
                 node = unsafe { (*node).next }.cast_const();
             }
         });
+        importers
     }
 
     /// `None` when the dma-buf is gone.
@@ -434,27 +451,36 @@ impl LiveGuard<'_> {
     }
 }
 
-/// A reference to a fence.
-///
-/// # Invariants
-///
-/// The pointer is valid and owns a reference.
-pub(crate) struct Fence(NonNull<bindings::dma_fence>);
+/// The names of a few importers, each cut where it does not fit, and how many there are.
+#[derive(Default)]
+pub(crate) struct Importers {
+    names: [[u8; 32]; 3],
+    count: usize,
+}
 
-impl Fence {
-    /// Waits until it has signalled, or `milliseconds`: whether it has. Cannot be interrupted.
-    pub(crate) fn wait(&self, milliseconds: u32) -> bool {
-        // CAST: So many milliseconds are fewer jiffies than a `long` holds.
-        let timeout = msecs_to_jiffies(milliseconds) as c_long;
-        // SAFETY: By the type invariant the fence is valid.
-        unsafe { bindings::dma_fence_wait_timeout(self.0.as_ptr(), false, timeout) != 0 }
+impl Importers {
+    fn add(&mut self, name: &CStr) {
+        if let Some(place) = self.names.get_mut(self.count) {
+            for (place, byte) in place.iter_mut().zip(name.to_bytes()) {
+                *place = *byte;
+            }
+        }
+        self.count += 1;
     }
 }
 
-impl Drop for Fence {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariant there is a reference to give back.
-        unsafe { bindings::bl_dma_fence_put(self.0.as_ptr()) };
+impl fmt::Display for Importers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, name) in self.names.iter().take(self.count).enumerate() {
+            let name = name.split(|&byte| byte == 0).next().unwrap_or(&[]);
+            let before = if number == 0 { "" } else { ", " };
+            f.write_str(before)?;
+            f.write_fmt(fmt!("{}", BStr::from_bytes(name)))?;
+        }
+        match self.count.saturating_sub(self.names.len()) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
     }
 }
 
@@ -496,6 +522,13 @@ unsafe impl Send for MappedInode {}
 unsafe impl Sync for MappedInode {}
 
 impl MappedInode {
+    /// Its number: of a dma-buf's inode one that no other has until the next boot.
+    pub(crate) fn number(&self) -> u64 {
+        // SAFETY: By the type invariant the inode is valid; its number does not change.
+        let number = unsafe { (*self.0).i_ino };
+        number as u64
+    }
+
     /// Takes every entry for this inode out of the page tables of all processes. Entries that are
     /// inserted at the same time may stay.
     pub(crate) fn zap(&self) {

@@ -8,6 +8,9 @@ use kernel::error::Error;
 /// File descriptor in bad state.
 pub(crate) const EBADFD: Errno = Errno(bindings::EBADFD);
 
+/// Operation now in progress.
+pub(crate) const EINPROGRESS: Errno = Errno(bindings::EINPROGRESS);
+
 /// Operation not supported.
 pub(crate) const EOPNOTSUPP: Errno = Errno(bindings::EOPNOTSUPP);
 

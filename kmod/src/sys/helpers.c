@@ -2,15 +2,19 @@
 
 #include <linux/dma-fence.h>
 #include <linux/dma-resv.h>
+#include <linux/eventfd.h>
+#include <linux/fs.h>
 #include <linux/iommu.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/nospec.h>
 #include <linux/pci-p2pdma.h>
 #include <linux/pgtable.h>
 #include <linux/pm_domain.h>
 #include <linux/ratelimit.h>
 #include <linux/scatterlist.h>
 #include <linux/slab.h>
+#include <linux/suspend.h>
 #include <linux/wait_bit.h>
 /* Wants struct scatterlist. */
 #include <linux/iommu-dma.h>
@@ -50,12 +54,53 @@ bool bl_pci_is_gone(const struct pci_dev *pdev)
 }
 
 /*
+ * Whether the function, and all of its group, can raise their own MSIs only:
+ * what vfio asks before it gives a group to user space. Not under a spinlock.
+ */
+bool bl_pci_has_isolated_msi(struct pci_dev *pdev)
+{
+	struct iommu_group *group = iommu_group_get(&pdev->dev);
+	bool isolated;
+
+	if (!group)
+		return false;
+	isolated = iommu_group_has_isolated_msi(group);
+	iommu_group_put(group);
+	return isolated;
+}
+
+/*
+ * The lines that the PCI core writes about a function whose driver has no reset
+ * handlers, as stock vfio-pci has none.
+ */
+void bl_pci_log_reset(const struct pci_dev *pdev, bool done)
+{
+	dev_warn_ratelimited(&pdev->dev, "%s\n",
+			     done ? "reset done" : "resetting");
+}
+
+unsigned long bl_array_index_nospec(unsigned long index, unsigned long size)
+{
+	return array_index_nospec(index, size);
+}
+
+/*
  * Set at enumeration, but the bits beside it change at any time, under locks
  * of their own: what a read of the whole finds there does not matter.
  */
 bool bl_pci_no_command_memory(const struct pci_dev *pdev)
 {
 	return data_race(pdev->no_command_memory != 0);
+}
+
+int bl_register_pm_notifier(struct notifier_block *block)
+{
+	return register_pm_notifier(block);
+}
+
+void bl_unregister_pm_notifier(struct notifier_block *block)
+{
+	unregister_pm_notifier(block);
 }
 
 void bl_pm_domain_set(struct device *dev, struct dev_pm_domain *domain)
@@ -71,6 +116,7 @@ void bl_pm_runtime_get_noresume(struct device *dev)
 /* With the lock: rpm_suspend() looks at the usage count and changes the status under it. */
 bool bl_pm_runtime_is_active(struct device *dev)
 {
+#ifdef CONFIG_PM
 	unsigned long flags;
 	bool active;
 
@@ -78,6 +124,9 @@ bool bl_pm_runtime_is_active(struct device *dev)
 	active = dev->power.runtime_status == RPM_ACTIVE;
 	spin_unlock_irqrestore(&dev->power.lock, flags);
 	return active;
+#else
+	return true;
+#endif
 }
 
 void bl_pm_runtime_barrier(struct device *dev)
@@ -89,6 +138,13 @@ void bl_pm_runtime_put(struct device *dev)
 {
 	pm_runtime_put(dev);
 }
+
+int bl_pm_runtime_resume_and_get(struct device *dev)
+{
+	return pm_runtime_resume_and_get(dev);
+}
+
+/* Static inlines without CONFIG_PM_SLEEP. */
 
 /*
  * Wakes a function that sleeps although the kernel takes it for awake, by way
@@ -108,33 +164,24 @@ void bl_dma_buf_name(struct dma_buf *dmabuf, char *name)
 	spin_unlock(&dmabuf->name_lock);
 }
 
-/* Only before anybody else can know of it. The last byte of the name is taken for NUL. */
+/*
+ * Only before it has a name. The last byte of the name is taken for NUL. The
+ * dma-buf is on the kernel's list of all of them already, whose readers take
+ * the lock.
+ */
 bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name)
 {
-	char *copy = kmalloc(DMA_BUF_NAME_LEN, GFP_KERNEL);
+	char *copy = kmalloc(DMA_BUF_NAME_LEN, GFP_KERNEL_ACCOUNT);
 
 	if (!copy)
 		return false;
 	memcpy(copy, name, DMA_BUF_NAME_LEN - 1);
 	copy[DMA_BUF_NAME_LEN - 1] = '\0';
-	/* The dma-buf frees it. */
+	/* The dma-buf frees it. Whoever lists all dma-bufs looks at names under the lock. */
+	spin_lock(&dmabuf->name_lock);
 	dmabuf->name = copy;
+	spin_unlock(&dmabuf->name_lock);
 	return true;
-}
-
-/* A reference to a fence that has not signalled, or NULL. */
-struct dma_fence *bl_pending_fence(struct dma_resv *resv)
-{
-	struct dma_resv_iter cursor;
-	struct dma_fence *fence;
-
-	dma_resv_iter_begin(&cursor, resv, DMA_RESV_USAGE_BOOKKEEP);
-	dma_resv_for_each_fence_unlocked(&cursor, fence) {
-		dma_fence_get(fence);
-		break;
-	}
-	dma_resv_iter_end(&cursor);
-	return fence;
 }
 
 void bl_dma_fence_put(struct dma_fence *fence)
@@ -145,6 +192,20 @@ void bl_dma_fence_put(struct dma_fence *fence)
 bool bl_vma_may_share(const struct vm_area_struct *vma)
 {
 	return vma->vm_flags & VM_MAYSHARE;
+}
+
+/*
+ * Lets the mapping allow no more than the file does: an importer may map the
+ * dma-buf through a file of its own (dma_buf_mmap()).
+ */
+int bl_vma_no_more_than(struct vm_area_struct *vma, const struct file *file)
+{
+	if (file->f_mode & FMODE_WRITE)
+		return 0;
+	if (vma->vm_flags & VM_WRITE)
+		return -EACCES;
+	vm_flags_clear(vma, VM_MAYWRITE);
+	return 0;
 }
 
 /*
@@ -221,6 +282,85 @@ bool bl_count_wait(atomic_t *count, unsigned int milliseconds)
 {
 	return wait_var_event_timeout(count, !atomic_read_acquire(count),
 				      msecs_to_jiffies(milliseconds));
+}
+
+unsigned int bl_count_read(const atomic_t *count)
+{
+	return atomic_read(count);
+}
+
+/* Above 0: there is none any more; 0: the time is over; below: a fatal signal. */
+long bl_count_wait_killable(atomic_t *count, unsigned int milliseconds)
+{
+	if (!atomic_read_acquire(count))
+		return 1;
+	return ___wait_var_event(count,
+				 ___wait_cond_timeout(!atomic_read_acquire(count)),
+				 TASK_KILLABLE, 0, msecs_to_jiffies(milliseconds),
+				 __ret = schedule_timeout(__ret));
+}
+
+void bl_event_slot_init(struct bl_event_slot *slot)
+{
+	spin_lock_init(&slot->lock);
+	slot->ctx = NULL;
+}
+
+static void bl_event_slot_swap(struct bl_event_slot *slot, struct eventfd_ctx *ctx)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&slot->lock, flags);
+	ctx = xchg(&slot->ctx, ctx);
+	spin_unlock_irqrestore(&slot->lock, flags);
+	if (ctx)
+		eventfd_ctx_put(ctx);
+	/* A thread that asks for the state after this misses no change: see bl_event_slot_signal(). */
+	smp_mb();
+}
+
+int bl_event_slot_set(struct bl_event_slot *slot, int fd)
+{
+	struct eventfd_ctx *ctx = eventfd_ctx_fdget(fd);
+
+	if (IS_ERR(ctx))
+		return PTR_ERR(ctx);
+	bl_event_slot_swap(slot, ctx);
+	return 0;
+}
+
+void bl_event_slot_clear(struct bl_event_slot *slot)
+{
+	bl_event_slot_swap(slot, NULL);
+}
+
+/*
+ * After a change that is ordered before the caller's look at the slot: by a
+ * lock that a thread takes to ask for the state, or by a full barrier.
+ */
+void bl_event_slot_signal(struct bl_event_slot *slot)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(&slot->lock, flags);
+	if (slot->ctx)
+		eventfd_signal(slot->ctx);
+	spin_unlock_irqrestore(&slot->lock, flags);
+}
+
+void bl_delayed_init(struct delayed_work *work, work_func_t function)
+{
+	INIT_DELAYED_WORK(work, function);
+}
+
+void bl_delayed_start(struct delayed_work *work, unsigned int milliseconds)
+{
+	queue_delayed_work(system_unbound_wq, work, msecs_to_jiffies(milliseconds));
+}
+
+void bl_delayed_cancel(struct delayed_work *work)
+{
+	cancel_delayed_work_sync(work);
 }
 
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar)

@@ -7,7 +7,7 @@
 //! C header: [`include/linux/wait_bit.h`](srctree/include/linux/wait_bit.h)
 
 use super::bindings;
-use kernel::types::Opaque;
+use kernel::{prelude::*, types::Opaque};
 
 /// The number of things that are under way.
 pub(crate) struct Outstanding(Opaque<bindings::atomic_t>);
@@ -39,6 +39,23 @@ impl Outstanding {
     pub(crate) fn any(&self) -> bool {
         // SAFETY: The count is valid.
         unsafe { bindings::bl_count_any(self.0.get()) }
+    }
+
+    /// How many there are now.
+    pub(crate) fn count(&self) -> u32 {
+        // SAFETY: The count is valid.
+        unsafe { bindings::bl_count_read(self.0.get()) }
+    }
+
+    /// Waits until there is none, or `milliseconds`: whether there is none. `EINTR` when a fatal signal
+    /// comes meanwhile; no other signal matters.
+    pub(crate) fn wait_killable(&self, milliseconds: u32) -> Result<bool> {
+        // SAFETY: The count is valid while it is waited for.
+        match unsafe { bindings::bl_count_wait_killable(self.0.get(), milliseconds) } {
+            ..0 => Err(EINTR),
+            0 => Ok(false),
+            1.. => Ok(true),
+        }
     }
 
     /// Waits until there is none, or `milliseconds`: whether there is none. Cannot be interrupted.

@@ -4,6 +4,27 @@
 
 use super::bindings;
 
+/// Where ranges that overlap the MSI-X table or PBA are exported.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MsixExport {
+    /// Where the device's MSIs are isolated.
+    Auto,
+    /// Everywhere.
+    Always,
+    /// Nowhere.
+    Never,
+}
+
+/// The parameter `msix_export`.
+pub(crate) fn msix_export() -> MsixExport {
+    // SAFETY: Reads a number; always allowed.
+    match unsafe { bindings::bl_msix_export() } {
+        bindings::BL_MSIX_EXPORT_AUTO => MsixExport::Auto,
+        bindings::BL_MSIX_EXPORT_ALWAYS => MsixExport::Always,
+        _ => MsixExport::Never,
+    }
+}
+
 macro_rules! params {
     ($($(#[$doc:meta])* $name:ident = $getter:ident;)*) => {
         $(
@@ -17,8 +38,6 @@ macro_rules! params {
 }
 
 params! {
-    /// Whether ranges that overlap the MSI-X table or PBA may be exported.
-    allow_msix_export = bl_allow_msix_export;
     /// Whether virtual functions of bound physical ones may be made.
     enable_sriov = bl_enable_sriov;
     /// Whether functions with known exploitable errata are taken.

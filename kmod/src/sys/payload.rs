@@ -7,7 +7,7 @@ use core::mem::{MaybeUninit, size_of, size_of_val};
 use kernel::{
     prelude::*,
     transmute::FromBytes,
-    uaccess::{UserPtr, UserSlice, UserSliceReader},
+    uaccess::{UserPtr, UserSlice, UserSliceReader, UserSliceWriter},
 };
 
 /// A structure of the uAPI.
@@ -32,6 +32,14 @@ unsafe impl Payload for abi::DmaBufMemattr {}
 unsafe impl Payload for abi::DmaBufTph {}
 // SAFETY: Integers only, without padding (abi/tests/layout.rs).
 unsafe impl Payload for abi::AliasRegion {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::DmaBufList {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::DmaBufRecord {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::DmaBufRevokeId {}
+// SAFETY: Integers only, without padding (abi/tests/layout.rs).
+unsafe impl Payload for abi::Events {}
 // SAFETY: Integers only, without padding (abi/tests/layout.rs).
 unsafe impl Payload for abi::RegionCapAlias {}
 // SAFETY: Integers only, without padding (abi/tests/layout.rs).
@@ -80,6 +88,38 @@ impl UserPayload {
         UserSlice::new(self.address, self.length)
             .writer()
             .write_slice(pod_bytes(value))
+    }
+}
+
+impl UserPayload {
+    /// Writes from the byte `offset` on, which must not be past the end.
+    pub(crate) fn writer_from(&self, offset: usize) -> PayloadWriter {
+        let offset = offset.min(self.length);
+        let address = self.address.wrapping_byte_add(offset);
+        PayloadWriter(UserSlice::new(address, self.length - offset).writer())
+    }
+}
+
+/// Writes structures of a payload one after the other.
+pub(crate) struct PayloadWriter(UserSliceWriter);
+
+impl PayloadWriter {
+    /// The next structure. `EFAULT` when the memory is not there or the payload is over.
+    pub(crate) fn write<T: Payload>(&mut self, value: &T) -> Result {
+        self.0.write_slice(pod_bytes(value))
+    }
+
+    /// So many zeroes. As for `write`.
+    pub(crate) fn fill(&mut self, mut bytes: usize) -> Result {
+        const ZEROES: [u8; 256] = [0; 256];
+        while let Some(piece) = ZEROES
+            .get(..bytes.min(ZEROES.len()))
+            .filter(|p| !p.is_empty())
+        {
+            self.0.write_slice(piece)?;
+            bytes -= piece.len();
+        }
+        Ok(())
     }
 }
 

@@ -8,20 +8,22 @@
 //! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
 use super::{
-    bindings,
+    bindings, nospec,
     p2p::Providers,
     payload::UserPayload,
+    sleep::{Notifier, SystemSleep},
     vma::NewVma,
     wake::{self, Awake, Domain},
 };
 use crate::{
     abi::DmaRange,
-    model::{access::Levels, ranges::Bar},
+    model::{config, ranges::Bar},
 };
 use core::{
     cell::UnsafeCell,
     marker::PhantomData,
     mem::{MaybeUninit, offset_of, size_of},
+    ops::Range,
 };
 use kernel::{
     error::{from_err_ptr, from_result, to_result},
@@ -29,6 +31,7 @@ use kernel::{
     str::as_char_ptr_in_const_context,
     sync::Arc,
     types::{NotThreadSafe, Opaque},
+    uaccess::{UserPtr, UserSlice},
 };
 
 /// Number of standard BARs.
@@ -63,7 +66,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     const NAME: &'static CStr;
 
     /// Whether the driver takes this function at all.
-    fn accepts(vendor: u32, device: u32) -> bool;
+    fn accepts(function: &Function<'_>) -> bool;
 
     /// Whether virtual functions may be made.
     fn sriov() -> bool;
@@ -72,6 +75,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     fn bind(function: &Function<'_>, providers: Arc<Providers>) -> Result<Arc<Self>>;
 
     /// The function is about to be unbound. It may be open, and then stays so until its user closes it.
+    /// Called again every 10 seconds meanwhile.
     fn unbinding(&self, function: &Function<'_>);
 
     /// The first fd of the device was opened.
@@ -110,22 +114,39 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     fn reset_prepare(&self, function: &Function<'_>);
 
     /// The reset is over, or failed. As for `reset_prepare`.
-    fn reset_done(&self, function: &Function<'_>);
+    fn reset_done(&self, function: &Function<'_>, memory: MemorySem<'_>);
 
-    /// An error of the function was reported; recovery begins.
-    fn error_detected(&self, function: &Function<'_>);
+    /// An error of the function, or of another one behind the same port, was reported. Recovery begins,
+    /// or has failed. `pci_bus_sem` is held, which every hot-plug takes.
+    fn error_detected(&self, function: &Function<'_>, state: ErrorState);
 
-    /// Recovery from an error succeeded.
-    fn error_resume(&self, function: &Function<'_>);
+    /// Recovery from an error succeeded. `pci_bus_sem` is held: `memory_lock` must not be waited for.
+    fn error_resume(&self, function: &Function<'_>, memory: MemorySem<'_>);
 
-    /// The core may have set the function to D0, outside of any operation of its user. As for
-    /// `reset_prepare`.
-    fn power_set(&self, function: &Function<'_>);
+    /// `vfio_pci_core_sriov_configure` was called, which may have set the function to D0. The core's
+    /// `memory_lock` is not held.
+    fn power_set(&self, function: &Function<'_>, memory: MemorySem<'_>);
 
     /// Run-time power management has woken the function, whoever wanted it and whether it is open or
-    /// not. `low_power` is whether the user's wish for low power has outlived that. The core's
-    /// `memory_lock` is not held.
-    fn woken(&self, function: &Function<'_>, low_power: bool);
+    /// not. `low_power` is `pm_runtime_engaged` after that: true if the user entered low power without a
+    /// wake-up eventfd. The core's `memory_lock` is not held.
+    fn woken(&self, function: &Function<'_>, memory: MemorySem<'_>, low_power: bool);
+
+    /// The system is about to sleep, hibernate, or restore an image. The function may be open or not.
+    fn system_falls_asleep(&self, function: &Function<'_>);
+
+    /// The system is awake again, or did not fall asleep after all; so is the function. Once for each
+    /// `system_falls_asleep`, and perhaps once more after the function was bound.
+    fn system_woke_up(&self, function: &Function<'_>, memory: MemorySem<'_>);
+}
+
+/// What the kernel says of an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ErrorState {
+    /// `pci_channel_io_normal`, `pci_channel_io_frozen`: it tries to recover from it.
+    Recovers,
+    /// `pci_channel_io_perm_failure`: it has failed to.
+    Failed,
 }
 
 /// Memory of the current process to read from or write to. Nobody has checked it.
@@ -147,6 +168,17 @@ impl UserBuffer {
             address: self.address.wrapping_add(offset),
             len,
         }
+    }
+
+    /// Whether `len` bytes from `offset` on, 8 at most, can be read by the process.
+    pub(crate) fn is_readable(&self, offset: usize, len: usize) -> bool {
+        let address = UserPtr::from_ptr(self.address.wrapping_add(offset).cast());
+        let mut bytes = [0; 8];
+        let place = bytes.get_mut(..len);
+        place.is_some_and(|place| {
+            let mut reader = UserSlice::new(address, len).reader();
+            reader.read_slice(place).is_ok()
+        })
     }
 }
 
@@ -241,7 +273,20 @@ impl Function<'_> {
         unsafe { CStr::from_char_ptr(name) }
     }
 
-    /// Whether it is in D1 or deeper.
+    /// Vendor and device, as its config space names them.
+    pub(crate) fn id(&self) -> (u32, u32) {
+        // SAFETY: `pdev` is valid; both were read at enumeration and do not change.
+        let (vendor, device) = unsafe { ((*self.pdev).vendor, (*self.pdev).device) };
+        (u32::from(vendor), u32::from(device))
+    }
+
+    /// Whether it can raise no MSIs but its own, and neither can the other functions of its group.
+    pub(crate) fn has_isolated_msi(&self) -> bool {
+        // SAFETY: `pdev` is valid; operations of a device may sleep.
+        unsafe { bindings::bl_pci_has_isolated_msi(self.pdev) }
+    }
+
+    /// Whether the kernel takes it for one in D1 or deeper.
     pub(crate) fn is_sleeping(&self) -> bool {
         // SAFETY: `pdev` is valid; the state may change at any time, so it is read once.
         let state = unsafe { (&raw const (*self.pdev).current_state).read_volatile() };
@@ -273,9 +318,11 @@ impl Function<'_> {
         !unsafe { bindings::bl_pci_no_command_memory(self.pdev) }
     }
 
-    /// Whether the function itself decodes memory, whatever its user reads. After a reset that
-    /// nobody restored its config space after it does not (`vfio_basic_config_write` knows such
-    /// "backdoor resets"). One that does not answer does not either.
+    /// Whether the hardware's COMMAND has the memory bit, whatever the user reads: a read from the bus.
+    /// After a reset without a restore it has not (`vfio_basic_config_write` knows such "backdoor
+    /// resets"). A function that does not answer has not either.
+    ///
+    /// The core may have lent the bit, unless its `memory_lock` is held.
     pub(crate) fn decodes_memory(&self) -> bool {
         if !self.has_memory_bit() {
             return true;
@@ -339,8 +386,20 @@ struct Layout<D> {
     driver: UnsafeCell<MaybeUninit<Bound<D>>>,
     /// Of the function while it is bound.
     domain: Domain,
+    /// As `domain`.
+    sleep: Notifier,
     /// While the function is being reset.
     awake: Awake,
+}
+
+impl<D> Layout<D> {
+    /// The core's `memory_lock`.
+    ///
+    /// The device is initialized: there are no shared references to it before.
+    fn memory(&self) -> MemorySem<'_> {
+        // SAFETY: As above.
+        unsafe { MemorySem::of(self.core.get()) }
+    }
 }
 
 struct Bound<D> {
@@ -363,21 +422,99 @@ impl<D> Clone for Device<'_, D> {
 
 impl<D> Copy for Device<'_, D> {}
 
-/// The core's `memory_lock`, held for reading.
+/// The core's `memory_lock` of a device.
+///
+/// The core changes COMMAND and the power state with it held for writing, and lends the memory bit.
 ///
 /// # Invariants
 ///
-/// `sem` is valid and this thread holds it for reading.
-pub(crate) struct MemoryLock<'a> {
+/// `sem` is initialized, and valid until `'a` ends.
+#[derive(Clone, Copy)]
+pub(crate) struct MemorySem<'a> {
     sem: *mut bindings::rw_semaphore,
     _device: PhantomData<&'a ()>,
-    _not_send: NotThreadSafe,
 }
 
-impl Drop for MemoryLock<'_> {
+impl<'a> MemorySem<'a> {
+    /// # Safety
+    ///
+    /// `core` must be initialized by `vfio_pci_core_init_dev`, and valid until `'a` ends.
+    unsafe fn of(core: *mut bindings::vfio_pci_core_device) -> Self {
+        // INVARIANT: The core initialized the semaphore.
+        Self {
+            // SAFETY: Computes an address inside of the device, which is valid by the caller.
+            sem: unsafe { &raw mut (*core).memory_lock },
+            _device: PhantomData,
+        }
+    }
+
+    /// Waits for whoever changes something, and locks for reading.
+    pub(crate) fn read(self) -> MemoryRead<'a> {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::down_read(self.sem) };
+        // INVARIANT: Just locked.
+        MemoryRead(self, NotThreadSafe)
+    }
+
+    /// Locks for reading, unless somebody holds it for writing or waits to.
+    pub(crate) fn try_read(self) -> Option<MemoryRead<'a>> {
+        // SAFETY: By the type invariant.
+        let locked = unsafe { bindings::down_read_trylock(self.sem) } != 0;
+        // INVARIANT: Just locked.
+        locked.then(|| MemoryRead(self, NotThreadSafe))
+    }
+
+    /// Waits for everybody else, and locks for writing.
+    pub(crate) fn write(self) -> MemoryWrite<'a> {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::down_write(self.sem) };
+        // INVARIANT: Just locked.
+        MemoryWrite(self, NotThreadSafe)
+    }
+}
+
+/// The core's `memory_lock`, held for reading: the core changes nothing, and has lent nothing.
+///
+/// # Invariants
+///
+/// This thread holds the lock for reading.
+pub(crate) struct MemoryRead<'a>(MemorySem<'a>, NotThreadSafe);
+
+impl Drop for MemoryRead<'_> {
     fn drop(&mut self) {
         // SAFETY: By the type invariant this thread holds the lock.
-        unsafe { bindings::up_read(self.sem) };
+        unsafe { bindings::up_read(self.0.sem) };
+    }
+}
+
+/// The core's `memory_lock`, held for writing: as the core holds it when it changes something.
+///
+/// # Invariants
+///
+/// This thread holds the lock for writing.
+pub(crate) struct MemoryWrite<'a>(MemorySem<'a>, NotThreadSafe);
+
+impl Drop for MemoryWrite<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant this thread holds the lock.
+        unsafe { bindings::up_write(self.0.sem) };
+    }
+}
+
+/// Keeps a device from falling asleep until it is dropped.
+///
+/// # Invariants
+///
+/// `dev` is valid, and one of its usage counts is ours.
+pub(crate) struct KeptAwake<'a> {
+    dev: *mut bindings::device,
+    _device: PhantomData<&'a ()>,
+}
+
+impl Drop for KeptAwake<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant there is a count to give back.
+        unsafe { bindings::bl_pm_runtime_put(self.dev) };
     }
 }
 
@@ -420,61 +557,56 @@ impl<'a, D: Driver> Device<'a, D> {
         }
     }
 
-    /// Takes the core's `memory_lock` for reading: no memory goes away in the meantime by the hand
-    /// of the core.
-    pub(crate) fn memory_lock(&self) -> MemoryLock<'a> {
-        // SAFETY: Computes an address inside of the device, which is valid.
-        let sem = unsafe { &raw mut (*self.core()).memory_lock };
-        // SAFETY: The core initialized the semaphore.
-        unsafe { bindings::down_read(sem) };
-        // INVARIANT: Just locked.
-        MemoryLock {
-            sem,
-            _device: PhantomData,
-            _not_send: NotThreadSafe,
-        }
+    /// The core's `memory_lock`.
+    pub(crate) fn memory(&self) -> MemorySem<'a> {
+        // SAFETY: The device is open, so it was initialized.
+        unsafe { MemorySem::of(self.core()) }
     }
 
     /// Wakes the device if it sleeps although the kernel takes it for awake.
     ///
-    /// To the core a write to PMCSR is a read of the register and a write of what it read, with what the user may change,
-    /// before it takes its lock and sets the state (`vfio_default_config_write`, `vfio_pm_config_write`). A reset in between
-    /// wakes the device; then the write puts it to sleep again, and nobody knows.
-    pub(crate) fn wake_if_unnoticed(&self, _lock: &MemoryLock<'_>) {
+    /// `vfio_default_config_write` reads, modifies and writes PMCSR without `memory_lock`; only then
+    /// `vfio_pm_config_write` takes it. If a reset comes between the read and the write, stale PowerState
+    /// bits put the device back into D3hot while `pdev->current_state` says D0.
+    pub(crate) fn wake_if_unnoticed(&self, _lock: &MemoryWrite<'_>) {
         let function = self.function();
         if function.sleeps_unnoticed() {
-            // SAFETY: `pdev` is valid. The core changes the state under its memory lock.
+            // SAFETY: `pdev` is valid, and the lock is held that guards its power state.
             unsafe { bindings::bl_pci_wake(function.pdev) };
         }
     }
 
-    /// What the device says of its memory now.
-    ///
-    /// Without the memory lock it may say what is about to change: then who changes it asks after that.
-    pub(crate) fn levels(&self) -> Levels {
-        let function = self.function();
+    /// Whether the virtual COMMAND, which the user reads and writes, lacks the memory bit, and the bit
+    /// means something.
+    pub(crate) fn memory_is_off(&self) -> bool {
         // SAFETY: The virtual config space is there while the device is open.
         let vconfig = unsafe { (*self.core()).vconfig };
         // SAFETY: As above; it is at least as long as a config header. COMMAND may change at any time,
         // so it is read once; its memory bit is in the low byte.
         let command = unsafe { vconfig.add(bindings::PCI_COMMAND as usize).read_volatile() };
+        self.bound().has_memory_bit && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0
+    }
+
+    /// Whether the user asked for low power and has not asked to leave it.
+    pub(crate) fn is_in_low_power(&self) -> bool {
         // SAFETY: The device is valid; the flag may change at any time, so it is read once.
-        let low_power = unsafe { (&raw const (*self.core()).pm_runtime_engaged).read_volatile() };
-        let memory_off =
-            self.bound().has_memory_bit && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0;
-        Levels {
-            memory_off,
-            // Not asked where it makes no difference: it is a read from the bus.
-            undecoded: !memory_off && !function.decodes_memory(),
-            sleeping: function.is_sleeping(),
-            low_power,
-        }
+        unsafe { (&raw const (*self.core()).pm_runtime_engaged).read_volatile() }
+    }
+
+    /// The core's map of config space: which capability each byte belongs to.
+    pub(crate) fn config_map(&self) -> &'a [u8] {
+        // SAFETY: The map is there while the device is open.
+        let map = unsafe { (*self.core()).pci_config_map };
+        // SAFETY: It has a byte for each of config space, of which there are at least so many. The core
+        // fills it in before the device is open, and does not change it while it is.
+        unsafe { core::slice::from_raw_parts(map, config::LENGTH) }
     }
 
     /// A memory BAR that the core claimed and mapped; `ENODEV` otherwise. (It maps I/O BARs too: to
     /// port numbers, which are no addresses of memory.)
     pub(crate) fn bar(&self, index: u32) -> Result<Bar> {
-        let index = index as usize;
+        // CAST: A `u32` fits into a `usize`.
+        let index = nospec::checked(index as usize, BARS as usize).ok_or(ENODEV)?;
         // SAFETY: Computes an address inside of the device.
         let map = unsafe { &raw const (*self.core()).barmap };
         // SAFETY: The device is valid; the map does not change while it is open.
@@ -503,7 +635,35 @@ impl<'a, D: Driver> Device<'a, D> {
     pub(crate) fn is_mappable(&self, index: u32) -> bool {
         // SAFETY: The device is valid; the flags do not change while it is open.
         let mappable = unsafe { (*self.core()).bar_mmap_supported };
-        mappable.get(index as usize).copied().unwrap_or(false)
+        // CAST: A `u32` fits into a `usize`.
+        nospec::checked(index as usize, mappable.len()).is_some_and(|index| mappable[index])
+    }
+
+    /// The bytes of a BAR in which the core lets a read or a write reach nothing: the MSI-X table.
+    pub(crate) fn hole(&self, index: u32) -> Range<u64> {
+        let core = self.core();
+        // SAFETY: The device is valid; the core found the table when it was opened.
+        let (bar, start, size) =
+            unsafe { ((*core).msix_bar, (*core).msix_offset, (*core).msix_size) };
+        if u32::from(bar) != index {
+            return 0..0;
+        }
+        u64::from(start)..u64::from(start) + u64::from(size)
+    }
+
+    /// Wakes the device, if run-time power management has it asleep, and keeps it awake.
+    ///
+    /// The core does so for each read and write. Its `memory_lock` must not be held.
+    pub(crate) fn wake(&self) -> Result<KeptAwake<'a>> {
+        // SAFETY: Computes an address inside of the function, which is valid.
+        let dev = unsafe { &raw mut (*self.function().pdev).dev };
+        // SAFETY: `dev` is valid while the device is open.
+        to_result(unsafe { bindings::bl_pm_runtime_resume_and_get(dev) })?;
+        // INVARIANT: The count was just raised.
+        Ok(KeptAwake {
+            dev,
+            _device: PhantomData,
+        })
     }
 
     /// Number of the core's device-specific regions, whose indexes follow [`NUM_REGIONS`].
@@ -565,6 +725,37 @@ impl<'a, D: Driver> Device<'a, D> {
     }
 }
 
+// The structures that bindgen made are those of the C compiler (`helpers.h`).
+const _: () = {
+    use bindings::{vfio_device, vfio_device_ops, vfio_pci_core_device};
+    macro_rules! same {
+        ($($left:expr => $right:ident),* $(,)?) => {
+            // CAST: Sizes and offsets of structures of some kilobytes.
+            $(assert!($left == bindings::$right as usize);)*
+        };
+    }
+    same!(
+        size_of::<vfio_device>() => BL_VFIO_DEVICE_SIZE,
+        offset_of!(vfio_device, dev) => BL_VFIO_DEVICE_DEV,
+        offset_of!(vfio_device, device) => BL_VFIO_DEVICE_DEVICE,
+        size_of::<vfio_device_ops>() => BL_VFIO_OPS_SIZE,
+        size_of::<vfio_pci_core_device>() => BL_CORE_SIZE,
+        offset_of!(vfio_pci_core_device, vdev) => BL_CORE_VDEV,
+        offset_of!(vfio_pci_core_device, pdev) => BL_CORE_PDEV,
+        offset_of!(vfio_pci_core_device, pci_ops) => BL_CORE_PCI_OPS,
+        offset_of!(vfio_pci_core_device, barmap) => BL_CORE_BARMAP,
+        offset_of!(vfio_pci_core_device, bar_mmap_supported) => BL_CORE_BAR_MMAP_SUPPORTED,
+        offset_of!(vfio_pci_core_device, vconfig) => BL_CORE_VCONFIG,
+        offset_of!(vfio_pci_core_device, num_regions) => BL_CORE_NUM_REGIONS,
+        offset_of!(vfio_pci_core_device, msix_bar) => BL_CORE_MSIX_BAR,
+        offset_of!(vfio_pci_core_device, msix_size) => BL_CORE_MSIX_SIZE,
+        offset_of!(vfio_pci_core_device, msix_offset) => BL_CORE_MSIX_OFFSET,
+        offset_of!(vfio_pci_core_device, pm_runtime_engaged) => BL_CORE_PM_RUNTIME_ENGAGED,
+        offset_of!(vfio_pci_core_device, memory_lock) => BL_CORE_MEMORY_LOCK,
+    );
+    assert!(offset_of!(vfio_pci_core_device, vdev) == 0);
+};
+
 /// A non-negative answer, or the error that a negative one is.
 fn count_or_error(answer: isize) -> Result<usize> {
     match usize::try_from(answer) {
@@ -577,12 +768,9 @@ fn count_or_error(answer: isize) -> Result<usize> {
 struct Vtable<D>(PhantomData<D>);
 
 impl<D: Driver> Vtable<D> {
-    const LAYOUT: () = {
-        assert!(offset_of!(Layout<D>, core) == 0);
-        assert!(offset_of!(bindings::vfio_pci_core_device, vdev) == 0);
-    };
+    const LAYOUT: () = assert!(offset_of!(Layout<D>, core) == 0);
 
-    const DEVICE: bindings::vfio_device_ops = bindings::vfio_device_ops {
+    const DEVICE: &'static bindings::vfio_device_ops = &bindings::vfio_device_ops {
         name: as_char_ptr_in_const_context(D::NAME).cast_mut(),
         init: Some(Self::init),
         release: Some(Self::release),
@@ -594,7 +782,7 @@ impl<D: Driver> Vtable<D> {
         read: Some(Self::read),
         write: Some(Self::write),
         mmap: Some(Self::mmap),
-        request: Some(bindings::vfio_pci_core_request),
+        request: Some(Self::request),
         match_: Some(bindings::vfio_pci_core_match),
         match_token_uuid: Some(bindings::vfio_pci_core_match_token_uuid),
         #[cfg(CONFIG_IOMMUFD)]
@@ -612,11 +800,11 @@ impl<D: Driver> Vtable<D> {
         ..pin_init::zeroed()
     };
 
-    const PCI: bindings::vfio_pci_device_ops = bindings::vfio_pci_device_ops {
+    const PCI: &'static bindings::vfio_pci_device_ops = &bindings::vfio_pci_device_ops {
         get_dmabuf_phys: Some(Self::get_dmabuf_phys),
     };
 
-    const ERRORS: bindings::pci_error_handlers = bindings::pci_error_handlers {
+    const ERRORS: &'static bindings::pci_error_handlers = &bindings::pci_error_handlers {
         error_detected: Some(Self::error_detected),
         reset_prepare: Some(Self::reset_prepare),
         reset_done: Some(Self::reset_done),
@@ -625,7 +813,7 @@ impl<D: Driver> Vtable<D> {
     };
 
     /// Any function, but only when asked for by name (`PCI_DRIVER_OVERRIDE_DEVICE_VFIO`).
-    const IDS: [bindings::pci_device_id; 2] = [
+    const IDS: &'static [bindings::pci_device_id; 2] = &[
         bindings::pci_device_id {
             vendor: bindings::PCI_ANY_ID as u32,
             device: bindings::PCI_ANY_ID as u32,
@@ -651,6 +839,8 @@ impl<D: Driver> Vtable<D> {
             };
             let providers = Providers::new()?;
             let driver = D::bind(&function, providers.clone())?;
+            // SAFETY: `vdev` was zeroed, is the core's, and nobody else knows it yet.
+            unsafe { bindings::bl_latch_params(vdev.cast()) };
             // SAFETY: `vdev` was zeroed and is being initialized.
             to_result(unsafe { bindings::vfio_pci_core_init_dev(vdev) })?;
             // SAFETY: Computes an address inside of the allocation.
@@ -745,9 +935,17 @@ impl<D: Driver> Vtable<D> {
         if let Err(error) = device.driver().may_export(index, asked) {
             return error.to_errno();
         }
+        #[cfg(CONFIG_VFIO_PCI_DMABUF)]
         // SAFETY: Same requirements.
-        unsafe {
+        return unsafe {
             bindings::vfio_pci_core_get_dmabuf_phys(core, provider, index, vector, ranges, count)
+        };
+        // Nobody calls this where the core has no exporter. It is the answer of the inline function
+        // that the core's header has there, which bindgen leaves out.
+        #[cfg(not(CONFIG_VFIO_PCI_DMABUF))]
+        {
+            let _ = (provider, vector);
+            Error::from(super::errno::EOPNOTSUPP).to_errno()
         }
     }
 
@@ -831,12 +1029,25 @@ impl<D: Driver> Vtable<D> {
         from_result(|| D::mmap(&unsafe { Device::from_raw(vdev) }, vma).map(|()| 0))
     }
 
+    /// # Safety
+    ///
+    /// To be called by the vfio core only, as `vfio_device_ops.request` of a device of `D`.
+    unsafe extern "C" fn request(vdev: *mut bindings::vfio_device, count: c_uint) {
+        // SAFETY: Same requirements.
+        unsafe { bindings::vfio_pci_core_request(vdev, count) };
+        // SAFETY: The core's structure is valid; the function was set when it was initialized.
+        let pdev = unsafe { (*vdev.cast::<bindings::vfio_pci_core_device>()).pdev };
+        // SAFETY: The vfio core asks while it unregisters the device, which `remove` waits for.
+        unsafe { Self::with_driver(pdev, D::unbinding) };
+    }
+
     /// Runs `f` with the driver's data of a bound function.
     ///
     /// # Safety
     ///
     /// The function must be bound during the call, which is so in an error handler, in `remove` and in
-    /// `sriov_configure` (the device lock is held), and in an operation of its PM domain.
+    /// `sriov_configure` (the device lock is held), in an operation of its PM domain, and in its
+    /// notifier.
     unsafe fn with_driver(pdev: *mut bindings::pci_dev, f: impl FnOnce(&D, &Function<'_>)) {
         // SAFETY: Same requirements.
         unsafe { Self::with_layout(pdev, |_, driver, function| f(driver, function)) };
@@ -881,7 +1092,8 @@ impl<D: Driver> Vtable<D> {
             // SAFETY: Computes an address inside of the device.
             let engaged = unsafe { &raw const (*layout.core.get()).pm_runtime_engaged };
             // SAFETY: It may change at any time, so it is read once. Whoever changes it asks again.
-            driver.woken(function, unsafe { engaged.read_volatile() });
+            let engaged = unsafe { engaged.read_volatile() };
+            driver.woken(function, layout.memory(), engaged);
         };
         // SAFETY: The function has its domain only while it is bound.
         unsafe { Self::with_layout(pdev, woken) };
@@ -890,9 +1102,39 @@ impl<D: Driver> Vtable<D> {
 
     /// # Safety
     ///
+    /// To be called by the PM core only, with the block of `Layout::sleep` of a bound function.
+    unsafe extern "C" fn system_sleep(
+        block: *mut bindings::notifier_block,
+        event: c_ulong,
+        _data: *mut c_void,
+    ) -> c_int {
+        let notifier = Notifier::from_block(block);
+        // SAFETY: By the caller.
+        let layout = unsafe { kernel::container_of!(notifier, Layout<D>, sleep) };
+        // SAFETY: Computes an address inside of the layout, which lives as long as the notifier is
+        // registered.
+        let core = unsafe { &raw const (*layout).core }.cast::<bindings::vfio_pci_core_device>();
+        // SAFETY: As above; set when the device was initialized, and not changed.
+        let pdev = unsafe { (*core).pdev };
+        let tell = |layout: &Layout<D>, driver: &D, function: &Function<'_>| match SystemSleep::of(
+            event,
+        ) {
+            Some(SystemSleep::Begins) => driver.system_falls_asleep(function),
+            Some(SystemSleep::Ends) => driver.system_woke_up(function, layout.memory()),
+            None => {}
+        };
+        // SAFETY: The notifier is registered only while the function is bound.
+        unsafe { Self::with_layout(pdev, tell) };
+        bindings::NOTIFY_DONE as c_int
+    }
+
+    /// # Safety
+    ///
     /// To be called by the PCI core only, as `pci_error_handlers.reset_prepare` of a function that is
     /// bound to the driver.
     unsafe extern "C" fn reset_prepare(pdev: *mut bindings::pci_dev) {
+        // SAFETY: `pdev` is valid.
+        unsafe { bindings::bl_pci_log_reset(pdev, false) };
         let prepare = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
             driver.reset_prepare(function);
             // SAFETY: Computes an address inside of the function.
@@ -911,8 +1153,10 @@ impl<D: Driver> Vtable<D> {
     /// To be called by the PCI core only, as `pci_error_handlers.reset_done` of a function that is
     /// bound to the driver.
     unsafe extern "C" fn reset_done(pdev: *mut bindings::pci_dev) {
+        // SAFETY: `pdev` is valid.
+        unsafe { bindings::bl_pci_log_reset(pdev, true) };
         let done = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
-            driver.reset_done(function);
+            driver.reset_done(function, layout.memory());
             // SAFETY: Computes an address inside of the function.
             let dev = unsafe { &raw mut (*pdev).dev };
             // SAFETY: The PCI core still holds the device's lock.
@@ -930,8 +1174,15 @@ impl<D: Driver> Vtable<D> {
         pdev: *mut bindings::pci_dev,
         state: bindings::pci_channel_state_t,
     ) -> bindings::pci_ers_result_t {
+        let detected = |driver: &D, function: &Function<'_>| {
+            let state = match state {
+                bindings::pci_channel_io_perm_failure => ErrorState::Failed,
+                _ => ErrorState::Recovers,
+            };
+            driver.error_detected(function, state);
+        };
         // SAFETY: This is an error handler.
-        unsafe { Self::with_driver(pdev, D::error_detected) };
+        unsafe { Self::with_driver(pdev, detected) };
         // SAFETY: This is the error handler that the core's stands in for.
         unsafe { bindings::vfio_pci_core_aer_err_detected(pdev, state) }
     }
@@ -941,8 +1192,11 @@ impl<D: Driver> Vtable<D> {
     /// To be called by the PCI core only, as `pci_error_handlers.resume` of a function that is
     /// bound to the driver.
     unsafe extern "C" fn error_resume(pdev: *mut bindings::pci_dev) {
+        let resume = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
+            driver.error_resume(function, layout.memory());
+        };
         // SAFETY: This is an error handler.
-        unsafe { Self::with_driver(pdev, D::error_resume) };
+        unsafe { Self::with_layout(pdev, resume) };
     }
 
     /// # Safety
@@ -953,16 +1207,18 @@ impl<D: Driver> Vtable<D> {
         _id: *const bindings::pci_device_id,
     ) -> c_int {
         let () = Self::LAYOUT;
-        // SAFETY: `pdev` is valid.
-        let (vendor, device) = unsafe { ((*pdev).vendor, (*pdev).device) };
-        if !D::accepts(u32::from(vendor), u32::from(device)) {
+        let function = Function {
+            pdev,
+            _call: PhantomData,
+        };
+        if !D::accepts(&function) {
             return EINVAL.to_errno();
         }
         // SAFETY: Computes an address inside of the function.
         let dev = unsafe { &raw mut (*pdev).dev };
         // SAFETY: The operations are static and the size is that of our structure.
         let vdev =
-            unsafe { bindings::_vfio_alloc_device(size_of::<Layout<D>>(), dev, &Self::DEVICE) };
+            unsafe { bindings::_vfio_alloc_device(size_of::<Layout<D>>(), dev, Self::DEVICE) };
         let vdev = match from_err_ptr(vdev) {
             Ok(vdev) => vdev,
             Err(error) => return error.to_errno(),
@@ -971,14 +1227,25 @@ impl<D: Driver> Vtable<D> {
         // SAFETY: The core wants its own structure as the function's data.
         unsafe { bindings::dev_set_drvdata(dev, core.cast()) };
         // SAFETY: The device was just made and is ours.
-        unsafe { (*core).pci_ops = &Self::PCI };
+        unsafe { (*core).pci_ops = Self::PCI };
         // SAFETY: The device was just made, zeroed, and is ours; it is there until `put_device`.
         let domain = unsafe { &(*vdev.cast::<Layout<D>>()).domain };
         // SAFETY: The function is being probed; the domain lives until it is cleared, below or in
         // `remove`.
         unsafe { domain.set(dev, Self::runtime_resume) };
-        // SAFETY: The device is initialized.
-        let result = unsafe { bindings::vfio_pci_core_register_device(core) };
+        // SAFETY: As for `domain`.
+        let sleep = unsafe { &(*vdev.cast::<Layout<D>>()).sleep };
+        // SAFETY: The notifier stays where it is until it is unregistered, below or in `remove`, and is
+        // not registered yet. `system_sleep` may be called from here on: the layout is filled in.
+        let mut result = unsafe { sleep.register(Self::system_sleep) };
+        if result == 0 {
+            // SAFETY: The device is initialized.
+            result = unsafe { bindings::vfio_pci_core_register_device(core) };
+            if result != 0 {
+                // SAFETY: Just registered.
+                unsafe { sleep.unregister() };
+            }
+        }
         if result != 0 {
             // SAFETY: The function is still being probed.
             unsafe { domain.clear(dev) };
@@ -1004,6 +1271,10 @@ impl<D: Driver> Vtable<D> {
         // SAFETY: `probe` registered it.
         unsafe { bindings::vfio_pci_core_unregister_device(core) };
         // SAFETY: The device is there until `put_device` below.
+        let sleep = unsafe { &(*data.cast::<Layout<D>>()).sleep };
+        // SAFETY: `probe` registered it.
+        unsafe { sleep.unregister() };
+        // SAFETY: As above.
         let domain = unsafe { &(*data.cast::<Layout<D>>()).domain };
         // SAFETY: The function is being removed, and `pci_device_remove` keeps it awake meanwhile.
         unsafe { domain.clear(dev) };
@@ -1022,8 +1293,11 @@ impl<D: Driver> Vtable<D> {
         let core = unsafe { bindings::dev_get_drvdata(&raw mut (*pdev).dev) };
         // SAFETY: The function is bound and the device lock is held.
         let result = unsafe { bindings::vfio_pci_core_sriov_configure(core.cast(), count) };
+        let set = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
+            driver.power_set(function, layout.memory());
+        };
         // SAFETY: As above.
-        unsafe { Self::with_driver(pdev, D::power_set) };
+        unsafe { Self::with_layout(pdev, set) };
         result
     }
 }
@@ -1048,9 +1322,10 @@ pub(crate) struct Registration<D: Driver> {
     _driver: PhantomData<D>,
 }
 
-// SAFETY: Registering and unregistering may be done from any thread.
+// SAFETY: The driver core reads and writes the `pci_driver` under locks of its own; of ours only
+// `drop` touches it, which has it alone. Unregistering may be done from any thread.
 unsafe impl<D: Driver> Send for Registration<D> {}
-// SAFETY: A shared registration gives access to nothing.
+// SAFETY: Nothing can be done with a shared registration: it has no method that takes `&self`.
 unsafe impl<D: Driver> Sync for Registration<D> {}
 
 impl<D: Driver> Registration<D> {
@@ -1064,7 +1339,7 @@ impl<D: Driver> Registration<D> {
                     probe: Some(Vtable::<D>::probe),
                     remove: Some(Vtable::<D>::remove),
                     sriov_configure: Some(Vtable::<D>::sriov_configure),
-                    err_handler: &Vtable::<D>::ERRORS,
+                    err_handler: Vtable::<D>::ERRORS,
                     driver_managed_dma: true,
                     ..pin_init::zeroed()
                 };

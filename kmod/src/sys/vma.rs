@@ -7,6 +7,7 @@
 use super::bindings;
 use core::marker::PhantomData;
 use kernel::{
+    error::to_result,
     mm::virt::VmaRef,
     prelude::*,
     sync::{Arc, ArcBorrow},
@@ -258,17 +259,16 @@ impl NewVma<'_> {
         unsafe { bindings::bl_vma_may_share(self.vma) }
     }
 
+    /// Lets it allow no more than `file` does; `EACCES` when it is to be written and the file is not.
+    pub(super) fn allow_no_more_than(&self, file: *const bindings::file) -> Result {
+        // SAFETY: `vma` is valid and locked for writing during mmap; so is the file, by the caller.
+        to_result(unsafe { bindings::bl_vma_no_more_than(self.vma, file) })
+    }
+
     /// Offset of its first byte in the file, in pages.
     pub(crate) fn page_offset(&self) -> u64 {
         // SAFETY: `vma` is valid during mmap.
         unsafe { (*self.vma).vm_pgoff as u64 }
-    }
-
-    /// Its length in bytes.
-    pub(crate) fn length(&self) -> u64 {
-        // SAFETY: `vma` is valid and locked for writing during mmap.
-        let vma = unsafe { VmaRef::from_raw(self.vma) };
-        (vma.end() - vma.start()) as u64
     }
 
     /// Runs `f` with another offset in its place.

@@ -6,7 +6,8 @@
 //! A driver's own run-time operations are not to be had: the core replaces the driver's `pm` when a
 //! device is registered, for all its devices. A PM domain stands before the bus's operations, which
 //! call the driver's, and each device may have its own (`RPM_GET_CALLBACK` in
-//! `drivers/base/power/runtime.c`). This one has the bus's operations, but for one.
+//! `drivers/base/power/runtime.c`). This one has the bus's operations, but for one. The mei driver does
+//! the same for the same reason (`mei_me_set_pm_domain` in `drivers/misc/mei/pci-me.c`).
 //!
 //! C header: [`include/linux/pm_domain.h`](srctree/include/linux/pm_domain.h)
 
@@ -17,7 +18,7 @@ use kernel::{
     types::Opaque,
 };
 
-/// The PM domain of one device. All zeroes is a domain that no device has.
+/// The PM domain of one device. All zeroes is one that is not set.
 #[repr(transparent)]
 pub(super) struct Domain(Opaque<bindings::dev_pm_domain>);
 
@@ -28,7 +29,8 @@ impl Domain {
     /// Has `resume` called in the place of the bus's `runtime_resume` of `dev`.
     ///
     /// Does nothing where the device has a PM domain already, which no PCI device without a driver
-    /// has.
+    /// has, and where the bus has no such operations: on a kernel without `CONFIG_PM` nothing wakes
+    /// devices, nor puts them to sleep.
     ///
     /// # Safety
     ///
@@ -41,8 +43,13 @@ impl Domain {
         }
         // SAFETY: A device that is being probed has a bus.
         let bus = unsafe { (*dev).bus };
-        // SAFETY: As above; the PCI bus has such operations.
-        let mut ops = unsafe { *(*bus).pm };
+        // SAFETY: As above.
+        let ops = unsafe { (*bus).pm };
+        if ops.is_null() {
+            return;
+        }
+        // SAFETY: The operations of a bus are static.
+        let mut ops = unsafe { *ops };
         ops.runtime_resume = Some(resume);
         // SAFETY: Nobody else knows the domain yet.
         unsafe { (*self.0.get()).ops = ops };
@@ -86,9 +93,9 @@ impl Awake {
     pub(super) unsafe fn hold(&self, dev: *mut bindings::device) {
         // SAFETY: `dev` is valid by the caller.
         unsafe { bindings::bl_pm_runtime_get_noresume(dev) };
-        // Who is awake now stays so: what wants it to sleep looks at the hold before it begins. What
-        // has begun before is waited for, and only that: a wait for work that waits for a lock of the
-        // caller could be one for ever.
+        // With the usage count raised, an RPM_ACTIVE device cannot start to suspend (rpm_suspend()
+        // checks the count under power.lock). A transition that is running is waited for. Pending work
+        // of an active device is not flushed: it may need a lock that our caller holds.
         // SAFETY: As above.
         if !unsafe { bindings::bl_pm_runtime_is_active(dev) } {
             // SAFETY: As above. It was not held awake, so the caller has no lock that matters.
@@ -121,7 +128,7 @@ impl Awake {
 pub(super) unsafe fn bus_runtime_resume(dev: *mut bindings::device) -> c_int {
     // SAFETY: A device with a driver has a bus.
     let bus = unsafe { (*dev).bus };
-    // SAFETY: As above; `Domain::set` read these operations, which do not change.
+    // SAFETY: As above; `Domain::set` read these operations, so they are there, and do not change.
     match unsafe { (*(*bus).pm).runtime_resume } {
         // SAFETY: This is the call that `resume` stands in for.
         Some(resume) => unsafe { resume(dev) },

@@ -4,7 +4,10 @@
 //!
 //! C header: [`include/linux/dma-buf.h`](srctree/include/linux/dma-buf.h)
 
-use super::pci::Function;
+use super::{
+    fence::{Fence, Wait},
+    pci::Function,
+};
 use crate::abi::{BIDIRECTIONAL, Entry, FROM_DEVICE, TO_DEVICE};
 use core::{cell::UnsafeCell, ptr::NonNull};
 use kernel::{
@@ -15,13 +18,12 @@ use kernel::{
         Arc,
         atomic::{Atomic, Relaxed},
     },
+    time::{Delta, delay::fsleep},
 };
 
 // Types without fields, such as that of lockdep when it is off, are behind pointers only.
 #[allow(improper_ctypes)]
 extern "C" {
-    fn bli_dma_fence_put(fence: *mut bindings::dma_fence);
-
     // kmod/include/barlease_kernel.h
     fn barlease_dma_buf_get_tph(
         dmabuf: *mut bindings::dma_buf,
@@ -141,6 +143,8 @@ impl Kind {
 pub(crate) struct Attachment {
     dmabuf: DmaBuf,
     hold: Atomic<u32>,
+    /// 1 while somebody has the reservation lock and keeps it.
+    occupied: Atomic<u32>,
     invalidations: Atomic<u32>,
     interruptions: Atomic<u32>,
     inner: UnsafeCell<Inner>,
@@ -155,7 +159,10 @@ struct Inner {
     /// Null when detached.
     attachment: *mut bindings::dma_buf_attachment,
     mapping: Option<Mapping>,
-    fence: Option<Fence>,
+    /// With their numbers: 0 is the one that is meant by none.
+    fences: KVec<(u32, Fence)>,
+    /// Numbers that were given to fences.
+    numbers: u32,
     /// Of the last mapping.
     entries: KVVec<Entry>,
 }
@@ -173,12 +180,14 @@ impl Attachment {
             Self {
                 dmabuf,
                 hold: Atomic::new(0),
+                occupied: Atomic::new(0),
                 invalidations: Atomic::new(0),
                 interruptions: Atomic::new(0),
                 inner: UnsafeCell::new(Inner {
                     attachment: core::ptr::null_mut(),
                     mapping: None,
-                    fence: None,
+                    fences: KVec::new(),
+                    numbers: 0,
                     entries: KVVec::new(),
                 }),
             },
@@ -221,12 +230,40 @@ impl Attachment {
         )
     }
 
-    /// Undoes the mapping, signals the fence and detaches, unless that was done.
+    /// Takes the reservation lock and keeps it until [`Attachment::vacate`], or a signal.
+    pub(crate) fn occupy(&self) {
+        let _lock = ReservationLock::new(&self.dmabuf);
+        self.occupied.store(1, Relaxed);
+        while self.occupied.load(Relaxed) == 1 && !kernel::current!().signal_pending() {
+            fsleep(Delta::from_millis(1));
+        }
+        self.occupied.store(0, Relaxed);
+    }
+
+    /// Has whoever keeps the reservation lock give it back. `ENXIO` when nobody does.
+    pub(crate) fn vacate(&self) -> Result {
+        if self.occupied.xchg(2, Relaxed) == 0 {
+            self.occupied.store(0, Relaxed);
+            return Err(ENXIO);
+        }
+        Ok(())
+    }
+
+    /// `ENXIO` when nobody keeps the reservation lock.
+    pub(crate) fn is_occupied(&self) -> Result {
+        if self.occupied.load(Relaxed) == 1 {
+            Ok(())
+        } else {
+            Err(ENXIO)
+        }
+    }
+
+    /// Undoes the mapping, signals the fences and detaches, unless that was done.
     pub(crate) fn detach(&self) {
         let attachment = {
             let mut locked = self.lock();
             let _ = locked.unmap();
-            let _ = locked.signal_fence();
+            locked.inner().fences = KVec::new();
             core::mem::replace(&mut locked.inner().attachment, core::ptr::null_mut())
         };
         if !attachment.is_null() {
@@ -367,26 +404,52 @@ impl Locked<'_> {
         Ok(attachment)
     }
 
-    /// Adds a fence that says that the device uses the dma-buf. `EBUSY` when there is one.
+    /// Adds a fence that says that the device uses the dma-buf: number 0. `EBUSY` when there is that.
     pub(crate) fn add_fence(&mut self) -> Result {
         self.attached()?;
-        if self.get().fence.is_some() {
+        if self.get().fences.iter().any(|(number, _)| *number == 0) {
             return Err(EBUSY);
         }
+        let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
+        self.add(0, Fence::new(Wait::Usual, 0)?, usage)
+    }
+
+    /// Adds a further fence: its number. A user can get at one that `shows`; a timer signals it after
+    /// so many milliseconds, unless that is 0.
+    pub(crate) fn add_further_fence(
+        &mut self,
+        wait: Wait,
+        shows: bool,
+        milliseconds: u32,
+    ) -> Result<u32> {
+        self.attached()?;
+        let usage = if shows {
+            bindings::dma_resv_usage_DMA_RESV_USAGE_READ
+        } else {
+            bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP
+        };
+        let number = self.get().numbers.checked_add(1).ok_or(EOVERFLOW)?;
+        self.add(number, Fence::new(wait, milliseconds)?, usage)?;
+        self.inner().numbers = number;
+        Ok(number)
+    }
+
+    fn add(&mut self, number: u32, fence: Fence, usage: bindings::dma_resv_usage) -> Result {
         let resv = self._lock.resv();
+        self.inner().fences.reserve(1, GFP_KERNEL)?;
         // SAFETY: The reservation lock is held.
         to_result(unsafe { bindings::dma_resv_reserve_fences(resv, 1) })?;
-        let fence = Fence::new()?;
-        let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
         // SAFETY: The lock is held and room was reserved; a reference to the fence is taken.
-        unsafe { bindings::dma_resv_add_fence(resv, fence.0.as_ptr(), usage) };
-        self.inner().fence = Some(fence);
+        unsafe { bindings::dma_resv_add_fence(resv, fence.as_ptr(), usage) };
+        self.inner().fences.push((number, fence), GFP_KERNEL)?;
         Ok(())
     }
 
-    /// Signals the fence. `ENXIO` when there is none.
-    pub(crate) fn signal_fence(&mut self) -> Result {
-        drop(self.inner().fence.take().ok_or(ENXIO)?);
+    /// Signals the fence of that number. `ENXIO` when there is none.
+    pub(crate) fn signal_fence(&mut self, number: u32) -> Result {
+        let fences = &mut self.inner().fences;
+        let index = fences.iter().position(|(its, _)| *its == number);
+        drop(fences.remove(index.ok_or(ENXIO)?).map_err(|_| ENXIO)?);
         Ok(())
     }
 
@@ -453,47 +516,4 @@ unsafe fn entries_of(table: NonNull<bindings::sg_table>) -> Result<KVVec<Entry>>
         entry = unsafe { bindings::sg_next(entry) };
     }
     Ok(entries)
-}
-
-/// A fence that signals when it is dropped.
-///
-/// # Invariants
-///
-/// The pointer is valid and owns a reference.
-struct Fence(NonNull<bindings::dma_fence>);
-
-impl Fence {
-    fn new() -> Result<Self> {
-        static OPERATIONS: bindings::dma_fence_ops = bindings::dma_fence_ops {
-            get_driver_name: Some(fence_name),
-            get_timeline_name: Some(fence_name),
-            ..pin_init::zeroed()
-        };
-        // SAFETY: Takes no pointers.
-        let context = unsafe { bindings::dma_fence_context_alloc(1) };
-        // Freed by `dma_fence_free()`, which is what frees fences without a release of their own.
-        let fence = KBox::<bindings::dma_fence>::new_uninit(GFP_KERNEL)?;
-        let fence = KBox::into_raw(fence).cast();
-        // SAFETY: The memory is valid for writes; the operations are static. A fence without a lock
-        // of its creator's has one of its own.
-        unsafe { bindings::dma_fence_init(fence, &OPERATIONS, core::ptr::null_mut(), context, 1) };
-        // INVARIANT: `dma_fence_init` made the first reference.
-        NonNull::new(fence).map(Self).ok_or(ENOMEM)
-    }
-}
-
-impl Drop for Fence {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariant the fence is valid.
-        unsafe { bindings::dma_fence_signal(self.0.as_ptr()) };
-        // SAFETY: By the type invariant there is a reference to give back.
-        unsafe { bli_dma_fence_put(self.0.as_ptr()) };
-    }
-}
-
-/// # Safety
-///
-/// None: looks at nothing.
-unsafe extern "C" fn fence_name(_fence: *mut bindings::dma_fence) -> *const c_char {
-    c"barlease_importer".as_char_ptr()
 }

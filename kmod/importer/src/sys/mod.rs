@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod dma_buf;
+pub(crate) mod fence;
 pub(crate) mod module;
 pub(crate) mod pci;
 pub(crate) mod user;

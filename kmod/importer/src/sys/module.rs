@@ -27,6 +27,16 @@ impl ModuleReference {
             Err(ENODEV)
         }
     }
+
+    /// One that was taken and never dropped.
+    ///
+    /// # Safety
+    ///
+    /// There must be one, which nobody else gives back.
+    pub(super) unsafe fn left() -> Self {
+        // INVARIANT: By the caller.
+        Self(())
+    }
 }
 
 impl Drop for ModuleReference {
