@@ -193,6 +193,9 @@ mod examples {
     #[doc = include_str!("../../README.md")]
     struct Readme;
 
+    #[doc = include_str!("../README.md")]
+    struct CrateReadme;
+
     #[doc = include_str!("../../docs/tutorial.md")]
     struct Tutorial;
 }

@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
 
 use super::Device;
 use super::bdf_of;
@@ -52,6 +53,17 @@ impl Device {
         let fd = fd.into();
         let bdf = bdf_of(fd.as_fd())?;
         Self::from_fd_of(fd, bdf)
+    }
+
+    /// Duplicates descriptor number `fd`, which a parent process left open or another crate owns,
+    /// and takes the duplicate over; as [`Device::from_fd`].
+    ///
+    /// Errors: [`Error::Io`] with `EBADF` if there is none; as for [`Device::from_fd`].
+    pub fn from_inherited(fd: RawFd) -> Result<Self> {
+        let owned = crate::sys::inherited::duplicate(fd).map_err(|errno| {
+            Error::from_errno("inherit", Object::file(format!("/dev/fd/{fd}")), errno)
+        })?;
+        Self::from_fd(owned)
     }
 
     /// The same, of the function `bdf`, which nothing checks.
@@ -136,6 +148,9 @@ mod tests {
         let iommu = FakeIommu::new().unwrap();
         let iommu = iommu.iommu().unwrap();
         let parts = device.with_iommu(&iommu).into_parts();
+        let other = Device::from_inherited(std::os::fd::AsRawFd::as_raw_fd(&parts.fd)).unwrap();
+        assert_eq!(other.bdf(), fake.bdf());
+        assert!(Device::from_inherited(-1).is_err());
         let again = Device::from_fd_of(parts.fd, parts.bdf).unwrap();
         assert_eq!(again.regions().unwrap().len(), 9);
         let bound = Device::from_cdev(fake.fd().unwrap(), &iommu).unwrap();
