@@ -321,8 +321,19 @@ fn a_hot_reset_takes_leases_away_from_every_function_of_its_set() {
     let mut members: Vec<Bdf> = set.iter().map(|member| member.bdf).collect();
     members.sort_unstable();
     assert_eq!(members, functions);
+    let leases = second.leases();
+    let config = second.config().unwrap();
+    config
+        .update_command(|command| command | Command::MEMORY)
+        .unwrap();
+    let lease = leases.export(4).range(..PAGE).export().unwrap();
+    assert_eq!(leases.status(&lease).unwrap().state, State::Ok);
+    let changes = leases.events().unwrap();
     first.hot_reset(&[]).unwrap();
+    assert!(changes.wait_timeout(LONG).unwrap().is_some());
+    assert_eq!(leases.status(&lease).unwrap().state, State::Ok);
     second.hot_reset(&[&first]).unwrap();
+    assert!(changes.wait_timeout(LONG).unwrap().is_some());
     assert_error!(
         Edu::new(self::open("edu")).device.hot_reset_set(),
         Unsupported
@@ -389,7 +400,7 @@ fn a_container_with_devices_in_it_is_taken_over() {
     assert_eq!(buffer.read::<u32>(64).unwrap(), 9);
     // What they have mapped is told by the kernel, and kept free by who says so.
     assert!(!iommu.reserve(buffer.iova(), PAGE));
-    let other = bdf("virtio");
+    let [other, _] = ["virtio", "neighbour"].map(bdf);
     let device = OpenOptions::new().iommu(&iommu).open(other).unwrap();
     assert_eq!(device.bdf(), other);
 }
@@ -468,8 +479,10 @@ fn all_leases_are_listed_and_revoked_by_their_ids() {
     let mut sorted = expected.clone();
     sorted.sort_unstable();
     assert_eq!(ids, sorted);
-    let last = records.iter().find(|record| record.name.is_some()).unwrap();
-    assert_eq!(last.name.as_deref(), Some("the last"));
+    let last = records
+        .iter()
+        .find(|record| record.name.as_deref() == Some("the last"))
+        .unwrap();
     assert_eq!((last.size, last.ranges, last.bar), (2 * PAGE, 1, 0));
     assert!(
         !last.writable && last.state == State::Ok && last.mappings == 1,

@@ -11,7 +11,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use barlease::{Bdf, Device, DmaBuffer, Lease, Mapping, Value, config::Command, dma};
+use barlease::{Bdf, Device, DmaBuffer, Lease, config::Command, dma};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -37,37 +37,32 @@ impl Queue {
         })
     }
 
-    /// Submits a command of dwords 0, 1, 6 and 7, 10, 11, 12; `ring` tells the device; and waits.
-    /// Neither queue goes round: this submits less than `ENTRIES` commands.
+    /// Submits a command, has `ring` tell the device, and waits for the completion. Queues do not
+    /// go round here: less than `ENTRIES` commands are submitted to each.
     fn run(
         &mut self,
-        command: [u32; 4],
-        data: u64,
-        block: u64,
+        [operation, namespace, dword10, dword11]: [u32; 4],
+        data: &DmaBuffer,
         ring: impl FnOnce(u16) -> Result<()>,
     ) -> Result<()> {
-        let [operation, namespace, dword10, dword11] = command;
-        let at = usize::from(self.turn) * 64;
-        let put = |offset, value| self.submissions.write(at + offset, value);
-        put(0, operation | u32::from(self.turn) << 16)?;
-        put(4, namespace)?;
-        self.submissions.write(at + 24, data)?;
-        put(40, dword10)?;
-        put(44, dword11)?;
-        self.submissions.write(at + 48, block)?;
-        let status = self
-            .completions
-            .typed_read_only::<u16>(usize::from(self.turn) * 16 + 14)?;
+        let turn = usize::from(self.turn);
+        let entry = self.submissions.window(turn * 64..turn * 64 + 64)?;
+        entry.write(0, operation | u32::from(self.turn) << 16)?;
+        entry.write(4, namespace)?;
+        entry.write(24, data.iova())?;
+        entry.write(40, dword10)?;
+        entry.write(44, dword11)?;
+        let status = self.completions.typed_read_only::<u16>(turn * 16 + 14)?;
         self.turn += 1;
         dma::write_barrier();
         ring(self.turn)?;
         // The lowest bit tells that the entry is new.
         let status = status.poll_until(1, 1, TIMEOUT)? >> 1;
         dma::read_barrier();
-        match status {
-            0 => Ok(()),
-            status => Err(format!("command {operation:#x} failed: {status:#x}").into()),
+        if status != 0 {
+            return Err(format!("command {operation:#x} failed: {status:#x}").into());
         }
+        Ok(())
     }
 }
 
@@ -86,8 +81,7 @@ pub fn run(bdf: Bdf, mut holder: &UnixStream) -> Result<Found> {
         .config()?
         .update_command(|command| command | Command::MEMORY | Command::MASTER)?;
     let registers = device.map_region(0, ..0x2000)?;
-    let capabilities = read::<u64>(&registers, 0x00)?;
-    let stride = 4 << ((capabilities >> 32) & 0xf);
+    let stride = 4 << (registers.read::<u64>(0)? >> 32 & 0xf);
     let doorbells = registers.array::<u32>(DOORBELLS, 4, stride)?;
 
     // Off; the admin queues; on, with entries of 64 and 16 bytes.
@@ -106,17 +100,16 @@ pub fn run(bdf: Bdf, mut holder: &UnixStream) -> Result<Found> {
     let data = DmaBuffer::new(device.require_iommu()?, 4096)?;
     let ring = |tail: u16| Ok(doorbells.get_write_only(0)?.write(tail.into()));
     // Identify the controller.
-    admin.run([0x06, 0, 1, 0], data.iova(), 0, ring)?;
+    admin.run([0x06, 0, 1, 0], &data, ring)?;
     let mut model = [0; 40];
     data.copy_to(24, &mut model)?;
 
     // A queue of completions and one of submissions, both number 1, in one piece of memory each.
     let mut io = Queue::new(&device)?;
-    admin.run([0x05, 0, last << 16 | 1, 1], io.completions.iova(), 0, ring)?;
+    admin.run([0x05, 0, last << 16 | 1, 1], &io.completions, ring)?;
     admin.run(
         [0x01, 0, last << 16 | 1, 1 << 16 | 1],
-        io.submissions.iova(),
-        0,
+        &io.submissions,
         ring,
     )?;
 
@@ -126,7 +119,7 @@ pub fn run(bdf: Bdf, mut holder: &UnixStream) -> Result<Found> {
     lease.send(holder)?;
     let doorbell = (2 * stride) as u32;
     // Read one block of the first namespace: it is rung for by the holder.
-    io.run([0x02, 1, 0, 0], data.iova(), 0, |tail| {
+    io.run([0x02, 1, 0, 0], &data, |tail| {
         let mut message = doorbell.to_le_bytes().to_vec();
         message.extend(u32::from(tail).to_le_bytes());
         Ok(holder.write_all(&message)?)
@@ -140,18 +133,14 @@ pub fn run(bdf: Bdf, mut holder: &UnixStream) -> Result<Found> {
     Ok(Found { model, block })
 }
 
-fn read<T: Value>(registers: &Mapping, offset: usize) -> Result<T> {
-    Ok(registers.read(offset)?)
-}
-
 /// Takes the lease, and rings each time that it is told to. It needs no device and no privilege.
 pub fn hold(mut socket: &UnixStream) -> Result<()> {
     let doorbells = Lease::receive(socket)?.map_guarded()?;
     let mut message = [0; 8];
     while socket.read_exact(&mut message).is_ok() {
-        let [offset, value] =
-            [0, 4].map(|at| u32::from_le_bytes(message[at..at + 4].try_into().unwrap()));
-        doorbells.write(offset as usize, value.to_le())?;
+        let [o, p, q, r, value @ ..] = message;
+        let offset = u32::from_le_bytes([o, p, q, r]);
+        doorbells.write(offset as usize, u32::from_ne_bytes(value))?;
     }
     Ok(())
 }

@@ -146,7 +146,8 @@ impl Tph {
 pub struct LeaseRecord {
     /// Its id.
     pub id: LeaseId,
-    /// The name that somebody gave it; `None` also when it could not be read just now.
+    /// The name that somebody gave it, else the one that the module did; `None` when it could not be
+    /// read just now.
     pub name: Option<String>,
     /// The BAR.
     pub bar: u32,

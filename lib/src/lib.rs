@@ -23,6 +23,39 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Driving it
+//!
+//! Registers are mapped, config space is read and written, interrupts are eventfds, and memory for
+//! DMA is a [`DmaBuffer`] in the device's [`Iommu`]:
+//!
+//! ```no_run
+//! # fn example(device: &barlease::Device) -> barlease::Result<()> {
+//! use barlease::{DmaBuffer, InterruptKind, config::Command, dma};
+//! use std::time::Duration;
+//!
+//! device.config()?.update_command(|command| command | Command::MASTER)?;
+//! let registers = device.map_region(0, ..)?;
+//! let status = registers.typed_read_only::<u32>(0x1c)?;
+//! let doorbells = registers.array::<u32>(0x1000, 16, 8)?;
+//!
+//! let queue = DmaBuffer::new(device.require_iommu()?, 4096)?;
+//! registers.write(0x28, queue.iova())?;
+//! status.poll_until(1, 1, Duration::from_secs(5))?;
+//!
+//! let vectors = device.enable_interrupts(InterruptKind::Msix, 2)?;
+//! queue.write(0, 0x1234_u64)?;
+//! dma::write_barrier();
+//! doorbells.get_write_only(0)?.write(1);
+//! vectors[1].wait()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Several devices, or several functions of one IOMMU group, share an [`Iommu`]:
+//! [`OpenOptions::iommu`]. A device that another crate or another process opened is taken over by
+//! [`Device::from_fd`]; for leases of it a borrowed descriptor is enough: [`Leases`]. Tests of a
+//! driver need no hardware: see the feature `fake`, and the examples of the crate for whole drivers.
+//!
 //! # Granting a lease
 //!
 //! ```no_run
@@ -198,4 +231,7 @@ mod examples {
 
     #[doc = include_str!("../../docs/tutorial.md")]
     struct Tutorial;
+
+    #[doc = include_str!("../../docs/driver.md")]
+    struct Driver;
 }

@@ -247,15 +247,21 @@ impl Pci {
     /// Errors: [`Error::NoDevice`]; [`Error::Unsupported`]: it has no way to be reset;
     /// [`Error::Denied`]; [`Error::Io`].
     pub fn reset(&self, bdf: Bdf) -> Result<()> {
-        let path = self.existing(bdf)?.join("reset");
-        if !path.exists() {
-            return Err(Error::unsupported(
+        let none = || {
+            Error::unsupported(
                 "reset",
                 Object::Device(bdf),
-                "the kernel knows no way to reset it: see `reset_methods`",
-            ));
+                "the kernel knows no way to reset it, or is not to use any: see `reset_methods`",
+            )
+        };
+        let path = self.existing(bdf)?.join("reset");
+        if !path.exists() {
+            return Err(none());
         }
-        write(&path, "1")
+        write(&path, "1").map_err(|error| match error.errno().map(Errno::from_raw_os_error) {
+            Some(Errno::NOTTY) => none().because(Errno::NOTTY),
+            _ => error,
+        })
     }
 
     fn existing(&self, bdf: Bdf) -> Result<PathBuf> {
