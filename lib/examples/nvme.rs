@@ -98,7 +98,10 @@ pub fn run(bdf: Bdf, mut holder: &UnixStream) -> Result<Found> {
     status.poll_until(1, 1, TIMEOUT)?;
 
     let data = DmaBuffer::new(device.require_iommu()?, 4096)?;
-    let ring = |tail: u16| Ok(doorbells.get_write_only(0)?.write(tail.into()));
+    let ring = |tail: u16| {
+        doorbells.get_write_only(0)?.write(tail.into());
+        Ok(())
+    };
     // Identify the controller.
     admin.run([0x06, 0, 1, 0], &data, ring)?;
     let mut model = [0; 40];

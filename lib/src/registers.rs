@@ -78,10 +78,9 @@ pub trait Bits:
 }
 
 mod sealed {
-    /// Between the byte orders of the device and of the CPU.
+    /// Between the byte orders of the device and of the CPU: either way it is the same.
     pub trait Little {
-        fn to_device(self) -> Self;
-        fn from_device(self) -> Self;
+        fn little(self) -> Self;
     }
 }
 
@@ -89,13 +88,8 @@ macro_rules! bits {
     ($($type:ty),+) => {$(
         impl sealed::Little for $type {
             #[inline(always)]
-            fn to_device(self) -> Self {
+            fn little(self) -> Self {
                 self.to_le()
-            }
-
-            #[inline(always)]
-            fn from_device(self) -> Self {
-                Self::from_le(self)
             }
         }
 
@@ -123,12 +117,12 @@ bits!(u64);
 
 #[inline(always)]
 fn decode<T: RegisterValue>(raw: T::Raw) -> T {
-    T::from_raw(sealed::Little::from_device(raw))
+    T::from_raw(sealed::Little::little(raw))
 }
 
 #[inline(always)]
 fn encode<T: RegisterValue>(value: T) -> T::Raw {
-    sealed::Little::to_device(value.into_raw())
+    sealed::Little::little(value.into_raw())
 }
 
 /// A register that is read and written as a `T`. One load or store each, nothing is checked.
@@ -457,11 +451,11 @@ impl Mapping {
         let end = offset.saturating_add(size_of::<T>());
         let place = self.window(offset..end)?.as_ptr().cast::<T>();
         match std::ptr::NonNull::new(place) {
-            // SAFETY: mapped, for reading and writing, as long as the mapping is borrowed; in
-            // bounds and aligned; every bit pattern is a valid value; and the mapping, borrowed
-            // mutably, gives nobody else an access meanwhile. (What other mappings of the same
-            // device do is the device's affair: accesses are volatile.)
             Some(place) if place.is_aligned() => {
+                // SAFETY: mapped, for reading and writing, as long as the mapping is borrowed; in
+                // bounds and aligned; every bit pattern is a valid value; and the mapping, borrowed
+                // mutably, gives nobody else an access meanwhile. (What other mappings of the same
+                // device do is the device's affair: accesses are volatile.)
                 Ok(unsafe { safe_mmio::UniqueMmioPointer::new(place) })
             }
             _ => Err(Error::Misaligned {
