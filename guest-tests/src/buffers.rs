@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Read,
+    io::{Read, Write},
     os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
@@ -185,14 +185,11 @@ impl Device {
             assert!(ids.clone().is_sorted_by(|one, next| one < next), "order");
             assert!(records.iter().all(|record| record.id > after));
             all.extend(records);
-            let Some(last) = all.last() else {
-                assert_eq!(listed.head.after, 0, "nothing, and more to come");
-                return all;
-            };
             if listed.head.after == 0 {
                 return all;
             }
-            assert!(listed.head.after >= last.id, "it would begin again");
+            let last = all.last().map_or(0, |record| record.id);
+            assert!(listed.head.after >= last, "it would begin again");
             assert!(listed.head.after > after, "no progress");
             after = listed.head.after;
         }
@@ -301,6 +298,16 @@ impl Events {
             Ok(()) => u64::from_ne_bytes(bytes),
             Err(_) => 0,
         }
+    }
+
+    /// Adds one to it, as an event does.
+    ///
+    /// # Panics
+    ///
+    /// When it is full.
+    pub fn add(&self) {
+        let mut file = fs::File::from(duplicate(&self.0));
+        file.write_all(&1u64.to_ne_bytes()).expect("an eventfd");
     }
 
     /// Forgets what was signalled, until nothing comes any more.

@@ -135,7 +135,11 @@ impl Faults {
 
 /// Keeps this thread where it is: what the kernel keeps for the next time, such as I/O virtual addresses, it keeps for each
 /// processor.
-fn stay_on_this_cpu() {
+///
+/// # Panics
+///
+/// When the kernel refuses.
+pub fn stay_on_this_cpu() {
     // SAFETY: All zeroes is an empty set.
     let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
     // SAFETY: Has no argument.

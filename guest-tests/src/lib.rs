@@ -10,6 +10,7 @@
 //! - [`attributes`]: those that change how memory is reached;
 //! - [`map`]: mappings, and touching them without dying of it;
 //! - [`process`]: child processes;
+//! - [`cgroup`]: memory control groups;
 //! - [`race`]: threads that do one thing again and again;
 //! - [`wait`]: waiting for what must come, or must not yet;
 //! - [`probe`]: page-table entries, read back;
@@ -31,6 +32,7 @@ pub mod allocations;
 #[expect(unsafe_code, reason = "an ioctl, fds by number")]
 pub mod attributes;
 pub mod buffers;
+pub mod cgroup;
 pub mod errno;
 #[expect(unsafe_code, reason = "finit_module, fork, sched_setaffinity")]
 pub mod faults;

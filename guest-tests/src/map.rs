@@ -312,6 +312,27 @@ impl Map {
         crate::errno::answer(unsafe { libc::read(fd, place, 4) })
     }
 
+    /// Lets the kernel store four zero bytes at each of these offsets, at most 1,024, by one system
+    /// call.
+    ///
+    /// # Errors
+    ///
+    /// That of the system call: no signal comes of it.
+    pub fn receive_zeros_at(
+        &self,
+        zeros: impl AsFd,
+        offsets: impl IntoIterator<Item = u64>,
+    ) -> Answer<isize> {
+        let part = |offset| libc::iovec {
+            iov_base: ptr::with_exposed_provenance_mut(self.byte(offset)),
+            iov_len: 4,
+        };
+        let parts: Vec<_> = offsets.into_iter().map(part).collect();
+        let (fd, count) = (zeros.as_fd().as_raw_fd(), parts.len() as i32);
+        // SAFETY: Each part is four bytes of a mapping of this process that no reference leads to.
+        crate::errno::answer(unsafe { libc::readv(fd, parts.as_ptr(), count) })
+    }
+
     /// Has the kernel copy four bytes of it as a debugger does: pages that can be pinned only.
     ///
     /// # Errors

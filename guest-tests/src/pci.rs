@@ -320,6 +320,38 @@ impl Function {
     }
 }
 
+/// A parameter of our module, as a test wants it; what it was before when dropped.
+#[derive(Debug)]
+pub struct Parameter {
+    path: PathBuf,
+    before: String,
+}
+
+impl Parameter {
+    /// Sets it.
+    ///
+    /// # Errors
+    ///
+    /// When the module refuses the value.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such parameter.
+    pub fn set(name: &str, value: &str) -> Answer<Self> {
+        let path = Path::new("/sys/module").join(barlease_abi::MODULE_NAME);
+        let path = path.join("parameters").join(name);
+        let before = fs::read_to_string(&path).expect("a parameter");
+        write(&path, value)?;
+        Ok(Self { path, before })
+    }
+}
+
+impl Drop for Parameter {
+    fn drop(&mut self) {
+        let _ = write(&self.path, &self.before);
+    }
+}
+
 /// Writes to a file of sysfs or the like.
 ///
 /// # Errors

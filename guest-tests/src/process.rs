@@ -123,6 +123,23 @@ impl Drop for Child {
     }
 }
 
+/// Ends this process by SIGALRM after so many seconds: for one that may run for ever.
+pub fn end_after(seconds: u32) {
+    // SAFETY: Sets a timer of the process; nobody handles its signal.
+    unsafe { libc::alarm(seconds) };
+}
+
+/// Turns off huge pages for this process (`PR_SET_THP_DISABLE`).
+///
+/// # Panics
+///
+/// When the kernel refuses.
+pub fn turn_off_huge_pages() {
+    // SAFETY: The arguments are numbers.
+    let result = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+    assert_eq!(result, 0, "prctl: {}", io::Error::last_os_error());
+}
+
 /// Gives up the privileges of root in this process, for good.
 ///
 /// # Panics
@@ -244,6 +261,19 @@ pub fn eventfd() -> OwnedFd {
     assert!(fd >= 0, "eventfd: {}", io::Error::last_os_error());
     // SAFETY: The fd is new and nobody else's.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Has reads and writes of a file block, or not.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn set_blocking(fd: impl AsFd, blocking: bool) {
+    let fd = fd.as_fd().as_raw_fd();
+    let flags = if blocking { 0 } else { libc::O_NONBLOCK };
+    // SAFETY: Has no argument that is memory.
+    let answer = unsafe { libc::fcntl(fd, libc::F_SETFL, flags) };
+    assert_eq!(answer, 0, "fcntl: {}", io::Error::last_os_error());
 }
 
 /// Whether an eventfd was signalled within that time. Does not take the event away.

@@ -493,6 +493,53 @@ impl Device {
         answer(result)
     }
 
+    /// The ioctl with this number of VFIO, and any argument: it is as long as all that the kernel writes
+    /// for any of them.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn raw_ioctl(&self, number: u64, argument: &mut [u8; 4096]) -> Answer<i32> {
+        let fd = self.file.as_raw_fd();
+        // SAFETY: Of these structures the kernel writes what it knows, whatever `argsz` says: less than a
+        // page. Nothing in them is an address.
+        answer(unsafe { libc::ioctl(fd, ioctl_number(number), argument.as_mut_ptr()) })
+    }
+
+    /// Reads from a region to memory that is not there.
+    ///
+    /// # Errors
+    ///
+    /// That of the call.
+    pub fn read_to_nowhere(&self, region: u32, offset: u64, len: usize) -> Answer<isize> {
+        let edge = crate::map::Edge::new();
+        let nowhere = edge.put(&[]);
+        let at = u64::from(region) << 40 | offset;
+        let fd = self.file.as_raw_fd();
+        // SAFETY: The kernel finds no memory.
+        answer(unsafe { libc::pread(fd, nowhere.cast(), len, at as libc::off_t) })
+    }
+
+    /// Writes to a region from memory of which `readable` bytes are there, and what follows is not.
+    ///
+    /// # Errors
+    ///
+    /// That of the call.
+    pub fn write_from_edge(
+        &self,
+        region: u32,
+        offset: u64,
+        readable: usize,
+        len: usize,
+    ) -> Answer<isize> {
+        let edge = crate::map::Edge::new();
+        let bytes = edge.put(&vec![0; readable]);
+        let at = u64::from(region) << 40 | offset;
+        let fd = self.file.as_raw_fd();
+        // SAFETY: The kernel reads what is there, and then finds no memory.
+        answer(unsafe { libc::pwrite(fd, bytes.cast(), len, at as libc::off_t) })
+    }
+
     /// Reads from a region.
     ///
     /// # Errors

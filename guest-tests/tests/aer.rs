@@ -1,7 +1,10 @@
 //! Errors that a device reports (AER): what is leased is REVOKED until recovery succeeds, and then what the device says.
 #![cfg(barlease_guest)]
 
-use std::{os::fd::OwnedFd, thread, time::Duration};
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
 
 use barlease_abi::{ALIAS_WC, REASON_ERROR, REASON_MEMORY_OFF};
 use barlease_guest_tests::{
@@ -10,14 +13,14 @@ use barlease_guest_tests::{
         BAR, DEVICE, FATAL, NEIGHBOUR, NON_FATAL, end_of_recovery, inject, report_corrected,
         wait_for_recovery,
     },
-    errno::ENODEV,
+    errno::{EIO, ENODEV},
     importer::{Attachment, Importer, KernelLog, check_that_nothing_is_left},
     lease::State,
     map::{How, Map, Sigbus},
     observe,
     pci::{self, BARLEASE, Function},
-    process,
-    vfio::{Device, ERR_IRQ},
+    process, race,
+    vfio::{Device, ERR_IRQ, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, MSIX_IRQ},
     wait::{self, LONG},
 };
 
@@ -126,39 +129,120 @@ fn an_error_takes_away_and_recovery_gives_back() {
     scene.was_taken_away_and_given_back();
 }
 
-/// The importer lets go when the test says so, and until then the error is being handled.
+/// Opens another function, which may be in the group of one that is open.
+fn open_beside(device: &Device, name: &str) -> Device {
+    let function = Function::named(name);
+    function.bind(BARLEASE);
+    if function.group() != device.function().group() {
+        return Device::open(name);
+    }
+    device.group().device(&function).unwrap()
+}
+
+/// Something that keeps recovery between its phases: a reset of the other function has that
+/// function's device lock, and waits for an importer.
+struct Stall {
+    attachment: Attachment,
+    device: Device,
+}
+
+impl Stall {
+    fn new(scene: &Scene) -> Self {
+        let device = open_beside(&scene.device, NEIGHBOUR);
+        let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+        let attachment = Importer::open().attach(&fd).unwrap();
+        attachment.map().unwrap();
+        attachment.hold(true);
+        Self { attachment, device }
+    }
+
+    /// Lets an error be detected, and runs `body` before recovery goes on.
+    fn hold_up(&self, scene: &Scene, error: &str, body: impl FnOnce()) {
+        wait::waits_for(
+            || self.device.function().reset().unwrap(),
+            || {
+                self.attachment.wait_for_interruption();
+                inject(error);
+                scene.is_told();
+                body();
+            },
+            || self.attachment.unmap().unwrap(),
+        );
+    }
+}
+
 #[test]
 fn until_recovery_nobody_reaches_the_device() {
     let scene = Scene::new();
-    scene.attachment.hold(true);
+    let stall = Stall::new(&scene);
     let mut log = KernelLog::from_now();
-    inject(NON_FATAL);
-    scene.attachment.wait_for_interruption();
-    scene.is(ERROR);
-    // What is exported now is born REVOKED; an mmap works, an attachment does not.
-    let fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
-    assert_eq!(scene.device.state(&fd), ERROR);
-    let map = Map::new(&fd, PAGE).unwrap();
-    assert_eq!(map.read(FEATURES), Err(Sigbus));
-    assert_eq!(Importer::open().attach(&fd).unwrap_err(), ENODEV);
-    assert_eq!(scene.attachment.status().mapped, 1);
-    // The user is told when nothing can be reached any more.
-    assert!(!process::is_signalled_within(&scene.told, Duration::ZERO));
-    // A COMMAND write gives nothing back.
-    let command = scene.device.command();
-    thread::scope(|scope| {
-        let write = scope.spawn(|| scene.device.set_command(command));
-        wait::until("the write's drain", || {
-            scene.state() != ERROR || write.is_finished()
-        });
+    let mut late = None;
+    stall.hold_up(&scene, NON_FATAL, || {
+        scene.is(ERROR);
+        assert_eq!(scene.attachment.status().mapped, 0);
+        // What is exported now is born REVOKED; an mmap works, an attachment does not.
+        let fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
+        assert_eq!(scene.device.state(&fd), ERROR);
+        let map = Map::new(&fd, PAGE).unwrap();
         assert_eq!(map.read(FEATURES), Err(Sigbus));
-        scene.attachment.unmap().unwrap();
+        assert_eq!(Importer::open().attach(&fd).unwrap_err(), ENODEV);
+        // Neither a COMMAND write nor a reset gives anything back.
+        scene.device.set_command(scene.device.command());
+        scene.is(ERROR);
+        scene.device.reset().unwrap();
+        scene.is(ERROR);
+        late = Some(map);
     });
-    scene.is_told();
     wait_for_recovery(&mut log);
     scene.is(State::Ok);
-    map.read(FEATURES).unwrap();
+    late.unwrap().read(FEATURES).unwrap();
     scene.attachment.map().unwrap();
+}
+
+/// The kernel calls with a lock that every hot-plug takes: who does not let go delays nobody.
+#[test]
+fn importers_are_told_of_an_error_and_not_waited_for() {
+    let scene = Scene::new();
+    scene.attachment.hold(true);
+    wait::at_once("recovery", || scene.survives(NON_FATAL));
+    let status = scene.attachment.status();
+    assert_eq!((status.mapped, status.interruptions), (1, 1));
+    // CPU mappings were taken away all the same.
+    assert!(scene.faults().iter().all(|&faults| faults > 0));
+    scene.is(State::Ok);
+    // Another event waits for it.
+    wait::waits_for(
+        || scene.device.set_memory(false),
+        || scene.attachment.wait_for_interruption(),
+        || scene.attachment.unmap().unwrap(),
+    );
+    scene.is(MEMORY_OFF);
+}
+
+/// Opening enables and resets the function; the other one, and the link, may still be in recovery.
+#[test]
+fn opening_the_device_does_not_end_a_recovery() {
+    let scene = Scene::new();
+    let stall = Stall::new(&scene);
+    let mut log = KernelLog::from_now();
+    wait::waits_for(
+        || stall.device.function().reset().unwrap(),
+        || {
+            stall.attachment.wait_for_interruption();
+            inject(NON_FATAL);
+            scene.is_told();
+            drop(scene);
+            let device = open_beside(&stall.device, DEVICE);
+            let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+            assert_eq!(device.state(&fd), ERROR);
+            let map = Map::new(&fd, PAGE).unwrap();
+            assert_eq!(map.read(FEATURES), Err(Sigbus));
+        },
+        || stall.attachment.unmap().unwrap(),
+    );
+    wait_for_recovery(&mut log);
+    drop(stall);
+    Scene::new().is(State::Ok);
 }
 
 #[test]
@@ -217,6 +301,68 @@ fn after_a_reset_of_the_link_memory_is_off_until_command_is_written() {
     scene.was_taken_away_and_given_back();
 }
 
+/// Setting up interrupts turns memory on for a moment, and off again.
+#[test]
+fn what_an_error_took_is_not_given_back_by_setting_up_interrupts() {
+    let _anew = Anew;
+    let scene = Scene::new();
+    scene.survives(FATAL);
+    scene.is(MEMORY_OFF);
+    interrupts_give_nothing_back(&scene.device, || scene.is(MEMORY_OFF));
+    scene.device.set_memory(true);
+    scene.was_taken_away_and_given_back();
+}
+
+/// The same without an error: a function that loses its config space in D3hot gets back what it had
+/// then.
+#[test]
+fn what_a_sleep_took_is_not_given_back_by_setting_up_interrupts() {
+    let device = Device::open("igb");
+    let [control]: [u8; 1] = device.config(device.pmcsr());
+    assert_eq!(control & NO_SOFT_RESET, 0, "the device keeps what it has");
+    let fd = device.export(0, &[(0, PAGE)]).unwrap();
+    let map = Map::new(&fd, PAGE).unwrap();
+    device.set_memory(false);
+    device.set_power_state(3);
+    device.set_memory(true);
+    device.set_power_state(0);
+    let is = |expected: State| {
+        assert_eq!(device.state(&fd), expected);
+        assert_eq!(map.read(0).is_ok(), expected == State::Ok);
+    };
+    is(MEMORY_OFF);
+    interrupts_give_nothing_back(&device, || is(MEMORY_OFF));
+    // Nor by the end of a write that leaves things as they are.
+    interrupts_give_nothing_back(&device, || {
+        device.set_power_state(0);
+        is(MEMORY_OFF);
+    });
+    device.set_memory(true);
+    is(State::Ok);
+}
+
+/// Of PMCSR: a way from D3hot to D0 is no reset.
+const NO_SOFT_RESET: u8 = 1 << 3;
+
+/// Sets up interrupts and takes them down while others ask about the device and `check` is called.
+fn interrupts_give_nothing_back(device: &Device, check: impl Fn()) {
+    let event = process::eventfd();
+    let interrupts = || {
+        let on = IRQ_DATA_EVENTFD | IRQ_ACTION_TRIGGER;
+        let _ = device.set_irqs(MSIX_IRQ, on, 1, &[event.as_raw_fd()]);
+        let off = IRQ_DATA_NONE | IRQ_ACTION_TRIGGER;
+        let _ = device.set_irqs(MSIX_IRQ, off, 0, &[]);
+    };
+    let ask = || device.info().map(drop).unwrap();
+    race::meanwhile(&[&interrupts, &ask], || {
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(2) {
+            check();
+        }
+    });
+    check();
+}
+
 #[test]
 fn a_reset_by_ioctl_after_a_reset_of_the_link_does_not_give_back_what_is_not_there() {
     let _anew = Anew;
@@ -251,7 +397,7 @@ fn an_error_that_nobody_recovers_from_lasts_until_the_device_is_opened_again() {
 #[test]
 fn an_error_of_one_function_takes_away_from_the_other() {
     let scene = Scene::new();
-    let other = Device::open(NEIGHBOUR);
+    let other = open_beside(&scene.device, NEIGHBOUR);
     let told = process::eventfd();
     other.trigger(ERR_IRQ, &told).unwrap();
     let fd = other.export(BAR, &[(0, PAGE)]).unwrap();
@@ -293,5 +439,28 @@ fn an_error_of_a_device_that_is_not_open_does_not_outlast_it() {
 
 #[test]
 fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
-    check_that_nothing_is_left(&[DEVICE, NEIGHBOUR, "memory"]);
+    check_that_nothing_is_left(&[DEVICE, NEIGHBOUR, "memory", "igb"]);
+}
+
+/// A fatal error leaves the device reset and not restored: it decodes nothing, which stock vfio-pci does not look at.
+#[test]
+fn reads_and_writes_are_refused_until_the_device_is_restored() {
+    let _anew = Anew;
+    let scene = Scene::new();
+    let alias = scene.device.alias(BAR, ALIAS_WC).unwrap();
+    let reads = || {
+        [BAR, alias].map(|region| {
+            let mut bytes = [0; 4];
+            let read = scene.device.read(region, FEATURES, &mut bytes);
+            read.map(|_| u32::from_ne_bytes(bytes))
+        })
+    };
+    assert_eq!(reads(), [Ok(scene.features); 2]);
+    scene.survives(FATAL);
+    scene.is(MEMORY_OFF);
+    assert_eq!(reads(), [Err(EIO); 2]);
+    let written = scene.device.write(BAR, FEATURES, &[0; 4]);
+    assert_eq!(written, Err(EIO));
+    scene.device.set_memory(true);
+    assert_eq!(reads(), [Ok(scene.features); 2]);
 }

@@ -223,6 +223,7 @@ fn what_is_no_bar_of_a_page_that_can_be_mapped_is_enodev() {
 fn an_alias_says_what_its_bar_says_and_what_it_is() {
     for name in ["display", "memory", "nvme", "igb", "testdev", "edu"] {
         let device = Device::open(name);
+        device.probe(FEATURE_ALIAS_REGION, GET).unwrap();
         for bar in 0..6 {
             let before = device.region_info(bar).unwrap();
             let Ok(index) = device.alias(bar, ALIAS_WC) else {
@@ -271,28 +272,40 @@ fn the_bar_with_the_msix_table_says_so_on_its_alias() {
 }
 
 #[test]
-fn what_a_bar_says_is_what_stock_says_and_one_capability_more() {
+fn a_bar_says_one_capability_more_to_who_has_asked() {
     for name in ["display", "nvme", "igb"] {
-        let ours: Vec<_> = {
+        let regions =
+            |device: &Device| -> Vec<_> { (0..9).map(|index| device.region_info(index)).collect() };
+        let stock = regions(&Device::open_with(name, STOCK));
+        let asked: [&dyn Fn(&Device); 3] = [
+            &|device| device.probe(FEATURE_ALIAS_REGION, GET).unwrap(),
+            &|device| device.probe(FEATURE_ALIAS_REGION, 0).unwrap(),
+            &|device| assert_eq!(device.alias(99, ALIAS_WC), Err(ENODEV)),
+        ];
+        for ask in asked {
             let device = Device::open(name);
-            (0..9).map(|index| device.region_info(index)).collect()
-        };
-        let stock: Vec<_> = {
-            let device = Device::open_with(name, STOCK);
-            (0..9).map(|index| device.region_info(index)).collect()
-        };
-        for (index, (ours, stock)) in ours.into_iter().zip(stock).enumerate() {
-            let without = ours.map(|mut info| {
-                let aliasable = capability(&info, REGION_CAP_ALIASABLE).is_some();
-                info.capabilities
-                    .retain(|(id, _, _)| *id != REGION_CAP_ALIASABLE);
-                if aliasable && info.capabilities.is_empty() {
-                    info.flags &= !HAS_CAPABILITIES;
-                }
-                info
-            });
-            assert_eq!(without, stock, "{name} {index}");
+            // Whoever has not asked sees what stock says.
+            assert_eq!(regions(&device), stock, "{name}");
+            ask(&device);
+            let mut aliasable = 0;
+            for (index, (ours, stock)) in regions(&device).into_iter().zip(&stock).enumerate() {
+                let without = ours.map(|mut info| {
+                    if capability(&info, REGION_CAP_ALIASABLE).is_some() {
+                        aliasable += 1;
+                        info.capabilities
+                            .retain(|(id, _, _)| *id != REGION_CAP_ALIASABLE);
+                        if info.capabilities.is_empty() {
+                            info.flags &= !HAS_CAPABILITIES;
+                        }
+                    }
+                    info
+                });
+                assert_eq!(without, *stock, "{name} {index}");
+            }
+            assert!(aliasable > 0, "{name}");
         }
+        // The next open has not been asked.
+        assert_eq!(regions(&Device::open(name)), stock, "{name}");
     }
 }
 

@@ -968,6 +968,19 @@ fn a_real_sleep_takes_away_and_wake_up_gives_back() {
 }
 
 #[test]
+fn a_device_that_was_in_d3hot_before_a_sleep_is_in_d0_after_it() {
+    let leased = leased("nvme");
+    leased.map.write(8, 0x600d).unwrap();
+    leased.device.set_power_state(3);
+    leased.is(LOW_POWER);
+    observe::sleep();
+    // Before anything that goes through the device fd and might notice it there.
+    assert_eq!(leased.map.read(8), Ok(0x600d));
+    assert_eq!(leased.device.function().power_state(), "D0");
+    leased.is(State::Ok);
+}
+
+#[test]
 fn a_device_that_was_in_low_power_before_a_sleep_is_in_low_power_after_it() {
     let leased = leased("nvme");
     leased.map.write(8, 0x600d).unwrap();

@@ -16,6 +16,7 @@ use barlease_guest_tests::{
     lease::{self, Request, State},
     map::{How, Map, READ},
     observe,
+    pci::{self, Parameter},
     process::Child,
     race,
     vfio::{CONFIG_REGION, Device, GET, ROM_REGION, SET, VGA_REGION},
@@ -362,6 +363,7 @@ fn values_of_the_fixed_part_are_looked_at_before_the_ranges() {
 
 #[test]
 fn of_two_things_that_are_wrong_the_first_is_the_answer() {
+    let _never = never();
     let device = Device::open("nvme");
     let [(bar, table, _), _] = msix_areas(&device);
     let outside = (1 << 40, PAGE);
@@ -498,7 +500,13 @@ fn msix_areas(device: &Device) -> [(u32, u64, u64); 2] {
     ]
 }
 
+/// The machine isolates interrupts, so that by default the table is exported.
+fn never() -> Parameter {
+    Parameter::set("msix_export", "never").unwrap()
+}
+
 fn msix_is_refused(name: &str) {
+    let _never = never();
     let device = Device::open(name);
     for (bar, first, len) in msix_areas(&device) {
         let size = device.region_info(bar).unwrap().size;
@@ -521,7 +529,39 @@ fn the_msix_table_and_pba_of_igb_are_eperm() {
 }
 
 #[test]
+fn the_msix_table_is_exported_where_interrupts_are_isolated() {
+    for name in ["nvme", "igb"] {
+        let device = Device::open(name);
+        for (bar, first, len) in msix_areas(&device) {
+            for policy in [None, Some("auto"), Some("always")] {
+                let _parameter =
+                    policy.map(|policy| Parameter::set("msix_export", policy).unwrap());
+                let fd = device.export(bar, &[(first, len)]).unwrap();
+                assert_eq!(device.state(&fd), State::Ok, "{name}");
+                Map::new(&fd, len).unwrap().read(0).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn msix_export_is_one_of_three_words() {
+    for word in ["\n", "Always", "yes", "1", "auto,never", "alwaysx"] {
+        let refused = Parameter::set("msix_export", word);
+        assert_eq!(refused.map(drop), Err(EINVAL), "{word}");
+    }
+    let value = || pci::module_attribute("parameters/msix_export").unwrap();
+    assert_eq!(value(), "auto");
+    for word in ["never", "always", "auto"] {
+        let _parameter = Parameter::set("msix_export", word).unwrap();
+        assert_eq!(value(), word);
+    }
+    assert_eq!(value(), "auto");
+}
+
+#[test]
 fn pages_beside_the_msix_table_are_exported() {
+    let _never = never();
     for name in ["nvme", "igb"] {
         let device = Device::open(name);
         let areas = msix_areas(&device);
@@ -543,6 +583,7 @@ fn pages_beside_the_msix_table_are_exported() {
 
 #[test]
 fn one_range_over_the_msix_table_is_enough() {
+    let _never = never();
     let device = Device::open("nvme");
     let [(bar, table, _), _] = msix_areas(&device);
     let free = (0..table.max(PAGE)).step_by(PAGE as usize).next().unwrap();

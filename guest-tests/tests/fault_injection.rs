@@ -6,23 +6,28 @@
 
 use std::{
     fs::File,
-    os::{fd::OwnedFd, unix::fs::FileExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
     path::Path,
     sync::atomic::AtomicU32,
 };
 
-use barlease_abi::{ALIAS_WC, FEATURE_DMA_BUF_STOCK, MEMATTR_WC, REASON_MEMORY_OFF};
+use barlease_abi::{ALIAS_WC, FEATURE_DMA_BUF_STOCK, MEMATTR_WC, REASON_MEMORY_OFF, REVOKE_NOWAIT};
 use barlease_guest_tests::{
     HUGE, PAGE,
     attributes::no_tags,
+    buffers::{List, RECORD, id_of},
     errno::{Answer, EAGAIN, EFAULT, EINVAL, EIO, ENODEV, ENOMEM, Errno},
     faults::{self, Faults, Ledger, Memory, Trial},
     importer::{self, Attachment, Domain, Importer, check_that_nothing_is_left},
     lease::{Request, State},
     map::{How, Map, Sigbus},
     pci::{self, BARLEASE, Function},
-    probe,
+    probe, process,
     vfio::{Device, Group},
+    wait,
 };
 use barlease_lab::guest;
 
@@ -157,6 +162,31 @@ fn what_is_asked_of_a_lease() {
         |fd| device.revoke(&*fd),
         |fd, ()| assert_eq!(device.state(&*fd), State::Dead),
     );
+    for flags in [0, REVOKE_NOWAIT] {
+        bench.trial("REVOKE_ID").never_fails().run_on(
+            lease,
+            |fd| device.revoke_id_raw(id_of(&*fd), flags, 0),
+            |fd, ()| assert_eq!(device.state(&*fd), State::Dead),
+        );
+    }
+    bench.trial("LIST").run_on(
+        lease,
+        |_| device.list(&List::new(0, 8)),
+        |fd, listed| {
+            let records = listed.records(RECORD);
+            assert!(records.iter().any(|record| record.id == id_of(&*fd)));
+        },
+    );
+    bench.trial("EVENTS").run_on(
+        process::eventfd,
+        |event| device.events_number(event.as_raw_fd(), 0),
+        |event, ()| {
+            device.set_memory(false);
+            device.set_memory(true);
+            assert!(process::is_signalled_within(event, wait::LONG));
+        },
+    );
+    device.events_number(-1, 0).expect("no eventfd");
     bench.trial("ALIAS_REGION").never_fails().run_on(
         || (),
         |()| device.alias(BAR, ALIAS_WC),

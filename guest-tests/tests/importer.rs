@@ -369,12 +369,11 @@ fn every_page_of_many_ranges_leads_where_it_must() {
 
 #[test]
 fn as_many_ranges_as_there_may_be_can_be_mapped() {
-    let device = memory();
-    // Each other page, from the end, over and over: no two touch.
+    let device = Device::open("big");
+    // Each other page, from the end: no two touch.
     let count = u64::from(barlease_abi::MAX_RANGES);
-    let pages = BAR_LEN / PAGE / 2;
     let ranges: Vec<_> = (0..count)
-        .map(|index| ((pages - 1 - index % pages) * 2 * PAGE, PAGE))
+        .map(|index| ((count - 1 - index) * 2 * PAGE, PAGE))
         .collect();
     let (_fd, attachment) = mapped(&device, &ranges);
     let bar = device.function().bar(BAR).0;
@@ -523,7 +522,7 @@ fn a_device_without_translation_gets_entries_for_each_run_of_neighbours() {
     let large = vec![
         vec![(0, 4 * GIB)],
         vec![(0, 4 * GIB), (0, PAGE)],
-        vec![(GIB, 3 * GIB), (0, 4 * GIB), (PAGE, 4 * GIB - PAGE)],
+        vec![(GIB, 3 * GIB), (0, 4 * GIB), (PAGE, GIB - PAGE)],
     ];
     for (name, sets) in [("memory", small), ("big", large)] {
         let device = Device::open(name);
@@ -538,6 +537,113 @@ fn a_device_without_translation_gets_entries_for_each_run_of_neighbours() {
             }
         }
     }
+}
+
+/// Pages that hold the tables of IOMMUs.
+fn iommu_pages() -> u64 {
+    let text = std::fs::read_to_string("/proc/vmstat").expect("vmstat");
+    let number = text
+        .lines()
+        .find_map(|line| line.strip_prefix("nr_iommu_pages "));
+    number.expect("nr_iommu_pages").parse().expect("a number")
+}
+
+/// A buffer may be as long as one likes, but what an importer maps takes tables that nobody is
+/// charged for.
+#[test]
+fn a_buffer_that_is_longer_than_twice_its_bar_is_not_mapped_for_an_importer() {
+    let device = memory();
+    let importer = Importer::open();
+    let _mask = importer.mask(48);
+    let whole = (0, BAR_LEN);
+    let fd = device.export(BAR, &[whole, whole]).unwrap();
+    importer.attach(&fd).unwrap().map().unwrap();
+
+    let fd = device.export(BAR, &[whole, (0, PAGE), whole]).unwrap();
+    let attachment = importer.attach(&fd).unwrap();
+    assert_eq!(attachment.map(), Err(EINVAL));
+    assert_eq!(device.status(&fd).unwrap().nr_attachments, 1);
+    // Processes map what they like.
+    let map = Map::new(&fd, 2 * BAR_LEN + PAGE).unwrap();
+    map.read(2 * BAR_LEN).unwrap();
+
+    // 64 GiB, of which none but the first page is where an entry above a page could be: 128 MiB of
+    // tables.
+    let mut ranges = vec![(0, PAGE)];
+    ranges.extend([whole; 1024]);
+    let fd = device.export(BAR, &ranges).unwrap();
+    let attachment = importer.attach(&fd).unwrap();
+    let before = iommu_pages();
+    for _ in 0..3 {
+        assert_eq!(attachment.map(), Err(EINVAL));
+    }
+    assert_eq!(iommu_pages(), before);
+    assert!(!attachment.is_mapped());
+    device.revoke(&fd).unwrap();
+}
+
+/// A lease that begins in the middle of a large page is not one of pages for that: its IOVA begins
+/// there, too.
+#[test]
+fn memory_that_is_not_aligned_takes_as_few_tables_as_memory_that_is() {
+    let device = Device::open("big");
+    let importer = Importer::open();
+    let _mask = importer.mask(48);
+    let tables = |offset: u64| {
+        let fd = device.export(BAR, &[(offset, 512 * MIB)]).unwrap();
+        let attachment = importer.attach(&fd).unwrap();
+        let before = iommu_pages();
+        attachment.map().unwrap();
+        let after = iommu_pages();
+        let bar = device.function().bar(BAR).0;
+        for at in [0, 5 * PAGE, 2 * MIB, 300 * MIB, 512 * MIB - PAGE] {
+            assert_eq!(attachment.translate(at), Some(bar + offset + at));
+        }
+        assert_eq!(attachment.entries()[0].length, 512 * MIB);
+        after - before
+    };
+    let aligned = tables(0);
+    // At either end a table more, and those above. Tables of all pages are 256.
+    for offset in [PAGE, GIB + 3 * PAGE, MIB] {
+        let skewed = tables(offset);
+        assert!(
+            skewed <= aligned + 8,
+            "{offset:#x}: {skewed}, not {aligned}"
+        );
+    }
+}
+
+/// Without translation a device that has 32 bits of address cannot name memory above: the kernel
+/// would warn of the try.
+#[test]
+fn what_a_device_without_translation_cannot_name_is_refused() {
+    let _domain = Domain::set("identity");
+    let importer = Importer::open();
+    let device = Device::open("big");
+    let (start, _) = device.function().bar(BAR);
+    assert!(start > u64::from(u32::MAX), "{start:#x}");
+    let fd = device.export(BAR, &[(0, PAGE), (2 * PAGE, PAGE)]).unwrap();
+    let attachment = importer.attach(&fd).unwrap();
+    assert_eq!(attachment.map(), Err(EINVAL));
+    // It is not remembered: the mask is the importer's to change.
+    let mask = importer.mask(64);
+    attachment.map().unwrap();
+    assert_eq!(attachment.entries()[1].address, start + 2 * PAGE);
+    attachment.unmap().unwrap();
+    drop(mask);
+    assert_eq!(attachment.map(), Err(EINVAL));
+    // Nor is it the first page that counts: up to bit 32 more than the beginning, and the end is
+    // beyond.
+    let bits = 64 - start.leading_zeros();
+    let _mask = importer.mask(bits);
+    let beyond = (1u64 << bits)
+        .checked_sub(start)
+        .filter(|&left| left < 4 * GIB);
+    if let Some(left) = beyond {
+        let fd = device.export(BAR, &[(0, left + PAGE)]).unwrap();
+        assert_eq!(importer.attach(&fd).unwrap().map(), Err(EINVAL));
+    }
+    attachment.map().unwrap();
 }
 
 // ---- Bytes ----------------------------------------------------------------------------------------

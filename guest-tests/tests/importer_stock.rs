@@ -13,6 +13,7 @@ use barlease_guest_tests::{
     importer::{self, DYNAMIC, Importer, abi, check_that_nothing_is_left},
     lease::{Request, no_such_fd},
     map::Map,
+    pci::Parameter,
     vfio::{Device, GET, PROBE, SET},
 };
 
@@ -27,28 +28,6 @@ fn open() -> Device {
 
 fn stock(device: &Device, bar: u32, ranges: &[(u64, u64)]) -> Answer<OwnedFd> {
     importer::stock(device, &Request::new(bar, ranges))
-}
-
-/// A parameter of our module; as it was when dropped.
-struct Parameter(&'static str);
-
-impl Parameter {
-    fn on(name: &'static str) -> Self {
-        Self::set(name, "Y");
-        Self(name)
-    }
-
-    fn set(name: &str, value: &str) {
-        let module = barlease_abi::MODULE_NAME;
-        let path = format!("/sys/module/{module}/parameters/{name}");
-        fs::write(path, value).expect("a parameter");
-    }
-}
-
-impl Drop for Parameter {
-    fn drop(&mut self) {
-        Self::set(self.0, "N");
-    }
 }
 
 // ---- The stock exporter ---------------------------------------------------------------------------
@@ -128,25 +107,22 @@ fn revoking_a_lease_leaves_a_stock_buffer_of_the_same_range() {
 
 #[test]
 fn a_parameter_makes_feature_11_the_stock_exporters() {
+    let export = |device: &Device| device.export(BAR, &[(0, PAGE)]).unwrap();
     let device = open();
-    let ours = device.export(BAR, &[(0, PAGE)]).unwrap();
-    assert!(device.status(&ours).is_ok());
-    let fd = {
-        let _parameter = Parameter::on("stock_dma_buf");
-        assert_eq!(device.probe(FEATURE_DMA_BUF, GET), Ok(()));
-        device.export(BAR, &[(0, PAGE)]).unwrap()
-    };
+    let parameter = Parameter::set("stock_dma_buf", "Y").unwrap();
+    // A device that is open goes on as it was opened.
+    device.status(export(&device)).unwrap();
+    drop(device);
+    let device = open();
+    drop(parameter);
+    assert_eq!(device.probe(FEATURE_DMA_BUF, GET), Ok(()));
+    let fd = export(&device);
     assert_eq!(device.status(&fd).unwrap_err(), EINVAL);
     let attachment = Importer::open().attach(&fd).unwrap();
     attachment.map().unwrap();
-    // What was leased stays leased.
-    device.revoke(&ours).unwrap();
-    assert!(attachment.is_mapped());
-    assert!(
-        device
-            .status(device.export(BAR, &[(0, PAGE)]).unwrap())
-            .is_ok()
-    );
+    drop((attachment, fd, device));
+    let device = open();
+    device.status(export(&device)).unwrap();
 }
 
 // ---- The MSI-X table ------------------------------------------------------------------------------
@@ -172,7 +148,7 @@ fn protected_pages(device: &Device) -> Vec<u64> {
 type Export<'a> = &'a dyn Fn(&[(u64, u64)]) -> Answer<OwnedFd>;
 
 #[test]
-fn neither_exporter_exports_the_msix_table() {
+fn neither_exporter_exports_the_msix_table_where_it_is_told_not_to() {
     let device = Device::open("nvme");
     let protected = protected_pages(&device);
     assert!(!protected.is_empty());
@@ -191,15 +167,26 @@ fn neither_exporter_exports_the_msix_table() {
         let last = [(0, PAGE), (protected[0], PAGE)];
         assert_eq!(export(&last).unwrap_err(), EPERM, "{name}");
     };
-    check("ours", &|ranges| device.export(REGISTERS, ranges));
-    check("stock", &|ranges| stock(&device, REGISTERS, ranges));
-    let parameter = Parameter::on("stock_dma_buf");
-    check("feature 11", &|ranges| device.export(REGISTERS, ranges));
+    let both = |device: &Device| {
+        check("ours", &|ranges| device.export(REGISTERS, ranges));
+        check("stock", &|ranges| stock(device, REGISTERS, ranges));
+    };
+    let never = Parameter::set("msix_export", "never").unwrap();
+    both(&device);
+    drop(device);
+    let parameter = Parameter::set("stock_dma_buf", "Y").unwrap();
+    let device = Device::open("nvme");
     drop(parameter);
+    check("feature 11", &|ranges| device.export(REGISTERS, ranges));
+    drop((device, never));
 
-    let _parameter = Parameter::on("allow_msix_export");
-    device.export(REGISTERS, &[(0, length)]).unwrap();
-    stock(&device, REGISTERS, &[(0, length)]).unwrap();
+    // The IOMMU of this machine isolates interrupts.
+    let device = Device::open("nvme");
+    for policy in ["auto", "always"] {
+        let _parameter = Parameter::set("msix_export", policy).unwrap();
+        device.export(REGISTERS, &[(0, length)]).unwrap();
+        stock(&device, REGISTERS, &[(0, length)]).unwrap();
+    }
 }
 
 // ---- Steering tags --------------------------------------------------------------------------------

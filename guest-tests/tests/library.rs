@@ -266,9 +266,10 @@ fn errors_of_exporting_say_what_is_wrong() {
     assert_eq!(absent.unwrap_err().errno(), Some(libc::ENODEV));
     let nvme = open("nvme");
     // All of it has the MSI-X table in it, which is left out by who does not ask for it.
-    assert_error!(nvme.export(0).range(..).export(), Denied);
+    let all = nvme.export(0).range(..).export().unwrap();
+    assert_eq!(all.size(), nvme.region(0).unwrap().size);
     let free = nvme.exportable_ranges(0).unwrap();
-    assert!(!free.is_empty());
+    assert!(free.iter().map(|range| range.length).sum::<u64>() < all.size());
     let lease = nvme.export(0).export().unwrap();
     assert_eq!(lease.info().unwrap().ranges, free);
 }

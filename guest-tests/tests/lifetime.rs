@@ -2,7 +2,11 @@
 #![cfg(barlease_guest)]
 
 use std::{
-    os::fd::{AsFd, OwnedFd},
+    fs::{self, File},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
     thread,
     time::Duration,
 };
@@ -10,13 +14,14 @@ use std::{
 use barlease_abi::FEATURE_DMA_BUF;
 use barlease_guest_tests::{
     HUGE, PAGE,
-    errno::{EAGAIN, EBADF, ENODEV, Errno},
+    errno::{EAGAIN, EBADF, ENODEV, EPERM, Errno},
     lease::{self, State},
     map::{How, Map, Sigbus},
     observe,
-    pci::{self, BARLEASE, Function, STOCK},
+    pci::{self, BARLEASE, Function, Parameter, STOCK},
     process::{Child, End},
     vfio::{Device, GET, Group},
+    wait::{A_WHILE, until},
 };
 
 /// The frame buffer of the display: 64 MiB.
@@ -216,6 +221,53 @@ fn an_o_path_descriptor_of_a_mapped_buffer() {
     drop(device);
     assert_eq!(map.read(0), Err(Sigbus));
     drop(path);
+}
+
+/// An `O_PATH` descriptor of the file that is mapped.
+fn path_of_mapping(map: &Map) -> OwnedFd {
+    let (start, end) = (map.address(), map.address() + map.len() as usize);
+    let path = format!("/proc/self/map_files/{start:x}-{end:x}");
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_PATH);
+    options.open(path).expect("an O_PATH descriptor").into()
+}
+
+#[test]
+fn an_o_path_descriptor_of_a_bar_mapping_does_not_keep_the_device_open() {
+    let device = display();
+    let function = device.function().clone();
+    let (_fd, map) = leased(&device);
+    let bar = How::shared().map(&device, 0, 4 * PAGE).unwrap();
+    let path = path_of_mapping(&bar);
+    drop(device);
+    map.touch_all().unwrap();
+    drop(bar);
+    assert_eq!(map.read(0), Err(Sigbus), "the device is still open");
+    function.unbind();
+    drop(path);
+    function.bind(BARLEASE);
+}
+
+#[test]
+fn mappings_of_a_bar_have_a_file_in_common() {
+    const NUMBER: usize = 1000;
+    let device = display();
+    let one = How::shared().map(&device, 0, PAGE).unwrap();
+    let files = || {
+        let text = fs::read_to_string("/proc/sys/fs/file-nr").expect("file-nr");
+        let number = text.split_whitespace().next().expect("a number");
+        number.parse::<usize>().expect("a number")
+    };
+    let before = files();
+    let place = |number: usize| (number as u64 % 64) * PAGE;
+    let maps: Vec<_> = (0..NUMBER)
+        .map(|number| How::shared().map(&device, place(number), PAGE).unwrap())
+        .collect();
+    let more = files().saturating_sub(before);
+    assert!(more < NUMBER / 10, "{more} files more");
+    maps.iter().for_each(|map| map.touch_all().unwrap());
+    drop((one, maps));
+    observe::wait_for_buffers(device.function(), 0);
 }
 
 #[test]
@@ -426,23 +478,30 @@ fn export_of_msix_table() -> Result<OwnedFd, Errno> {
 }
 
 #[test]
-fn the_msix_table_is_exported_where_the_module_parameter_allows_it() {
-    let parameter = || pci::module_attribute("parameters/allow_msix_export").unwrap();
-    assert_eq!(parameter(), "N");
+fn parameters_are_given_when_the_module_is_loaded() {
+    let parameter = |name: &str| pci::module_attribute(&format!("parameters/{name}")).unwrap();
+    assert_eq!(parameter("msix_export"), "auto");
     with_module_idle(|| {
         pci::unload_module().unwrap();
-        pci::load_module("allow_msix_export=1");
-        assert_eq!(parameter(), "Y");
-        let device = Device::open("nvme");
-        let (bar, page) = msix_table(&device);
-        let fd = device.export(bar, &[(page, PAGE)]).unwrap();
-        Map::new(&fd, PAGE).unwrap().read(0).unwrap();
-        drop((fd, device));
-        Function::named("nvme").unbind();
+        pci::load_module("msix_export=never nointxmask=1 disable_idle_d3=1");
+        assert_eq!(parameter("msix_export"), "never");
+        assert_eq!(export_of_msix_table().unwrap_err(), EPERM);
+        // A function that is bound keeps what it was bound with: it does not sleep while it is idle.
+        let function = Function::named("nvme");
+        for value in ["N", "Y"] {
+            let _parameter = Parameter::set("disable_idle_d3", value).unwrap();
+            thread::sleep(A_WHILE);
+            assert_eq!(function.runtime_status(), "active");
+        }
+        assert_eq!(parameter("nointxmask"), "Y");
+        function.unbind();
         pci::unload_module().unwrap();
         pci::load_module("");
     });
-    assert!(export_of_msix_table().is_err());
+    assert!(export_of_msix_table().is_ok());
+    until("an idle device to sleep", || {
+        Function::named("nvme").runtime_status() == "suspended"
+    });
 }
 
 #[test]

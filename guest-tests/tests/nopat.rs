@@ -1,4 +1,5 @@
-//! Where write-combining cannot be real it is refused. Run on the machine `nopat`.
+//! Where write-combining cannot be real it is refused, and where interrupts are not isolated the MSI-X table is. Run on the
+//! machine `nopat`.
 #![cfg(barlease_guest)]
 
 use std::fs;
@@ -10,12 +11,20 @@ use barlease_abi::{
 };
 use barlease_guest_tests::{
     HUGE, PAGE,
-    errno::{EBADF, EOPNOTSUPP},
-    lease::no_such_fd,
+    errno::{EBADF, EOPNOTSUPP, EPERM},
+    lease::{Request, no_such_fd},
     map::How,
+    pci::Parameter,
     probe::{self, MemoryType},
     vfio::{Device, GET, SET},
 };
+
+/// Without isolated interrupts VFIO gives devices to user space only when it is told to.
+fn open(name: &str) -> Device {
+    let parameter = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts";
+    fs::write(parameter, "Y").unwrap();
+    Device::open(name)
+}
 
 #[test]
 fn the_kernel_was_told_so() {
@@ -28,7 +37,7 @@ fn the_kernel_was_told_so() {
 
 #[test]
 fn write_combining_is_refused_before_the_fd_is_looked_at() {
-    let device = Device::open("display");
+    let device = open("display");
     let fd = device.export(0, &[(0, PAGE)]).unwrap();
     assert_eq!(device.memattr(&fd, MEMATTR_WC), Err(EOPNOTSUPP));
     assert_eq!(
@@ -44,7 +53,7 @@ fn write_combining_is_refused_before_the_fd_is_looked_at() {
 
 #[test]
 fn aliases_are_refused_and_probe_says_so() {
-    let device = Device::open("display");
+    let device = open("display");
     assert_eq!(device.probe(FEATURE_ALIAS_REGION, GET), Err(EOPNOTSUPP));
     for (region, flags) in [(0, ALIAS_WC), (0, 0), (99, ALIAS_WC), (0, 2)] {
         assert_eq!(
@@ -56,13 +65,14 @@ fn aliases_are_refused_and_probe_says_so() {
 }
 
 #[test]
-fn no_bar_says_that_it_can_be_aliased_write_combining() {
-    let device = Device::open("display");
-    let info = device.region_info(0).unwrap();
-    for (id, _, payload) in info.capabilities {
-        if id == REGION_CAP_ALIASABLE {
-            assert_eq!(payload[..4], [0; 4], "supported_mapping_flags");
-        }
+fn no_bar_says_that_it_can_be_aliased() {
+    let device = open("display");
+    let asked = device.probe(FEATURE_ALIAS_REGION, GET);
+    assert_eq!(asked, Err(EOPNOTSUPP));
+    for bar in 0..6 {
+        let info = device.region_info(bar).unwrap();
+        let mut ids = info.capabilities.iter().map(|(id, ..)| *id);
+        assert!(ids.all(|id| id != REGION_CAP_ALIASABLE), "{info:?}");
     }
 }
 
@@ -75,7 +85,7 @@ fn the_doctor_says_so() {
 
 #[test]
 fn mappings_are_uncached() {
-    let device = Device::open("display");
+    let device = open("display");
     let fd = device.export(0, &[(0, HUGE)]).unwrap();
     for skew in [0, PAGE] {
         let map = How::shared()
@@ -86,4 +96,28 @@ fn mappings_are_uncached() {
         map.touch_all().unwrap();
         assert_eq!(probe::memory_type(&map, 0), Some(MemoryType::Uncached));
     }
+}
+
+#[test]
+fn the_msix_table_is_exported_only_where_the_parameter_says_always() {
+    let device = open("nvme");
+    let register = device.capability(0x11).unwrap() + 4;
+    let table = u32::from_le_bytes(device.config(register));
+    let (bar, page) = (table & 7, u64::from(table & !7) / PAGE * PAGE);
+    let request = Request::new(bar, &[(page, PAGE)]);
+    let both = || {
+        let exporters = [device.request(&request), device.stock_export(&request)];
+        exporters.map(|answer| answer.map(drop))
+    };
+    assert_eq!(both(), [Err(EPERM); 2]);
+    for (policy, answer) in [
+        ("always", Ok(())),
+        ("never", Err(EPERM)),
+        ("auto", Err(EPERM)),
+    ] {
+        let _parameter = Parameter::set("msix_export", policy).unwrap();
+        assert_eq!(both(), [answer; 2], "{policy}");
+    }
+    // What is beside it is exported.
+    device.export(2, &[(0, PAGE)]).unwrap();
 }

@@ -4,6 +4,7 @@
 use std::{
     os::fd::{AsFd, OwnedFd},
     sync::atomic::{AtomicU32, Ordering},
+    thread,
     time::Duration,
 };
 
@@ -12,7 +13,7 @@ use barlease_guest_tests::{
     PAGE,
     errno::ENODEV,
     importer::{Attachment, Importer, check_that_nothing_is_left},
-    lease::State,
+    lease::{Request, State},
     map::{How, Map, Sigbus},
     observe,
     process::{self, Child},
@@ -102,6 +103,8 @@ fn what_is_pulled_out_is_dead_before_its_user_lets_go() {
         scene.device.export(BAR, &[(0, PAGE)]).map(drop),
         Err(ENODEV)
     );
+    let request = Request::new(BAR, &[(0, PAGE)]);
+    assert_eq!(scene.device.stock_export(&request).map(drop), Err(ENODEV));
     let bar = How::shared().map(&scene.device, u64::from(BAR) << 40, PAGE);
     assert_eq!(bar.map(drop), Err(ENODEV));
     assert!(
@@ -125,6 +128,26 @@ fn what_is_pulled_out_is_dead_before_its_user_lets_go() {
     slot.plug();
     let again = Scene::new();
     assert_eq!(again.device.state(&again.fd), State::Ok);
+}
+
+/// The kernel asks for the device back every 10 seconds, and looks then whether it is still there.
+#[test]
+fn what_is_pulled_out_while_it_is_wanted_back_is_dead_too() {
+    let (slot, _unproved) = slot();
+    let scene = Scene::new();
+    thread::scope(|scope| {
+        scope.spawn(|| slot.function.unbind());
+        scene.is_wanted();
+        assert_eq!(scene.device.state(&scene.fd), State::Ok);
+        slot.pull();
+        wait::until("the kernel to notice", || {
+            scene.device.state(&scene.fd) == State::Dead
+        });
+        scene.is_dead();
+        drop(scene);
+    });
+    slot.wait_until_empty();
+    slot.plug();
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::{
 
 use barlease_abi::{
     FEATURE_ALIAS_REGION, FEATURE_DMA_BUF_MEMATTR, FEATURE_DMA_BUF_REVOKE, FEATURE_DMA_BUF_STATUS,
-    FEATURE_DMA_BUF_STOCK, FEATURE_DMA_BUF_TPH, REGION_CAP_ALIASABLE,
+    FEATURE_DMA_BUF_STOCK, FEATURE_DMA_BUF_TPH,
 };
 use barlease_guest_tests::{
     PAGE,
@@ -21,7 +21,7 @@ use barlease_guest_tests::{
     process,
     vfio::{
         CONFIG_REGION, Device, GET, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, MSIX_IRQ,
-        PROBE, RegionInfo, SET,
+        PROBE, SET,
     },
 };
 
@@ -76,28 +76,11 @@ fn is_the_same(part: impl Fn(&Portrait) -> &Vec<String>) {
     }
 }
 
-/// Without what our capabilities add.
-fn without_ours(info: RegionInfo) -> RegionInfo {
-    let mut capabilities = info.capabilities;
-    capabilities.retain(|(id, ..)| *id != REGION_CAP_ALIASABLE);
-    // VFIO_REGION_INFO_FLAG_CAPS
-    let flags = if capabilities.is_empty() {
-        info.flags & !8
-    } else {
-        info.flags
-    };
-    RegionInfo {
-        flags,
-        capabilities,
-        ..info
-    }
-}
-
 fn information(device: &Device) -> Vec<String> {
     let (flags, regions, irqs) = device.info().unwrap();
     let mut seen = vec![format!("device: {flags:#x} {regions} {irqs}")];
     for index in 0..regions + 2 {
-        let info = device.region_info(index).map(without_ours);
+        let info = device.region_info(index);
         seen.push(format!("region {index}: {info:x?}"));
     }
     for index in 0..irqs + 2 {

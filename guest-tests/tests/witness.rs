@@ -216,6 +216,63 @@ fn the_witness_sees_what_the_emulator_keeps_and_what_comes_during_a_reset() {
     function.bind(BARLEASE);
 }
 
+// ---- Config space --------------------------------------------------------------------------------
+
+/// A request that a function in reset drops is an error of its port, which the neighbours pay for.
+#[test]
+fn nobody_asks_a_function_that_is_in_reset() {
+    let witness = Witness::new("trapped");
+    let device = Device::open("trapped");
+    // The kernel lets it be for 100 ms.
+    witness.set(&json!({"reset_ms": 90}));
+    for method in ["flr", "bus"] {
+        witness::set_reset_method(device.function(), method);
+        device.set_power_state(3);
+        witness.clear();
+        let ask = || device.info().map(drop).unwrap();
+        meanwhile(&[&ask, &ask], || device.function().reset().unwrap());
+        assert_eq!(witness.count(&json!({"kind": "reset_end"})), 1, "{method}");
+        witness.assert_none(&json!({"region": 7, "reset": true, "op": "read", "offset": COMMAND}));
+        let fd = device.export(MEMORY, &[(0, PAGE)]).unwrap();
+        assert_eq!(device.state(&fd), State::Ok, "{method}");
+    }
+    witness::set_reset_method(device.function(), "default");
+}
+
+/// A function may have several, and the core takes each for one.
+#[test]
+fn every_power_management_capability_counts() {
+    let device = Device::open("mapped");
+    let fd = device.export(MEMORY, &[(0, PAGE)]).unwrap();
+    let map = Map::new(&fd, PAGE).unwrap();
+    let [first, second] = power_management(&device);
+    for control in [second, first, second] {
+        map.write(0, 0x5afe).unwrap();
+        device.set_config(control, &[3]);
+        assert_eq!(device.function().power_state(), "D3hot");
+        assert_eq!(device.state(&fd), State::Revoked(REASON_LOW_POWER));
+        assert_eq!(map.read(0), Err(Sigbus));
+        device.set_config(control, &[0]);
+        assert_eq!(device.function().power_state(), "D0");
+        assert_eq!(device.state(&fd), State::Ok);
+        assert_eq!(map.read(0), Ok(0x5afe));
+    }
+}
+
+/// The offsets of both PMCSR.
+fn power_management(device: &Device) -> [u64; 2] {
+    let [mut at]: [u8; 1] = device.config(0x34);
+    let mut found = Vec::new();
+    while at != 0 {
+        let [id, next] = device.config(u64::from(at));
+        if id == 0x01 {
+            found.push(u64::from(at) + 4);
+        }
+        at = next;
+    }
+    found.try_into().expect("two of them")
+}
+
 // ---- Revocation -----------------------------------------------------------------------------------
 
 #[test]

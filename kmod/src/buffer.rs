@@ -7,22 +7,27 @@ use crate::{
     leases::Leases,
     model::{
         access::{Epoch, State},
-        batch,
-        ranges::{self, Mapping, Misfit, Segment},
+        batch::{self, Batch},
+        ranges::{self, Mapping, Misfit, Run, Segment},
         tph::Tph,
     },
+    refuse,
     sys::{
+        bar::Bar,
         dma_buf::{DmaBuf, Exporter, Live, MappedInode, NAME_LEN, Operations},
         errno,
         fence::{Fence, FenceWatch},
         flag::{Flag, peek},
         idle::Outstanding,
         items::Items,
-        p2p::{Importer, Mapped, Run},
+        p2p::{Importer, Mapped},
         rwsem::RwSem,
         tree::{self, Links},
         vfio_pci::BARS,
-        vma::{self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER},
+        vma::{
+            self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER,
+            PmdEntry, RUN_ORDER,
+        },
     },
 };
 use kernel::{
@@ -40,6 +45,8 @@ use kernel::{
 pub(crate) struct Contents {
     /// The BAR.
     pub(crate) bar: u32,
+    /// Its memory.
+    pub(crate) memory: Bar,
     /// Bytes: the sum of the segments.
     pub(crate) size: u64,
     /// Where its pages are.
@@ -410,55 +417,82 @@ impl Buffer {
 
     /// What an importer maps: the ranges, those that touch as one.
     fn runs(&self) -> impl Iterator<Item = Run> + Clone + '_ {
-        ranges::runs(&self.contents.segments, PAGE_SHIFT)
-            .map(|(address, length)| Run { address, length })
+        ranges::runs(&self.contents.segments)
     }
 
     fn state(&self) -> State {
         self.leases.state(self.epoch, self.is_revoked())
     }
 
-    /// Serves a fault while the buffer is accessible.
+    /// What a fault is to insert while the buffer is accessible, or its outcome. Allocates what
+    /// that takes.
     ///
-    /// An entry above a page is uncached: write-combining ones are made a page at a time, since
-    /// the kernel gives no way to make others. Where no entry above a page is possible, now or
-    /// later, one fault brings in what such an entry would have.
+    /// An entry above a page is uncached: write-combining ones are made a page at a time, since the
+    /// kernel gives no way to make others. Where no entry above a page is possible, now or later,
+    /// one fault brings in what such an entry would have, at most 512 pages. Where one is, a fault
+    /// for a page (the process has turned off huge pages for its own memory) brings it in, too, if
+    /// there is no table of pages yet: to make one there could meet such an entry of another
+    /// thread.
     // Once for each memory type, which then is a constant.
     #[inline(always)]
-    fn insert(&self, fault: &Fault<'_>, order: u32) -> Outcome {
+    fn plan(&self, fault: &Fault<'_>, order: u32) -> core::result::Result<Plan, Outcome> {
         let span = fault.span();
-        let Some(page_offset) = span.page_offset.checked_sub(self.first_page) else {
-            return Outcome::SIGBUS;
-        };
+        let page_offset = span.page_offset.checked_sub(self.first_page);
         let mapping = Mapping {
             start: span.start,
             end: span.end,
-            page_offset,
+            page_offset: page_offset.ok_or(Outcome::SIGBUS)?,
         };
         let segments = &self.contents.segments;
         let address = fault.address();
+        let entry_for = |order| {
+            let frame = self.contents.memory.first_frame();
+            ranges::entry_for(segments, &mapping, address, order, PAGE_SHIFT, frame)
+        };
         let large = match fault.memory_type() {
-            MemoryType::Uncached if HAS_PMD_ENTRIES => {
-                ranges::entry_for(segments, &mapping, address, PMD_ORDER, PAGE_SHIFT)
-            }
+            MemoryType::Uncached if HAS_PMD_ENTRIES => entry_for(PMD_ORDER),
             MemoryType::Uncached | MemoryType::WriteCombining => Err(Misfit::Order),
         };
         match (order, large) {
-            (_, Err(Misfit::Outside)) => Outcome::SIGBUS,
-            (PMD_ORDER, Ok(pfn)) => fault.insert(pfn, PMD_ORDER),
-            (0, Ok(_)) => match ranges::entry_for(segments, &mapping, address, 0, PAGE_SHIFT) {
-                Ok(pfn) => fault.insert(pfn, 0),
-                Err(_) => Outcome::SIGBUS,
+            (_, Err(Misfit::Outside)) => Err(Outcome::SIGBUS),
+            (PMD_ORDER, Ok(page)) => Ok(Plan::Large(page)),
+            (0, Ok(page)) => match fault.pmd_entry() {
+                PmdEntry::None => Ok(Plan::Large(page)),
+                PmdEntry::Table => entry_for(0).map(Plan::Page).map_err(|_| Outcome::SIGBUS),
+                PmdEntry::Large => Err(Outcome::NOPAGE),
             },
             (0, Err(Misfit::Order)) => {
-                match batch::batch_for(segments, &mapping, address, PMD_ORDER, PAGE_SHIFT) {
-                    Ok(run) => fault.insert_run(run.address, run.pfn, run.pages),
-                    Err(_) => Outcome::SIGBUS,
+                let run = batch::batch_for(segments, &mapping, address, RUN_ORDER, PAGE_SHIFT);
+                let run = run.map_err(|_| Outcome::SIGBUS)?;
+                if fault.pmd_entry() == PmdEntry::None {
+                    fault.make_table()?;
                 }
+                Ok(Plan::Run(run))
             }
-            _ => Outcome::FALLBACK,
+            _ => Err(Outcome::FALLBACK),
         }
     }
+
+    /// Inserts what was planned. Allocates nothing.
+    #[inline(always)]
+    fn insert(&self, fault: &Fault<'_>, plan: Plan) -> Outcome {
+        let bar = &self.contents.memory;
+        match plan {
+            Plan::Page(page) => fault.insert(bar, page, 0),
+            Plan::Large(page) => fault.insert(bar, page, PMD_ORDER),
+            Plan::Run(run) => fault.insert_run(bar, run.address, run.page, run.pages),
+        }
+    }
+}
+
+/// What a fault is to insert.
+enum Plan {
+    /// This page of the BAR.
+    Page(u64),
+    /// An entry of [`PMD_ORDER`] that begins with this page of the BAR.
+    Large(u64),
+    /// Pages.
+    Run(Batch),
 }
 
 /// Runs `f` until it does not fail for want of memory: taking memory away must not fail, and what it needs
@@ -632,14 +666,25 @@ unsafe impl Exporter for Buffer {
         if !self.is_reachable() {
             return Err(ENODEV);
         }
-        let Contents { bar, size, .. } = self.contents;
-        let mapped = importer.map(self.leases.providers(), bar, self.runs(), size)?;
+        let Contents {
+            bar, memory, size, ..
+        } = &self.contents;
+        // The IOMMU's page tables are charged to nobody.
+        if size.div_ceil(2) > memory.length() {
+            return refuse!(
+                &self.leases,
+                EINVAL,
+                "map: {size:#x} bytes are more than twice BAR {bar}, which has {:#x}",
+                memory.length()
+            );
+        }
+        let mapped = importer.map(self.leases.providers(), memory, self.runs())?;
         self.mappings.begin();
         Ok(mapped)
     }
 
     fn unmap(&self, importer: &mut Importer<'_>, mapped: Mapped) {
-        importer.unmap(mapped, self.runs());
+        importer.unmap(mapped);
         self.mappings.end();
         // The reservation lock is held, which a revocation takes to tell importers: it has, or will find
         // no mapping.
@@ -659,10 +704,19 @@ impl vma::Mapped for Buffer {
         if order > PMD_ORDER {
             return Outcome::FALLBACK;
         }
+        // Who takes memory away must not wait for an allocation, which may take seconds: so it is
+        // made before, and only while the door is open.
+        if !self.is_reachable() {
+            return Outcome::SIGBUS;
+        }
+        let plan = match self.plan(fault, order) {
+            Ok(plan) => plan,
+            Err(outcome) => return outcome,
+        };
         // The state holds until the entry is in: who takes memory away waits for that, and zaps.
         let gate = self.gate.read();
         let outcome = if self.is_reachable() {
-            self.insert(fault, order)
+            self.insert(fault, plan)
         } else {
             Outcome::SIGBUS
         };

@@ -3,10 +3,10 @@
 //! The door for reads and writes through the device fd: they reach a BAR when leases of it may be
 //! touched.
 //!
-//! The core looks at its own copy of COMMAND and at D3hot only, so it would let an access through in
-//! D1 and D2, in a reset through sysfs, and between an error and the end of its recovery. What is
-//! refused here is refused with the core's own answer, `EIO`, and in the core's own order: what else
-//! is wrong with the access comes first, as it does there (`vfio_pci_bar_rw`,
+//! The core looks at its own copy of COMMAND and at D3hot only, so it would let an access through
+//! in D1 and D2, in a reset through sysfs, and between an error and the end of its recovery. What
+//! is refused here is refused with the core's own answer, `EIO`, and in the core's own order: what
+//! else is wrong with the access comes first, as it does there (`vfio_pci_bar_rw`,
 //! `vfio_pci_core_do_io_rw`).
 //!
 //! An access that saw an open door may still be on its way when the event begins.
@@ -40,8 +40,8 @@ impl Way {
     }
 }
 
-/// How long an access waits for a config write that is going on, in steps of a millisecond. Only one
-/// that has importers to wait for takes as long.
+/// How long an access waits for a config write that is going on, in steps of a millisecond. Only
+/// one that has importers to wait for takes as long.
 const PATIENCE: u32 = 100;
 
 /// A read or a write at a position in the device fd that is in no alias.
@@ -55,8 +55,9 @@ pub(crate) fn access(
     if region >= u64::from(BARS) || !device.driver().leases().is_shut() {
         return way.pass(device, buffer, position);
     }
-    // What low power takes away an access gets back: the core wakes the device for it. Here too, since
-    // what the device says of itself counts when it is awake. If that fails it fails in the core, too.
+    // What low power takes away an access gets back: the core wakes the device for it. Here too,
+    // since what the device says of itself counts when it is awake. If that fails it fails in the
+    // core, too.
     let _awake = device.wake();
     driver::notice_wake_up(device);
     if is_open(device) {
@@ -66,14 +67,17 @@ pub(crate) fn access(
     refuse(device, region as u32, buffer, position, way)
 }
 
-/// Whether the memory of a device that is awake may be touched.
+/// Whether the memory of a device that is awake may be touched, or might have been since this was
+/// called.
 fn is_open(device: &Device<'_, Barlease>) -> bool {
     let leases = device.driver().leases();
+    let openings = leases.openings();
     for _ in 0..PATIENCE {
         match leases.reasons_when_awake() {
             Reasons::NONE => return true,
             // Most config writes leave memory on, and are over at once. Stock vfio-pci has accesses
-            // wait for them.
+            // wait for them. Another one may have begun by the time at which this thread looks.
+            Reasons::CONFIG_WRITE if leases.openings() != openings => return true,
             Reasons::CONFIG_WRITE => fsleep(Delta::from_millis(1)),
             _ => return false,
         }
@@ -91,7 +95,7 @@ fn refuse(
 ) -> Answer {
     let offset = *position as u64 & ((1 << OFFSET_SHIFT) - 1);
     let left = match device.bar(bar) {
-        Ok(bar) => bar.length.saturating_sub(offset),
+        Ok(bar) => bar.length().saturating_sub(offset),
         // No memory: not there, or port numbers.
         Err(_) => 0,
     };

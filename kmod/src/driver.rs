@@ -13,7 +13,7 @@ use crate::{
     leases::{Leases, Wait},
     list,
     model::{
-        access::{Access, Event, Sampled, Trust},
+        access::{Access, Event, Sampled},
         alias::Aliases,
         config,
         tph::{self, Completer, Tph, TphError},
@@ -30,9 +30,9 @@ use crate::{
         payload::UserPayload,
         vfio_pci::{
             Answer, CONFIG_REGION, Capabilities, Device, Driver, ErrorState, FEATURE_GET,
-            FEATURE_LOW_POWER_ENTRY, FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_MASK,
-            FEATURE_PROBE, FEATURE_SET, Function, MemoryRead, MemorySem, NUM_REGIONS, OFFSET_SHIFT,
-            RegionInfo, UserBuffer,
+            FEATURE_LOW_POWER_ENTRY, FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP, FEATURE_LOW_POWER_EXIT,
+            FEATURE_MASK, FEATURE_PROBE, FEATURE_SET, Function, MemoryRead, MemorySem, NUM_REGIONS,
+            OFFSET_SHIFT, ROM_REGION, RegionInfo, SET_IRQS, UserBuffer,
         },
         vma::{self, NewVma},
     },
@@ -123,14 +123,18 @@ impl Driver for Barlease {
         }
     }
 
+    fn opening(&self) {
+        self.leases.opening();
+    }
+
     fn opened(device: &Device<'_, Self>) {
         let driver = device.driver();
         driver.aliases.lock().clear();
         *driver.protected.lock() = Protected::of(&device.function());
         driver.stock_dma_buf.set(params::stock_dma_buf());
         driver.knows_aliases.set(false);
-        // Whoever waits for an importer with the lock held has the device open, or, for a hot reset, the
-        // lock of its set, which is held here.
+        // Whoever waits for an importer with the lock held has the device open, or, for a hot
+        // reset, the lock of its set, which is held here.
         let lock = device.memory().read();
         driver.leases.open(|access| sample(device, access, &lock));
         drop(lock);
@@ -174,14 +178,24 @@ impl Driver for Barlease {
         info: &mut RegionInfo<'_>,
         capabilities: &mut Capabilities<'_>,
     ) -> Result {
-        let answer = regions::info(device, info, capabilities);
-        // The core may have lent the memory bit meanwhile, so that others could not ask.
+        if info.index() != ROM_REGION {
+            return regions::info(device, info, capabilities);
+        }
+        // Looks whether there is one.
+        let info = || regions::info(device, info, capabilities);
+        let answer = device.driver().leases.lending(info);
         notice_wake_up(device);
         answer
     }
 
     fn ioctl(device: &Device<'_, Self>, command: u32, argument: usize) -> Result<isize> {
-        let answer = device.core_ioctl(command, argument);
+        let act = || device.core_ioctl(command, argument);
+        let answer = if command == SET_IRQS {
+            // Interrupts of the function are looked for, and their table is written.
+            device.driver().leases.lending(act)
+        } else {
+            act()
+        };
         // A reset leaves the device in D0, whatever it was in.
         notice_wake_up(device);
         answer
@@ -208,18 +222,26 @@ impl Driver for Barlease {
             abi::FEATURE_EVENTS => return events(device, flags, payload),
             _ => {}
         }
-        let enters = matches!(
-            feature,
-            FEATURE_LOW_POWER_ENTRY | FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP
-        );
-        if enters && flags & FEATURE_SET != 0 && flags & FEATURE_PROBE == 0 {
-            return bracketed(device, Event::LowPower, || {
-                device.core_feature(flags, payload)
-            });
+        let acts = flags & FEATURE_SET != 0 && flags & FEATURE_PROBE == 0;
+        match feature {
+            FEATURE_LOW_POWER_ENTRY | FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP if acts => {
+                bracketed(device, Event::LowPower, || {
+                    device.core_feature(flags, payload)
+                })
+            }
+            FEATURE_LOW_POWER_EXIT if acts => {
+                let answer = device.core_feature(flags, payload);
+                // Nobody else asks after a change of the owner's. The core had the lock for
+                // writing, and waited as long for it.
+                ask(*device, &device.memory().read());
+                answer
+            }
+            _ => {
+                let answer = device.core_feature(flags, payload);
+                notice_wake_up(device);
+                answer
+            }
         }
-        let answer = device.core_feature(flags, payload);
-        notice_wake_up(device);
-        answer
     }
 
     fn mmap(device: &Device<'_, Self>, vma: NewVma<'_>) -> Result {
@@ -234,7 +256,7 @@ impl Driver for Barlease {
         let lock = memory.try_read();
         self.leases.update(|access| {
             access.end(Event::Reset);
-            resample(function, access, trust(&lock, Trust::AfterReset));
+            resample(function, access, lock.as_ref());
         });
     }
 
@@ -250,30 +272,26 @@ impl Driver for Barlease {
         let lock = memory.try_read();
         self.leases.update(|access| {
             access.end_all(Event::Error);
-            resample(function, access, trust(&lock, Trust::Nothing));
+            resample(function, access, lock.as_ref());
         });
     }
 
     fn power_set(&self, function: &Function<'_>, memory: MemorySem<'_>) {
         // The core has just had the lock for writing in the same place.
-        let _lock = memory.read();
+        let lock = memory.read();
         self.leases
-            .update(|access| resample(function, access, Trust::Full));
+            .update(|access| resample(function, access, Some(&lock)));
     }
 
     fn woken(&self, function: &Function<'_>, memory: MemorySem<'_>, low_power: bool) {
         // As above.
-        let _lock = memory.read();
+        let lock = memory.read();
         self.leases.update(|access| {
-            resample(function, access, Trust::Full);
-            let sampled = access.sampled();
-            access.sample(
-                Sampled {
-                    low_power,
-                    ..sampled
-                },
-                Trust::Full,
-            );
+            resample(function, access, Some(&lock));
+            access.set_sampled(Sampled {
+                low_power,
+                ..access.sampled()
+            });
         });
     }
 
@@ -285,52 +303,45 @@ impl Driver for Barlease {
         let lock = memory.try_read();
         self.leases.update(|access| {
             access.end(Event::Sleep);
-            resample(function, access, trust(&lock, Trust::Nothing));
+            resample(function, access, lock.as_ref());
         });
     }
 }
 
-/// What a sample of the hardware's COMMAND is worth. Only the holder of the core's lock knows that the
-/// core has not lent the memory bit.
-fn trust(lock: &Option<MemoryRead<'_>>, without: Trust) -> Trust {
-    match lock {
-        Some(_) => Trust::Full,
-        None => without,
-    }
-}
-
-/// Whether the hardware's COMMAND lacks the memory bit. A function that sleeps, or is in reset, is not
-/// asked: whoever wakes it or ends the reset asks it.
-fn is_undecoded(function: &Function<'_>, access: &Access) -> bool {
+/// Whether the hardware's COMMAND lacks the memory bit. A function that sleeps, or is in reset, is
+/// not asked: whoever wakes it or ends the reset asks it.
+///
+/// With the core's lock held the core has not lent the bit. Without it, whoever may have lent it is
+/// counted; nothing good is believed then, and the lender asks when it is done.
+fn is_undecoded(function: &Function<'_>, access: &Access, lock: Option<&MemoryRead<'_>>) -> bool {
     if function.is_sleeping() || !access.may_ask() {
         return access.sampled().undecoded;
     }
-    !function.decodes_memory()
+    lock.is_none() && access.is_lent() || !function.decodes_memory()
 }
 
-/// Samples the hardware again: COMMAND and the power state. The virtual COMMAND and the request for low
-/// power do not change here, and close may be freeing the virtual config space. A closed device is
-/// sampled by `opened`.
-fn resample(function: &Function<'_>, access: &mut Access, trust: Trust) {
+/// Samples the hardware again: COMMAND and the power state. The virtual COMMAND and the request for
+/// low power do not change here, and close may be freeing the virtual config space. A closed device
+/// is sampled by `opened`.
+fn resample(function: &Function<'_>, access: &mut Access, lock: Option<&MemoryRead<'_>>) {
     if access.epoch().is_none() {
         return;
     }
-    let sampled = Sampled {
-        undecoded: is_undecoded(function, access),
+    access.set_sampled(Sampled {
+        undecoded: is_undecoded(function, access, lock),
         sleeping: function.is_sleeping(),
         ..access.sampled()
-    };
-    access.sample(sampled, trust);
+    });
 }
 
 /// Samples everything.
-fn sample(device: &Device<'_, Barlease>, access: &Access, _lock: &MemoryRead<'_>) -> Sampled {
+fn sample(device: &Device<'_, Barlease>, access: &Access, lock: &MemoryRead<'_>) -> Sampled {
     let function = device.function();
     let memory_off = device.memory_is_off();
     Sampled {
         memory_off,
         // Not asked where it makes no difference: it is a read from the bus.
-        undecoded: !memory_off && is_undecoded(&function, access),
+        undecoded: !memory_off && is_undecoded(&function, access, Some(lock)),
         sleeping: function.is_sleeping(),
         low_power: device.is_in_low_power(),
     }
@@ -345,32 +356,36 @@ fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() 
     let lock = device.memory().read();
     leases.update(|access| {
         let sampled = sample(device, access, &lock);
-        access.sample(sampled, Trust::Full);
+        access.set_sampled(sampled);
         access.end(event);
     });
     result
 }
 
 /// Resets, hot resets and `sriov_configure` set D0, and LOW_POWER_EXIT ends low power, without a
-/// callback. So every access through the fd samples again afterwards if the last sample said "asleep".
-/// A device that was awake then cannot have slept and been woken since without `runtime_resume`.
+/// callback. So every access through the fd samples again afterwards if the last sample said
+/// "asleep". A device that was awake then cannot have slept and been woken since without
+/// `runtime_resume`.
 pub(crate) fn notice_wake_up(device: &Device<'_, Barlease>) {
     if device.driver().leases().is_asleep() {
-        ask(*device);
+        try_to_ask(*device);
     }
 }
 
 #[cold]
-fn ask(device: Device<'_, Barlease>) {
-    // Whoever has the lock for writing asks when its own operation ends. To wait for it here would tie
-    // REVOKE of one lease to the importer of another, which a reset may be waiting for.
-    let Some(lock) = device.memory().try_read() else {
-        return;
-    };
+fn try_to_ask(device: Device<'_, Barlease>) {
+    // Whoever has the lock for writing asks when its own operation ends. To wait for it here would
+    // tie REVOKE of one lease to the importer of another, which a reset may be waiting for.
+    if let Some(lock) = device.memory().try_read() {
+        ask(device, &lock);
+    }
+}
+
+fn ask(device: Device<'_, Barlease>, lock: &MemoryRead<'_>) {
     let leases = device.driver().leases();
-    leases.correct(lock, |access, lock| {
+    leases.update(|access| {
         let sampled = sample(&device, access, lock);
-        access.sample(sampled, Trust::Full);
+        access.set_sampled(sampled);
     });
 }
 

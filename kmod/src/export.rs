@@ -7,10 +7,11 @@ use crate::{
     buffer::{Buffer, Contents},
     driver::{Barlease, check_feature},
     leases::Leases,
-    model::ranges::{Bar, Placement, RangeError, Segment},
+    model::ranges::{Placement, RangeError, Segment},
     msix::Protected,
     refuse,
     sys::{
+        bar::Bar,
         items::{self, Items},
         payload::{PayloadReader, UserPayload},
         vfio_pci::{BARS, Device, FEATURE_GET},
@@ -59,7 +60,7 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
         }
     };
 
-    let placed = place(device.driver(), bar_index, bar, &mut reader, count);
+    let placed = place(device.driver(), &bar, &mut reader, count);
     let (size, segments) = match placed {
         Ok(placed) => placed,
         Err(Refused::Error(error)) => return Err(error),
@@ -68,13 +69,14 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
                 leases,
                 errno(reason),
                 "export: BAR {bar_index} of {:#x} bytes: {reason:?}",
-                bar.length
+                bar.length()
             );
         }
         Err(Refused::Protected(hit)) => return refuse_protected(leases, bar_index, hit),
     };
     let contents = Contents {
         bar: bar_index,
+        memory: bar,
         size,
         segments,
     };
@@ -109,7 +111,7 @@ fn bar(device: &Device<'_, Barlease>, index: u32) -> Result<Bar> {
         return Err(ENODEV);
     }
     let bar = device.bar(index)?;
-    if bar.length < PAGE_SIZE {
+    if bar.length() < PAGE_SIZE {
         return Err(ENODEV);
     }
     Ok(bar)
@@ -143,13 +145,13 @@ const CHUNK: usize = 32;
 #[inline(never)]
 fn place(
     driver: &Barlease,
-    index: u32,
-    bar: Bar,
+    bar: &Bar,
     reader: &mut PayloadReader,
     count: usize,
 ) -> core::result::Result<(u64, Items<Segment>), Refused> {
+    let index = bar.index();
     let protected = protected_of(driver, index);
-    let mut placement = Placement::new(bar, PAGE_SHIFT);
+    let mut placement = Placement::new(bar.extent(), PAGE_SHIFT);
     let mut hit = None;
     let segments = if count == 1 {
         let range = reader.read::<abi::DmaRange>()?;

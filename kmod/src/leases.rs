@@ -19,9 +19,9 @@
 //!    those that have begun;
 //! 7. [`Leases::access`]: to change it and to ask for it, with nothing called meanwhile.
 //!
-//! Never taken: `memory_lock` in mmap, fault, `reset_prepare` and `reset_done` (a reader of it may
-//! be waiting for the `mmap_lock`, and a reset may come with it held); `access` by a thread that
-//! holds it.
+//! Never taken: `memory_lock` in mmap, fault and `reset_prepare`, and never waited for in
+//! `reset_done` (a reader of it may be waiting for the `mmap_lock`, and a reset may come with it
+//! held); `access` by a thread that holds it.
 //!
 //! No tenant's fault takes a lock that another tenant's takes: who holds one may have lost its
 //! processor.
@@ -82,8 +82,10 @@ pub(crate) struct Leases {
     reachable: Atomic<u64>,
     /// [`Access::word`], likewise.
     epoch: Atomic<u64>,
-    /// [`Access::is_stale`] of `access`, likewise. Each access through the device fd reads it, and is to
-    /// pay nothing where nothing sleeps.
+    /// How often the door was opened.
+    openings: Atomic<u64>,
+    /// [`Access::is_stale`] of `access`, likewise. Each access through the device fd reads it, and
+    /// is to pay nothing where nothing sleeps.
     asleep: Flag,
     #[pin]
     table: Mutex<Tree<Buffer>>,
@@ -126,6 +128,7 @@ impl Leases {
                 access <- new_mutex!(Access::new(), "barlease::access"),
                 reachable: Atomic::new(NOTHING),
                 epoch: Atomic::new(NOTHING),
+                openings: Atomic::new(0),
                 asleep: Flag::new(),
                 table <- new_mutex!(Tree::new(), "barlease::table"),
                 bar_maps <- new_mutex!(BarMaps::default(), "barlease::bar_maps"),
@@ -174,6 +177,11 @@ impl Leases {
         self.log_limit.allows()
     }
 
+    /// The device is about to be opened.
+    pub(crate) fn opening(&self) {
+        self.access.lock().opening();
+    }
+
     /// The device was opened. `sample` is as for [`Self::update`].
     pub(crate) fn open(&self, sample: impl FnOnce(&Access) -> Sampled) {
         self.events.clear();
@@ -208,8 +216,8 @@ impl Leases {
         self.access.lock().latest()
     }
 
-    /// `event` begins: nothing of this device can be reached when this returns, but for what importers
-    /// have mapped that are not waited for.
+    /// `event` begins: nothing of this device can be reached when this returns, but for what
+    /// importers have mapped that are not waited for.
     pub(crate) fn begin(&self, event: Event, wait: Wait) {
         self.shut(|access| access.begin(event), wait);
     }
@@ -241,7 +249,11 @@ impl Leases {
         change(&mut access);
         self.asleep.set(access.is_stale());
         // When an open door is seen does not matter.
-        self.reachable.store(access.reachable(), Release);
+        let reachable = access.reachable();
+        self.reachable.store(reachable, Release);
+        if reachable != NOTHING {
+            self.openings.fetch_add(1, Relaxed);
+        }
         let changed = before.is_some_and(|before| before != *access);
         drop(access);
         if changed {
@@ -249,30 +261,16 @@ impl Leases {
         }
     }
 
-    /// The same outside of any event, so the door may be open: if `change` shuts it, what is there is
-    /// taken away. (A reset had ended with a sample that deserved no full trust,
-    /// [`Trust::AfterReset`], and was wrong.) `lock` is given back before anybody is waited for.
-    ///
-    /// [`Trust::AfterReset`]: crate::model::access::Trust::AfterReset
-    pub(crate) fn correct<L>(&self, lock: L, change: impl FnOnce(&mut Access, &L)) {
-        let mut access = self.access.lock();
-        let before = access.reachable();
-        change(&mut access, &lock);
-        self.asleep.set(access.is_stale());
-        let now = access.reachable();
-        self.reachable.xchg(now, Full);
-        drop(access);
-        drop(lock);
-        if before != now {
-            self.notify();
-        }
-        if before != NOTHING && now == NOTHING {
-            self.drain(Wait::Yes);
-        }
+    /// Lets `act` happen, which may lend the memory bit of the hardware's COMMAND.
+    pub(crate) fn lending<R>(&self, act: impl FnOnce() -> R) -> R {
+        self.access.lock().lend();
+        let result = act();
+        self.access.lock().give_back();
+        result
     }
 
-    /// Whether the device may say something else by now than it did when it was asked last: because it
-    /// slept then, or was half awake.
+    /// Whether the device may say something else by now than it did when it was asked last: because
+    /// it slept then, or was half awake.
     pub(crate) fn is_asleep(&self) -> bool {
         self.asleep.get()
     }
@@ -293,6 +291,11 @@ impl Leases {
     #[inline]
     pub(crate) fn is_shut(&self) -> bool {
         peek(&self.reachable) == NOTHING
+    }
+
+    /// How often the door was opened: who sees another number than before knows that it was open.
+    pub(crate) fn openings(&self) -> u64 {
+        self.openings.load(Relaxed)
     }
 
     /// Why the owner of the device may not touch its memory while it is held awake.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The MSI-X table and PBA: parts of a BAR that a lease holds only where the host is safe from them,
-//! since a write to the table decides where the device's interrupts go (PCI Local Bus 3.0, 6.8.2).
+//! The MSI-X table and PBA: parts of a BAR that a lease holds only where the host is safe from
+//! them, since a write to the table decides where the device's interrupts go (PCI Local Bus 3.0,
+//! 6.8.2).
 
 use crate::{
     abi,
@@ -110,8 +111,8 @@ impl Areas {
 }
 
 impl Area {
-    /// `register` holds a BAR number in its low 3 bits and an offset in the others. `None` if there is
-    /// no such BAR.
+    /// `register` holds a BAR number in its low 3 bits and an offset in the others. `None` if there
+    /// is no such BAR.
     fn at(name: &'static str, register: u32, length: u64) -> Option<Self> {
         let bar = register & bindings::PCI_MSIX_TABLE_BIR;
         (bar < BARS).then_some(Self {

@@ -66,7 +66,7 @@ fn alias_at(device: &Device<'_, Barlease>, index: u64) -> Option<Alias> {
 
 /// Whether a BAR can be aliased.
 fn is_aliasable(device: &Device<'_, Barlease>, bar: u32) -> bool {
-    device.is_mappable(bar) && device.bar(bar).is_ok_and(|bar| bar.length >= PAGE_SIZE)
+    device.is_mappable(bar) && device.bar(bar).is_ok_and(|bar| bar.length() >= PAGE_SIZE)
 }
 
 /// `BARLEASE_FEATURE_ALIAS_REGION`.
@@ -185,12 +185,17 @@ pub(crate) fn mmap(device: &Device<'_, Barlease>, vma: NewVma<'_>) -> Result {
     // The core accepted it: the BAR is there, starts at a page, and holds the span. One that is smaller
     // than a page has the page for itself.
     let number = bar as u32;
-    let bar = device.bar(number)?;
-    let size = bar.length.next_multiple_of(PAGE_SIZE);
+    let memory = device.bar(number)?;
+    let size = memory.length().next_multiple_of(PAGE_SIZE);
+    let whole = Segment {
+        end: size >> PAGE_SHIFT,
+        page: 0,
+    };
     let contents = Contents {
         bar: number,
+        memory,
         size,
-        segments: Items::One(Segment::after(0, bar.start, size, PAGE_SHIFT)),
+        segments: Items::One(whole),
     };
     let leases = device.driver().leases();
     Buffer::map_bar(leases, contents, memory_type, offset - page, vma)

@@ -175,17 +175,19 @@ pub enum Preset {
     Ports,
     /// As `device`, with what `ports` has more.
     Random,
-    /// As `full` without page attributes, so without write-combining.
+    /// As `full` without page attributes, so without write-combining, and without isolated interrupts.
     NoPat,
     /// What the benchmarks need. No device can be reset, so opening one does not wait for its reset.
     Bench,
     /// As `device`, with a kernel that keeps who has allocated what.
     Tracked,
+    /// Two host bridges: devices with memory behind one of them, the importer behind the other.
+    Bridges,
 }
 
 impl Preset {
     /// All presets.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Display,
         Self::Full,
         Self::Device,
@@ -194,6 +196,7 @@ impl Preset {
         Self::NoPat,
         Self::Bench,
         Self::Tracked,
+        Self::Bridges,
     ];
 
     /// Its name.
@@ -208,6 +211,7 @@ impl Preset {
             Self::NoPat => "nopat",
             Self::Bench => "bench",
             Self::Tracked => "tracked",
+            Self::Bridges => "bridges",
         }
     }
 
@@ -221,7 +225,7 @@ impl Preset {
             Self::Ports => Machine::with_native_ports(ports()),
             Self::Random => Machine::with_native_ports(random()),
             Self::NoPat => Machine {
-                append: vec!["nopat".to_owned()],
+                append: ["nopat", "intremap=off"].map(str::to_owned).into(),
                 ..Machine::new(full())
             },
             Self::Bench => Machine {
@@ -230,6 +234,7 @@ impl Preset {
                 append: vec!["tsc=reliable".to_owned()],
                 ..Machine::new(bench())
             },
+            Self::Bridges => Machine::new(bridges()),
             Self::Tracked => Machine {
                 // The lists that it makes of that need long pieces of memory.
                 memory: 2048,
@@ -244,11 +249,12 @@ impl Preset {
     pub fn of_tests(binary: &str) -> Self {
         // Cargo adds `-` and a hash.
         match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
-            "command" | "splits" | "tph" | "witness" => Self::Device,
+            "command" | "door" | "splits" | "tph" | "witness" => Self::Device,
             "aer" | "driver" | "removal" => Self::Ports,
             "random" => Self::Random,
             "nopat" => Self::NoPat,
             "fault_injection" => Self::Tracked,
+            "p2p_route" => Self::Bridges,
             _ => Self::Full,
         }
     }
@@ -292,6 +298,7 @@ fn own() -> Vec<Device> {
     };
     let mapped = Options {
         trapped: false,
+        second_pm: true,
         ..trapped.clone()
     };
     let mut devices = full();
@@ -308,7 +315,7 @@ fn own() -> Vec<Device> {
         Device::served(
             "mapped",
             "0000:06:00.0",
-            "our own: as the other, with a BAR0 that is mapped",
+            "our own: as the other, with a BAR0 that is mapped and two power-management capabilities",
             "rp6",
             mapped,
         ),
@@ -370,12 +377,41 @@ fn card(bus: &str, bdf: &str) -> Device {
 }
 
 fn edu() -> Device {
-    Device::new(
-        "edu",
-        "0000:00:06.0",
-        "edu: a DMA engine, 32 bits",
-        "edu,bus=pcie.0,addr=06,dma_mask=0xffffffff",
-    )
+    edu_at("0000:00:06.0", "bus=pcie.0,addr=06")
+}
+
+fn edu_at(bdf: &str, place: &str) -> Device {
+    let device = format!("edu,{place},dma_mask=0xffffffff");
+    Device::new("edu", bdf, "edu: a DMA engine, 32 bits", &device)
+}
+
+/// The BARs are so small that they lie below 4 GiB, where the IOMMU looks for addresses first.
+fn bridges() -> Vec<Device> {
+    let bridge = |name: &str, device: &str| Device {
+        bdf: None,
+        ..Device::new(name, "", "bridge", device)
+    };
+    vec![
+        Device::root_port("rp1", 3),
+        Device::memory(
+            "memory",
+            "0000:01:00.0",
+            "ivshmem: BAR2 is 64 MiB of memory; behind the first host bridge",
+            64,
+            "bus=rp1,addr=00.0",
+        ),
+        Device::root_port("rp2", 4),
+        Device::memory(
+            "filler",
+            "0000:02:00.0",
+            "ivshmem: BAR2 is 64 MiB of memory; behind the first host bridge",
+            64,
+            "bus=rp2,addr=00.0",
+        ),
+        bridge("second", "pxb-pcie,bus=pcie.0,addr=05,bus_nr=64"),
+        bridge("rp3", "pcie-root-port,bus=second,addr=00,chassis=5,slot=5"),
+        edu_at("0000:41:00.0", "bus=rp3,addr=00.0"),
+    ]
 }
 
 fn bench() -> Vec<Device> {
@@ -502,6 +538,7 @@ mod tests {
         assert_eq!(Preset::of_tests("witness-0f2a"), Preset::Device);
         assert_eq!(Preset::of_tests("witness"), Preset::Device);
         assert_eq!(Preset::of_tests("memory_type-0f2a"), Preset::Full);
+        assert_eq!(Preset::of_tests("p2p_route-0f2a"), Preset::Bridges);
     }
 
     #[test]

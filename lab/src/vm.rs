@@ -250,7 +250,7 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// Parameters for that module, such as `allow_msix_export=1`.
+    /// Parameters for that module, such as `msix_export=always`.
     #[must_use]
     pub fn module_parameters(mut self, parameters: impl Into<String>) -> Self {
         self.module_parameters = parameters.into();

@@ -1068,7 +1068,14 @@ mod tests {
         let device = fake.device().unwrap();
         device.reset().unwrap();
         assert_eq!(fake.resets(), 1);
-        assert!(device.region(2).unwrap().capabilities.is_empty());
+        // What maps a region asks nobody about aliases.
+        device.map_region(2, ..).unwrap();
+        let plain = device.handle().region(2).unwrap();
+        assert!(plain.capabilities.is_empty());
+        assert_eq!(
+            device.region(2).unwrap().memory_types(),
+            [MemoryType::Nc, MemoryType::Wc]
+        );
         let index = device.alias_region(2, MemoryType::Wc).unwrap();
         let alias = device.region(index).unwrap();
         assert_eq!((alias.kind, alias.size), (RegionKind::Alias(2), 0x2000));

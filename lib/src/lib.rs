@@ -62,7 +62,7 @@
 //! # fn example(device: &barlease::Device) -> barlease::Result<()> {
 //! use std::os::unix::net::UnixStream;
 //!
-//! let lease = device.export(0).range(0, 2 << 20).export()?;
+//! let lease = device.export(0).range(0..2 << 20).export()?;
 //! lease.set_name("left half")?;
 //!
 //! let holder = UnixStream::connect("/run/holder.sock").unwrap();

@@ -9,26 +9,30 @@
 //!
 //! # What is sampled
 //!
-//! Three registers decide, and each is kept in two places that may differ:
+//! COMMAND and PMCSR decide, and each is kept in two places that may differ:
 //!
-//! | register | where | says | changed by |
-//! |---|---|---|---|
-//! | virtual COMMAND | the core's `vconfig` | what the user asked for: [`Sampled::memory_off`] | the user's config writes |
-//! | hardware COMMAND | the function | what it decodes: [`Sampled::undecoded`] | the same; resets and D3hot clear it and restoring sets it; the core lends it (below) |
-//! | PMCSR | the function | the power state that it is in | the user's config writes, resets, power management |
-//! | `pdev->current_state` | the kernel | the power state that the kernel takes it for: [`Sampled::sleeping`] | the kernel, after each write of PMCSR of its own |
+//! | where | says | changed by |
+//! |---|---|---|
+//! | virtual COMMAND (`vconfig`) | [`Sampled::memory_off`]: what the user reads | config writes |
+//! | hardware COMMAND | [`Sampled::undecoded`]: what is decoded | the same; resets; the core |
+//! | PMCSR | the power state | config writes; resets; power management |
+//! | `pdev->current_state` | [`Sampled::sleeping`]: what the kernel believes | the kernel |
 //!
 //! - Virtual COMMAND has the memory bit and hardware COMMAND lacks it: the function is `undecoded`.
 //!   It was reset, or woken from D3hot, and nobody has given back what it lost.
-//! - An `undecoded` function may be one that was only seen half awake: the kernel has set D0, and
-//!   restores COMMAND in a moment. Nothing tells us when. So the next access through the device fd
-//!   asks again ([`Access::is_stale`]).
+//! - An `undecoded` function may only have been seen half awake. `VFIO_DEVICE_RESET` sets D0 before
+//!   `reset_prepare`, and restores config space after that; no event tells of either. A sample
+//!   between the two sees D0 and no memory bit. So the next access through the device fd samples
+//!   again ([`Access::is_stale`]).
 //! - PMCSR may say D3hot while `current_state` says D0 (`Device::wake_if_unnoticed` in
-//!   `kmod/src/sys/vfio_pci.rs`): the driver looks after each write of PMCSR, and wakes the function.
+//!   `kmod/src/sys/vfio_pci.rs`): the driver looks after each write of PMCSR, and wakes the
+//!   function.
 //!
 //! The core lends the memory bit of the hardware's COMMAND for the time of some operations
 //! (`vfio_pci_memory_lock_and_enable`), with its `memory_lock` held for writing. A bit that is lent
-//! must not be believed. [`Trust`] says what a sample is worth.
+//! must not be believed. So whoever samples holds that lock for reading. Where it cannot be had,
+//! the sampler relies on the lenders having been counted ([`Access::lend`]), and believes nothing
+//! good while there is one ([`Access::is_lent`]).
 //!
 //! A buffer belongs to one [`Epoch`], the time from an open of the device to its close, and is
 //! dead once that epoch is over.
@@ -139,18 +143,6 @@ pub struct Sampled {
     pub low_power: bool,
 }
 
-/// What a sample of the hardware's COMMAND is worth.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trust {
-    /// All of it: the sampler held the core's `memory_lock`.
-    Full,
-    /// The function was reset just now, and somebody holds the lock: who resets, as a rule. That the
-    /// function does not decode is believed; that it does, unless it did not before.
-    AfterReset,
-    /// Somebody holds the lock, and may have lent the bit: nothing good is believed.
-    Nothing,
-}
-
 impl Sampled {
     const fn reasons(self) -> Reasons {
         let mut reasons = Reasons::NONE;
@@ -206,8 +198,8 @@ pub struct Access {
     open: bool,
     events: [u32; EVENTS],
     sampled: Sampled,
-    /// Whether the last sample is worth less than a full one.
-    doubtful: bool,
+    /// Operations that may have lent the memory bit of the hardware's COMMAND.
+    lenders: u32,
     /// Recovery from an error has failed.
     failed: bool,
 }
@@ -231,20 +223,23 @@ impl Access {
                 sleeping: false,
                 low_power: false,
             },
-            doubtful: false,
+            lenders: 0,
             failed: false,
         }
     }
 
-    /// The device was opened, and sampled with full trust; starts an epoch.
-    ///
-    /// A failed recovery does not outlast the open in which it happened: opening enabled and reset
-    /// the function. An event that goes on does: a recovery may be between two of its phases.
+    /// The device is about to be opened: the function will be enabled and reset, so a recovery that
+    /// has failed before does not matter any more.
+    pub fn opening(&mut self) {
+        self.failed = false;
+    }
+
+    /// The device was opened, and says this; starts an epoch. No event ends: a recovery may be
+    /// between two of its phases.
     pub fn open(&mut self, sampled: Sampled) -> Epoch {
         self.epoch = self.epoch.wrapping_add(1).max(1);
         self.open = true;
-        self.failed = false;
-        self.sample(sampled, Trust::Full);
+        self.sampled = sampled;
         Epoch(self.epoch)
     }
 
@@ -273,8 +268,8 @@ impl Access {
         self.set(event, self.count(event).saturating_add(1));
     }
 
-    /// `event` is over. Without its beginning this is nothing: system sleep may have begun before the
-    /// driver was bound.
+    /// `event` is over. Without its beginning this is nothing: system sleep may have begun before
+    /// the driver was bound.
     pub fn end(&mut self, event: Event) {
         self.set(event, self.count(event).saturating_sub(1));
     }
@@ -284,34 +279,42 @@ impl Access {
         self.set(event, 0);
     }
 
-    /// Recovery from the errors that were reported has failed: until the next open. The caller drains
+    /// Recovery from the errors that were reported has failed: until `opening`. The caller drains
     /// after this, as after `begin`.
     pub fn fail(&mut self) {
         self.end_all(Event::Error);
         self.failed = true;
     }
 
-    /// Whether the function's config space may be read from the bus. A function that is in reset, or
-    /// whose link may be, does not answer, and that is an error of its port. Who ends the event asks.
+    /// Whether the function's config space may be read from the bus. A function that is in reset,
+    /// or whose link may be, does not answer, and that is an error of its port. Who ends the event
+    /// asks.
     pub fn may_ask(&self) -> bool {
         self.count(Event::Reset) == 0 && self.count(Event::Error) == 0
     }
 
-    /// The device was sampled.
-    pub fn sample(&mut self, sampled: Sampled, trust: Trust) {
-        let undecoded = match trust {
-            Trust::Full => sampled.undecoded,
-            Trust::AfterReset => sampled.undecoded || self.sampled.undecoded,
-            Trust::Nothing => true,
-        };
-        self.sampled = Sampled {
-            undecoded,
-            ..sampled
-        };
-        self.doubtful = trust != Trust::Full;
+    /// An operation of the core begins that may lend the memory bit of the hardware's COMMAND.
+    pub fn lend(&mut self) {
+        self.lenders = self.lenders.saturating_add(1);
     }
 
-    /// What the last sample said, as far as it was believed.
+    /// The operation is over. Whoever made it asks the device then, if what is known [is
+    /// stale](Self::is_stale).
+    pub fn give_back(&mut self) {
+        self.lenders = self.lenders.saturating_sub(1);
+    }
+
+    /// Whether the bit may be lent.
+    pub fn is_lent(&self) -> bool {
+        self.lenders != 0
+    }
+
+    /// What the device says now.
+    pub fn set_sampled(&mut self, sampled: Sampled) {
+        self.sampled = sampled;
+    }
+
+    /// What the device said last.
     pub fn sampled(&self) -> Sampled {
         self.sampled
     }
@@ -320,8 +323,7 @@ impl Access {
     /// had an access through the device fd then asks it.
     ///
     /// - Resets set D0, and LOW_POWER_EXIT ends low power, without a callback.
-    /// - What was `undecoded` may have been half awake.
-    /// - A sample that was not to be trusted is made up for.
+    /// - What was `undecoded` may have been half awake, or not to be believed.
     pub fn is_stale(&self) -> bool {
         let Sampled {
             memory_off,
@@ -329,7 +331,7 @@ impl Access {
             sleeping,
             low_power,
         } = self.sampled;
-        sleeping || low_power || undecoded && !memory_off || self.doubtful
+        sleeping || low_power || undecoded && !memory_off
     }
 
     /// Why memory may not be touched, whoever asks.

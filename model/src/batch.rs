@@ -9,8 +9,8 @@ use super::ranges::{self, Mapping, Misfit, Segment};
 pub struct Batch {
     /// Address of the first page.
     pub address: u64,
-    /// Frame number of the first page.
-    pub pfn: u64,
+    /// The page of the BAR that is the first one.
+    pub page: u64,
     /// Number of pages, not 0.
     pub pages: u64,
 }
@@ -45,7 +45,7 @@ pub fn batch_for(
     let end = window_end.min(mapping.end).min(range_end);
     Ok(Batch {
         address: first,
-        pfn: place.pfn.saturating_sub((address - first) >> page_shift),
+        page: place.page.saturating_sub((address - first) >> page_shift),
         pages: end.saturating_sub(first) >> page_shift,
     })
 }

@@ -2,8 +2,8 @@
 
 //! Which write to config space may take memory away.
 //!
-//! The position decides, never the value: the core copies the value from user memory after us, and a
-//! process that races itself would show it another one (`vfio_pci_config_rw_single` in
+//! The position decides, never the value: the core copies the value from user memory after us, and
+//! a process that races itself would show it another one (`vfio_pci_config_rw_single` in
 //! `drivers/vfio/pci/vfio_pci_config.c`).
 
 /// Offset of COMMAND (PCI Local Bus 3.0, 6.2.2); the memory bit is in its low byte.

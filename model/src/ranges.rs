@@ -4,7 +4,8 @@
 //!
 //! A buffer is the concatenation of its ranges. It is kept as one [`Segment`] a range with prefix
 //! sums, so that a look-up is a binary search. Units: everything that comes from user space is in
-//! bytes; segments count pages.
+//! bytes; segments count pages. No address is kept: pages are counted from the beginning of the
+//! BAR, and only the code that makes a page-table entry or a DMA mapping adds where that is.
 
 /// Why a list of ranges is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,30 +57,24 @@ impl Bar {
     }
 }
 
+/// Whether `count` pages from `page` on, at least one, are among the first `pages` pages of a BAR.
+#[inline]
+pub fn holds(pages: u64, page: u64, count: u64) -> bool {
+    count != 0 && pages.checked_sub(count).is_some_and(|last| page <= last)
+}
+
 /// One range of a buffer, in pages.
 ///
 /// # Invariants of a list of segments
 ///
 /// `end` is strictly increasing; segment `i` holds the pages `ends[i - 1]..ends[i]` of the buffer
-/// (from 0 for the first), which are the frames from `pfn` on.
+/// (from 0 for the first), which are the pages of the BAR from `page` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// The page of the buffer after the last of this segment.
     pub end: u64,
-    /// Frame number of the first page.
-    pub pfn: u64,
-}
-
-impl Segment {
-    /// The segment that follows a segment that ends at page `begin` of the buffer.
-    ///
-    /// Pages of lengths whose sum fits never saturate.
-    pub fn after(begin: u64, address: u64, length: u64, page_shift: u32) -> Self {
-        Self {
-            end: begin.saturating_add(length >> page_shift),
-            pfn: address >> page_shift,
-        }
-    }
+    /// The page of the BAR that is the first one.
+    pub page: u64,
 }
 
 /// Ranges of a BAR, one after the other, as they become the segments of a buffer.
@@ -127,7 +122,7 @@ impl Placement {
         self.pages = self.pages.saturating_add(length >> self.page_shift);
         Ok(Segment {
             end: self.pages,
-            pfn: self.bar.start.wrapping_add(offset) >> self.page_shift,
+            page: offset >> self.page_shift,
         })
     }
 
@@ -155,8 +150,8 @@ impl Placement {
 pub struct Place {
     /// Index of the segment.
     pub segment: usize,
-    /// Frame number of the page.
-    pub pfn: u64,
+    /// The page of the BAR.
+    pub page: u64,
     /// Pages from here to the end of the segment, this one included.
     pub run: u64,
 }
@@ -171,7 +166,7 @@ pub fn find(segments: &[Segment], page: u64) -> Option<Place> {
     let begin = begin_of(segments, segment);
     Some(Place {
         segment,
-        pfn: found.pfn.saturating_add(page.saturating_sub(begin)),
+        page: found.page.saturating_add(page.saturating_sub(begin)),
         run: found.end.saturating_sub(page),
     })
 }
@@ -205,16 +200,18 @@ pub enum Misfit {
     Outside,
 }
 
-/// The frame for a page-table entry of `2^order` pages that covers `address`.
+/// The first page of the BAR for a page-table entry of `2^order` pages that covers `address`.
 ///
 /// Such an entry lies inside the mapping and inside one range, and its frame number is a multiple
-/// of `2^order`: it never spans two ranges, even if they touch.
+/// of `2^order`: it never spans two ranges, even if they touch. `first_frame` is the frame number
+/// of the BAR's first page, which may be less aligned than the entry.
 pub fn entry_for(
     segments: &[Segment],
     mapping: &Mapping,
     address: u64,
     order: u32,
     page_shift: u32,
+    first_frame: u64,
 ) -> Result<u64, Misfit> {
     let Some(entry_size) = 1u64.checked_shl(order.saturating_add(page_shift)) else {
         return Err(Misfit::Order);
@@ -233,17 +230,23 @@ pub fn entry_for(
         .ok_or(Misfit::Outside)?;
     let place = find(segments, page).ok_or(Misfit::Outside)?;
     let pages = 1u64 << order;
-    if place.run < pages || place.pfn & (pages - 1) != 0 {
+    if place.run < pages || first_frame.wrapping_add(place.page) & (pages - 1) != 0 {
         return Err(Misfit::Order);
     }
-    Ok(place.pfn)
+    Ok(place.page)
 }
 
-/// The segments as physical addresses and lengths in bytes, those that touch as one.
-pub fn runs(
-    segments: &[Segment],
-    page_shift: u32,
-) -> impl Iterator<Item = (u64, u64)> + Clone + '_ {
+/// Pages of a BAR that are neighbours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The first.
+    pub page: u64,
+    /// How many.
+    pub pages: u64,
+}
+
+/// The segments as runs of pages of the BAR, those that touch as one.
+pub fn runs(segments: &[Segment]) -> impl Iterator<Item = Run> + Clone + '_ {
     let mut index = 0;
     core::iter::from_fn(move || {
         let first = segments.get(index)?;
@@ -251,13 +254,15 @@ pub fn runs(
         let mut end = first.end;
         index += 1;
         while let Some(next) = segments.get(index) {
-            if next.pfn != first.pfn.saturating_add(end.saturating_sub(begin)) {
+            if next.page != first.page.saturating_add(end.saturating_sub(begin)) {
                 break;
             }
             end = next.end;
             index += 1;
         }
-        let pages = end.saturating_sub(begin);
-        Some((first.pfn << page_shift, pages << page_shift))
+        Some(Run {
+            page: first.page,
+            pages: end.saturating_sub(begin),
+        })
     })
 }

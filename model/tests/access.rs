@@ -2,7 +2,7 @@
 
 //! Access against an oracle that remembers the whole history and reads the answer off it.
 
-use barlease_model::access::{Access, Epoch, Event, NOTHING, Reasons, Sampled, State, Trust};
+use barlease_model::access::{Access, Epoch, Event, NOTHING, Reasons, Sampled, State};
 use proptest::{collection::vec, prelude::*, sample::select};
 
 /// What can happen to a device.
@@ -13,12 +13,14 @@ enum Step {
     Begin(Event),
     End(Event),
     EndAll(Event),
-    Sample(Sampled, Trust),
+    Sample(Sampled),
     Fail,
+    Opening,
+    Lend,
+    GiveBack,
 }
 
-use Step::{Begin, Close, End, EndAll, Fail, Open, Sample};
-use Trust::{AfterReset, Full, Nothing};
+use Step::{Begin, Close, End, EndAll, Fail, GiveBack, Lend, Open, Opening, Sample};
 
 const MEMORY_ON: Sampled = Sampled {
     memory_off: false,
@@ -43,13 +45,12 @@ fn all_levels() -> Vec<Sampled> {
 }
 
 fn all_steps() -> Vec<Step> {
-    let mut steps = vec![Close, Fail];
+    let mut steps = vec![Close, Fail, Opening, Lend, GiveBack];
     for event in Event::ALL {
         steps.extend([Begin(event), End(event), EndAll(event)]);
     }
     for levels in all_levels() {
-        steps.push(Open(levels));
-        steps.extend([Full, AfterReset, Nothing].map(|trust| Sample(levels, trust)));
+        steps.extend([Open(levels), Sample(levels)]);
     }
     steps
 }
@@ -78,8 +79,11 @@ impl Traced {
             Begin(event) => self.access.begin(event),
             End(event) => self.access.end(event),
             EndAll(event) => self.access.end_all(event),
-            Sample(levels, trust) => self.access.sample(levels, trust),
+            Sample(levels) => self.access.set_sampled(levels),
+            Lend => self.access.lend(),
+            GiveBack => self.access.give_back(),
             Fail => self.access.fail(),
+            Opening => self.access.opening(),
         }
         self.history.push(step);
         self
@@ -98,38 +102,29 @@ impl Traced {
             })
     }
 
-    /// What is believed of the device: what was said last, but for the hardware's COMMAND what was
-    /// said last with full trust, and all that was bad since.
     fn levels(&self) -> Sampled {
-        let mut all = Sampled::default();
-        for step in &self.history {
-            match *step {
-                Open(sampled) | Sample(sampled, Full) => all = sampled,
-                Sample(sampled, trust) => {
-                    let undecoded = all.undecoded || sampled.undecoded || trust == Nothing;
-                    all = Sampled {
-                        undecoded,
-                        ..sampled
-                    };
-                }
-                _ => {}
-            }
-        }
-        all
+        let said = |step: &Step| match step {
+            Open(levels) | Sample(levels) => Some(*levels),
+            _ => None,
+        };
+        self.history.iter().rev().find_map(said).unwrap_or_default()
     }
 
-    /// Whether recovery has failed since the device was opened.
+    /// Whether recovery has failed since the device was last about to be opened.
     fn failed(&self) -> bool {
         let mut last = self.history.iter().rev();
-        let last = last.find(|step| matches!(step, Fail | Open(_)));
+        let last = last.find(|step| matches!(step, Fail | Opening));
         matches!(last, Some(Fail))
     }
 
-    /// Whether something was sampled since that was not to be trusted.
-    fn doubtful(&self) -> bool {
-        let mut last = self.history.iter().rev();
-        let last = last.find(|step| matches!(step, Sample(..) | Open(_)));
-        matches!(last, Some(Sample(_, AfterReset | Nothing)))
+    /// Lenders that have not given back.
+    fn lenders(&self) -> usize {
+        let count = |lenders: usize, step: &Step| match step {
+            Lend => lenders + 1,
+            GiveBack => lenders.saturating_sub(1),
+            _ => lenders,
+        };
+        self.history.iter().fold(0, count)
     }
 
     /// The bits of the uAPI, spelt out.
@@ -169,8 +164,9 @@ impl Traced {
         let asks = self.pending(Event::Reset) + self.pending(Event::Error) == 0;
         assert_eq!(access.may_ask(), asks, "{history:?}");
         let half_awake = levels.undecoded && !levels.memory_off;
-        let stale = levels.sleeping || levels.low_power || half_awake || self.doubtful();
+        let stale = levels.sleeping || levels.low_power || half_awake;
         assert_eq!(access.is_stale(), stale, "{history:?}");
+        assert_eq!(access.is_lent(), self.lenders() != 0, "{history:?}");
         assert_eq!(access.reasons().bits(), self.reason_bits(), "{history:?}");
         let current = self.epochs.last().copied().filter(|_| self.is_open());
         assert_eq!(access.epoch(), current, "{history:?}");
@@ -225,9 +221,8 @@ fn every_history_of_five_steps_that_nest() {
         Begin(Event::Error),
         EndAll(Event::Error),
         Fail,
-        Sample(MEMORY_OFF, Full),
-        Sample(MEMORY_ON, Full),
-        Sample(MEMORY_ON, Nothing),
+        Sample(MEMORY_OFF),
+        Sample(MEMORY_ON),
     ];
     explore(&Traced::new(), &steps, 5);
 }
@@ -309,6 +304,37 @@ fn sleep_and_low_power_are_one_reason_and_two_events() {
 }
 
 #[test]
+fn low_power_that_was_asked_for_is_no_reason_while_the_device_is_kept_awake() {
+    for levels in all_levels() {
+        for event in [None].into_iter().chain(Event::ALL.map(Some)) {
+            let mut access = Access::new();
+            let _epoch = access.open(levels);
+            if let Some(event) = event {
+                access.begin(event);
+            }
+            let power = levels.sleeping || event == Some(Event::Sleep);
+            let wanted = [
+                (Reasons::MEMORY_OFF, levels.memory_off || levels.undecoded),
+                (Reasons::LOW_POWER, power),
+                (Reasons::RESET, event == Some(Event::Reset)),
+                (Reasons::ERROR, event == Some(Event::Error)),
+                (Reasons::CONFIG_WRITE, event == Some(Event::ConfigWrite)),
+            ];
+            let reasons = access.reasons_when_awake();
+            for (reason, holds) in wanted {
+                assert_eq!(
+                    reasons.contains(reason),
+                    holds,
+                    "{levels:?} {event:?} {reason:?}"
+                );
+            }
+            // It is never wider than what shuts leases.
+            assert!(access.reasons().contains(reasons));
+        }
+    }
+}
+
+#[test]
 fn an_end_without_a_beginning_is_nothing() {
     for event in Event::ALL {
         let mut access = Access::new();
@@ -339,41 +365,21 @@ fn a_failed_recovery_lasts_until_the_next_open() {
     access.begin(Event::Error);
     access.begin(Event::Error);
     access.fail();
-    access.sample(MEMORY_ON, Full);
+    access.set_sampled(MEMORY_ON);
     // A recovery after it does not mend what came before.
     access.begin(Event::Error);
     access.end_all(Event::Error);
     assert_eq!(access.state(epoch, false), State::Revoked(Reasons::ERROR));
     access.close();
+    access.opening();
     let epoch = access.open(MEMORY_ON);
     assert_eq!(access.state(epoch, false), State::Ok);
-}
-
-#[test]
-fn a_bit_that_may_be_lent_is_not_believed() {
-    let undecoded = Sampled {
-        undecoded: true,
-        ..MEMORY_ON
-    };
-    for (before, trust, expected) in [
-        (undecoded, Full, State::Ok),
-        (undecoded, AfterReset, State::Revoked(Reasons::MEMORY_OFF)),
-        (undecoded, Nothing, State::Revoked(Reasons::MEMORY_OFF)),
-        (MEMORY_ON, AfterReset, State::Ok),
-        (MEMORY_ON, Nothing, State::Revoked(Reasons::MEMORY_OFF)),
-    ] {
-        let mut access = Access::new();
-        let epoch = access.open(before);
-        access.sample(MEMORY_ON, trust);
-        assert_eq!(access.state(epoch, false), expected, "{before:?} {trust:?}");
-        assert_eq!(access.is_stale(), trust != Full, "{before:?} {trust:?}");
-        access.sample(undecoded, trust);
-        assert_ne!(
-            access.state(epoch, false),
-            State::Ok,
-            "{before:?} {trust:?}"
-        );
-    }
+    // One that fails while the device is being opened is of that open.
+    access.close();
+    access.opening();
+    access.fail();
+    let epoch = access.open(MEMORY_ON);
+    assert_eq!(access.state(epoch, false), State::Revoked(Reasons::ERROR));
 }
 
 #[test]

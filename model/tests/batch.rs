@@ -13,14 +13,11 @@ const SHIFT: u32 = 12;
 
 fn segments(ranges: &[(u64, u64)]) -> Vec<Segment> {
     let mut end = 0;
-    ranges
-        .iter()
-        .map(|&(pfn, pages)| {
-            let segment = Segment::after(end, pfn << SHIFT, pages << SHIFT, SHIFT);
-            end = segment.end;
-            segment
-        })
-        .collect()
+    let segment = |&(page, pages): &(u64, u64)| {
+        end += pages;
+        Segment { end, page }
+    };
+    ranges.iter().map(segment).collect()
 }
 
 /// The run around `address`, grown page by page for as long as the next one is in the window, in the
@@ -32,8 +29,8 @@ fn oracle(
     order: u32,
 ) -> Result<Batch, Misfit> {
     let mut all = Vec::new();
-    for (index, &(pfn, pages)) in ranges.iter().enumerate() {
-        all.extend((0..pages).map(|page| (index, pfn + page)));
+    for (index, &(first, pages)) in ranges.iter().enumerate() {
+        all.extend((0..pages).map(|page| (index, first + page)));
     }
     let place = |at: u64| {
         (mapping.start..mapping.end).contains(&at).then_some(())?;
@@ -55,7 +52,7 @@ fn oracle(
     }
     Ok(Batch {
         address: first,
-        pfn: here.1 - (address - first) / PAGE,
+        page: here.1 - (address - first) / PAGE,
         pages: (last - first) / PAGE + 1,
     })
 }
@@ -71,7 +68,7 @@ fn a_batch_is_the_window_where_nothing_ends() {
     let batch = batch_for(&segments, &mapping, 1500 * PAGE, 9, SHIFT).unwrap();
     assert_eq!(batch.address, 1024 * PAGE);
     assert_eq!(batch.pages, 512);
-    assert_eq!(batch.pfn, 0x1001 + 512);
+    assert_eq!(batch.page, 0x1001 + 512);
 }
 
 #[test]
@@ -86,7 +83,7 @@ fn a_batch_never_spans_two_ranges_even_if_they_touch() {
     for page in 0..3 {
         let expected = Batch {
             address: 0,
-            pfn: 100,
+            page: 100,
             pages: 3,
         };
         assert_eq!(batch(page), expected);
@@ -94,7 +91,7 @@ fn a_batch_never_spans_two_ranges_even_if_they_touch() {
     for page in 3..7 {
         let expected = Batch {
             address: 3 * PAGE,
-            pfn: 103,
+            page: 103,
             pages: 4,
         };
         assert_eq!(batch(page), expected);
@@ -148,8 +145,9 @@ proptest! {
         if let Ok(batch) = batch_for(&segments, &mapping, at * PAGE, 9, SHIFT) {
             prop_assert!((1..=512).contains(&batch.pages));
             for page in 0..batch.pages {
-                let single = entry_for(&segments, &mapping, batch.address + page * PAGE, 0, SHIFT);
-                prop_assert_eq!(single, Ok(batch.pfn + page));
+                let address = batch.address + page * PAGE;
+                let single = entry_for(&segments, &mapping, address, 0, SHIFT, 0);
+                prop_assert_eq!(single, Ok(batch.page + page));
             }
         }
     }
@@ -160,7 +158,7 @@ proptest! {
         numbers in proptest::array::uniform4(extreme()),
         order in prop_oneof![any::<u32>(), 0u32..64],
     ) {
-        let segments: Vec<_> = raw.iter().map(|&(end, pfn)| Segment { end, pfn }).collect();
+        let segments: Vec<_> = raw.iter().map(|&(end, page)| Segment { end, page }).collect();
         let [start, end, page_offset, address] = numbers;
         let mapping = Mapping { start, end, page_offset };
         let _ = batch_for(&segments, &mapping, address, order, SHIFT);

@@ -3,8 +3,8 @@
 //! Ranges against oracles that do the same the long way: page by page, and in 128 bits.
 
 use barlease_model::ranges::{
-    Bar, Mapping, Misfit, Place, Placement, RangeError, Segment, begin_of, entry_for, find,
-    overlaps, runs,
+    Bar, Mapping, Misfit, Place, Placement, RangeError, Run, Segment, begin_of, entry_for, find,
+    holds, overlaps, runs,
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -106,17 +106,10 @@ fn ranges_become_segments_one_after_the_other() {
         start: 0x8000_0000,
         length: 4 * PAGE,
     };
-    let segment = |end, pfn| Segment { end, pfn };
+    let segment = |end, page| Segment { end, page };
     assert_eq!(
         place(bar, &[(3 * PAGE, PAGE), (0, 2 * PAGE), (0, 4 * PAGE)]),
-        Ok((
-            7 * PAGE,
-            vec![
-                segment(1, 0x80003),
-                segment(3, 0x80000),
-                segment(7, 0x80000)
-            ]
-        ))
+        Ok((7 * PAGE, vec![segment(1, 3), segment(3, 0), segment(7, 0)]))
     );
 }
 
@@ -126,10 +119,10 @@ fn placement_oracle(bar: Bar, ranges: &[(u64, u64)]) -> Result<(u64, Vec<Segment
     let mut end = 0;
     let mut segments = Vec::new();
     for &(offset, length) in ranges {
-        let address = place_oracle(bar, offset, length)?;
-        let segment = Segment::after(end, address, length, SHIFT);
-        end = segment.end;
-        segments.push(segment);
+        place_oracle(bar, offset, length)?;
+        end += length / PAGE;
+        let page = offset / PAGE;
+        segments.push(Segment { end, page });
     }
     Ok((total, segments))
 }
@@ -233,26 +226,23 @@ fn place_oracle(bar: Bar, offset: u64, length: u64) -> Result<u64, RangeError> {
 
 // ---- find -----------------------------------------------------------------------------------------
 
-/// The segments of ranges given as (first frame, pages).
+/// The segments of ranges given as (first page of the BAR, pages).
 fn segments(ranges: &[(u64, u64)]) -> Vec<Segment> {
     let mut end = 0;
-    ranges
-        .iter()
-        .map(|&(pfn, pages)| {
-            let segment = Segment::after(end, pfn << SHIFT, pages << SHIFT, SHIFT);
-            end = segment.end;
-            segment
-        })
-        .collect()
+    let segment = |&(page, pages): &(u64, u64)| {
+        end += pages;
+        Segment { end, page }
+    };
+    ranges.iter().map(segment).collect()
 }
 
 /// Every page of the buffer, one after the other.
 fn pages(ranges: &[(u64, u64)]) -> Vec<Place> {
     let mut all = Vec::new();
-    for (segment, &(pfn, pages)) in ranges.iter().enumerate() {
+    for (segment, &(first, pages)) in ranges.iter().enumerate() {
         all.extend((0..pages).map(|page| Place {
             segment,
-            pfn: pfn + page,
+            page: first + page,
             run: pages - page,
         }));
     }
@@ -294,9 +284,9 @@ fn the_most_segments_that_a_buffer_may_have_are_searched() {
 
 // ---- runs -----------------------------------------------------------------------------------------
 
-/// Frame numbers of every page, in order.
-fn frames(runs: impl Iterator<Item = (u64, u64)>) -> Vec<u64> {
-    runs.flat_map(|(address, length)| (0..length / PAGE).map(move |page| address / PAGE + page))
+/// Every page of the BAR, in order.
+fn bar_pages(runs: impl Iterator<Item = Run>) -> Vec<u64> {
+    runs.flat_map(|run| run.page..run.page + run.pages)
         .collect()
 }
 
@@ -311,15 +301,13 @@ fn ranges_that_touch_are_one_run() {
         (20, 2),
         (20, 2),
     ]);
-    let runs: Vec<_> = runs(&segments, SHIFT)
-        .map(|(address, length)| (address / PAGE, length / PAGE))
-        .collect();
+    let runs: Vec<_> = runs(&segments).map(|run| (run.page, run.pages)).collect();
     assert_eq!(runs, [(10, 6), (20, 1), (19, 3), (20, 2)]);
 }
 
 #[test]
 fn no_segments_are_no_runs() {
-    assert_eq!(runs(&[], SHIFT).count(), 0);
+    assert_eq!(runs(&[]).count(), 0);
 }
 
 // ---- entry_for ------------------------------------------------------------------------------------
@@ -331,6 +319,7 @@ fn entry_oracle(
     mapping: &Mapping,
     address: u64,
     order: u32,
+    first_frame: u64,
 ) -> Result<u64, Misfit> {
     let all = pages(ranges);
     let size = PAGE << order;
@@ -349,10 +338,10 @@ fn entry_oracle(
     let head = all.get(page_of(first)).ok_or(Misfit::Outside)?;
     let fits = addresses.iter().zip(0..).all(|(&at, i)| {
         all.get(page_of(at))
-            .is_some_and(|place| place.segment == head.segment && place.pfn == head.pfn + i)
+            .is_some_and(|place| place.segment == head.segment && place.page == head.page + i)
     });
-    if fits && head.pfn % (1 << order) == 0 {
-        Ok(head.pfn)
+    if fits && (first_frame + head.page) % (1 << order) == 0 {
+        Ok(head.page)
     } else {
         Err(Misfit::Order)
     }
@@ -370,7 +359,7 @@ fn a_huge_entry_needs_both_addresses_aligned() {
     };
     let at = mapping.start + 17 * PAGE;
     let entry = |segments: &[Segment], mapping: &Mapping| {
-        entry_for(segments, mapping, at, PMD_ORDER, SHIFT)
+        entry_for(segments, mapping, at, PMD_ORDER, SHIFT, 0)
     };
     assert_eq!(entry(&aligned, &mapping), Ok(4 * huge));
     assert_eq!(entry(&skewed, &mapping), Err(Misfit::Order));
@@ -382,6 +371,32 @@ fn a_huge_entry_needs_both_addresses_aligned() {
     assert_eq!(entry(&aligned, &shifted), Err(Misfit::Order));
 }
 
+/// The BAR of a device may begin anywhere: it is the frame that counts, not the page of the BAR.
+#[test]
+fn a_huge_entry_needs_an_aligned_frame_wherever_the_bar_begins() {
+    let huge = 1 << PMD_ORDER;
+    let mapping = Mapping {
+        start: 64 * huge * PAGE,
+        end: 65 * huge * PAGE,
+        page_offset: 0,
+    };
+    let entry = |page, first_frame| {
+        let segments = segments(&[(page, huge)]);
+        entry_for(
+            &segments,
+            &mapping,
+            mapping.start,
+            PMD_ORDER,
+            SHIFT,
+            first_frame,
+        )
+    };
+    assert_eq!(entry(0, 8 * huge), Ok(0));
+    assert_eq!(entry(0, 8 * huge + 16), Err(Misfit::Order));
+    assert_eq!(entry(huge - 16, 8 * huge + 16), Ok(huge - 16));
+    assert_eq!(entry(huge, 8 * huge + 16), Err(Misfit::Order));
+}
+
 #[test]
 fn a_huge_entry_never_spans_two_ranges_even_if_they_touch() {
     let huge = 1 << PMD_ORDER;
@@ -391,7 +406,7 @@ fn a_huge_entry_never_spans_two_ranges_even_if_they_touch() {
         end: huge * PAGE,
         page_offset: 0,
     };
-    let entry = |order| entry_for(&touching, &mapping, 0, order, SHIFT);
+    let entry = |order| entry_for(&touching, &mapping, 0, order, SHIFT, 0);
     assert_eq!(entry(PMD_ORDER), Err(Misfit::Order));
     assert_eq!(entry(PMD_ORDER - 1), Ok(4 * huge));
 }
@@ -407,9 +422,9 @@ fn an_entry_never_leaves_the_mapping() {
             page_offset: start,
         };
         for page in start..end {
-            let huge = entry_for(&segments, &mapping, page * PAGE, PMD_ORDER, SHIFT);
+            let huge = entry_for(&segments, &mapping, page * PAGE, PMD_ORDER, SHIFT, 0);
             assert_eq!(huge, Err(Misfit::Order), "{start}..{end} {page}");
-            let small = entry_for(&segments, &mapping, page * PAGE, 0, SHIFT);
+            let small = entry_for(&segments, &mapping, page * PAGE, 0, SHIFT, 0);
             assert_eq!(small, Ok(4 * 512 + page));
         }
     }
@@ -423,7 +438,7 @@ fn what_is_outside_stays_outside_at_any_order() {
         end: 20 * PAGE,
         page_offset: 2,
     };
-    let entry = |page: u64, order| entry_for(&segments, &mapping, page * PAGE, order, SHIFT);
+    let entry = |page: u64, order| entry_for(&segments, &mapping, page * PAGE, order, SHIFT, 0);
     assert_eq!(entry(15, 0), Err(Misfit::Outside));
     assert_eq!(entry(20, 0), Err(Misfit::Outside));
     assert_eq!(entry(17, 0), Ok(3));
@@ -442,7 +457,7 @@ fn no_page_offset_leads_back_into_the_buffer() {
         page_offset: u64::MAX - 2,
     };
     for page in 0..8 {
-        let entry = entry_for(&segments, &mapping, page * PAGE, 0, SHIFT);
+        let entry = entry_for(&segments, &mapping, page * PAGE, 0, SHIFT, 0);
         assert_eq!(entry, Err(Misfit::Outside), "{page}");
     }
 }
@@ -521,6 +536,16 @@ proptest! {
     }
 
     #[test]
+    fn a_bar_holds_pages_as_the_oracle_says(
+        pages in prop_oneof![extreme(), 0u64..8],
+        page in prop_oneof![extreme(), 0u64..8],
+        count in prop_oneof![extreme(), 0u64..8],
+    ) {
+        let end = u128::from(page) + u128::from(count);
+        prop_assert_eq!(holds(pages, page, count), count != 0 && end <= u128::from(pages));
+    }
+
+    #[test]
     fn overlap_is_symmetric(a in extreme(), a_len in extreme(), b in extreme(), b_len in extreme()) {
         prop_assert_eq!(overlaps(a, a_len, b, b_len), overlaps(b, b_len, a, a_len));
     }
@@ -534,11 +559,11 @@ proptest! {
     #[test]
     fn runs_are_all_pages_in_order_and_as_few_as_can_be(ranges in some_ranges()) {
         let segments = segments(&ranges);
-        let all: Vec<_> = runs(&segments, SHIFT).collect();
-        let expected: Vec<_> = pages(&ranges).iter().map(|place| place.pfn).collect();
-        prop_assert_eq!(frames(all.iter().copied()), expected);
+        let all: Vec<_> = runs(&segments).collect();
+        let expected: Vec<_> = pages(&ranges).iter().map(|place| place.page).collect();
+        prop_assert_eq!(bar_pages(all.iter().copied()), expected);
         for pair in all.windows(2) {
-            prop_assert_ne!(pair[0].0 + pair[0].1, pair[1].0);
+            prop_assert_ne!(pair[0].page + pair[0].pages, pair[1].page);
         }
     }
 
@@ -550,6 +575,7 @@ proptest! {
         page_offset in 0u64..64,
         at in 0u64..192,
         order in 0u32..5,
+        first_frame in 0u64..64,
     ) {
         let mapping = Mapping {
             start: start * PAGE,
@@ -558,8 +584,8 @@ proptest! {
         };
         let address = at * PAGE;
         prop_assert_eq!(
-            entry_for(&segments(&ranges), &mapping, address, order, SHIFT),
-            entry_oracle(&ranges, &mapping, address, order)
+            entry_for(&segments(&ranges), &mapping, address, order, SHIFT, first_frame),
+            entry_oracle(&ranges, &mapping, address, order, first_frame)
         );
     }
 
@@ -574,9 +600,9 @@ proptest! {
         let segments = segments(&ranges);
         let mapping = Mapping { start: start * PAGE, end: (start + 96) * PAGE, page_offset };
         for page in start..start + 96 {
-            if let Ok(pfn) = entry_for(&segments, &mapping, page * PAGE, order, SHIFT) {
-                let small = entry_for(&segments, &mapping, page * PAGE, 0, SHIFT);
-                prop_assert_eq!(small, Ok(pfn + page % (1 << order)));
+            if let Ok(first) = entry_for(&segments, &mapping, page * PAGE, order, SHIFT, 0) {
+                let small = entry_for(&segments, &mapping, page * PAGE, 0, SHIFT, 0);
+                prop_assert_eq!(small, Ok(first + page % (1 << order)));
             }
         }
     }
@@ -584,20 +610,19 @@ proptest! {
     #[test]
     fn no_input_panics(
         raw in vec((extreme(), extreme()), 0..6),
-        numbers in proptest::array::uniform8(extreme()),
+        numbers in proptest::array::uniform7(extreme()),
         order in prop_oneof![any::<u32>(), u32::MAX - 64..=u32::MAX],
         index in any::<usize>(),
     ) {
-        let [start, end, page_offset, address, page, begin, at, length] = numbers;
+        let [start, end, page_offset, address, page, first_frame, length] = numbers;
         // Neither sorted nor made by us.
-        let segments: Vec<_> = raw.iter().map(|&(end, pfn)| Segment { end, pfn }).collect();
+        let segments: Vec<_> = raw.iter().map(|&(end, page)| Segment { end, page }).collect();
         let mapping = Mapping { start, end, page_offset };
         let _ = find(&segments, page);
         let _ = begin_of(&segments, index);
-        let _ = runs(&segments, SHIFT).count();
-        let _ = entry_for(&segments, &mapping, address, order, SHIFT);
-        let _ = entry_for(&segments, &mapping, address, order % 24, SHIFT);
-        let _ = Segment::after(begin, at, length, SHIFT);
+        let _ = runs(&segments).count();
+        let _ = entry_for(&segments, &mapping, address, order, SHIFT, first_frame);
+        let _ = entry_for(&segments, &mapping, address, order % 24, SHIFT, first_frame);
         let mut placement = Placement::new(Bar { start, length }, order);
         for &(offset, length) in &raw {
             let _ = placement.next(offset, length);

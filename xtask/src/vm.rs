@@ -90,7 +90,7 @@ pub(crate) struct Exec {
     /// Bind all devices before the command starts, to vfio-pci with --stock
     #[arg(long)]
     bind: bool,
-    /// Parameters for our module, such as allow_msix_export=1
+    /// Parameters for our module, such as msix_export=always
     #[arg(long, default_value = "", value_name = "WORDS")]
     module_parameters: String,
     /// The folder for screenshots

@@ -81,7 +81,7 @@ impl Oracle {
 
     /// Whether `op` may take a mapping away or give it back for a moment.
     fn is_disturbed(&self, mapping: usize, op: &Op) -> bool {
-        if let Op::Revoke { buffer, .. } = *op {
+        if let Op::Revoke { buffer, .. } | Op::RevokeId { buffer, .. } = *op {
             return self.mappings[&mapping].target == Target::Buffer(buffer);
         }
         let device = self.device_of(mapping);

@@ -327,6 +327,30 @@ impl Generator {
                 let (device, buffer) = self.device_and_buffer(oracle)?;
                 Op::Revoke { device, buffer }
             }
+            Kind::RevokeId => {
+                let all = oracle.buffers.keys().copied().collect();
+                let buffer = self.prefer(all, |number| oracle.state(number) != State::Dead)?;
+                let own = oracle.buffers[&buffer].device;
+                let device = if self.rng.u8(..) < 24 || !oracle.devices[own].fd {
+                    self.open_device(oracle)?
+                } else {
+                    own
+                };
+                let nowait = self.rng.bool();
+                Op::RevokeId {
+                    device,
+                    buffer,
+                    nowait,
+                }
+            }
+            Kind::List => Op::List {
+                device: self.device_with_fd(oracle)?,
+                at_a_time: self.rng.u32(1..=6),
+            },
+            Kind::Events => Op::Events {
+                device: self.open_device(oracle)?,
+                armed: self.rng.u8(..) < 220,
+            },
             Kind::RevokeNothing => Op::RevokeNothing {
                 device: self.open_device(oracle)?,
                 what: if self.rng.bool() {
@@ -851,6 +875,9 @@ fn can_be_under_fire(kind: Kind) -> bool {
         Kind::Close
             | Kind::Export
             | Kind::Revoke
+            | Kind::RevokeId
+            | Kind::List
+            | Kind::Events
             | Kind::Status
             | Kind::Memory
             | Kind::Master

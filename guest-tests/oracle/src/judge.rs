@@ -1,12 +1,12 @@
 //! What a step changes, and what must come of it.
 
-use std::fmt;
+use std::{fmt, ops::RangeInclusive};
 
 use barlease_abi::{MEMATTR_NC, MEMATTR_WC, TPH_ST, TPH_ST_EXT};
 
 use crate::{
     Attachment, Buffer, LowPower, MAIN, Mapping, NoBuffer, Op, Oracle, Outcome, PAGE, Protection,
-    Seen, Severity, State, TRANSFER, Target, WrongMap,
+    Record, Seen, Severity, State, TRANSFER, Target, WrongMap,
 };
 
 /// What must come of a step.
@@ -18,6 +18,8 @@ enum Expected {
     Words(usize, u64, u64),
     /// An open device.
     Opened(usize),
+    /// The buffers of a device.
+    Listed(usize),
 }
 
 /// Something else came of a step than must.
@@ -62,6 +64,8 @@ impl Oracle {
                 self.learn(device, at, words)
             }
             (Expected::Words(..), _) => object("what is there".to_owned()),
+            (Expected::Listed(device), Outcome::Listed(records)) => self.compare(device, records),
+            (Expected::Listed(_), _) => object("a list".to_owned()),
         }
     }
 
@@ -72,6 +76,7 @@ impl Oracle {
         match after.apply(op) {
             Expected::Exactly(outcome) => outcome,
             Expected::Opened(_) => Outcome::Opened(true),
+            Expected::Listed(device) => Outcome::Listed(after.records(device)),
             Expected::Words(device, at, count) => {
                 let known = &self.devices[device].words;
                 let word = |word| known.get(&(at + 4 * word)).copied().unwrap_or(0);
@@ -100,6 +105,135 @@ impl Oracle {
         Ok(())
     }
 
+    /// Whether a list is that of the buffers of a device. How many internal ones there are is not said, but of what they
+    /// are.
+    fn compare(&self, device: usize, records: &[Record]) -> Result<(), Objection> {
+        let all = self.buffers.iter();
+        let its = all.filter(|(_, b)| b.device == device && self.is_current(b));
+        let its: Vec<_> = its.map(|(&number, _)| number).collect();
+        let listed: Vec<_> = records.iter().filter_map(|record| record.buffer).collect();
+        if listed != its {
+            return Err(Objection(format!("buffers {listed:?} instead of {its:?}")));
+        }
+        for record in records {
+            let Some(number) = record.buffer else {
+                continue;
+            };
+            let of = self.attachments.values().filter(|a| a.buffer == number);
+            let target = Target::Buffer(number);
+            let right = record.seen == self.status(number)
+                && record.mappings == of.filter(|a| a.mapped).count() as u32
+                && record.writable == self.buffers[&number].writable
+                && !record.draining
+                && self.vmas(target, false).contains(&record.vmas)
+                && self.vmas(target, true).contains(&record.combining);
+            if !right {
+                return Err(Objection(format!(
+                    "{record:?} instead of {:?}, {:?} mappings of processes, {:?} of them combining",
+                    self.status(number),
+                    self.vmas(target, false),
+                    self.vmas(target, true)
+                )));
+            }
+        }
+        let internal = || records.iter().filter(|record| record.buffer.is_none());
+        let this = &self.devices[device];
+        let state = self.state_of_bar(device);
+        let is_right = |record: &Record| {
+            let Seen {
+                state: its,
+                region,
+                attachments,
+                ..
+            } = record.seen;
+            (its, region, attachments) == (state, this.spec.bar, 0)
+                && (record.mappings, record.draining) == (0, false)
+        };
+        if let Some(wrong) = internal().find(|record| !is_right(record)) {
+            return Err(Objection(format!("{wrong:?} instead of one in {state:?}")));
+        }
+        let target = Target::Bar(device);
+        let vmas: u32 = internal().map(|record| record.vmas).sum();
+        let combining: u32 = internal().map(|record| record.combining).sum();
+        let right = self.vmas(target, false).contains(&vmas)
+            && self.vmas(target, true).contains(&combining);
+        if !right {
+            return Err(Objection(format!(
+                "{vmas} mappings of the BAR, {combining} of them combining, instead of {:?}, {:?}",
+                self.vmas(target, false),
+                self.vmas(target, true)
+            )));
+        }
+        Ok(())
+    }
+
+    /// A list that there may be of the buffers of a device.
+    fn records(&self, device: usize) -> Vec<Record> {
+        let vmas = |target, combining| *self.vmas(target, combining).start();
+        let all = self.buffers.iter();
+        let its = all.filter(|(_, b)| b.device == device && self.is_current(b));
+        let records = its.map(|(&number, buffer)| {
+            let of = self.attachments.values().filter(|a| a.buffer == number);
+            let target = Target::Buffer(number);
+            Record {
+                buffer: Some(number),
+                seen: self.status(number),
+                draining: false,
+                mappings: of.filter(|a| a.mapped).count() as u32,
+                vmas: vmas(target, false),
+                combining: vmas(target, true),
+                writable: buffer.writable,
+            }
+        });
+        let target = Target::Bar(device);
+        let this = &self.devices[device];
+        let internal = || Record {
+            buffer: None,
+            seen: Seen {
+                state: self.state_of_bar(device),
+                memattr: MEMATTR_NC,
+                region: this.spec.bar,
+                size: this.spec.size,
+                ranges: 1,
+                attachments: 0,
+            },
+            draining: false,
+            mappings: 0,
+            vmas: vmas(target, false),
+            combining: vmas(target, true),
+            writable: true,
+        };
+        let is_mapped = !self.bar_mappings(device).is_empty();
+        records.chain(is_mapped.then(internal)).collect()
+    }
+
+    /// The state of a mapping of the BAR, which keeps the device open.
+    fn state_of_bar(&self, device: usize) -> State {
+        match self.reasons(device) {
+            _ if self.devices[device].gone => State::Dead,
+            0 => State::Ok,
+            reasons => State::Revoked(reasons),
+        }
+    }
+
+    /// How many VMAs there may be of `target`, or how many write-combining ones: parts of a mapping that was split are one
+    /// or several.
+    fn vmas(&self, target: Target, combining: bool) -> RangeInclusive<u32> {
+        let mut range = (0, 0u32);
+        for mapping in self.mappings.values() {
+            if mapping.target != target || (combining && !mapping.combining) {
+                continue;
+            }
+            let pages = &mapping.pages;
+            let begins = |at: usize| pages[at].is_some() && (at == 0 || pages[at] != pages[at - 1]);
+            range.0 += (0..pages.len()).filter(|&at| begins(at)).count() as u32;
+            range.1 = range
+                .1
+                .saturating_add(if mapping.split { u32::MAX } else { 1 });
+        }
+        range.0..=range.1
+    }
+
     /// A device is accessed through its fd, which wakes it if it was to sleep until then.
     fn access(&mut self, device: usize) {
         let device = &mut self.devices[device];
@@ -112,6 +246,16 @@ impl Oracle {
     fn take(&mut self, op: &Op) {
         let taken = self.taken_by(op);
         self.drain(|buffer| taken.contains(&buffer));
+    }
+
+    /// Importers are told, and give up what they do not hold.
+    fn tell(&mut self, op: &Op) {
+        let taken = self.taken_by(op);
+        for attachment in self.attachments.values_mut() {
+            if taken.contains(&attachment.buffer) && !attachment.hold {
+                attachment.mapped = false;
+            }
+        }
     }
 
     fn drain(&mut self, is_taken: impl Fn(usize) -> bool) {
@@ -157,6 +301,7 @@ impl Oracle {
                 this.open = true;
                 this.epoch += 1;
                 this.alias = false;
+                this.armed = false;
                 Expected::Opened(device)
             }
             Op::Close { device } => {
@@ -204,6 +349,30 @@ impl Oracle {
                 if std::mem::replace(&mut buffer.revoked, true) {
                     return refused(libc::EBADFD);
                 }
+                DONE
+            }
+            Op::RevokeId {
+                device,
+                buffer,
+                nowait,
+            } => {
+                if self.foreign(device, buffer).is_some() {
+                    return refused(libc::ENOENT);
+                }
+                let is_left = !self.told_late_by(op).is_empty();
+                self.take(op);
+                let buffer = self.buffer(buffer);
+                if std::mem::replace(&mut buffer.revoked, true) {
+                    return refused(libc::EBADFD);
+                }
+                if nowait && is_left {
+                    return refused(libc::EINPROGRESS);
+                }
+                DONE
+            }
+            Op::List { device, .. } => Expected::Listed(device),
+            Op::Events { device, armed } => {
+                self.devices[device].armed = armed;
                 DONE
             }
             Op::RevokeNothing { what, .. } => refused(match what {
@@ -445,6 +614,10 @@ impl Oracle {
                 if self.state(this.buffer) != State::Ok {
                     return refused(libc::ENODEV);
                 }
+                let buffer = &self.buffers[&this.buffer];
+                if buffer.size() > 2 * self.devices[buffer.device].spec.size {
+                    return refused(libc::EINVAL);
+                }
                 self.attachment(attachment).mapped = true;
                 DONE
             }
@@ -540,7 +713,7 @@ impl Oracle {
                 DONE
             }
             Op::Error { device, severity } => {
-                self.take(op);
+                self.tell(op);
                 if severity != Severity::Corrected {
                     for member in self.devices[device].spec.set.clone() {
                         self.access(member);
@@ -579,6 +752,9 @@ impl Oracle {
             | Op::ExportSpoilt { device, .. }
             | Op::Revoke { device, .. }
             | Op::RevokeNothing { device, .. }
+            | Op::RevokeId { device, .. }
+            | Op::List { device, .. }
+            | Op::Events { device, .. }
             | Op::Status { device, .. }
             | Op::MemoryType { device, .. }
             | Op::SteeringTags { device, .. }

@@ -17,7 +17,7 @@ pub use coverage::Coverage;
 pub use fire::{During, Shot};
 pub use generate::Generator;
 pub use judge::Objection;
-pub use op::{Kind, NoBuffer, Op, Outcome, Seen, Severity, Spoil, Step, WrongMap};
+pub use op::{Kind, NoBuffer, Op, Outcome, Record, Seen, Severity, Spoil, Step, WrongMap};
 pub use world::{
     Attachment, Buffer, Device, LowPower, MAIN, Mapping, Oracle, Page, Protection, Spec, State,
     Target,

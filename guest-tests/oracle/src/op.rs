@@ -34,6 +34,16 @@ pub enum Op {
     Revoke { device: usize, buffer: usize },
     /// Revokes what is no buffer.
     RevokeNothing { device: usize, what: NoBuffer },
+    /// Revokes a buffer by its id, and waits for its importers, or does not.
+    RevokeId {
+        device: usize,
+        buffer: usize,
+        nowait: bool,
+    },
+    /// Asks for the list of buffers, so many records a call.
+    List { device: usize, at_a_time: u32 },
+    /// Gives a device an eventfd for changes, a new one, or takes it away.
+    Events { device: usize, armed: bool },
     /// Asks for the status of a buffer.
     Status { device: usize, buffer: usize },
     /// Sets the memory type of later mappings.
@@ -269,6 +279,27 @@ pub enum Outcome {
     Tag(u16, u8),
     /// A status.
     Status(Seen),
+    /// The records of a list, in its order.
+    Listed(Vec<Record>),
+}
+
+/// A record of a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The buffer; `None` for an internal one.
+    pub buffer: Option<usize>,
+    /// What STATUS says, too.
+    pub seen: Seen,
+    /// Whether it is draining.
+    pub draining: bool,
+    /// Mappings of importers.
+    pub mappings: u32,
+    /// Mappings of processes.
+    pub vmas: u32,
+    /// Those of them that are write-combining.
+    pub combining: u32,
+    /// Whether its fds can be written to.
+    pub writable: bool,
 }
 
 /// What STATUS says.
@@ -301,6 +332,7 @@ impl Outcome {
                 libc::EINVAL => "EINVAL".to_owned(),
                 libc::EBADFD => "EBADFD".to_owned(),
                 libc::EOPNOTSUPP => "EOPNOTSUPP".to_owned(),
+                libc::EINPROGRESS => "EINPROGRESS".to_owned(),
                 other => format!("errno {other}"),
             },
             Self::Sigbus => "SIGBUS".to_owned(),
@@ -309,7 +341,9 @@ impl Outcome {
                 State::Revoked(_) => "REVOKED".to_owned(),
                 State::Dead => "DEAD".to_owned(),
             },
-            Self::Done | Self::Words(_) | Self::Opened(_) | Self::Tag(..) => "done".to_owned(),
+            Self::Done | Self::Words(_) | Self::Opened(_) | Self::Tag(..) | Self::Listed(_) => {
+                "done".to_owned()
+            }
         }
     }
 }
@@ -337,7 +371,7 @@ macro_rules! kinds {
 }
 
 kinds! {
-    Open Close Rebind Export ExportSpoilt Revoke RevokeNothing Status MemoryType SteeringTags ReadTag
+    Open Close Rebind Export ExportSpoilt Revoke RevokeNothing RevokeId List Events Status MemoryType SteeringTags ReadTag
     CloseBuffer Send Map MapSpoilt MapBar Alias AliasSpoilt Unmap UnmapPart Protect Move Fork Spawn Kill
     Read Write ReadFd WriteFd Attach AttachSpoilt Detach MapDma UnmapDma Hold Fence Signal ReadDma WriteDma
     Memory Master Power EnterLowPower LeaveLowPower Access Reset SysfsReset FunctionReset HotReset BusReset

@@ -73,6 +73,8 @@ pub struct Device {
     pub wake_ups: u64,
     /// Whether it has an alias.
     pub alias: bool,
+    /// Whether it has an eventfd for changes.
+    pub armed: bool,
     /// What is in its memory, by offset of the word, as far as is known.
     pub words: BTreeMap<u64, u32>,
 }
@@ -221,6 +223,7 @@ impl Oracle {
             low: LowPower::No,
             wake_ups: 0,
             alias: false,
+            armed: false,
             words: BTreeMap::new(),
         });
         Self {
@@ -360,7 +363,7 @@ impl Oracle {
     /// event of that.
     #[must_use]
     pub fn taken_by(&self, op: &Op) -> Vec<usize> {
-        if let Op::Revoke { device, buffer } = *op {
+        if let Op::Revoke { device, buffer } | Op::RevokeId { device, buffer, .. } = *op {
             return if self.revocable(device, buffer) {
                 vec![buffer]
             } else {
@@ -425,11 +428,64 @@ impl Oracle {
     /// The importers that `op` must wait for: they hold a mapping, or have a fence.
     #[must_use]
     pub fn waited_for(&self, op: &Op) -> Vec<usize> {
+        match *op {
+            Op::Error { .. } | Op::RevokeId { nowait: true, .. } => Vec::new(),
+            _ => self.told_late_by(op),
+        }
+    }
+
+    /// The importers that `op` tells, and that have something that is still to end then.
+    #[must_use]
+    pub fn told_late_by(&self, op: &Op) -> Vec<usize> {
         let taken = self.taken_by(op);
         let all = self.attachments.iter();
         all.filter(|(_, attachment)| taken.contains(&attachment.buffer))
             .filter(|(_, attachment)| (attachment.mapped && attachment.hold) || attachment.fence)
             .map(|(&number, _)| number)
+            .collect()
+    }
+
+    /// Whether the memory of a device can be reached.
+    fn is_reachable(&self, device: usize) -> bool {
+        let this = &self.devices[device];
+        this.open && !this.gone && self.reasons(device) == 0
+    }
+
+    /// The devices whose eventfd must have been signalled by `op`, after which everything is as in `after`.
+    #[must_use]
+    pub fn signalled_by(&self, op: &Op, after: &Self) -> Vec<usize> {
+        let is_for_a_moment = |device: usize| match *op {
+            Op::Reset { .. }
+            | Op::SysfsReset { .. }
+            | Op::FunctionReset { .. }
+            | Op::HotReset { .. }
+            | Op::BusReset { .. }
+            | Op::Error { .. }
+            | Op::Sleep => self.devices_hit_by(op).contains(&device),
+            Op::Storm { device: of, .. } => of == device,
+            _ => false,
+        };
+        let lasts = |device: usize| {
+            let [before, after] = [self, after].map(|world| &world.devices[device]);
+            let same = before.epoch == after.epoch && before.open && after.open;
+            before.armed && after.armed && same
+        };
+        let is_another = |number: usize| {
+            let there = after.buffers.contains_key(&number);
+            let kind = |world: &Self| std::mem::discriminant(&world.state(number));
+            !there || kind(self) != kind(after)
+        };
+        let changes = |device: usize| {
+            let buffers = self.buffers.iter();
+            let mut its = buffers.filter(|(_, b)| b.device == device && self.is_current(b));
+            let reachable = self.is_reachable(device);
+            reachable != after.is_reachable(device)
+                || (reachable && is_for_a_moment(device))
+                || its.any(|(&number, _)| is_another(number))
+        };
+        let is_set = |device: usize| matches!(*op, Op::Events { device: of, .. } if of == device);
+        let all = 0..self.devices.len();
+        all.filter(|&device| lasts(device) && !is_set(device) && changes(device))
             .collect()
     }
 

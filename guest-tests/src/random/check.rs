@@ -214,5 +214,18 @@ impl Machine {
                 assert!(seen.state != State::Revoked(0));
             }
         }
+        for device in 0..oracle.devices.len() {
+            let this = &oracle.devices[device];
+            if !this.fd || this.low == LowPower::UntilWakeUp {
+                continue;
+            }
+            let at_a_time = self.rng.u32(1..=8);
+            let seen = self.list(device, at_a_time, oracle);
+            let ask = Op::List { device, at_a_time };
+            if let Err(objection) = oracle.step(&ask, &seen) {
+                let name = oracle.devices[device].spec.name;
+                panic!("after {op:?}, the list of {name}: {objection}");
+            }
+        }
     }
 }

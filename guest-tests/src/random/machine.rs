@@ -14,10 +14,13 @@ use std::{
     time::Duration,
 };
 
-use barlease_abi::{ALIAS_WC, DmaBufStatus, DmaBufTph, STATE_DEAD, STATE_OK};
+use barlease_abi::{
+    ALIAS_WC, BUFFER_DRAINING, BUFFER_INTERNAL, DmaBufRecord, DmaBufStatus, DmaBufTph,
+    REVOKE_NOWAIT, STATE_DEAD, STATE_OK,
+};
 use barlease_oracle::{
-    LowPower, MAIN, NoBuffer, Op, Oracle, Outcome, PAGE, Seen, Severity, Shot, Spec, Spoil, State,
-    Step, TRANSFER, Target, WrongMap,
+    LowPower, MAIN, NoBuffer, Op, Oracle, Outcome, PAGE, Record, Seen, Severity, Shot, Spec, Spoil,
+    State, Step, TRANSFER, Target, WrongMap,
 };
 use fastrand::Rng;
 
@@ -27,7 +30,8 @@ use super::{
 };
 use crate::{
     aer,
-    errno::Answer,
+    buffers::{Events, id_of},
+    errno::{Answer, EINPROGRESS},
     importer::{Attachment, DYNAMIC, Importer, KernelLog, abi},
     lease::{self, Request},
     map::{How, READ, READ_WRITE, Sigbus, shared_words},
@@ -56,6 +60,8 @@ pub struct Real {
     pub events: Vec<OwnedFd>,
     /// What they counted.
     pub wake_ups: u64,
+    /// Signalled when something of it is another than before, if it was given to it.
+    pub changes: Option<Events>,
     /// Signalled when the device has reported an error, or is wanted back.
     pub told: OwnedFd,
     function: Function,
@@ -104,6 +110,9 @@ pub struct Machine {
     pub attachments: BTreeMap<usize, (Attachment, bool)>,
     /// For looks after a step.
     pub rng: Rng,
+    /// The ids of buffers that were made, and their numbers.
+    ids: BTreeMap<usize, u64>,
+    numbers: BTreeMap<u64, usize>,
     groups: BTreeMap<String, Arc<Group>>,
     children: BTreeMap<usize, Child>,
     importer: Importer,
@@ -119,6 +128,7 @@ enum Made {
     Device(Device),
     Attachment(Attachment),
     Event(OwnedFd),
+    Changes(Option<Events>),
     Alias(u32),
 }
 
@@ -151,6 +161,7 @@ impl Machine {
                 spec,
                 events: Vec::new(),
                 wake_ups: 0,
+                changes: None,
                 told: process::eventfd(),
                 function,
                 device: None,
@@ -162,6 +173,8 @@ impl Machine {
             main: Holder::default(),
             attachments: BTreeMap::new(),
             rng: Rng::with_seed(!seed),
+            ids: BTreeMap::new(),
+            numbers: BTreeMap::new(),
             groups: BTreeMap::new(),
             children: BTreeMap::new(),
             importer: Importer::open(),
@@ -183,6 +196,9 @@ impl Machine {
     ///
     /// When something that is touched, or waited for, while it is made is not as it must be.
     pub fn make(&mut self, step: &Step, oracle: &Oracle) -> Outcome {
+        for events in self.devices.iter().filter_map(|real| real.changes.as_ref()) {
+            let _ = events.taken();
+        }
         if let Op::Pull { device } | Op::PullInStorm { device, .. } = step.op {
             // Without an open device the file would keep what is to go.
             let group = self.devices[device].function.group();
@@ -636,6 +652,23 @@ impl Machine {
                 NoBuffer::Closed => device(number).revoke_number(lease::no_such_fd()),
                 NoBuffer::Other => device(number).revoke(process::eventfd()),
             }),
+            Op::RevokeId {
+                device,
+                buffer,
+                nowait,
+            } => done(self.revoke_id(op, device, buffer, nowait, oracle)),
+            Op::List { device, at_a_time } => (self.list(device, at_a_time, oracle), Made::Nothing),
+            Op::Events {
+                device: number,
+                armed,
+            } => {
+                let events = armed.then(|| device(number).events());
+                let answer = match events {
+                    Some(_) => Ok(()),
+                    None => device(number).events_number(-1, 0),
+                };
+                (outcome(answer), Made::Changes(events))
+            }
             Op::Status { device, buffer } => (self.status(device, buffer), Made::Nothing),
             Op::MemoryType {
                 device: number,
@@ -956,11 +989,127 @@ impl Machine {
         }
     }
 
+    /// REVOKE by id. What it leaves to importers is looked at, and then ended by them.
+    fn revoke_id(
+        &self,
+        op: &Op,
+        number: usize,
+        buffer: usize,
+        nowait: bool,
+        oracle: &Oracle,
+    ) -> Answer<()> {
+        let (device, id) = (self.devices[number].open(), self.ids[&buffer]);
+        let flags = if nowait { REVOKE_NOWAIT } else { 0 };
+        let answer = device.revoke_id_raw(id, flags, 0);
+        if answer != Err(EINPROGRESS) {
+            return answer;
+        }
+        let left = oracle.told_late_by(op);
+        let is_held = |number: &&usize| {
+            let attachment = &oracle.attachments[*number];
+            attachment.mapped && attachment.hold
+        };
+        let record = device.find_record(id).expect("a record");
+        assert_eq!((record.state, record.flags), (STATE_DEAD, BUFFER_DRAINING));
+        assert_eq!(
+            record.nr_mappings as usize,
+            left.iter().filter(is_held).count()
+        );
+        self.everything_is_gone(oracle, op, number);
+        let changes = self.devices[number].changes.as_ref();
+        let changes = changes.filter(|_| oracle.devices[number].armed);
+        if let Some(events) = changes {
+            events.expect("a dead buffer");
+        }
+        for number in &left {
+            let attachment = &self.attachments[number].0;
+            if oracle.attachments[number].fence {
+                attachment.signal().expect("a fence");
+            }
+            if is_held(&number) {
+                attachment.unmap().expect("a mapping that is held");
+            }
+        }
+        let is_over = || device.find_record(id).expect("a record").flags == 0;
+        match changes {
+            Some(events) => {
+                events.until("the end of draining", is_over);
+                // That both came is known; who looks for the first one finds it.
+                events.add();
+            }
+            None => wait::until("the end of draining", is_over),
+        }
+        answer
+    }
+
+    /// LIST, so many records a call, once what has no user any more has gone.
+    #[must_use]
+    pub fn list(&self, number: usize, at_a_time: u32, oracle: &Oracle) -> Outcome {
+        let device = self.devices[number].open();
+        let mut records = Vec::new();
+        wait::until("buffers to go", || {
+            let all = device.records_by(at_a_time).into_iter();
+            records = all.map(|record| self.record(&record)).collect();
+            let is_there = |record: &Record| match record.buffer {
+                Some(buffer) => oracle.buffers.contains_key(&buffer),
+                None => !oracle.bar_mappings(number).is_empty(),
+            };
+            records.iter().all(is_there)
+        });
+        Outcome::Listed(records)
+    }
+
+    fn record(&self, record: &DmaBufRecord) -> Record {
+        let is_internal = record.flags & BUFFER_INTERNAL != 0;
+        let known = self.numbers.get(&record.id).copied();
+        assert_eq!(record.reserved, 0);
+        Record {
+            buffer: (!is_internal).then(|| known.unwrap_or(usize::MAX)),
+            seen: seen(&DmaBufStatus {
+                dmabuf_fd: 0,
+                reserved: 0,
+                state: record.state,
+                reasons: record.reasons,
+                memattr: record.memattr,
+                region_index: record.region_index,
+                size: record.size,
+                nr_ranges: record.nr_ranges,
+                nr_attachments: record.nr_attachments,
+            }),
+            draining: record.flags & BUFFER_DRAINING != 0,
+            mappings: record.nr_mappings,
+            vmas: record.nr_vmas,
+            combining: record.nr_wc_vmas,
+            writable: record.access == libc::O_RDWR as u32,
+        }
+    }
+
+    /// Looks whether the eventfds of these devices were signalled by a step.
+    ///
+    /// # Panics
+    ///
+    /// When one was not.
+    pub fn check_signals(&self, devices: &[usize], op: &Op) {
+        for &number in devices {
+            let this = &self.devices[number];
+            let events = this.changes.as_ref().expect("an eventfd");
+            events.expect(&format!("{op:?}, {}", this.spec.name));
+        }
+    }
+
     /// Keeps what a step made.
     fn keep(&mut self, op: &Op, made: Made, oracle: &Oracle) {
         let number = oracle.next;
         match (made, op) {
-            (Made::Buffer(fd), _) => drop(self.main.fds.insert(number as u64, fd)),
+            (Made::Buffer(fd), _) => {
+                let id = id_of(&fd);
+                self.ids.insert(number, id);
+                assert_eq!(self.numbers.insert(id, number), None, "an id came again");
+                self.main.fds.insert(number as u64, fd);
+            }
+            (Made::Changes(events), &Op::Events { device, .. }) => {
+                self.devices[device].changes = events;
+            }
             (Made::Attachment(attachment), _) => {
                 self.attachments.insert(number, (attachment, false));
             }

@@ -262,6 +262,7 @@ pub fn run(options: Options) -> Coverage {
             .push_back(format!("{number}: {:?}{fire}", step.op));
         let waited = !oracle.waited_for(&step.op).is_empty();
         let taken = oracle.mappings_taken_by(&step.op);
+        let before = oracle.clone();
         let outcome = machine.make(&step, &oracle);
         if let Some(line) = trail.steps.back_mut() {
             let _ = write!(line, " -> {}", outcome.name());
@@ -270,6 +271,7 @@ pub fn run(options: Options) -> Coverage {
             panic!("step {number}, {:?}: {objection}", step.op);
         }
         coverage.add(&step, waited, &outcome);
+        machine.check_signals(&before.signalled_by(&step.op, &oracle), &step.op);
         // Nobody touches meanwhile.
         let is_storm = matches!(step.op, Op::Storm { .. } | Op::PullInStorm { .. });
         if !step.under_fire && !is_storm {

@@ -7,7 +7,7 @@
 use super::{
     bindings, errno,
     fence::Fence,
-    p2p::{Importer, Mapped},
+    p2p::{Importer, Mapped, Note},
     vma::NewVma,
 };
 use core::{cell::UnsafeCell, marker::PhantomData, ptr::NonNull};
@@ -415,8 +415,16 @@ impl LiveGuard<'_> {
         fence.unwrap_or(Ok(None))
     }
 
-    /// Its importers.
+    /// Its importers that have mappings, or all of them where none has.
     pub(crate) fn importers(&self) -> Importers {
+        let mapped = self.importers_that(Note::is_mapped);
+        if mapped.count == 0 {
+            return self.importers_that(|_| true);
+        }
+        mapped
+    }
+
+    fn importers_that(&self, wanted: impl Fn(Note) -> bool) -> Importers {
         let mut importers = Importers::default();
         self.with_resv_locked(|dmabuf| {
             // SAFETY: Computes an address inside of the dma-buf.
@@ -426,10 +434,13 @@ impl LiveGuard<'_> {
             while !core::ptr::eq(node, head) {
                 // SAFETY: Every node but the head is that of an attachment.
                 let attachment = unsafe { container_of!(node, bindings::dma_buf_attachment, node) };
-                // SAFETY: The device of an attachment is valid.
-                let name = unsafe { bindings::dev_name((*attachment).dev) };
-                // SAFETY: The name is a C string.
-                importers.add(unsafe { CStr::from_char_ptr(name) });
+                // SAFETY: The attachment is one of a dma-buf of ours, whose reservation lock is held.
+                if wanted(unsafe { Note::of(attachment) }) {
+                    // SAFETY: The device of an attachment is valid.
+                    let name = unsafe { bindings::dev_name((*attachment).dev) };
+                    // SAFETY: The name is a C string.
+                    importers.add(unsafe { CStr::from_char_ptr(name) });
+                }
                 // SAFETY: The reservation lock guards the list.
                 node = unsafe { (*node).next }.cast_const();
             }

@@ -13,6 +13,7 @@
 #include <linux/pm_domain.h>
 #include <linux/ratelimit.h>
 #include <linux/scatterlist.h>
+#include <linux/sched.h>
 #include <linux/slab.h>
 #include <linux/suspend.h>
 #include <linux/wait_bit.h>
@@ -209,16 +210,25 @@ int bl_vma_no_more_than(struct vm_area_struct *vma, const struct file *file)
 }
 
 /*
- * The flags and the protection that vfio_pci_core_mmap() gives to a mapping of
- * a BAR. The protection may have got a memory type from the core already, and
- * types add up to another one: so start from what the flags give.
+ * The protection of an entry, as vfio_pci_core_mmap() has it. The VMA's own is
+ * not used: it may have got a memory type from the core, and types add up to
+ * another one. And while soft-dirty bits are tracked (clear_refs) it asks for a
+ * fault at the first write, to note that. There is nothing to note of device
+ * memory, and an entry that is read-only for this reason alone is one that KVM
+ * takes for read-only memory.
  */
-void bl_vma_set_io(struct vm_area_struct *vma, bool write_combining)
+static pgprot_t bl_prot(const struct vm_area_struct *vma, bool write_combining)
 {
 	pgprot_t prot = vm_get_page_prot(vma->vm_flags);
 
 	prot = write_combining ? pgprot_writecombine(prot) : pgprot_noncached(prot);
-	vma->vm_page_prot = pgprot_decrypted(prot);
+	return pgprot_decrypted(prot);
+}
+
+/* The flags and the protection that vfio_pci_core_mmap() gives to a mapping of a BAR. */
+void bl_vma_set_io(struct vm_area_struct *vma, bool write_combining)
+{
+	vma->vm_page_prot = bl_prot(vma, write_combining);
 	vm_flags_set(vma, VM_ALLOW_ANY_UNCACHED | VM_IO | VM_PFNMAP |
 			  VM_DONTEXPAND | VM_DONTDUMP);
 }
@@ -235,9 +245,52 @@ bool bl_write_combining_is_real(void)
 	       pgprot_val(pgprot_noncached(prot));
 }
 
+unsigned int bl_table_of(const struct vm_fault *vmf)
+{
+	pmd_t pmd = pmdp_get_lockless(vmf->pmd);
+
+	if (pmd_none(pmd))
+		return BL_NO_TABLE;
+	return pmd_leaf(pmd) ? BL_LARGE_ENTRY : BL_TABLE;
+}
+
+static vm_fault_t bl_answer(int err)
+{
+	switch (err) {
+	case 0:
+		return VM_FAULT_NOPAGE;
+	case -ENOMEM:
+		return VM_FAULT_OOM;
+	default:
+		return VM_FAULT_SIGBUS;
+	}
+}
+
+vm_fault_t bl_make_table(struct vm_fault *vmf)
+{
+	return bl_answer(apply_to_page_range(vmf->vma->vm_mm, vmf->address,
+					     PAGE_SIZE, NULL, NULL));
+}
+
+vm_fault_t bl_insert_page(struct vm_area_struct *vma, unsigned long address,
+			  unsigned long pfn)
+{
+	return vmf_insert_pfn_prot(vma, address, pfn, bl_prot(vma, false));
+}
+
+/*
+ * Takes the VMA's own protection, and makes of it what bl_prot() says where the
+ * VMA can be written to: also of an entry that is there already and read-only.
+ */
+vm_fault_t bl_insert_large(struct vm_fault *vmf, unsigned long pfn)
+{
+	return vmf_insert_pfn_pmd(vmf, pfn, vmf->vma->vm_flags & VM_WRITE);
+}
+
 struct bl_run {
 	struct vm_area_struct *vma;
 	unsigned long pfn;
+	pgprot_t prot;
 };
 
 static int bl_insert_one(pte_t *pte, unsigned long address, void *data)
@@ -246,21 +299,24 @@ static int bl_insert_one(pte_t *pte, unsigned long address, void *data)
 
 	if (pte_none(ptep_get(pte)))
 		set_pte_at(run->vma->vm_mm, address, pte,
-			   pte_mkspecial(pfn_pte(run->pfn,
-						 run->vma->vm_page_prot)));
+			   pte_mkspecial(pfn_pte(run->pfn, run->prot)));
 	run->pfn++;
 	return 0;
 }
 
 vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
-			 unsigned long pfn, unsigned long pages)
+			 unsigned long pfn, unsigned long pages,
+			 bool write_combining)
 {
-	struct bl_run run = { .vma = vma, .pfn = pfn };
+	struct bl_run run = {
+		.vma = vma,
+		.pfn = pfn,
+		.prot = bl_prot(vma, write_combining),
+	};
 
-	if (apply_to_page_range(vma->vm_mm, address, pages << PAGE_SHIFT,
-				bl_insert_one, &run))
-		return VM_FAULT_OOM;
-	return VM_FAULT_NOPAGE;
+	return bl_answer(apply_to_page_range(vma->vm_mm, address,
+					     pages << PAGE_SHIFT,
+					     bl_insert_one, &run));
 }
 
 void bl_count_up(atomic_t *count)
@@ -373,15 +429,34 @@ bool bl_uses_dma_iommu(struct device *dev)
 	return use_dma_iommu(dev);
 }
 
-/* What drivers/pci/p2pdma.c knows a client by; U64_MAX for what is no PCI function. */
-u64 bl_pci_client(struct device *dev)
+/* Whether the IOMMU of a device that uses one can map a page, and not only more than that. */
+bool bl_iommu_has_pages(struct device *dev)
 {
-	struct pci_dev *client;
+	struct iommu_domain *domain = iommu_get_domain_for_dev(dev);
 
-	if (!dev_is_pci(dev))
-		return U64_MAX;
-	client = to_pci_dev(dev);
-	return (u64)pci_domain_nr(client->bus) << 16 | pci_dev_id(client);
+	return domain && domain->pgsize_bitmap &&
+	       1UL << __ffs(domain->pgsize_bitmap) <= PAGE_SIZE;
+}
+
+/* Whether the IOMMU leads an address of a device to this physical one. */
+bool bl_iommu_leads(struct device *dev, dma_addr_t address, phys_addr_t phys)
+{
+	struct iommu_domain *domain = iommu_get_domain_for_dev(dev);
+
+	return domain && iommu_iova_to_phys(domain, address) == phys;
+}
+
+/* The last address that a device can name, as dma_capable() has it; 0: none. */
+u64 bl_dma_reach(struct device *dev)
+{
+	if (!dev->dma_mask)
+		return 0;
+	return min_not_zero(*dev->dma_mask, dev->bus_dma_limit);
+}
+
+void bl_cond_resched(void)
+{
+	cond_resched();
 }
 
 bool bl_iova_try_alloc(struct device *dev, struct dma_iova_state *state,
@@ -403,9 +478,10 @@ int bl_iova_link(struct device *dev, struct dma_iova_state *state,
 			     DMA_ATTR_MMIO);
 }
 
-int bl_iova_sync(struct device *dev, struct dma_iova_state *state, size_t size)
+int bl_iova_sync(struct device *dev, struct dma_iova_state *state,
+		 size_t offset, size_t size)
 {
-	return dma_iova_sync(dev, state, 0, size);
+	return dma_iova_sync(dev, state, offset, size);
 }
 
 /*
@@ -413,10 +489,11 @@ int bl_iova_sync(struct device *dev, struct dma_iova_state *state, size_t size)
  * forget the translations. The device must be blocked when this returns.
  */
 void bl_iova_destroy(struct device *dev, struct dma_iova_state *state,
-		     size_t linked, enum dma_data_direction direction)
+		     size_t offset, size_t linked,
+		     enum dma_data_direction direction)
 {
 	if (linked)
-		dma_iova_unlink(dev, state, 0, linked, direction,
+		dma_iova_unlink(dev, state, offset, linked, direction,
 				DMA_ATTR_MMIO);
 	dma_iova_free(dev, state);
 }
@@ -436,6 +513,11 @@ void bl_forget_translations(struct device *dev)
 int bl_dma_mapping_error(struct device *dev, dma_addr_t address)
 {
 	return dma_mapping_error(dev, address);
+}
+
+unsigned int bl_sg_length(struct scatterlist *entry)
+{
+	return sg_dma_len(entry);
 }
 
 /* Importers get no pages: the DMA address is all there is. */

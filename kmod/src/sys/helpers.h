@@ -14,15 +14,21 @@
 #include <linux/mm_types.h>
 #include <linux/notifier.h>
 #include <linux/pci.h>
+#include <linux/pgtable.h>
 #include <linux/pm_runtime.h>
 #include <linux/ratelimit_types.h>
 #include <linux/rwsem.h>
 #include <linux/spinlock_types.h>
 #include <linux/workqueue.h>
+#include <linux/vfio.h>
 #include <linux/vfio_pci_core.h>
 #include <uapi/linux/dma-buf.h>
 
 enum { BL_DMA_BUF_NAME_LEN = DMA_BUF_NAME_LEN };
+/* A cast: no constant to bindgen. */
+enum { BL_VFIO_DEVICE_SET_IRQS = VFIO_DEVICE_SET_IRQS };
+/* bindgen leaves the macro out where it is made of function-like ones, as on arm64. */
+enum { BL_PMD_ORDER = PMD_ORDER };
 
 /*
  * What the compiler makes of the core's structures, for Rust to compare with
@@ -75,8 +81,16 @@ bool bl_vma_may_share(const struct vm_area_struct *vma);
 int bl_vma_no_more_than(struct vm_area_struct *vma, const struct file *file);
 void bl_vma_set_io(struct vm_area_struct *vma, bool write_combining);
 bool bl_write_combining_is_real(void);
+/* What the table above pages has for an address. */
+enum { BL_NO_TABLE, BL_TABLE, BL_LARGE_ENTRY };
+unsigned int bl_table_of(const struct vm_fault *vmf);
+vm_fault_t bl_make_table(struct vm_fault *vmf);
+vm_fault_t bl_insert_page(struct vm_area_struct *vma, unsigned long address,
+			  unsigned long pfn);
+vm_fault_t bl_insert_large(struct vm_fault *vmf, unsigned long pfn);
 vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
-			 unsigned long pfn, unsigned long pages);
+			 unsigned long pfn, unsigned long pages,
+			 bool write_combining);
 
 void bl_count_up(atomic_t *count);
 void bl_count_down(atomic_t *count);
@@ -101,18 +115,24 @@ void bl_delayed_start(struct delayed_work *work, unsigned int milliseconds);
 void bl_delayed_cancel(struct delayed_work *work);
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar);
 bool bl_uses_dma_iommu(struct device *dev);
-u64 bl_pci_client(struct device *dev);
+bool bl_iommu_has_pages(struct device *dev);
+bool bl_iommu_leads(struct device *dev, dma_addr_t address, phys_addr_t phys);
+u64 bl_dma_reach(struct device *dev);
+void bl_cond_resched(void);
 bool bl_iova_try_alloc(struct device *dev, struct dma_iova_state *state,
 		       size_t size);
 void bl_iova_free(struct device *dev, struct dma_iova_state *state);
 int bl_iova_link(struct device *dev, struct dma_iova_state *state,
 		 phys_addr_t phys, size_t offset, size_t size,
 		 enum dma_data_direction direction);
-int bl_iova_sync(struct device *dev, struct dma_iova_state *state, size_t size);
+int bl_iova_sync(struct device *dev, struct dma_iova_state *state,
+		 size_t offset, size_t size);
 void bl_iova_destroy(struct device *dev, struct dma_iova_state *state,
-		     size_t linked, enum dma_data_direction direction);
+		     size_t offset, size_t linked,
+		     enum dma_data_direction direction);
 void bl_forget_translations(struct device *dev);
 int bl_dma_mapping_error(struct device *dev, dma_addr_t address);
+unsigned int bl_sg_length(struct scatterlist *entry);
 void bl_sg_fill(struct scatterlist *entry, dma_addr_t address,
 		unsigned int length);
 

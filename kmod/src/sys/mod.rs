@@ -11,6 +11,7 @@ mod bindings;
 mod symbols;
 mod wake;
 
+pub(crate) mod bar;
 pub(crate) mod debugfs_root;
 pub(crate) mod delayed;
 pub(crate) mod dma_buf;

@@ -8,28 +8,34 @@
 //! kind, for 10 ms: DMA that is under way still lands. Here a mapping that was undone is blocked.
 //!
 //! How a pair of devices reaches each other only the stock helper can tell (its
-//! `pci_p2pdma_map_type()` is not exported): one page is mapped by it, and the address that comes out
-//! says which way it is. That is remembered by the address of the importer's function while the device
-//! is open, as the kernel itself does for longer (`map_types` in `drivers/pci/p2pdma.c`).
+//! `pci_p2pdma_map_type()` is not exported): one page is mapped by it. What came out is an I/O
+//! virtual address if the IOMMU leads it to that page, and an address of the bus if it does not.
+//! The number itself says nothing: behind another host bridge the addresses of a BAR are free for
+//! the importer's IOMMU to be used. That is done once an attachment.
 //!
 //! C headers: [`include/linux/pci-p2pdma.h`](srctree/include/linux/pci-p2pdma.h),
 //! [`include/linux/dma-buf-mapping.h`](srctree/include/linux/dma-buf-mapping.h)
 
-use super::{bindings, errno, rwsem::ReadGuard, rwsem::RwSem};
+use super::{bar::Bar, bindings, errno, rwsem::ReadGuard, rwsem::RwSem, vma::PMD_ORDER};
+use crate::model::ranges::Run;
 use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{
     error::{from_err_ptr, to_result},
+    page::PAGE_SHIFT,
     prelude::*,
     sync::{
         Arc,
         atomic::{Atomic, Relaxed},
     },
+    types::Opaque,
 };
 
 const BARS: usize = bindings::PCI_STD_NUM_BARS as usize;
 const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
 /// Most bytes of one entry of a scatter table, whose lengths are `unsigned int`.
 const MAX_ENTRY: usize = u32::MAX as usize & !(PAGE_SIZE - 1);
+/// Bytes of an entry above a page, also of an IOMMU.
+const LARGE: usize = PAGE_SIZE << PMD_ORDER;
 const MMIO: usize = bindings::DMA_ATTR_MMIO as usize;
 
 struct Provider(NonNull<bindings::p2pdma_provider>);
@@ -51,53 +57,6 @@ pub(crate) struct Providers {
     bars: RwSem<[Option<Provider>; BARS]>,
     /// Which BARs have one, a bit each: a first look without the lock.
     present: Atomic<u32>,
-    known: Known,
-}
-
-/// How importers reach the function, of the last few that were asked for.
-///
-/// A word each: [`Known::SET`], [`Known::BUS`] if by the addresses of the bus, and which client.
-struct Known([Atomic<u64>; 8]);
-
-impl Known {
-    const SET: u64 = 1 << 0;
-    const BUS: u64 = 1 << 1;
-
-    /// No client. A client is a PCI domain of 32 bits and 16 bits of bus, device and function.
-    const NOBODY: u64 = u64::MAX;
-
-    fn new() -> Self {
-        Self([const { Atomic::new(0) }; 8])
-    }
-
-    fn word(&self, client: u64) -> Option<&Atomic<u64>> {
-        // Functions of one device, and devices of one bus, have words of their own.
-        let place = (client ^ (client >> 3)) % self.0.len() as u64;
-        self.0.get(place as usize)
-    }
-
-    /// Whether `client` reaches the function by the addresses of the bus, if that is known.
-    fn is_by_bus(&self, client: u64) -> Option<bool> {
-        let word = self.word(client)?.load(Relaxed);
-        let is_its = word & Self::SET != 0 && word >> 2 == client;
-        is_its.then_some(word & Self::BUS != 0)
-    }
-
-    fn set(&self, client: u64, by_bus: bool) {
-        if client == Self::NOBODY {
-            return;
-        }
-        if let Some(word) = self.word(client) {
-            let by_bus = if by_bus { Self::BUS } else { 0 };
-            word.store(client << 2 | by_bus | Self::SET, Relaxed);
-        }
-    }
-
-    fn clear(&self) {
-        for word in &self.0 {
-            word.store(0, Relaxed);
-        }
-    }
 }
 
 impl Providers {
@@ -107,7 +66,6 @@ impl Providers {
             pin_init!(Self {
                 bars <- RwSem::new([const { None }; BARS]),
                 present: Atomic::new(0),
-                known: Known::new(),
             }),
             GFP_KERNEL,
         )
@@ -133,8 +91,6 @@ impl Providers {
         let mut bars = self.bars.write();
         *bars = [const { None }; BARS];
         self.present.store(0, Relaxed);
-        // Who learns something holds `bars` for reading.
-        self.known.clear();
     }
 
     /// `EOPNOTSUPP` where kernel or device has no provider of a BAR.
@@ -181,13 +137,49 @@ impl BarProvider<'_> {
     }
 }
 
-/// Contiguous device memory, in bytes.
-#[derive(Clone, Copy)]
-pub(crate) struct Run {
+/// Device memory that is contiguous.
+///
+/// # Invariants
+///
+/// All of it is in a BAR.
+struct Piece {
     /// Physical address.
-    pub(crate) address: u64,
-    /// Length, not 0.
-    pub(crate) length: u64,
+    address: u64,
+    /// Bytes, not 0.
+    length: usize,
+}
+
+impl Piece {
+    /// A run of pages of `bar`; `EINVAL` where they are not all in it.
+    fn of(bar: &Bar, run: Run) -> Result<Self> {
+        let frame = bar.frame_of(run.page, run.pages).ok_or(EINVAL)?;
+        // INVARIANT: The BAR has these pages. So neither shift overflows.
+        Ok(Self {
+            address: frame << PAGE_SHIFT,
+            length: (run.pages << PAGE_SHIFT) as usize,
+        })
+    }
+
+    /// The address of its last byte.
+    fn last(&self) -> u64 {
+        self.address.wrapping_add(self.length as u64 - 1)
+    }
+
+    /// Its beginning, of at most `length` bytes; the rest is left in it.
+    fn split(&mut self, length: usize) -> Option<Self> {
+        let length = self.length.min(length);
+        if length == 0 {
+            return None;
+        }
+        // INVARIANT: Parts of what is in the BAR.
+        let first = Self {
+            address: self.address,
+            length,
+        };
+        self.address = self.address.wrapping_add(length as u64);
+        self.length -= length;
+        Some(first)
+    }
 }
 
 /// How an importer reaches the function.
@@ -201,20 +193,58 @@ enum Route {
     Direct,
 }
 
-impl Route {
-    /// As a number of a pointer's size, other than that of no route.
-    fn number(self) -> usize {
-        match self {
-            Self::Bus => 1,
-            Self::Iova => 2,
-            Self::Direct => 3,
+/// What is noted of an attachment, in its `priv`: no memory.
+///
+/// Its low two bits are the route, once that is known; the others count its mappings. Zero is that of a
+/// new attachment. The reservation lock guards it.
+#[derive(Clone, Copy)]
+pub(super) struct Note(usize);
+
+impl Note {
+    const ROUTE: usize = 0b11;
+    const MAPPING: usize = 0b100;
+
+    /// # Safety
+    ///
+    /// `attachment` must be valid, of a dma-buf of ours, and its reservation lock held.
+    pub(super) unsafe fn of(attachment: *const bindings::dma_buf_attachment) -> Self {
+        // SAFETY: The attachment is valid; `priv` is the exporter's.
+        Self(unsafe { (*attachment).priv_ }.addr())
+    }
+
+    /// Whether the importer has a mapping.
+    pub(super) fn is_mapped(self) -> bool {
+        self.0 >= Self::MAPPING
+    }
+
+    fn route(self) -> Option<Route> {
+        match self.0 & Self::ROUTE {
+            1 => Some(Route::Bus),
+            2 => Some(Route::Iova),
+            3 => Some(Route::Direct),
+            _ => None,
         }
+    }
+
+    /// With that route, and a mapping more.
+    fn mapped_by(self, route: Route) -> Self {
+        let route = match route {
+            Route::Bus => 1,
+            Route::Iova => 2,
+            Route::Direct => 3,
+        };
+        Self((self.0 & !Self::ROUTE | route).wrapping_add(Self::MAPPING))
+    }
+
+    /// With a mapping less.
+    fn unmapped(self) -> Self {
+        Self(self.0.wrapping_sub(Self::MAPPING))
     }
 }
 
 /// One importer that maps or unmaps, with the reservation lock held.
 ///
-/// The `priv` of the attachment is the number of its route, once that is known: no memory.
+/// What it needs to know of earlier calls is in the [`Note`] of the attachment.
 pub(crate) struct Importer<'a> {
     attachment: *mut bindings::dma_buf_attachment,
     direction: bindings::dma_data_direction,
@@ -231,9 +261,13 @@ struct Table {
     entries: bindings::sg_table,
     iova: bindings::dma_iova_state,
     route: Route,
-    size: usize,
-    /// The entry, where one is enough.
-    only: bindings::scatterlist,
+    /// Bytes of the IOVA before the first run: it is as far from a multiple of [`LARGE`] as the
+    /// memory.
+    offset: usize,
+    /// Bytes that are mapped, or entries where there is no IOVA: what is to be undone.
+    done: usize,
+    /// The entry, where one is enough. `entries` leads to it.
+    only: Opaque<bindings::scatterlist>,
 }
 
 impl<'a> Importer<'a> {
@@ -256,65 +290,84 @@ impl<'a> Importer<'a> {
         unsafe { (*self.attachment).dev }
     }
 
-    /// The route that was found when it mapped first.
-    fn route(&self) -> Option<Route> {
-        // SAFETY: The attachment is valid; `priv` is the exporter's, and the reservation lock guards it.
-        let number = unsafe { (*self.attachment).priv_ }.addr();
-        [Route::Bus, Route::Iova, Route::Direct]
-            .into_iter()
-            .find(|route| route.number() == number)
+    /// What is noted of the attachment.
+    fn note(&self) -> Note {
+        // SAFETY: The attachment is valid, and the reservation lock is held.
+        unsafe { Note::of(self.attachment) }
     }
 
-    fn set_route(&mut self, route: Route) {
-        let number = core::ptr::without_provenance_mut(route.number());
-        // SAFETY: As for `route`.
+    fn set_note(&mut self, note: Note) {
+        let number = core::ptr::without_provenance_mut(note.0);
+        // SAFETY: The attachment is valid; `priv` is the exporter's, and the reservation lock guards it.
         unsafe { (*self.attachment).priv_ = number };
     }
 
-    /// Maps `runs`, of `size` bytes in all, of a BAR.
+    /// Maps `runs` of `bar`. `EINVAL` where a run is not in it, where the importer cannot name its
+    /// addresses, or where its IOMMU cannot map single pages.
     ///
     /// The device must not be closed meanwhile: who closes it waits for the reservation lock.
     pub(crate) fn map(
         &mut self,
         providers: &Providers,
-        bar: u32,
+        bar: &Bar,
         runs: impl Iterator<Item = Run> + Clone,
-        size: u64,
     ) -> Result<Mapped> {
-        let size = usize::try_from(size).map_err(|_| EINVAL)?;
-        let route = match self.route() {
+        let mut last = 0;
+        for run in runs.clone() {
+            last = Piece::of(bar, run)?.last().max(last);
+        }
+        let route = match self.note().route() {
             Some(route) => route,
             None => {
                 let first = runs.clone().next().ok_or(EINVAL)?;
-                let route = self.find_route(providers, bar, first.address)?;
-                self.set_route(route);
-                route
+                self.find_route(providers, bar, first.page, last)?
             }
         };
         let bus_offset = match route {
-            Route::Bus => providers.get(bar)?.bus_offset()?,
+            Route::Bus => providers.get(bar.index())?.bus_offset()?,
             Route::Iova | Route::Direct => 0,
         };
-        self.map_runs(bus_offset, route, runs, size)
+        if route != Route::Iova {
+            self.check_reach(last.wrapping_add(bus_offset))?;
+        }
+        let mapped = self.map_runs(bus_offset, route, bar, runs)?;
+        self.set_note(self.note().mapped_by(route));
+        Ok(mapped)
     }
 
-    /// Undoes `map` of the same runs.
-    pub(crate) fn unmap(&mut self, mapped: Mapped, mut runs: impl Iterator<Item = Run> + Clone) {
+    /// Undoes `map`.
+    pub(crate) fn unmap(&mut self, mapped: Mapped) {
+        self.set_note(self.note().unmapped());
         // SAFETY: The mapping was made by `map_runs`, which leaked the table.
         let mut table = unsafe { KBox::from_raw(mapped.0.cast::<Table>()) };
-        self.undo(&mut table, &mut runs, usize::MAX);
+        self.undo(&mut table);
     }
 
-    /// Maps a run by the stock helper.
+    /// Whether an IOMMU translates the importer's addresses.
+    fn is_translated(&self) -> bool {
+        // SAFETY: The device of an attachment is valid.
+        unsafe { bindings::bl_uses_dma_iommu(self.device()) }
+    }
+
+    /// `EINVAL` where the importer has no address as high as `last`: the DMA API would warn of
+    /// that.
+    fn check_reach(&self, last: u64) -> Result {
+        // SAFETY: The device of an attachment is valid.
+        if last > unsafe { bindings::bl_dma_reach(self.device()) } {
+            return Err(EINVAL);
+        }
+        Ok(())
+    }
+
+    /// Maps a page by the stock helper.
     fn map_stock(
         &self,
         provider: NonNull<bindings::p2pdma_provider>,
-        run: Run,
+        page: &Piece,
     ) -> Result<*mut bindings::sg_table> {
-        let length = run.length as usize;
         let mut vector = bindings::phys_vec {
-            paddr: run.address,
-            len: length,
+            paddr: page.address,
+            len: page.length,
         };
         // SAFETY: The attachment and the provider are valid, and the reservation lock is held.
         from_err_ptr(unsafe {
@@ -323,7 +376,7 @@ impl<'a> Importer<'a> {
                 provider.as_ptr(),
                 &mut vector,
                 1,
-                length,
+                page.length,
                 self.direction,
             )
         })
@@ -337,187 +390,229 @@ impl<'a> Importer<'a> {
         // SAFETY: The mapping was made by the stock helper for this attachment and direction, and
         // the reservation lock is held.
         unsafe { bindings::dma_buf_free_sgt(self.attachment, entries, self.direction) };
-    }
-
-    /// How the importer reaches a BAR, which has a page at `address`.
-    fn find_route(&self, providers: &Providers, bar: u32, address: u64) -> Result<Route> {
+        // A lazy IOMMU still has its address.
         // SAFETY: The device of an attachment is valid.
-        let translated = unsafe { bindings::bl_uses_dma_iommu(self.device()) };
-        // SAFETY: As above.
-        let client = unsafe { bindings::bl_pci_client(self.device()) };
-        // Only a client that is translated is remembered, and only while it is.
-        if translated {
-            if let Some(by_bus) = providers.known.is_by_bus(client) {
-                return Ok(if by_bus { Route::Bus } else { Route::Iova });
-            }
-        }
-        let provider = providers.get(bar)?;
-        let bus_offset = provider.bus_offset()?;
-        let by_bus = self.try_bus_address(provider.get()?, address, bus_offset)?;
-        if translated {
-            providers.known.set(client, by_bus);
-        }
-        Ok(match (translated, by_bus) {
-            (true, false) => Route::Iova,
-            (true, true) => Route::Bus,
-            // Without translation and without an offset both addresses are the same, and the DMA
-            // API makes it.
-            (false, true) if bus_offset != 0 => Route::Bus,
-            (false, _) => Route::Direct,
-        })
+        unsafe { bindings::bl_forget_translations(self.device()) };
     }
 
-    /// Maps a page by the stock helper, to see whether what comes out is its address of the bus.
-    fn try_bus_address(
-        &self,
-        provider: NonNull<bindings::p2pdma_provider>,
-        address: u64,
-        bus_offset: u64,
-    ) -> Result<bool> {
-        let page = Run {
-            address,
-            length: PAGE_SIZE as u64,
-        };
-        let entries = self.map_stock(provider, page)?;
+    /// How the importer reaches `bar`, of which it is to map `page` and bytes up to the address
+    /// `last`.
+    fn find_route(&self, providers: &Providers, bar: &Bar, page: u64, last: u64) -> Result<Route> {
+        let translated = self.is_translated();
+        if translated {
+            // SAFETY: The device of an attachment is valid.
+            if !unsafe { bindings::bl_iommu_has_pages(self.device()) } {
+                return Err(EINVAL);
+            }
+        } else {
+            // Whichever route it will be: the page is mapped by its physical address if need be.
+            self.check_reach(last)?;
+        }
+        let provider = providers.get(bar.index())?;
+        let bus_offset = provider.bus_offset()?;
+        let page = Piece::of(bar, Run { page, pages: 1 })?;
+        let entries = self.map_stock(provider.get()?, &page)?;
         // SAFETY: The table has an entry.
         let mapped = unsafe { (*(*entries).sgl).dma_address };
+        let route = if translated {
+            // SAFETY: The device of an attachment is valid.
+            if unsafe { bindings::bl_iommu_leads(self.device(), mapped, page.address) } {
+                Route::Iova
+            } else {
+                Route::Bus
+            }
+        } else if bus_offset != 0 && mapped == page.address.wrapping_add(bus_offset) {
+            Route::Bus
+        } else {
+            // Where there is no offset either, both addresses are the same, and the DMA API makes
+            // it.
+            Route::Direct
+        };
         self.unmap_stock(entries);
-        // An IOVA is never an address of the bus: the windows of host bridges are reserved.
-        Ok(mapped == address.wrapping_add(bus_offset))
+        Ok(route)
     }
 
     fn map_runs(
         &self,
         bus_offset: u64,
         route: Route,
+        bar: &Bar,
         runs: impl Iterator<Item = Run> + Clone,
-        size: usize,
     ) -> Result<Mapped> {
-        let device = self.device();
         let mut table = KBox::new(
             Table {
                 entries: bindings::sg_table::default(),
                 iova: bindings::dma_iova_state::default(),
                 route,
-                size,
-                only: bindings::scatterlist::default(),
+                offset: 0,
+                done: 0,
+                only: Opaque::new(bindings::scatterlist::default()),
             },
-            GFP_KERNEL,
+            GFP_KERNEL_ACCOUNT,
         )?;
-        if route == Route::Iova {
-            // SAFETY: The device is valid and the state is zeroed.
-            let found = unsafe { bindings::bl_iova_try_alloc(device, &mut table.iova, size) };
-            if !found {
-                table.route = Route::Direct;
-            }
+        let (mut size, mut first) = (0usize, None);
+        for run in runs.clone() {
+            let piece = Piece::of(bar, run)?;
+            size = size.checked_add(piece.length).ok_or(EINVAL)?;
+            first = first.or(Some(piece.address));
         }
-        let count = if table.route == Route::Iova {
-            size.div_ceil(MAX_ENTRY)
-        } else {
-            runs.clone()
-                .map(|run| (run.length as usize).div_ceil(MAX_ENTRY))
-                .sum()
-        };
-        if let Err(error) = table.allocate(count) {
-            if table.route == Route::Iova {
-                // SAFETY: The state was allocated and nothing is linked.
-                unsafe { bindings::bl_iova_free(device, &mut table.iova) };
-            }
-            return Err(error);
+        if table.route == Route::Iova && !self.find_iova(&mut table, first.ok_or(EINVAL)?, size) {
+            table.route = Route::Direct;
         }
-        if let Err((error, done)) = self.link(bus_offset, &mut table, runs.clone()) {
-            self.undo(&mut table, &mut runs.clone(), done);
+        if let Err(error) = self.link(bus_offset, &mut table, bar, runs, size) {
+            self.undo(&mut table);
             return Err(error);
         }
         let table = KBox::into_raw(table);
         Ok(Mapped(table.cast()))
     }
 
-    /// Fills in the entries. On error also how many runs were linked.
+    /// Allocates an IOVA of `size` bytes for memory that begins at `first`: so that larger entries
+    /// are possible in the IOMMU, if there is one so large, else anywhere.
+    fn find_iova(&self, table: &mut Table, first: u64, size: usize) -> bool {
+        let inside = first as usize & (LARGE - 1);
+        let offsets = if size > 2 * LARGE {
+            [inside, 0]
+        } else {
+            [0, 0]
+        };
+        for offset in offsets {
+            let Some(size) = size.checked_add(offset) else {
+                continue;
+            };
+            table.offset = offset;
+            // SAFETY: The device is valid, and the state is not in use.
+            if unsafe { bindings::bl_iova_try_alloc(self.device(), &mut table.iova, size) } {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Makes the entries and fills them in. On error too `table` says what is to be undone.
     fn link(
         &self,
         bus_offset: u64,
         table: &mut Table,
-        runs: impl Iterator<Item = Run>,
-    ) -> core::result::Result<(), (Error, usize)> {
+        bar: &Bar,
+        runs: impl Iterator<Item = Run> + Clone,
+        size: usize,
+    ) -> Result {
         let device = self.device();
-        let mut entry = table.entries.sgl;
-        let mut offset = 0;
-        for (done, run) in runs.enumerate() {
-            let length = run.length as usize;
-            match table.route {
-                Route::Iova => {
-                    // SAFETY: The device is valid, and the state was allocated for the size of all
-                    // runs, of which this is the next.
-                    let result = unsafe {
-                        bindings::bl_iova_link(
-                            device,
-                            &mut table.iova,
-                            run.address,
-                            offset,
-                            length,
-                            self.direction,
-                        )
-                    };
-                    to_result(result).map_err(|error| (error, done))?;
-                    offset += length;
-                }
-                Route::Bus => {
-                    entry = fill(entry, run.address.wrapping_add(bus_offset), length);
-                }
-                Route::Direct => {
-                    // SAFETY: The device is valid, and the run is device memory.
-                    let address = unsafe {
-                        bindings::dma_map_phys(device, run.address, length, self.direction, MMIO)
-                    };
-                    // SAFETY: The device is valid.
-                    let result = unsafe { bindings::bl_dma_mapping_error(device, address) };
-                    to_result(result).map_err(|error| (error, done))?;
-                    entry = fill(entry, address, length);
-                }
-            }
-        }
         if table.route == Route::Iova {
-            // SAFETY: All runs are linked.
-            let result = unsafe { bindings::bl_iova_sync(device, &mut table.iova, offset) };
-            to_result(result).map_err(|error| (error, usize::MAX))?;
-            fill(entry, table.iova.addr, offset);
+            table.allocate(size.div_ceil(MAX_ENTRY))?;
+            for run in runs {
+                let piece = Piece::of(bar, run)?;
+                if piece.length > size - table.done {
+                    return Err(EINVAL);
+                }
+                // SAFETY: The device is valid; the state was allocated for `size` bytes behind the
+                // offset, of which so many are left.
+                to_result(unsafe {
+                    bindings::bl_iova_link(
+                        device,
+                        &mut table.iova,
+                        piece.address,
+                        table.offset + table.done,
+                        piece.length,
+                        self.direction,
+                    )
+                })?;
+                table.done += piece.length;
+                pause();
+            }
+            // SAFETY: So much is linked.
+            to_result(unsafe {
+                bindings::bl_iova_sync(device, &mut table.iova, table.offset, table.done)
+            })?;
+            let mut address = table.iova.addr.wrapping_add(table.offset as u64);
+            let (mut entry, mut left) = (table.entries.sgl, table.done);
+            while left != 0 {
+                let length = left.min(MAX_ENTRY);
+                entry = fill(entry, address, length)?;
+                address = address.wrapping_add(length as u64);
+                left -= length;
+            }
+        } else {
+            let mut count = 0usize;
+            for run in runs.clone() {
+                count += Piece::of(bar, run)?.length.div_ceil(MAX_ENTRY);
+            }
+            table.allocate(count)?;
+            let mut entry = table.entries.sgl;
+            for run in runs {
+                let mut rest = Piece::of(bar, run)?;
+                while let Some(piece) = rest.split(MAX_ENTRY) {
+                    let address = self.address_of(table.route, bus_offset, &piece)?;
+                    entry = match fill(entry, address, piece.length) {
+                        Ok(next) => next,
+                        Err(error) => {
+                            self.give_back(table.route, address, piece.length);
+                            return Err(error);
+                        }
+                    };
+                    table.done += 1;
+                }
+                pause();
+            }
         }
         // Says that there are no pages behind the entries; `Table::free` frees `nents` of them.
         table.entries.orig_nents = 0;
         Ok(())
     }
 
-    /// Undoes `link` of the first `done` runs, and the allocation of the entries.
-    fn undo(&self, table: &mut Table, runs: &mut (impl Iterator<Item = Run> + Clone), done: usize) {
+    /// The address by which the importer reaches a piece where it has no IOVA for all.
+    fn address_of(&self, route: Route, bus_offset: u64, piece: &Piece) -> Result<u64> {
+        if route == Route::Bus {
+            return Ok(piece.address.wrapping_add(bus_offset));
+        }
+        let device = self.device();
+        let (address, length) = (piece.address, piece.length);
+        // SAFETY: The device is valid, and the piece is memory of a BAR.
+        let address =
+            unsafe { bindings::dma_map_phys(device, address, length, self.direction, MMIO) };
+        // SAFETY: The device is valid.
+        to_result(unsafe { bindings::bl_dma_mapping_error(device, address) })?;
+        Ok(address)
+    }
+
+    /// Undoes `address_of` of so many bytes.
+    fn give_back(&self, route: Route, address: u64, length: usize) {
+        if route == Route::Direct {
+            let device = self.device();
+            // SAFETY: The piece was mapped to this address.
+            unsafe { bindings::dma_unmap_phys(device, address, length, self.direction, MMIO) };
+        }
+    }
+
+    /// Undoes `link`, as far as it came, and what was allocated for it.
+    fn undo(&self, table: &mut Table) {
         let device = self.device();
         match table.route {
             Route::Bus => {}
             Route::Iova => {
-                let linked = if done == usize::MAX {
-                    table.size
-                } else {
-                    runs.take(done).map(|run| run.length as usize).sum()
-                };
-                // SAFETY: So much was linked, from the beginning.
+                // SAFETY: So much was linked, behind the offset.
                 unsafe {
-                    bindings::bl_iova_destroy(device, &mut table.iova, linked, self.direction)
+                    bindings::bl_iova_destroy(
+                        device,
+                        &mut table.iova,
+                        table.offset,
+                        table.done,
+                        self.direction,
+                    )
                 };
             }
             Route::Direct => {
                 let mut entry = table.entries.sgl;
-                for run in runs.take(done) {
-                    // SAFETY: The entry is the first of this run.
+                for _ in 0..table.done {
+                    // SAFETY: So many entries were filled in.
                     let address = unsafe { (*entry).dma_address };
-                    let length = run.length as usize;
-                    // SAFETY: The run was mapped to this address.
-                    unsafe {
-                        bindings::dma_unmap_phys(device, address, length, self.direction, MMIO)
-                    };
-                    for _ in 0..length.div_ceil(MAX_ENTRY) {
-                        // SAFETY: There is an entry for each piece of each run.
-                        entry = unsafe { bindings::sg_next(entry) };
-                    }
+                    // SAFETY: As above.
+                    let length = unsafe { bindings::bl_sg_length(entry) };
+                    self.give_back(table.route, address, length as usize);
+                    // SAFETY: As above; null after the last.
+                    entry = unsafe { bindings::sg_next(entry) };
+                    pause();
                 }
                 // SAFETY: The device is valid.
                 unsafe { bindings::bl_forget_translations(device) };
@@ -531,43 +626,49 @@ impl Table {
     /// Makes `count` entries. From here on the table must stay where it is.
     fn allocate(&mut self, count: usize) -> Result {
         if count == 1 {
+            let only = self.only.get();
             // SAFETY: There is one entry.
-            unsafe { bindings::sg_init_table(&mut self.only, 1) };
-            self.entries.sgl = &raw mut self.only;
+            unsafe { bindings::sg_init_table(only, 1) };
+            self.entries.sgl = only;
             self.entries.nents = 1;
             return Ok(());
         }
         let count = u32::try_from(count).map_err(|_| EINVAL)?;
         // SAFETY: The table is zeroed.
         to_result(unsafe {
-            bindings::sg_alloc_table(&mut self.entries, count, bindings::GFP_KERNEL)
+            bindings::sg_alloc_table(&mut self.entries, count, bindings::GFP_KERNEL_ACCOUNT)
         })
     }
 
     fn free(&mut self) {
-        if core::ptr::eq(self.entries.sgl, &raw const self.only) {
+        if core::ptr::eq(self.entries.sgl, self.only.get()) {
             return;
         }
         self.entries.orig_nents = self.entries.nents;
-        // SAFETY: The table was allocated with so many entries.
+        // SAFETY: The table is empty or was allocated with so many entries.
         unsafe { bindings::sg_free_table(&mut self.entries) };
     }
 }
 
-/// Fills in as many entries as `length` bytes from `address` on take. The entry after them.
+/// Fills in an entry; the one after it. `EINVAL` where there is none.
 fn fill(
-    mut entry: *mut bindings::scatterlist,
-    mut address: u64,
-    mut length: usize,
-) -> *mut bindings::scatterlist {
-    while length != 0 {
-        let piece = length.min(MAX_ENTRY);
-        // SAFETY: There is an entry for each piece of each run.
-        unsafe { bindings::bl_sg_fill(entry, address, piece as u32) };
-        address += piece as u64;
-        length -= piece;
-        // SAFETY: As above; null after the last.
-        entry = unsafe { bindings::sg_next(entry) };
+    entry: *mut bindings::scatterlist,
+    address: u64,
+    length: usize,
+) -> Result<*mut bindings::scatterlist> {
+    let length = u32::try_from(length).map_err(|_| EINVAL)?;
+    if entry.is_null() {
+        return Err(EINVAL);
     }
-    entry
+    // SAFETY: It is an entry of a table.
+    unsafe { bindings::bl_sg_fill(entry, address, length) };
+    // SAFETY: As above; null after the last.
+    Ok(unsafe { bindings::sg_next(entry) })
+}
+
+/// Lets others have the processor: there may be 65,536 runs. The reservation lock, which is held,
+/// is one that sleeps.
+fn pause() {
+    // SAFETY: Allowed wherever sleeping is.
+    unsafe { bindings::bl_cond_resched() };
 }

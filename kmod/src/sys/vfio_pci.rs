@@ -8,6 +8,7 @@
 //! C header: [`include/linux/vfio_pci_core.h`](srctree/include/linux/vfio_pci_core.h)
 
 use super::{
+    bar::Bar,
     bindings, nospec,
     p2p::Providers,
     payload::UserPayload,
@@ -15,10 +16,7 @@ use super::{
     vma::NewVma,
     wake::{self, Awake, Domain},
 };
-use crate::{
-    abi::DmaRange,
-    model::{config, ranges::Bar},
-};
+use crate::{abi::DmaRange, model::config};
 use core::{
     cell::UnsafeCell,
     marker::PhantomData,
@@ -38,6 +36,10 @@ use kernel::{
 pub(crate) const BARS: u32 = bindings::PCI_STD_NUM_BARS;
 /// Region index of config space.
 pub(crate) const CONFIG_REGION: u64 = bindings::VFIO_PCI_CONFIG_REGION_INDEX as u64;
+/// Region index of the option ROM.
+pub(crate) const ROM_REGION: u32 = bindings::VFIO_PCI_ROM_REGION_INDEX;
+/// `VFIO_DEVICE_SET_IRQS`.
+pub(crate) const SET_IRQS: u32 = bindings::BL_VFIO_DEVICE_SET_IRQS;
 /// Shift from a file offset of the device fd to a region index.
 pub(crate) const OFFSET_SHIFT: u32 = bindings::VFIO_PCI_OFFSET_SHIFT;
 
@@ -57,6 +59,8 @@ pub(crate) const FEATURE_LOW_POWER_ENTRY: u32 = bindings::VFIO_DEVICE_FEATURE_LO
 /// Enter low power, and leave it at the next wake-up.
 pub(crate) const FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP: u32 =
     bindings::VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP;
+/// Leave low power.
+pub(crate) const FEATURE_LOW_POWER_EXIT: u32 = bindings::VFIO_DEVICE_FEATURE_LOW_POWER_EXIT;
 
 /// A driver: the data of one bound function, and the operations on it.
 ///
@@ -77,6 +81,9 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// The function is about to be unbound. It may be open, and then stays so until its user closes it.
     /// Called again every 10 seconds meanwhile.
     fn unbinding(&self, function: &Function<'_>);
+
+    /// The first fd of the device is about to be opened, and the function to be enabled and reset.
+    fn opening(&self);
 
     /// The first fd of the device was opened.
     fn opened(device: &Device<'_, Self>);
@@ -116,27 +123,29 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// The reset is over, or failed. As for `reset_prepare`.
     fn reset_done(&self, function: &Function<'_>, memory: MemorySem<'_>);
 
-    /// An error of the function, or of another one behind the same port, was reported. Recovery begins,
-    /// or has failed. `pci_bus_sem` is held, which every hot-plug takes.
+    /// An error of the function, or of another one behind the same port, was reported. Recovery
+    /// begins, or has failed. `pci_bus_sem` is held, which every hot-plug takes.
     fn error_detected(&self, function: &Function<'_>, state: ErrorState);
 
-    /// Recovery from an error succeeded. `pci_bus_sem` is held: `memory_lock` must not be waited for.
+    /// Recovery from an error succeeded. `pci_bus_sem` is held: `memory_lock` must not be waited
+    /// for.
     fn error_resume(&self, function: &Function<'_>, memory: MemorySem<'_>);
 
-    /// `vfio_pci_core_sriov_configure` was called, which may have set the function to D0. The core's
-    /// `memory_lock` is not held.
+    /// `vfio_pci_core_sriov_configure` was called, which may have set the function to D0. The
+    /// core's `memory_lock` is not held.
     fn power_set(&self, function: &Function<'_>, memory: MemorySem<'_>);
 
-    /// Run-time power management has woken the function, whoever wanted it and whether it is open or
-    /// not. `low_power` is `pm_runtime_engaged` after that: true if the user entered low power without a
-    /// wake-up eventfd. The core's `memory_lock` is not held.
+    /// Run-time power management has woken the function, whoever wanted it and whether it is open
+    /// or not. `low_power` is `pm_runtime_engaged` after that: true if the user entered low power
+    /// without a wake-up eventfd. The core's `memory_lock` is not held.
     fn woken(&self, function: &Function<'_>, memory: MemorySem<'_>, low_power: bool);
 
-    /// The system is about to sleep, hibernate, or restore an image. The function may be open or not.
+    /// The system is about to sleep, hibernate, or restore an image. The function may be open or
+    /// not.
     fn system_falls_asleep(&self, function: &Function<'_>);
 
-    /// The system is awake again, or did not fall asleep after all; so is the function. Once for each
-    /// `system_falls_asleep`, and perhaps once more after the function was bound.
+    /// The system is awake again, or did not fall asleep after all; so is the function. Once for
+    /// each `system_falls_asleep`, and perhaps once more after the function was bound.
     fn system_woke_up(&self, function: &Function<'_>, memory: MemorySem<'_>);
 }
 
@@ -318,9 +327,9 @@ impl Function<'_> {
         !unsafe { bindings::bl_pci_no_command_memory(self.pdev) }
     }
 
-    /// Whether the hardware's COMMAND has the memory bit, whatever the user reads: a read from the bus.
-    /// After a reset without a restore it has not (`vfio_basic_config_write` knows such "backdoor
-    /// resets"). A function that does not answer has not either.
+    /// Whether the hardware's COMMAND has the memory bit, whatever the user reads: a read from the
+    /// bus. After a reset without a restore it has not (`vfio_basic_config_write` knows such
+    /// "backdoor resets"). A function that does not answer has not either.
     ///
     /// The core may have lent the bit, unless its `memory_lock` is held.
     pub(crate) fn decodes_memory(&self) -> bool {
@@ -565,9 +574,9 @@ impl<'a, D: Driver> Device<'a, D> {
 
     /// Wakes the device if it sleeps although the kernel takes it for awake.
     ///
-    /// `vfio_default_config_write` reads, modifies and writes PMCSR without `memory_lock`; only then
-    /// `vfio_pm_config_write` takes it. If a reset comes between the read and the write, stale PowerState
-    /// bits put the device back into D3hot while `pdev->current_state` says D0.
+    /// `vfio_default_config_write` reads, modifies and writes PMCSR without `memory_lock`; only
+    /// then `vfio_pm_config_write` takes it. If a reset comes between the read and the write, stale
+    /// PowerState bits put the device back into D3hot while `pdev->current_state` says D0.
     pub(crate) fn wake_if_unnoticed(&self, _lock: &MemoryWrite<'_>) {
         let function = self.function();
         if function.sleeps_unnoticed() {
@@ -576,8 +585,8 @@ impl<'a, D: Driver> Device<'a, D> {
         }
     }
 
-    /// Whether the virtual COMMAND, which the user reads and writes, lacks the memory bit, and the bit
-    /// means something.
+    /// Whether the virtual COMMAND, which the user reads and writes, lacks the memory bit, and the
+    /// bit means something.
     pub(crate) fn memory_is_off(&self) -> bool {
         // SAFETY: The virtual config space is there while the device is open.
         let vconfig = unsafe { (*self.core()).vconfig };
@@ -597,16 +606,16 @@ impl<'a, D: Driver> Device<'a, D> {
     pub(crate) fn config_map(&self) -> &'a [u8] {
         // SAFETY: The map is there while the device is open.
         let map = unsafe { (*self.core()).pci_config_map };
-        // SAFETY: It has a byte for each of config space, of which there are at least so many. The core
-        // fills it in before the device is open, and does not change it while it is.
+        // SAFETY: It has a byte for each of config space, of which there are at least so many. The
+        // core fills it in before the device is open, and does not change it while it is.
         unsafe { core::slice::from_raw_parts(map, config::LENGTH) }
     }
 
     /// A memory BAR that the core claimed and mapped; `ENODEV` otherwise. (It maps I/O BARs too: to
     /// port numbers, which are no addresses of memory.)
-    pub(crate) fn bar(&self, index: u32) -> Result<Bar> {
+    pub(crate) fn bar(&self, number: u32) -> Result<Bar> {
         // CAST: A `u32` fits into a `usize`.
-        let index = nospec::checked(index as usize, BARS as usize).ok_or(ENODEV)?;
+        let index = nospec::checked(number as usize, BARS as usize).ok_or(ENODEV)?;
         // SAFETY: Computes an address inside of the device.
         let map = unsafe { &raw const (*self.core()).barmap };
         // SAFETY: The device is valid; the map does not change while it is open.
@@ -625,10 +634,11 @@ impl<'a, D: Driver> Device<'a, D> {
             return Err(ENODEV);
         }
         // `pci_resource_len`; one that is mapped is not empty.
-        Ok(Bar {
-            start: resource.start,
-            length: resource.end - resource.start + 1,
-        })
+        let length = resource.end - resource.start + 1;
+        let alone = self.is_mappable(number);
+        // SAFETY: The core maps only what it has claimed. One smaller than a page it lets be mapped
+        // only if it has claimed the rest of the page, too (`vfio_pci_probe_mmaps`).
+        Ok(unsafe { Bar::new(number, resource.start, length, alone) })
     }
 
     /// Whether the core lets a BAR be mapped; not whether it is one.
@@ -873,6 +883,11 @@ impl<D: Driver> Vtable<D> {
     /// To be called by the vfio core only, as `vfio_device_ops.open_device` of a device of `D`.
     unsafe extern "C" fn open_device(vdev: *mut bindings::vfio_device) -> c_int {
         let core = vdev.cast::<bindings::vfio_pci_core_device>();
+        // SAFETY: Computes an address inside of the device.
+        let slot = unsafe { (*vdev.cast::<Layout<D>>()).driver.get() };
+        // SAFETY: Written by `init`, and not again before `release`.
+        let bound = unsafe { (*slot).assume_init_ref() };
+        bound.driver.opening();
         // SAFETY: The device is being opened.
         let result = unsafe { bindings::vfio_pci_core_enable(core) };
         if result != 0 {
@@ -1235,8 +1250,9 @@ impl<D: Driver> Vtable<D> {
         unsafe { domain.set(dev, Self::runtime_resume) };
         // SAFETY: As for `domain`.
         let sleep = unsafe { &(*vdev.cast::<Layout<D>>()).sleep };
-        // SAFETY: The notifier stays where it is until it is unregistered, below or in `remove`, and is
-        // not registered yet. `system_sleep` may be called from here on: the layout is filled in.
+        // SAFETY: The notifier stays where it is until it is unregistered, below or in `remove`,
+        // and is not registered yet. `system_sleep` may be called from here on: the layout is
+        // filled in.
         let mut result = unsafe { sleep.register(Self::system_sleep) };
         if result == 0 {
             // SAFETY: The device is initialized.

@@ -4,20 +4,24 @@
 //!
 //! C header: [`include/linux/mm.h`](srctree/include/linux/mm.h)
 
-use super::bindings;
+use super::{bar::Bar, bindings};
 use core::marker::PhantomData;
 use kernel::{
     error::to_result,
     mm::virt::VmaRef,
+    page::{PAGE_SHIFT, PAGE_SIZE},
     prelude::*,
     sync::{Arc, ArcBorrow},
     types::ForeignOwnable,
 };
 
 /// Order of an entry of one level above pages (2 MiB on x86-64).
-pub(crate) const PMD_ORDER: u32 = bindings::PMD_ORDER;
+pub(crate) const PMD_ORDER: u32 = bindings::BL_PMD_ORDER;
 /// Whether entries of that order can be had for device memory.
 pub(crate) const HAS_PMD_ENTRIES: bool = cfg!(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP);
+/// Order of the most pages that one fault may insert: as many as there are in 2 MiB on x86-64, also
+/// where a table has more, since the lock of the table is held meanwhile.
+pub(crate) const RUN_ORDER: u32 = if PMD_ORDER < 9 { PMD_ORDER } else { 9 };
 
 /// Something whose pages are inserted by its fault handler.
 ///
@@ -57,8 +61,21 @@ pub(crate) struct Outcome(bindings::vm_fault_t);
 impl Outcome {
     /// The process gets SIGBUS.
     pub(crate) const SIGBUS: Self = Self(bindings::vm_fault_reason_VM_FAULT_SIGBUS);
+    /// Done, or to be tried again.
+    pub(crate) const NOPAGE: Self = Self(bindings::vm_fault_reason_VM_FAULT_NOPAGE);
     /// Try again with a smaller entry.
     pub(crate) const FALLBACK: Self = Self(bindings::vm_fault_reason_VM_FAULT_FALLBACK);
+}
+
+/// The entry above that of a page (PMD).
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PmdEntry {
+    /// None.
+    None,
+    /// It leads to a table of pages.
+    Table,
+    /// It is one for memory, of order [`PMD_ORDER`].
+    Large,
 }
 
 /// A page fault that is being handled.
@@ -109,36 +126,87 @@ impl Fault<'_> {
         }
     }
 
-    /// Inserts an uncached entry of `order` (0 or [`PMD_ORDER`]) that begins with the frame `pfn`.
+    /// The entry above that of the page that faulted. If it leads to a table, and the fault is of
+    /// order 0, it stays so while that is handled: a thread that frees tables has the `mmap_lock`
+    /// for writing.
+    pub(crate) fn pmd_entry(&self) -> PmdEntry {
+        // SAFETY: `vmf` is valid during the fault.
+        match unsafe { bindings::bl_table_of(self.vmf) } {
+            bindings::BL_NO_TABLE => PmdEntry::None,
+            bindings::BL_LARGE_ENTRY => PmdEntry::Large,
+            _ => PmdEntry::Table,
+        }
+    }
+
+    /// Makes the table of pages that the address is in, if there is none. This allocates, so it may
+    /// wait as long as the memory control group of the process has it wait.
     ///
-    /// `pfn` must be a multiple of `2^order`, and the entry must lie inside the VMA.
-    pub(crate) fn insert(&self, pfn: u64, order: u32) -> Outcome {
-        let pfn = pfn as usize;
+    /// For a fault of order 0, and where no entry above a page can be: the kernel warns of one that
+    /// it finds there.
+    pub(crate) fn make_table(&self) -> core::result::Result<(), Outcome> {
+        // SAFETY: `vmf` is valid during the fault.
+        match Outcome(unsafe { bindings::bl_make_table(self.vmf) }) {
+            Outcome::NOPAGE => Ok(()),
+            outcome => Err(outcome),
+        }
+    }
+
+    /// Whether `pages` pages from `address` on are in the VMA.
+    fn has(&self, address: u64, pages: u64) -> bool {
+        let span = self.span();
+        let left = span.end.checked_sub(address);
+        address >= span.start
+            && address & (PAGE_SIZE as u64 - 1) == 0
+            && left.is_some_and(|left| pages <= left >> PAGE_SHIFT)
+    }
+
+    /// Inserts an uncached entry of `order` (0 or [`PMD_ORDER`]) around the address for the pages
+    /// of `bar` from `page` on. SIGBUS where these are not in the BAR, or the entry is not in the
+    /// VMA or not aligned.
+    pub(crate) fn insert(&self, bar: &Bar, page: u64, order: u32) -> Outcome {
         if order == 0 {
-            // SAFETY: The VMA is that of the fault and was made by `NewVma::map_io`, which set
-            // VM_PFNMAP; any frame may be inserted into such a VMA.
-            Outcome(unsafe { bindings::vmf_insert_pfn(self.vma(), self.address() as usize, pfn) })
+            let Some(frame) = bar.frame_of(page, 1) else {
+                return Outcome::SIGBUS;
+            };
+            let address = self.address() as usize;
+            // SAFETY: The VMA is that of the fault, which has the address, and was made by
+            // `NewVma::map_io`, which set VM_PFNMAP; the frame is one of a BAR.
+            Outcome(unsafe { bindings::bl_insert_page(self.vma(), address, frame as usize) })
         } else if order == PMD_ORDER && HAS_PMD_ENTRIES {
-            // SAFETY: `vmf` is valid during the fault; the VMA has VM_PFNMAP (see above).
-            Outcome(unsafe { bindings::vmf_insert_pfn_pmd(self.vmf, pfn, false) })
+            let pages = 1u64 << PMD_ORDER;
+            let first = self.address() & !((pages << PAGE_SHIFT) - 1);
+            match bar.frame_of(page, pages) {
+                Some(frame) if frame & (pages - 1) == 0 && self.has(first, pages) => {
+                    // SAFETY: `vmf` is valid during the fault, and its VMA has VM_PFNMAP (see
+                    // above) and all of the entry; the frames are those of a BAR.
+                    Outcome(unsafe { bindings::bl_insert_large(self.vmf, frame as usize) })
+                }
+                _ => Outcome::SIGBUS,
+            }
         } else {
             Outcome::FALLBACK
         }
     }
 
     /// Inserts `pages` entries of the VMA's memory type from `address` on, where there are none,
-    /// for the frames from `pfn` on.
+    /// for the pages of `bar` from `page` on. SIGBUS where these are not in the BAR or not in the
+    /// VMA.
     ///
-    /// The run must lie inside the VMA, in a part of it where no entry above a page can be: one
-    /// that another thread inserts meanwhile would be warned of. Unlike [`Self::insert`] this keeps
-    /// the memory type that was asked for, where x86 overrides it with the one that the BAR was
-    /// mapped with first (`vmf_insert_pfn` and all others that look it up).
-    pub(crate) fn insert_run(&self, address: u64, pfn: u64, pages: u64) -> Outcome {
-        // SAFETY: The VMA is that of the fault and was made by `NewVma::map_io`, which set
-        // VM_PFNMAP; any frame may be inserted into such a VMA.
-        Outcome(unsafe {
-            bindings::bl_insert_run(self.vma(), address as usize, pfn as usize, pages as usize)
-        })
+    /// The run should lie in a part of the VMA where no entry above a page can be: the kernel warns
+    /// of one that it finds there. Unlike [`Self::insert`] this keeps the memory type that was
+    /// asked for, where x86 overrides it with the one that the BAR was mapped with first
+    /// (`vmf_insert_pfn` and all others that look it up).
+    pub(crate) fn insert_run(&self, bar: &Bar, address: u64, page: u64, pages: u64) -> Outcome {
+        match bar.frame_of(page, pages) {
+            Some(frame) if self.has(address, pages) => {
+                let (address, frame, pages) = (address as usize, frame as usize, pages as usize);
+                let wc = self.memory_type == MemoryType::WriteCombining;
+                // SAFETY: The VMA is that of the fault, has these addresses and was made by
+                // `NewVma::map_io`, which set VM_PFNMAP; the frames are those of a BAR.
+                Outcome(unsafe { bindings::bl_insert_run(self.vma(), address, frame, pages, wc) })
+            }
+            _ => Outcome::SIGBUS,
+        }
     }
 }
 

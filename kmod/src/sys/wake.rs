@@ -6,8 +6,8 @@
 //! A driver's own run-time operations are not to be had: the core replaces the driver's `pm` when a
 //! device is registered, for all its devices. A PM domain stands before the bus's operations, which
 //! call the driver's, and each device may have its own (`RPM_GET_CALLBACK` in
-//! `drivers/base/power/runtime.c`). This one has the bus's operations, but for one. The mei driver does
-//! the same for the same reason (`mei_me_set_pm_domain` in `drivers/misc/mei/pci-me.c`).
+//! `drivers/base/power/runtime.c`). This one has the bus's operations, but for one. The mei driver
+//! does the same for the same reason (`mei_me_set_pm_domain` in `drivers/misc/mei/pci-me.c`).
 //!
 //! C header: [`include/linux/pm_domain.h`](srctree/include/linux/pm_domain.h)
 
@@ -94,8 +94,8 @@ impl Awake {
         // SAFETY: `dev` is valid by the caller.
         unsafe { bindings::bl_pm_runtime_get_noresume(dev) };
         // With the usage count raised, an RPM_ACTIVE device cannot start to suspend (rpm_suspend()
-        // checks the count under power.lock). A transition that is running is waited for. Pending work
-        // of an active device is not flushed: it may need a lock that our caller holds.
+        // checks the count under power.lock). A transition that is running is waited for. Pending
+        // work of an active device is not flushed: it may need a lock that our caller holds.
         // SAFETY: As above.
         if !unsafe { bindings::bl_pm_runtime_is_active(dev) } {
             // SAFETY: As above. It was not held awake, so the caller has no lock that matters.

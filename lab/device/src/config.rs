@@ -26,6 +26,8 @@ const EXPRESS: usize = 0x50;
 const DEVICE_CONTROL: usize = EXPRESS + 0x08;
 const DEVICE_CAPABILITIES_2: usize = EXPRESS + 0x24;
 const MSIX: usize = 0x90;
+/// The other power-management capability.
+const SECOND_PM: usize = 0xa8;
 /// The first extended capability.
 const REQUESTER: usize = 0x100;
 
@@ -102,10 +104,18 @@ impl Config {
         let states = if options.d1_d2 { D1_D2 } else { 0 };
         self.put16(PM + 2, 3 | states, 0);
         self.put16(PMCSR, NO_SOFT_RESET, 0b11);
+        if options.second_pm {
+            self.put16(SECOND_PM, 0x0001, 0);
+            self.put16(SECOND_PM + 2, 3 | states, 0);
+            self.put16(SECOND_PM + 4, NO_SOFT_RESET, 0);
+        }
     }
 
     fn express(&mut self, options: &Options) {
-        let next = if options.msix == Msix::None { 0 } else { MSIX };
+        let next = match options.msix {
+            Msix::None => last(options),
+            _ => MSIX,
+        };
         self.put16(EXPRESS, u16::from_le_bytes([0x10, next as u8]), 0);
         // Version 2, an endpoint.
         self.put16(EXPRESS + 0x02, 2, 0);
@@ -129,7 +139,7 @@ impl Config {
             }
             Msix::Registers => (2, registers::MSIX_TABLE, registers::MSIX_PENDING),
         };
-        self.put16(MSIX, 0x0011, 0);
+        self.put16(MSIX, u16::from_le_bytes([0x11, last(options) as u8]), 0);
         self.put16(MSIX + 2, VECTORS - 1, 0xc000);
         self.put32(MSIX + 4, table as u32 | bar, 0);
         self.put32(MSIX + 8, pending as u32 | bar, 0);
@@ -223,6 +233,11 @@ impl Config {
     }
 }
 
+/// The last capability, if it has that.
+fn last(options: &Options) -> usize {
+    if options.second_pm { SECOND_PM } else { 0 }
+}
+
 /// The place of byte `i` from `offset` on, if there is one.
 fn place(offset: u64, i: usize) -> Option<usize> {
     let at = usize::try_from(offset).ok()?.checked_add(i)?;
@@ -272,6 +287,23 @@ mod tests {
             ..Options::default()
         });
         assert_eq!(chain(&without), [(0x01, PM), (0x10, EXPRESS)]);
+        for (msix, expected) in [
+            (
+                Msix::Registers,
+                &[(0x01, PM), (0x10, EXPRESS), (0x11, MSIX), (0x01, SECOND_PM)][..],
+            ),
+            (
+                Msix::None,
+                &[(0x01, PM), (0x10, EXPRESS), (0x01, SECOND_PM)],
+            ),
+        ] {
+            let second = Config::new(&Options {
+                msix,
+                second_pm: true,
+                ..Options::default()
+            });
+            assert_eq!(chain(&second), expected);
+        }
         assert_eq!(read32(&without, REQUESTER), 0);
         assert_eq!(read32(&default(), REQUESTER), 0x0001_0017);
     }

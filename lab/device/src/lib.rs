@@ -51,6 +51,8 @@ pub struct Options {
     pub requester: bool,
     /// Whether it has the power states D1 and D2.
     pub d1_d2: bool,
+    /// Whether it has another power-management capability, which does nothing.
+    pub second_pm: bool,
     /// How long a reset takes.
     pub reset_ms: u64,
 }
@@ -64,6 +66,7 @@ impl Default for Options {
             completer: 3,
             requester: true,
             d1_d2: false,
+            second_pm: false,
             reset_ms: 0,
         }
     }

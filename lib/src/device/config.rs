@@ -666,7 +666,10 @@ mod tests {
                 let listed = free.iter().any(|one| one.offset <= at && at + 0x1000 <= one.offset + one.length);
                 prop_assert_eq!(used, !listed, "page {:#x}", at);
             }
-            prop_assert!(free.iter().all(|one| one.offset + one.length <= size));
+            for one in &free {
+                prop_assert!(one.offset + one.length <= size && one.length > 0);
+                prop_assert_eq!((one.offset | one.length) % 0x1000, 0);
+            }
         }
     }
 

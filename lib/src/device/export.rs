@@ -233,8 +233,8 @@ impl<'fd> ExportBuilder<'fd> {
             .unsupported_or("export", object, errno)
             .with_remedy(
                 "the range overlaps the MSI-X table, with which a holder could raise interrupts: \
-                 lease what `exportable_ranges` answers, or see the parameter of \
-                 barlease_vfio_pci about MSI-X",
+                 lease what `exportable_ranges` answers; the parameter msix_export of \
+                 barlease_vfio_pci permits the rest",
             )
     }
 }

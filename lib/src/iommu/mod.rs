@@ -989,5 +989,6 @@ mod tests {
         fake.fail_next(Errno::BUSY.raw_os_error());
         assert!(mapping.unmap().is_err());
         assert!(matches!(map(), Err(Error::Busy { .. })));
+        assert!(!iommu.reserve(0x7000, 0x1000));
     }
 }

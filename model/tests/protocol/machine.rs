@@ -5,7 +5,7 @@
 //! Each thread runs a program of instructions, of which each is one atomic step, together with the locks that it gives back
 //! after it; every order of the steps of all threads is tried. A lock is as strict as the kernel's may be: a writer that waits keeps readers out that come after it.
 
-use barlease_model::access::{Access, Epoch, Event, Levels, State};
+use barlease_model::access::{Access, Epoch, Event, Sampled, State};
 use stateright::{Model, Property};
 
 /// Buffers.
@@ -24,6 +24,8 @@ pub(crate) enum Lock {
     Device,
     /// The vfio core's `memory_lock`.
     Memory,
+    /// The PCI core's `pci_bus_sem`, which every hot-plug takes.
+    Bus,
     /// Not a lock of the kernel's, but as one: a run-time sleep or wake-up of the device is under way
     /// (`RPM_SUSPENDING`, `RPM_RESUMING`), and whoever wants to wake it waits for that.
     Transition,
@@ -38,7 +40,7 @@ pub(crate) enum Lock {
 }
 
 impl Lock {
-    const COUNT: usize = 5 + 3 * BUFFERS;
+    const COUNT: usize = 6 + 3 * BUFFERS;
 
     fn index(self) -> usize {
         match self {
@@ -47,9 +49,10 @@ impl Lock {
             Self::Memory => 2,
             Self::Access => 3,
             Self::Transition => 4,
-            Self::Live(buffer) => 5 + buffer,
-            Self::Resv(buffer) => 5 + BUFFERS + buffer,
-            Self::Gate(buffer) => 5 + 2 * BUFFERS + buffer,
+            Self::Bus => 5,
+            Self::Live(buffer) => 6 + buffer,
+            Self::Resv(buffer) => 6 + BUFFERS + buffer,
+            Self::Gate(buffer) => 6 + 2 * BUFFERS + buffer,
         }
     }
 }
@@ -68,8 +71,8 @@ pub(crate) enum Mode {
 pub(crate) enum Instr {
     /// Takes a lock when that can be had.
     Take(Lock, Mode),
-    /// Takes a lock for writing, or goes elsewhere if that cannot be had.
-    TryTake(Lock, usize),
+    /// Takes a lock, or goes elsewhere if that cannot be had.
+    TryTake(Lock, Mode, usize),
     /// Gives a lock back.
     Give(Lock),
     /// Changes something.
@@ -89,6 +92,8 @@ pub(crate) enum Act {
     Access(Change),
     /// A thread looks at what the device says, to set it later (a planted bug).
     Sample,
+    /// An allocation, which may wait as long as it likes.
+    Alloc,
     /// `vmas` of a buffer, and of the leases, is counted up or down.
     Vma { buffer: usize, opened: bool },
     /// A page-table entry.
@@ -103,6 +108,22 @@ pub(crate) enum Act {
     Mapped { importer: usize, yes: bool },
     /// An importer's fence.
     Fence { importer: usize, pending: bool },
+    /// A fence that somebody adds who has no mapping.
+    Added { buffer: usize, pending: bool },
+    /// Takes a snapshot of the fences that a buffer has.
+    Snapshot(usize),
+    /// Waits for fences that were added after that (a planted bug).
+    Endless,
+    /// A process is killed.
+    Kill,
+    /// The PCI core wakes the device after system sleep, unless somebody is at it.
+    SystemResume,
+    /// A buffer that is revoked for good has nothing left that is to be waited for.
+    Drained(usize),
+    /// Importers that have a mapping were told, and will not be waited for.
+    Excuse(Option<usize>),
+    /// They were waited for.
+    Unexcuse,
     /// `dma_buf_invalidate_mappings`: importers that are quick undo their mappings here.
     Invalidate(usize),
     /// A look at the dma-buf of a buffer.
@@ -131,7 +152,7 @@ pub(crate) enum Act {
     LookUp,
     /// Writes down whether the device sleeps, as `Access` says.
     StoreAsleep,
-    /// The same, but what was seen half awake does not count (a planted bug).
+    /// The same, but what decodes nothing does not count (a planted bug).
     StoreAsleepOnly,
     /// Notes whether the core has the device in low power, to set it later.
     NoteLowPower,
@@ -143,6 +164,8 @@ pub(crate) enum Act {
     Device(Change2),
     /// REVOKE has returned: the buffer is gone for good.
     Gone(usize),
+    /// It has returned without waiting.
+    Leaving(usize),
     /// The core closed the device.
     Disabled(bool),
     /// A user of a buffer, who has a reference to its dma-buf, has none any more.
@@ -151,44 +174,80 @@ pub(crate) enum Act {
     Saw(Sight),
 }
 
+/// What a thread knows that samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// It holds `memory_lock`.
+    Locked,
+    /// It relies on lenders being counted.
+    Counted,
+    /// Nothing, and believes what it sees (a planted bug).
+    Careless,
+    /// It holds the lock, and asks a function that is in reset, too (a planted bug).
+    Always,
+}
+
+/// What comes of a recovery that has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    UntilOpened,
+    /// The error is over (a planted bug).
+    Forgotten,
+    /// It is never over (a planted bug).
+    ForGood,
+}
+
 /// A change of `Access`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Change {
     Begin(Event),
     End(Event),
     /// Samples the device and ends an event.
-    SampleAndEnd(Event),
+    SampleAndEnd(Event, Look),
     /// Samples the device and ends an event however often it began (a planted bug).
     SampleAndEndAll(Event),
     /// Sets what was sampled before and ends an event (a planted bug).
     SetAndEnd(Event),
     /// Samples the device.
-    Sample,
-    /// What `reset_done` does: notes what a reset changes, and ends it.
-    ResetDone,
+    Sample(Look),
+    /// Ends an event, and samples what it may have changed of the hardware.
+    EndAndResample(Event, Look),
     /// The same, with no look whether the device decodes (a planted bug).
-    ResetDoneHalf,
-    /// What `error_resume` does.
-    ErrorResume,
-    /// The same, with no look whether the device decodes (a planted bug).
-    ErrorResumeHalf,
-    /// What `woken` does: notes what a wake-up changes, and whether low power was noted to go on.
+    EndAndForget(Event),
+    /// What `woken` does: samples the hardware, and sets whether low power was noted to go on.
     Woken,
     /// Takes the device for awake, whatever it says (a planted bug).
     WokenForGood,
+    /// Recovery has failed.
+    Fail(Failure),
     /// Says that memory is off (a planted bug).
     MemoryOff,
     /// Ends every event at once (a planted bug).
     EndEverything,
+    /// A lender begins, and ends.
+    Lend,
+    GiveBack,
+    Opening,
     Open,
+    /// Ends errors, too (a planted bug).
+    OpenEndsErrors,
     Close,
 }
 
 /// A change of the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Change2 {
+    /// The core writes COMMAND, both of it.
     Memory(bool),
     InReset(bool),
+    /// The link is reset, without a word to the driver; what it loses nobody restores.
+    LinkReset(bool),
+    /// Between `error_detected` and the end of recovery.
+    Recovering(bool),
+    /// Recovery has failed.
+    Failed,
+    /// The core lends the memory bit, and takes it back.
+    Lent(bool),
     /// The core's low power begins: until a wake-up, or until its user ends it.
     LowPower {
         until_wake_up: bool,
@@ -237,6 +296,17 @@ pub(crate) enum Cond {
     FencePending(usize),
     /// None.
     FencesSignalled(usize),
+    /// All of the snapshot have.
+    SnapshotSignalled,
+    /// Or the process was killed.
+    SnapshotSignalledOrKilled,
+    HasNoMappingsOrKilled(usize),
+    IsKilled,
+    IsNotRevoked(usize),
+    /// It is not known to have drained.
+    MayDrain(usize),
+    /// It is not revoked for good, or has mappings (a planted bug).
+    SeemsToDrain(usize),
     IsLive(usize),
     /// It was in the table when this thread looked.
     InBatch(usize),
@@ -287,6 +357,10 @@ pub(crate) struct Buffer {
     pub(crate) users: u8,
     /// Somebody's REVOKE has returned.
     pub(crate) gone: bool,
+    /// Nothing is left that its REVOKE would wait for.
+    pub(crate) drained: bool,
+    /// A fence of somebody who has no mapping.
+    pub(crate) added: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -296,6 +370,8 @@ pub(crate) struct Importer {
     pub(crate) quick: bool,
     pub(crate) mapped: bool,
     pub(crate) fence: bool,
+    /// It was told by somebody who does not wait for it.
+    pub(crate) excused: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -314,17 +390,32 @@ struct Thread {
     batch: [bool; BUFFERS],
     /// Whether something is left to wait for.
     waits: bool,
+    /// The fences that it waits for, a bit each: those of importers, those added to buffers.
+    snapshot: u8,
     /// What it sampled.
-    levels: Levels,
+    levels: Sampled,
     /// What it noted.
     reachable: u64,
+    stale: bool,
 }
 
 /// The device as it really is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Device {
+    /// The memory bit of the virtual COMMAND.
     memory: bool,
+    /// That of the hardware's, as it will be when nothing is lent.
+    hardware: bool,
+    /// It is lent.
+    lent: bool,
+    /// What D3hot has left of it.
+    saved: bool,
     in_reset: bool,
+    link_reset: bool,
+    recovering: bool,
+    /// Recovery has failed, and the device was not opened since; and that is known.
+    failing: bool,
+    failed: bool,
     /// The core's `pm_runtime_engaged`.
     low_power: bool,
     until_wake_up: bool,
@@ -348,32 +439,62 @@ pub(crate) struct Device {
 }
 
 impl Device {
+    /// Whether it decodes memory, and goes on to.
+    fn decodes(&self) -> bool {
+        self.hardware && !self.is_deaf() && !self.half_awake && !self.lost
+    }
+
+    /// Whether it answers nobody.
+    fn is_deaf(&self) -> bool {
+        self.in_reset || self.link_reset
+    }
+
     /// Whether the device says that it decodes memory. One that was pulled out says nothing, but not each is asked: a
     /// virtual function has no memory bit (`Function::decodes_memory`).
-    fn decodes(&self) -> bool {
-        self.memory && !self.in_reset && !self.half_awake && !self.lost
+    fn says_it_decodes(&self) -> bool {
+        self.decodes() || self.lent && !self.is_deaf()
     }
 
     fn change(&mut self, change: Change2) {
         match change {
-            Change2::Memory(on) => self.memory = on,
+            Change2::Memory(on) => {
+                self.memory = on;
+                self.hardware = on;
+            }
             Change2::InReset(true) => self.in_reset = true,
             Change2::InReset(false) => {
                 self.in_reset = false;
                 self.lost |= self.saved_nothing;
             }
+            Change2::LinkReset(begins) => {
+                self.link_reset = begins;
+                self.hardware = false;
+            }
+            Change2::Recovering(yes) => self.recovering = yes,
+            Change2::Failed => self.failed = self.failing,
+            Change2::Lent(yes) => self.lent = yes,
             Change2::LowPower { until_wake_up } => {
                 self.low_power = true;
                 self.until_wake_up = until_wake_up;
             }
             Change2::LeaveLowPower => self.low_power = false,
             Change2::WakeUp => self.low_power &= !self.until_wake_up,
-            Change2::FallAsleep => self.sleeping = true,
+            Change2::FallAsleep => {
+                if !self.sleeping {
+                    self.saved = self.hardware;
+                }
+                self.sleeping = true;
+            }
             Change2::HalfAwake => {
                 self.half_awake = self.sleeping;
                 self.sleeping = false;
             }
-            Change2::Restored => self.half_awake = false,
+            Change2::Restored => {
+                if self.half_awake {
+                    self.hardware = self.saved;
+                }
+                self.half_awake = false;
+            }
             Change2::Awake => self.sleeping = false,
             Change2::Suspended(yes) => self.suspended = yes,
             Change2::Saved => self.saved_nothing = self.in_reset,
@@ -409,8 +530,16 @@ pub(crate) struct World {
     pub(crate) device: Device,
     threads: Vec<Thread>,
     sights: [bool; 4],
+    /// Somebody was killed.
+    killed: bool,
     /// Somebody looked at a dma-buf after its release.
     dangling: bool,
+    /// Somebody asked a function that was in reset.
+    asked_the_deaf: bool,
+    /// Somebody made others wait who must not.
+    tied: bool,
+    /// Somebody waited for a fence that was added after it had begun to.
+    endless: bool,
 }
 
 /// A thread's program.
@@ -437,7 +566,7 @@ impl World {
     /// An open device with memory on, and no buffers.
     pub(crate) fn new() -> Self {
         let mut access = Access::new();
-        access.open(Levels::default());
+        access.open(Sampled::default());
         Self {
             reachable: access.reachable(),
             access,
@@ -447,7 +576,14 @@ impl World {
             importers: Default::default(),
             device: Device {
                 memory: true,
+                hardware: true,
+                lent: false,
+                saved: true,
                 in_reset: false,
+                link_reset: false,
+                recovering: false,
+                failing: false,
+                failed: false,
                 low_power: false,
                 until_wake_up: false,
                 sleeping: false,
@@ -462,8 +598,23 @@ impl World {
             },
             threads: Vec::new(),
             sights: [false; 4],
+            killed: false,
             dangling: false,
+            asked_the_deaf: false,
+            tied: false,
+            endless: false,
         }
+    }
+
+    /// The device was reset and not restored, which is known.
+    pub(crate) fn undecoded(&mut self) {
+        self.device.hardware = false;
+        self.access.set_sampled(Sampled {
+            undecoded: true,
+            ..Sampled::default()
+        });
+        self.asleep = self.access.is_stale();
+        self.reachable = self.access.reachable();
     }
 
     /// A buffer that is exported.
@@ -474,26 +625,43 @@ impl World {
         this.in_table = true;
     }
 
-    /// What the device says (`Device::levels`).
-    fn levels(&self) -> Levels {
-        Levels {
-            memory_off: !self.device.memory,
-            undecoded: self.device.memory && !self.device.decodes(),
+    /// `driver::is_undecoded`.
+    fn is_undecoded(&mut self, look: Look) -> bool {
+        let asks = !self.device.sleeping && self.access.may_ask();
+        if !asks && look != Look::Always {
+            return self.access.sampled().undecoded;
+        }
+        self.asked_the_deaf |= self.device.is_deaf();
+        look == Look::Counted && self.access.is_lent() || !self.device.says_it_decodes()
+    }
+
+    /// `driver::sample`.
+    fn sample(&mut self, look: Look) -> Sampled {
+        let memory_off = !self.device.memory;
+        Sampled {
+            memory_off,
+            undecoded: !memory_off && self.is_undecoded(look),
             sleeping: self.device.sleeping,
             low_power: self.device.low_power,
         }
     }
 
-    /// What resets and wake-ups change of it (`driver::note_state_of`).
-    fn noted(&self) -> Levels {
+    /// `driver::resample`.
+    fn resample(&mut self, look: Look) {
         if self.access.epoch().is_none() {
-            return self.access.levels();
+            return;
         }
-        Levels {
-            undecoded: !self.device.decodes(),
+        let sampled = Sampled {
+            undecoded: self.is_undecoded(look),
             sleeping: self.device.sleeping,
-            ..self.access.levels()
-        }
+            ..self.access.sampled()
+        };
+        self.access.set_sampled(sampled);
+    }
+
+    fn set_sample(&mut self, look: Look) {
+        let sampled = self.sample(look);
+        self.access.set_sampled(sampled);
     }
 
     fn state(&self, buffer: usize) -> State {
@@ -507,7 +675,7 @@ impl World {
     /// Whether the memory may be reached, as the hardware is.
     fn usable(&self) -> bool {
         let device = &self.device;
-        let there = device.enabled && !device.removed;
+        let there = device.enabled && !device.removed && !device.recovering && !device.failed;
         there && device.decodes() && !device.low_power && !device.sleeping
     }
 
@@ -515,7 +683,7 @@ impl World {
     fn reached(&self, buffer: usize) -> bool {
         let entries = self.buffers[buffer].entries.contains(&true);
         let mut importers = self.importers.iter();
-        entries || importers.any(|i| i.buffer == buffer && (i.mapped || i.fence))
+        entries || importers.any(|i| i.buffer == buffer && (i.mapped || i.fence) && !i.excused)
     }
 
     fn is(&self, thread: usize, cond: Cond, programs: &[Program]) -> bool {
@@ -535,6 +703,13 @@ impl World {
             Cond::HasNoMappings(buffer) => buffers[buffer].mappings == 0,
             Cond::FencePending(buffer) => self.fence_pending(buffer),
             Cond::FencesSignalled(buffer) => !self.fence_pending(buffer),
+            Cond::SnapshotSignalled => self.threads[thread].snapshot == 0,
+            Cond::SnapshotSignalledOrKilled => self.threads[thread].snapshot == 0 || self.killed,
+            Cond::HasNoMappingsOrKilled(buffer) => buffers[buffer].mappings == 0 || self.killed,
+            Cond::IsKilled => self.killed,
+            Cond::IsNotRevoked(buffer) => !buffers[buffer].revoked,
+            Cond::MayDrain(buffer) => !buffers[buffer].drained,
+            Cond::SeemsToDrain(buffer) => !buffers[buffer].revoked || buffers[buffer].mappings != 0,
             Cond::IsLive(buffer) => buffers[buffer].live,
             Cond::InBatch(buffer) => self.threads[thread].batch[buffer],
             Cond::IsMapped(importer) => self.importers[importer].mapped,
@@ -564,18 +739,83 @@ impl World {
 
     fn fence_pending(&self, buffer: usize) -> bool {
         let mut importers = self.importers.iter();
-        importers.any(|importer| importer.buffer == buffer && importer.fence)
+        let added = self.buffers[buffer].added;
+        added || importers.any(|importer| importer.buffer == buffer && importer.fence)
+    }
+
+    /// The bit of a fence in a snapshot.
+    fn fence_of_importer(importer: usize) -> u8 {
+        1 << importer
+    }
+
+    fn fence_added(buffer: usize) -> u8 {
+        1 << (IMPORTERS + buffer)
+    }
+
+    /// A fence is there, or signals: then nobody waits for it any more.
+    fn set_fence(&mut self, bit: u8, pending: bool) {
+        if !pending {
+            for thread in &mut self.threads {
+                thread.snapshot &= !bit;
+            }
+        }
     }
 
     fn make(&mut self, thread: usize, act: Act) {
         match act {
             Act::Access(change) => self.change(thread, change),
-            Act::Sample => self.threads[thread].levels = self.levels(),
+            Act::Sample => self.threads[thread].levels = self.sample(Look::Locked),
+            Act::Alloc => {
+                let gates = (0..BUFFERS).map(Lock::Gate);
+                self.tied |= gates.into_iter().any(|gate| self.holds(thread, gate));
+            }
             Act::Vma { buffer, opened } => count(&mut self.buffers[buffer].vmas, opened),
             Act::Entry { buffer, vma, there } => self.buffers[buffer].entries[vma] = there,
             Act::Attached { buffer, yes } => count(&mut self.buffers[buffer].attachments, yes),
             Act::Mapped { importer, yes } => self.set_mapped(importer, yes),
-            Act::Fence { importer, pending } => self.importers[importer].fence = pending,
+            Act::Fence { importer, pending } => {
+                self.set_fence(Self::fence_of_importer(importer), pending);
+                let this = &mut self.importers[importer];
+                this.fence = pending;
+                this.excused &= this.mapped || this.fence;
+            }
+            Act::Added { buffer, pending } => {
+                self.set_fence(Self::fence_added(buffer), pending);
+                self.buffers[buffer].added = pending;
+            }
+            Act::Snapshot(buffer) => {
+                let mut snapshot = 0;
+                for (number, importer) in self.importers.iter().enumerate() {
+                    if importer.buffer == buffer && importer.fence {
+                        snapshot |= Self::fence_of_importer(number);
+                    }
+                }
+                if self.buffers[buffer].added {
+                    snapshot |= Self::fence_added(buffer);
+                }
+                self.threads[thread].snapshot |= snapshot;
+            }
+            Act::Endless => self.endless = true,
+            Act::Kill => self.killed = true,
+            Act::SystemResume => {
+                let idle = |lock: Lock| {
+                    let semaphore = &self.locks[lock.index()];
+                    semaphore.writer.is_none() && semaphore.readers == 0
+                };
+                let locks = [Lock::Memory, Lock::Device, Lock::Transition];
+                if locks.into_iter().all(idle) && !self.device.suspended {
+                    self.device.change(Change2::HalfAwake);
+                    self.device.change(Change2::Restored);
+                }
+            }
+            Act::Drained(buffer) => self.buffers[buffer].drained = true,
+            Act::Excuse(buffer) => {
+                for importer in &mut self.importers {
+                    let told = buffer.is_none_or(|buffer| buffer == importer.buffer);
+                    importer.excused |= told && (importer.mapped || importer.fence);
+                }
+            }
+            Act::Unexcuse => self.importers.iter_mut().for_each(|i| i.excused = false),
             Act::Invalidate(buffer) => {
                 for importer in 0..IMPORTERS {
                     let this = &self.importers[importer];
@@ -603,6 +843,7 @@ impl World {
             Act::PublishNoted => self.reachable = self.threads[thread].reachable,
             Act::NoteNothing => {
                 self.threads[thread].waits = false;
+                self.threads[thread].snapshot = 0;
                 self.threads[thread].batch = [false; BUFFERS];
             }
             Act::LookUp => {
@@ -610,20 +851,25 @@ impl World {
                     self.threads[thread].batch[buffer] = self.buffers[buffer].in_table;
                 }
             }
-            Act::StoreAsleep => self.asleep = sleeps(self.access.levels()),
+            Act::StoreAsleep => self.asleep = self.access.is_stale(),
             Act::StoreAsleepOnly => {
-                let levels = self.access.levels();
+                let levels = self.access.sampled();
                 self.asleep = levels.sleeping || levels.low_power;
             }
-            Act::NoteLevels => self.threads[thread].levels = self.access.levels(),
+            Act::NoteLevels => self.threads[thread].stale = self.access.is_stale(),
             Act::NoteLowPower => self.threads[thread].levels.low_power = self.device.low_power,
-            Act::StoreNoted => self.asleep = sleeps(self.threads[thread].levels),
+            Act::StoreNoted => self.asleep = self.threads[thread].stale,
             Act::Device(change) => self.device.change(change),
             Act::Gone(buffer) => self.buffers[buffer].gone = true,
+            Act::Leaving(buffer) => {
+                self.make(thread, Act::Excuse(Some(buffer)));
+                self.buffers[buffer].gone = true;
+            }
             Act::Disabled(yes) => {
                 self.device.enabled = !yes;
                 if !yes {
                     self.device.memory = true;
+                    self.device.hardware = true;
                     self.device.low_power = false;
                     self.device.sleeping = false;
                     self.device.half_awake = false;
@@ -635,73 +881,103 @@ impl World {
     }
 
     fn change(&mut self, thread: usize, change: Change) {
-        let now = self.levels();
-        let noted = self.noted();
         let sampled = self.threads[thread].levels;
-        let access = &mut self.access;
         match change {
-            Change::Begin(event) => access.begin(event),
-            Change::End(event) => access.end(event),
-            Change::SampleAndEnd(event) => {
-                access.set_levels(now);
-                access.end(event);
+            Change::Begin(event) => self.access.begin(event),
+            Change::End(event) => self.access.end(event),
+            Change::SampleAndEnd(event, look) => {
+                self.set_sample(look);
+                self.access.end(event);
             }
             Change::SampleAndEndAll(event) => {
-                access.set_levels(now);
-                access.end_all(event);
+                self.set_sample(Look::Locked);
+                self.access.end_all(event);
             }
             Change::SetAndEnd(event) => {
-                access.set_levels(sampled);
-                access.end(event);
+                self.access.set_sampled(sampled);
+                self.access.end(event);
             }
-            Change::Sample => access.set_levels(now),
-            Change::ResetDone => {
-                access.set_levels(noted);
-                access.end(Event::Reset);
+            Change::Sample(look) => self.set_sample(look),
+            Change::EndAndResample(event, look) => {
+                self.end(event);
+                self.resample(look);
             }
-            Change::ResetDoneHalf => {
-                access.set_levels(Levels {
+            Change::EndAndForget(event) => {
+                self.end(event);
+                self.resample(Look::Locked);
+                self.access.set_sampled(Sampled {
                     undecoded: false,
-                    ..noted
+                    ..self.access.sampled()
                 });
-                access.end(Event::Reset);
-            }
-            Change::ErrorResume => {
-                access.set_levels(noted);
-                access.end_all(Event::Error);
-            }
-            Change::ErrorResumeHalf => {
-                access.set_levels(Levels {
-                    undecoded: false,
-                    ..noted
-                });
-                access.end_all(Event::Error);
             }
             // Of a device that is not open nothing is noted but that: it counts for nothing.
-            Change::Woken => access.set_levels(Levels {
-                low_power: sampled.low_power,
-                ..noted
+            Change::Woken => {
+                self.resample(Look::Locked);
+                self.access.set_sampled(Sampled {
+                    low_power: sampled.low_power,
+                    ..self.access.sampled()
+                });
+            }
+            Change::WokenForGood => self.access.set_sampled(Sampled {
+                memory_off: !self.device.memory,
+                ..Sampled::default()
             }),
-            Change::WokenForGood => access.set_levels(Levels {
-                memory_off: now.memory_off,
-                ..Levels::default()
-            }),
-            Change::MemoryOff => access.set_levels(Levels {
+            Change::Fail(failure) => {
+                self.device.recovering = false;
+                self.device.failing = true;
+                match failure {
+                    Failure::UntilOpened => self.access.fail(),
+                    Failure::Forgotten => self.access.end_all(Event::Error),
+                    Failure::ForGood => self.access.begin(Event::Error),
+                }
+            }
+            Change::Opening => {
+                self.device.failing = false;
+                self.device.failed = false;
+                self.access.opening();
+            }
+            Change::MemoryOff => self.access.set_sampled(Sampled {
                 memory_off: true,
-                ..access.levels()
+                ..self.access.sampled()
             }),
             Change::EndEverything => {
-                access.set_levels(now);
+                self.set_sample(Look::Locked);
+                let access = &mut self.access;
                 Event::ALL.iter().for_each(|&event| access.end_all(event));
             }
-            Change::Open => drop(access.open(now)),
-            Change::Close => access.close(),
+            Change::Lend => self.access.lend(),
+            Change::GiveBack => self.access.give_back(),
+            Change::Open => {
+                let sampled = self.sample(Look::Locked);
+                self.access.open(sampled);
+            }
+            Change::OpenEndsErrors => {
+                let sampled = self.sample(Look::Locked);
+                self.access.open(sampled);
+                self.access.end_all(Event::Error);
+            }
+            Change::Close => self.access.close(),
         }
+    }
+
+    /// One recovery ends all errors; of everything else one end ends one.
+    fn end(&mut self, event: Event) {
+        match event {
+            Event::Error => self.access.end_all(event),
+            _ => self.access.end(event),
+        }
+    }
+
+    fn holds(&self, thread: usize, lock: Lock) -> bool {
+        let semaphore = &self.locks[lock.index()];
+        semaphore.writer == Some(thread as u8) || semaphore.readers & 1 << thread != 0
     }
 
     /// `Buffer::map` and `Buffer::unmap`, as far as they count.
     fn set_mapped(&mut self, importer: usize, yes: bool) {
-        self.importers[importer].mapped = yes;
+        let this = &mut self.importers[importer];
+        this.mapped = yes;
+        this.excused &= this.mapped || this.fence;
         let buffer = &mut self.buffers[self.importers[importer].buffer];
         count(&mut buffer.mappings, yes);
     }
@@ -714,10 +990,6 @@ fn is_free(instr: Instr) -> bool {
         instr,
         Instr::Goto(_) | Instr::Give(_) | Instr::Do(Act::Saw(_) | Act::NoteNothing)
     )
-}
-
-fn sleeps(levels: Levels) -> bool {
-    levels.sleeping || levels.low_power || levels.undecoded && !levels.memory_off
 }
 
 fn count(number: &mut u8, up: bool) {
@@ -775,12 +1047,12 @@ impl Protocol {
                     Mode::Write => semaphore.writer = Some(thread as u8),
                 }
             }
-            Instr::TryTake(lock, elsewhere) => {
+            Instr::TryTake(lock, mode, elsewhere) => {
                 let semaphore = &mut world.locks[lock.index()];
-                if Self::can_take(semaphore, thread, Mode::Write) {
-                    semaphore.writer = Some(thread as u8);
-                } else {
-                    next = elsewhere;
+                match mode {
+                    _ if !Self::can_take(semaphore, thread, mode) => next = elsewhere,
+                    Mode::Read => semaphore.readers |= 1 << thread,
+                    Mode::Write => semaphore.writer = Some(thread as u8),
                 }
             }
             Instr::Give(lock) => {
@@ -799,7 +1071,8 @@ impl Protocol {
                 }
             }
             Instr::Goto(elsewhere) => next = elsewhere,
-            Instr::Await(_) => {}
+            // Of an importer, who may take as long as it likes.
+            Instr::Await(_) => world.tied |= world.holds(thread, Lock::Bus),
         }
         world.threads[thread].at = next as u8;
     }
@@ -821,6 +1094,13 @@ pub(crate) const NO_DEADLOCK: &str = "no deadlock";
 
 /// A dma-buf is looked at only where its release waits for that.
 pub(crate) const NOT_DANGLING: &str = "no look at a dma-buf after its release";
+
+/// A function in reset does not answer, and that is an error of its port.
+pub(crate) const NOT_ASKED: &str = "no read of the config space of a function in reset";
+/// Nobody waits for an importer with `pci_bus_sem` held, nor for an allocation in a gate.
+pub(crate) const NOT_TIED: &str = "nobody makes others wait who must not";
+/// Whoever adds fences does not keep REVOKE from returning.
+pub(crate) const ENDS: &str = "no wait for fences that were added after it had begun";
 
 impl Model for Protocol {
     type State = World;
@@ -873,6 +1153,9 @@ impl Model for Protocol {
                 protocol.is_over(world) || threads.any(|thread| protocol.can_step(world, thread))
             }),
             Property::always(NOT_DANGLING, |_, world: &World| !world.dangling),
+            Property::always(NOT_ASKED, |_, world: &World| !world.asked_the_deaf),
+            Property::always(NOT_TIED, |_, world: &World| !world.tied),
+            Property::always(ENDS, |_, world: &World| !world.endless),
             Property::sometimes("a fault brings a page in", |_, world: &World| {
                 world.sights[Sight::Entry as usize]
             }),

@@ -15,8 +15,11 @@ mod module;
 
 use std::num::NonZeroUsize;
 
-use machine::{INACCESSIBLE, NO_DEADLOCK, NOT_DANGLING, NOT_STUCK, Program, Protocol, World};
-use module::{Bug, Kind, Next, Setting};
+use machine::{
+    ENDS, INACCESSIBLE, NO_DEADLOCK, NOT_ASKED, NOT_DANGLING, NOT_STUCK, NOT_TIED, Program,
+    Protocol, World,
+};
+use module::{Bug, Kind, Next, Outcome, Setting};
 use stateright::{Checker, Model, Path};
 
 macro_rules! threads {
@@ -36,17 +39,23 @@ macro_rules! threads {
 threads! {
     Toucher OtherToucher Exporter
     QuickImporter SlowImporter FencedImporter
-    Revoker
-    SysfsReset BusReset VfioReset
+    Revoker HastyRevoker Killer Fencer
+    SysfsReset BusReset VfioReset HotReset
     MemoryOff MemoryOn D3hot D0
     LowPower LowPowerForGood LowPowerUntilWakeUp Access HostWakeUp
-    Sleep Error
+    Sleep Error FatalError FailedError
+    Undecoded Lender OtherLender
     Close CloseAndOpen NextOwner PulledOut Unbound
     Release Reader
 }
 
 /// Those after which run-time power management may put the device to sleep.
 const LOW_POWER: [Who; 3] = [LowPower, LowPowerForGood, LowPowerUntilWakeUp];
+
+/// Those that open the device.
+const OPENERS: [Who; 2] = [CloseAndOpen, NextOwner];
+/// Importers.
+const IMPORTING: [Who; 3] = [QuickImporter, SlowImporter, FencedImporter];
 
 /// These threads at once. Buffer 0 is exported at first; buffer 1 is the exporter's.
 fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
@@ -80,9 +89,25 @@ fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
                 start.buffers[0].users += 1;
                 module::revoker(setting, 0)
             }
+            HastyRevoker => {
+                start.buffers[0].users += 1;
+                module::hasty_revoker(setting, 0)
+            }
+            Killer => module::killer(setting),
+            Fencer => {
+                start.buffers[0].users += 1;
+                module::fencer(setting, 0)
+            }
+            // Nobody: how the device is at first.
+            Undecoded => {
+                start.undecoded();
+                continue;
+            }
+            Lender | OtherLender => module::lender(setting),
             SysfsReset => module::sysfs_reset(setting),
             BusReset => module::bus_reset(setting),
             VfioReset => module::vfio_reset(setting),
+            HotReset => module::hot_reset(setting),
             MemoryOff => module::command(setting, false),
             MemoryOn => module::command(setting, true),
             D3hot => module::power(setting, true),
@@ -93,7 +118,9 @@ fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
             Access => module::access(setting),
             HostWakeUp => module::host_wake_up(setting),
             Sleep => module::sleep(setting),
-            Error => module::error(setting),
+            Error => module::error(setting, Outcome::Recovered),
+            FatalError => module::error(setting, Outcome::LinkReset),
+            FailedError => module::error(setting, Outcome::Failed),
             Close => module::close(setting, Next::Nothing),
             CloseAndOpen => module::close(setting, Next::Open),
             NextOwner => {
@@ -113,20 +140,35 @@ fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
 /// Whether a combination makes sense: at most two importers, one owner of each VMA, one close, one release.
 fn fits(who: &[Who]) -> bool {
     let number = |of: &[Who]| who.iter().filter(|this| of.contains(this)).count();
-    number(&[QuickImporter, SlowImporter, FencedImporter]) <= machine::IMPORTERS
-        && [Toucher, OtherToucher, Release, Error]
+    number(&IMPORTING) <= machine::IMPORTERS
+        && [Toucher, OtherToucher, Release, Killer, Fencer, Undecoded, Lender, OtherLender]
             .iter()
             .all(|&one| number(&[one]) <= 1)
+        // A port handles its errors one after the other.
+        && number(&[Error, FatalError, FailedError]) <= 1
+        // It is the other's copy.
+        && (number(&[OtherLender]) == 0 || number(&[Lender]) == 1)
+        // The others are as this one, but for what comes of it.
+        && (number(&[Error]) == 0 || number(&OPENERS) + number(&IMPORTING) != 0)
+        && (number(&[FailedError]) == 0 || number(&OPENERS) + number(&[Toucher]) != 0)
+        // As another one, but that nobody asks afterwards.
+        && (number(&[HotReset]) == 0 || number(&LOW_POWER) + number(&[Lender, D3hot]) != 0)
+        && (number(&[Fencer]) == 0 || number(&IMPORTING) != 0)
+        // Else there is nothing to lend; and nobody to be killed; and nothing to wait for.
+        && (number(&[Lender]) == 0 || number(&[Undecoded, FatalError, D3hot, SysfsReset]) != 0)
+        && (number(&[Killer]) == 0 || number(&[Revoker]) != 0)
         // It has the same buffer.
         && number(&[Exporter, NextOwner]) <= 1
         && number(&[Close, CloseAndOpen, NextOwner]) <= 1
+        && number(&[HotReset]) <= 1
         && number(&[PulledOut, Unbound]) <= 1
         // It is the other's copy.
         && (number(&[OtherToucher]) == 0 || number(&[Toucher]) == 1)
         // The core refuses the second.
         && number(&LOW_POWER) <= 1
         // Else there is nothing to wake.
-        && (number(&[Access, HostWakeUp]) == 0 || number(&LOW_POWER) == 1)
+        && (number(&[HostWakeUp]) == 0 || number(&LOW_POWER) == 1)
+        && (number(&[Access]) == 0 || number(&LOW_POWER) + number(&[Undecoded]) != 0)
 }
 
 /// All multisets of `size` of these that make sense.
@@ -156,7 +198,15 @@ fn check(who: &[Who]) -> usize {
         .threads(threads())
         .spawn_bfs()
         .join();
-    for property in [INACCESSIBLE, NOT_STUCK, NO_DEADLOCK, NOT_DANGLING] {
+    for property in [
+        INACCESSIBLE,
+        NOT_STUCK,
+        NO_DEADLOCK,
+        NOT_DANGLING,
+        NOT_ASKED,
+        NOT_TIED,
+        ENDS,
+    ] {
         if let Some(path) = checker.discovery(property) {
             let steps = listing(checker.model(), path);
             panic!("{who:?}: not \"{property}\":\n{steps}");
@@ -209,6 +259,9 @@ fn larger_ones_hold_too() {
         &[Reader, Toucher, MemoryOff, SysfsReset],
         &[Toucher, LowPower, HostWakeUp, BusReset],
         &[Toucher, NextOwner, PulledOut, MemoryOn],
+        &[Toucher, Lender, OtherLender, Undecoded, SysfsReset],
+        &[SlowImporter, Fencer, HastyRevoker, MemoryOff],
+        &[FencedImporter, Revoker, Killer, Error],
     ] {
         let states = check(who);
         println!("{who:?}: {states} states");
@@ -275,7 +328,7 @@ planted! {
     a_wake_up_that_nobody_notices_is_found:
         NoNotice, [LowPower], NOT_STUCK;
     a_word_on_sleep_that_is_written_too_late_is_found:
-        AsleepStoredLate, [SysfsReset, LowPower], NOT_STUCK;
+        AsleepStoredLate, [D3hot, SysfsReset, VfioReset], NOT_STUCK;
     a_drain_that_locks_access_is_found:
         DrainLocksAccess, [QuickImporter, MemoryOff], NO_DEADLOCK;
     a_zap_that_does_not_wait_for_faults_is_found:
@@ -316,4 +369,46 @@ planted! {
         UnbindingSaysMemoryOff, [Toucher, MemoryOn, PulledOut], INACCESSIBLE;
     a_device_that_is_opened_after_it_was_pulled_out_is_found:
         OpenedDoesNotLook, [NextOwner, PulledOut], INACCESSIBLE;
+    a_bit_that_is_lent_and_believed_at_the_end_of_a_reset_is_found:
+        LentIsBelieved, [Toucher, Undecoded, Lender, SysfsReset], INACCESSIBLE;
+    a_bit_that_is_lent_and_believed_at_the_end_of_an_error_is_found:
+        LentIsBelieved, [Toucher, Lender, FatalError], INACCESSIBLE;
+    a_bit_that_is_lent_and_believed_after_an_access_is_found:
+        AskDoesNotLock, [Toucher, Undecoded, Lender, Access], INACCESSIBLE;
+    a_bit_that_is_lent_and_believed_by_another_lender_is_found:
+        AskDoesNotLock, [Undecoded, Lender, OtherLender], NOT_STUCK;
+    a_bit_that_is_lent_and_believed_at_the_end_of_a_bracket_is_found:
+        BracketDoesNotLock, [Toucher, Undecoded, Lender, D0], INACCESSIBLE;
+    a_lender_that_does_not_ask_is_found:
+        LenderDoesNotAsk, [Lender, SysfsReset], NOT_STUCK;
+    an_end_of_low_power_that_does_not_wait_for_the_lock_is_found:
+        ExitTriesTheLock, [LowPower, HotReset], NOT_STUCK;
+    a_function_that_is_asked_in_a_reset_is_found:
+        AsksInReset, [Undecoded, SysfsReset, Access], NOT_ASKED;
+    a_function_that_is_asked_while_its_link_is_reset_is_found:
+        AsksInReset, [FatalError, MemoryOn], NOT_ASKED;
+    an_open_that_ends_an_error_is_found:
+        OpenEndsErrors, [NextOwner, Error], INACCESSIBLE;
+    a_failed_recovery_that_is_forgotten_is_found:
+        FailureIsForgotten, [Toucher, FailedError], INACCESSIBLE;
+    a_failed_recovery_that_outlasts_the_open_is_found:
+        FailureIsForGood, [NextOwner, FailedError], NOT_STUCK;
+    an_error_that_waits_for_importers_is_found:
+        ErrorWaits, [SlowImporter, Error], NOT_TIED;
+    a_system_that_wakes_up_and_does_not_ask_is_found:
+        SystemWakeUpDoesNotAsk, [D3hot, Sleep], NOT_STUCK;
+    a_wait_for_fences_without_end_is_found:
+        FencesAreWaitedForInALoop, [SlowImporter, Revoker, Fencer], ENDS;
+    an_event_that_waits_for_fences_without_end_is_found:
+        FencesAreWaitedForInALoop, [SlowImporter, SysfsReset, Fencer], ENDS;
+    a_fault_that_allocates_in_the_gate_is_found:
+        FaultAllocatesInTheGate, [Toucher], NOT_TIED;
+    an_event_that_passes_over_what_is_revoked_and_still_drains_is_found:
+        DrainSkipsTheDead, [SlowImporter, HastyRevoker, SysfsReset], INACCESSIBLE;
+    an_event_that_passes_over_what_was_killed_while_it_drained_is_found:
+        DrainSkipsTheDead, [SlowImporter, Revoker, Killer, SysfsReset], INACCESSIBLE;
+    an_event_that_passes_over_what_is_about_to_be_mapped_is_found:
+        DrainTrustsTheCount, [SlowImporter, HastyRevoker, SysfsReset], INACCESSIBLE;
+    a_revocation_that_does_not_wait_and_does_not_zap_is_found:
+        NoWaitZapsNothing, [Toucher, SlowImporter, HastyRevoker], INACCESSIBLE;
 }

@@ -8,7 +8,8 @@
 use barlease_model::access::Event;
 
 use crate::machine::{
-    Act, BUFFERS, Change, Change2, Cond, Instr, Lock, Mode, Program, Sight, Uses, VMAS,
+    Act, BUFFERS, Change, Change2, Cond, Failure, Instr, Lock, Look, Mode, Program, Sight, Uses,
+    VMAS,
 };
 
 /// A bug that is planted into the module's programs.
@@ -48,6 +49,38 @@ pub(crate) enum Bug {
     HalfAwakeIsAwake,
     /// That a device was seen half awake is not remembered.
     HalfAwakeIsForgotten,
+    /// Who cannot have `memory_lock` believes a bit that is lent.
+    LentIsBelieved,
+    /// Who had an access asks without `memory_lock`.
+    AskDoesNotLock,
+    /// The end of a bracket asks without it.
+    BracketDoesNotLock,
+    /// A lender does not ask when it is done.
+    LenderDoesNotAsk,
+    /// The end of low power asks only if nobody has `memory_lock`.
+    ExitTriesTheLock,
+    /// A function is asked while it is in reset.
+    AsksInReset,
+    /// Opening the device ends an error.
+    OpenEndsErrors,
+    /// Recovery that has failed ends the error, and that is all.
+    FailureIsForgotten,
+    /// It ends the error never.
+    FailureIsForGood,
+    /// `error_detected` waits for importers.
+    ErrorWaits,
+    /// The end of system sleep does not ask the device.
+    SystemWakeUpDoesNotAsk,
+    /// A wait for fences looks for more when those are signalled that it has found.
+    FencesAreWaitedForInALoop,
+    /// A fault allocates in the gate.
+    FaultAllocatesInTheGate,
+    /// Drains pass over what was revoked for good, though REVOKE did not wait for it.
+    DrainSkipsTheDead,
+    /// They do so where there is no mapping, though one may be made just now.
+    DrainTrustsTheCount,
+    /// REVOKE that does not wait zaps nothing either.
+    NoWaitZapsNothing,
     /// A reset does not keep the device awake.
     ResetDoesNotHold,
     /// It does, but does not wait for a sleep that has begun.
@@ -102,6 +135,13 @@ pub(crate) struct Builder {
     steps: Vec<(Instr, &'static str)>,
 }
 
+/// Whether importers are waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wait {
+    Yes,
+    No,
+}
+
 /// A place that is jumped to and not known yet.
 struct Later(usize);
 
@@ -153,7 +193,7 @@ impl Builder {
     fn land(&mut self, later: Later) {
         let here = self.here();
         match &mut self.steps[later.0].0 {
-            Instr::Unless(_, at) | Instr::Goto(at) | Instr::TryTake(_, at) => *at = here,
+            Instr::Unless(_, at) | Instr::Goto(at) | Instr::TryTake(_, _, at) => *at = here,
             other => panic!("{other:?} does not jump"),
         }
     }
@@ -162,6 +202,18 @@ impl Builder {
         self.put(Instr::Take(lock, mode));
         f(self);
         self.put(Instr::Give(lock));
+    }
+
+    /// `f` with a lock if it can be had now, or without.
+    fn tried(&mut self, lock: Lock, mode: Mode, f: impl Fn(&mut Self, bool)) {
+        self.put(Instr::TryTake(lock, mode, usize::MAX));
+        let busy = Later(self.here() - 1);
+        f(self, true);
+        self.put(Instr::Give(lock));
+        let done = self.goto();
+        self.land(busy);
+        f(self, false);
+        self.land(done);
     }
 
     fn end(self, name: &str, uses: Uses) -> Program {
@@ -183,11 +235,36 @@ impl Builder {
         if self.has(Bug::ZapBeforeBegin) {
             (0..BUFFERS).for_each(|buffer| self.zap(buffer));
         }
-        self.within("Leases::begin", |this| this.shut(Change::Begin(event)));
+        self.within("Leases::begin", |this| {
+            this.shut(Change::Begin(event), Wait::Yes)
+        });
+    }
+
+    /// `Leases::begin` that does not wait.
+    fn begin_unwaited(&mut self, event: Event) {
+        let wait = if self.has(Bug::ErrorWaits) {
+            Wait::Yes
+        } else {
+            Wait::No
+        };
+        self.within("Leases::begin", |this| {
+            this.shut(Change::Begin(event), wait)
+        });
+    }
+
+    /// `Leases::fail`.
+    fn fail(&mut self) {
+        let failure = match self.bug {
+            Some(Bug::FailureIsForgotten) => Failure::Forgotten,
+            Some(Bug::FailureIsForGood) => Failure::ForGood,
+            _ => Failure::UntilOpened,
+        };
+        let change = Change::Fail(failure);
+        self.within("Leases::fail", |this| this.shut(change, Wait::No));
     }
 
     /// `Leases::shut`: the change and the word in `access`, then a drain.
-    fn shut(&mut self, change: Change) {
+    fn shut(&mut self, change: Change, wait: Wait) {
         let late = self.has(Bug::PublishedAfterTheDrain);
         self.locked(Lock::Access, Mode::Write, |this| {
             this.act(Act::Access(change));
@@ -195,14 +272,14 @@ impl Builder {
                 this.act(Act::Publish);
             }
             if this.has(Bug::DrainLocksAccess) {
-                this.drain();
+                this.drain(wait);
             }
         });
         if self.has(Bug::CloseDrainsLate) && matches!(change, Change::Close) {
             self.act(Act::Disabled(true));
         }
         if !self.has(Bug::DrainLocksAccess) {
-            self.drain();
+            self.drain(wait);
         }
         if late {
             self.locked(Lock::Access, Mode::Write, |this| this.act(Act::Publish));
@@ -240,11 +317,26 @@ impl Builder {
 
     /// `Leases::close`.
     fn close(&mut self) {
-        self.within("Leases::close", |this| this.shut(Change::Close));
+        self.within("Leases::close", |this| this.shut(Change::Close, Wait::Yes));
     }
 
-    /// `Leases::drain`: zap all that is mapped; tell all that is attached, then wait for all if that is left to do.
-    fn drain(&mut self) {
+    /// `Leases::lending`.
+    fn lending(&mut self, f: impl FnOnce(&mut Self)) {
+        self.within("Leases::lending", |this| {
+            let access = |this: &mut Self, change| {
+                this.locked(Lock::Access, Mode::Write, |this| {
+                    this.act(Act::Access(change))
+                });
+            };
+            access(this, Change::Lend);
+            f(this);
+            access(this, Change::GiveBack);
+        });
+    }
+
+    /// `Leases::drain`: zap all that is mapped; tell all that is attached, and see which fences
+    /// they have; then wait for all, if that is left to do.
+    fn drain(&mut self, wait: Wait) {
         self.within("Leases::drain", |this| {
             let unmapped = this.unless(Cond::AnyVmas);
             this.for_each(|this, buffer| {
@@ -256,19 +348,31 @@ impl Builder {
             let nothing = this.unless(Cond::AnyAttached);
             this.for_each(|this, buffer| {
                 let nobody = this.unless(Cond::IsAttached(buffer));
+                let drained = match this.bug {
+                    Some(Bug::DrainSkipsTheDead) => this.unless(Cond::IsNotRevoked(buffer)),
+                    Some(Bug::DrainTrustsTheCount) => this.unless(Cond::SeemsToDrain(buffer)),
+                    _ => this.unless(Cond::MayDrain(buffer)),
+                };
                 this.invalidate(buffer);
+                this.land(drained);
                 this.land(nobody);
             });
             let done = this.unless(Cond::NotedWaits);
-            if !this.has(Bug::NoWait) {
-                this.for_each(|this, buffer| {
+            if !this.has(Bug::NoWait) && wait == Wait::Yes {
+                this.wait_for_fences(None);
+                for buffer in 0..BUFFERS {
                     let nobody = this.unless(Cond::IsAttached(buffer));
-                    this.wait(buffer);
+                    this.put(Instr::Await(Cond::HasNoMappings(buffer)));
                     this.land(nobody);
-                });
+                }
             }
             this.land(done);
             this.land(nothing);
+            // The ghost of it: whoever was told before was waited for now.
+            this.act(match wait {
+                Wait::Yes => Act::Unexcuse,
+                Wait::No => Act::Excuse(None),
+            });
             this.act(Act::NoteNothing);
         });
     }
@@ -321,35 +425,45 @@ impl Builder {
                 } else {
                     this.act(Act::NoteWaits(buffer));
                 }
+                // All that is waited for of fences.
+                this.act(Act::Snapshot(buffer));
             });
             this.land(released);
             this.put(Instr::Give(Lock::Live(buffer)));
         });
     }
 
-    /// `Buffer::wait`: for fences, with a look at the dma-buf for each; then until there are no mappings.
+    /// Waits for the fences of the snapshot.
+    fn wait_for_fences(&mut self, killable: Option<usize>) {
+        if self.has(Bug::NoWaitForFences) {
+            return;
+        }
+        self.put(Instr::Await(match killable {
+            Some(_) => Cond::SnapshotSignalledOrKilled,
+            None => Cond::SnapshotSignalled,
+        }));
+        if self.has(Bug::FencesAreWaitedForInALoop) {
+            for buffer in 0..BUFFERS {
+                let signalled = self.unless(Cond::FencePending(buffer));
+                self.act(Act::Endless);
+                self.put(Instr::Await(Cond::FencesSignalled(buffer)));
+                self.land(signalled);
+            }
+        }
+    }
+
+    /// `Buffer::wait`: for the fences of the snapshot, then until there are no mappings; or until
+    /// the process is killed.
     fn wait(&mut self, buffer: usize) {
         self.within("Buffer::wait", |this| {
-            if !this.has(Bug::NoWaitForFences) {
-                let again = this.here();
-                // `pending_fence`.
-                this.put(Instr::Take(Lock::Live(buffer), Mode::Write));
-                let released = this.unless(Cond::IsLive(buffer));
-                this.act(Act::Look(buffer));
-                let signalled = this.unless(Cond::FencePending(buffer));
-                this.put(Instr::Give(Lock::Live(buffer)));
-                this.put(Instr::Await(Cond::FencesSignalled(buffer)));
-                this.put(Instr::Goto(again));
-                this.land(released);
-                this.land(signalled);
-                this.put(Instr::Give(Lock::Live(buffer)));
-            }
-            this.put(Instr::Await(Cond::HasNoMappings(buffer)));
+            this.wait_for_fences(Some(buffer));
+            this.put(Instr::Await(Cond::HasNoMappingsOrKilled(buffer)));
         });
     }
 
-    /// `Buffer::revoke`.
-    fn revoke(&mut self, buffer: usize) {
+    /// `Buffer::revoke`. It returns when nobody reaches the buffer, or without a wait for
+    /// importers: because it is not to wait, or its process was killed.
+    fn revoke(&mut self, buffer: usize, waits: bool) {
         self.within("Buffer::revoke", |this| {
             let early = this.has(Bug::ZapBeforeMark);
             if early {
@@ -365,19 +479,33 @@ impl Builder {
                 done
             });
             this.act(Act::MarkRevoked(buffer));
-            if !early {
+            if !early && (waits || !this.has(Bug::NoWaitZapsNothing)) {
                 this.zap_if_mapped(buffer);
             }
             let nobody = this.unless(Cond::IsAttached(buffer));
             this.invalidate(buffer);
             let nothing = this.unless(Cond::NotedWaits);
-            this.wait(buffer);
+            let left = if waits {
+                this.wait(buffer);
+                let alive = this.unless(Cond::IsKilled);
+                // The process is gone; the ghost of it.
+                this.act(Act::Leaving(buffer));
+                let left = this.goto();
+                this.land(alive);
+                left
+            } else {
+                this.act(Act::Leaving(buffer));
+                this.goto()
+            };
             this.land(nothing);
-            this.act(Act::NoteNothing);
+            this.act(Act::Drained(buffer));
             this.land(nobody);
             if let Some(done) = trusts {
                 this.land(done);
             }
+            this.act(Act::Gone(buffer));
+            this.land(left);
+            this.act(Act::NoteNothing);
         });
     }
 
@@ -394,7 +522,15 @@ impl Builder {
             if stock {
                 this.put(Instr::Take(Lock::Memory, Mode::Read));
             }
+            // Page tables.
+            let late = this.has(Bug::FaultAllocatesInTheGate);
+            if !late {
+                this.act(Act::Alloc);
+            }
             this.put(Instr::Take(Lock::Gate(buffer), Mode::Read));
+            if late {
+                this.act(Act::Alloc);
+            }
             let shut = this.unless(Cond::Reachable(buffer));
             if this.has(Bug::FaultInsertsWithoutTheLock) {
                 this.put(Instr::Give(Lock::Gate(buffer)));
@@ -518,28 +654,83 @@ impl Builder {
             this.begin(event);
             act(this);
             if this.has(Bug::SampleBeforeTheLock) {
-                this.act(Act::Sample);
+                this.locked(Lock::Memory, Mode::Read, |this| this.act(Act::Sample));
                 this.update(Change::SetAndEnd(event));
+                return;
+            }
+            if this.has(Bug::BracketDoesNotLock) {
+                this.update(Change::SampleAndEnd(event, Look::Careless));
                 return;
             }
             let change = match this.bug {
                 Some(Bug::EndOfAll) => Change::EndEverything,
                 Some(Bug::NoNesting) => Change::SampleAndEndAll(event),
-                _ => Change::SampleAndEnd(event),
+                _ => Change::SampleAndEnd(event, this.look()),
             };
-            this.update(change);
+            this.locked(Lock::Memory, Mode::Read, |this| this.update(change));
         });
     }
 
-    /// `driver::notice_wake_up`.
+    /// How a sample is taken with `memory_lock` held.
+    fn look(&self) -> Look {
+        if self.has(Bug::AsksInReset) {
+            Look::Always
+        } else {
+            Look::Locked
+        }
+    }
+
+    /// `driver::notice_wake_up`, `driver::ask`.
     fn notice_wake_up(&mut self) {
         if self.has(Bug::NoNotice) {
             return;
         }
         self.within("driver::notice_wake_up", |this| {
             let awake = this.unless(Cond::IsAsleep);
-            this.update(Change::Sample);
+            if this.has(Bug::AskDoesNotLock) {
+                this.update(Change::Sample(Look::Careless));
+            } else {
+                let look = this.look();
+                this.tried(Lock::Memory, Mode::Read, |this, locked| {
+                    if locked {
+                        this.update(Change::Sample(look));
+                    }
+                });
+            }
             this.land(awake);
+        });
+    }
+
+    /// `driver::ask` after LOW_POWER_EXIT, which waits for the lock.
+    fn ask(&mut self) {
+        if self.has(Bug::NoNotice) || self.has(Bug::ExitTriesTheLock) {
+            return self.notice_wake_up();
+        }
+        self.within("driver::ask", |this| {
+            let look = this.look();
+            this.locked(Lock::Memory, Mode::Read, |this| {
+                this.update(Change::Sample(look));
+            });
+        });
+    }
+
+    /// The end of an event whose caller must not wait: `driver::resample` with the lock, or with
+    /// lenders counted.
+    fn end_and_resample(&mut self, event: Event) {
+        let half = self.has(Bug::HalfAwakeIsAwake);
+        let careless = self.has(Bug::LentIsBelieved);
+        let always = self.look();
+        self.tried(Lock::Memory, Mode::Read, |this, locked| {
+            let look = match locked {
+                true => always,
+                false if careless => Look::Careless,
+                false => Look::Counted,
+            };
+            this.update(if half {
+                Change::EndAndForget(event)
+            } else {
+                Change::EndAndResample(event, look)
+            });
         });
     }
 
@@ -551,7 +742,7 @@ impl Builder {
                 Some(Bug::UnbindingLeavesIt) => {}
                 Some(Bug::UnbindingSaysMemoryOff) => {
                     this.update(Change::MemoryOff);
-                    this.drain();
+                    this.drain(Wait::Yes);
                 }
                 _ => this.close(),
             }
@@ -560,10 +751,24 @@ impl Builder {
         });
     }
 
+    /// `Barlease::opening`.
+    fn opening(&mut self) {
+        self.within("Barlease::opening", |this| {
+            this.locked(Lock::Access, Mode::Write, |this| {
+                this.act(Act::Access(Change::Opening));
+            });
+        });
+    }
+
     /// `driver::opened`; `unbinding` may have come before.
     fn opened(&mut self) {
         self.within("Barlease::opened", |this| {
-            this.update(Change::Open);
+            let open = if this.has(Bug::OpenEndsErrors) {
+                Change::OpenEndsErrors
+            } else {
+                Change::Open
+            };
+            this.locked(Lock::Memory, Mode::Read, |this| this.update(open));
             if !this.has(Bug::OpenedDoesNotLook) {
                 this.unbinding();
             }
@@ -588,12 +793,13 @@ impl Builder {
             self.act(Act::Device(Change2::InReset(true)));
         }
         self.act(Act::Device(Change2::InReset(false)));
-        let change = match self.bug {
-            Some(Bug::ResetForgetsPower) => Change::End(Event::Reset),
-            Some(Bug::HalfAwakeIsAwake) => Change::ResetDoneHalf,
-            _ => Change::ResetDone,
-        };
-        self.within("Barlease::reset_done", |this| this.update(change));
+        self.within("Barlease::reset_done", |this| {
+            if this.has(Bug::ResetForgetsPower) {
+                this.update(Change::End(Event::Reset));
+            } else {
+                this.end_and_resample(Event::Reset);
+            }
+        });
         self.let_sleep();
     }
 }
@@ -666,7 +872,7 @@ impl Builder {
         };
         self.within("Barlease::woken", |this| {
             this.act(Act::NoteLowPower);
-            this.update(change);
+            this.locked(Lock::Memory, Mode::Read, |this| this.update(change));
         });
     }
 
@@ -786,10 +992,61 @@ pub(crate) fn importer(setting: Setting, importer: usize, buffer: usize, kind: K
 /// REVOKE. The ghost of it: from here on nothing may reach the buffer.
 pub(crate) fn revoker(setting: Setting, buffer: usize) -> Program {
     let mut this = Builder::new(setting);
-    this.revoke(buffer);
-    this.act(Act::Gone(buffer));
+    this.revoke(buffer, true);
     this.act(Act::Done(buffer));
     this.end(&format!("revoker of {buffer}"), Uses::Fd)
+}
+
+/// REVOKE_ID with NOWAIT.
+pub(crate) fn hasty_revoker(setting: Setting, buffer: usize) -> Program {
+    let mut this = Builder::new(setting);
+    this.revoke(buffer, false);
+    this.act(Act::Done(buffer));
+    this.end(&format!("hasty revoker of {buffer}"), Uses::Fd)
+}
+
+/// The process that waits in REVOKE is killed.
+pub(crate) fn killer(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
+    this.act(Act::Kill);
+    this.end("killer", Uses::Nothing)
+}
+
+/// Somebody who adds fences to a buffer, one after the other, whenever its reservation lock is
+/// free.
+pub(crate) fn fencer(setting: Setting, buffer: usize) -> Program {
+    let mut this = Builder::new(setting);
+    for _ in 0..2 {
+        this.locked(Lock::Resv(buffer), Mode::Write, |this| {
+            this.act(Act::Added {
+                buffer,
+                pending: true,
+            });
+        });
+        this.act(Act::Added {
+            buffer,
+            pending: false,
+        });
+    }
+    this.act(Act::Done(buffer));
+    this.end(&format!("fencer of {buffer}"), Uses::Nothing)
+}
+
+/// Interrupts are set up (`Barlease::ioctl`): the core lends the memory bit meanwhile.
+pub(crate) fn lender(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
+    this.awake(|this| {
+        this.lending(|this| {
+            this.locked(Lock::Memory, Mode::Write, |this| {
+                this.act(Act::Device(Change2::Lent(true)));
+                this.act(Act::Device(Change2::Lent(false)));
+            });
+        });
+        if !this.has(Bug::LenderDoesNotAsk) {
+            this.notice_wake_up();
+        }
+    });
+    this.end("lender", Uses::Fd)
 }
 
 /// A reset through sysfs, of the function (`reset_store`): without `memory_lock`.
@@ -806,6 +1063,26 @@ pub(crate) fn bus_reset(setting: Setting) -> Program {
     this.end("reset of the bridge", Uses::Nothing)
 }
 
+/// A hot reset through the fd of another function of the set: with `memory_lock` of this one, and
+/// its run-time power management held; nobody asks afterwards.
+pub(crate) fn hot_reset(setting: Setting) -> Program {
+    let mut this = Builder::new(setting);
+    this.awake(|this| {
+        this.put(Instr::TryTake(Lock::Memory, Mode::Write, usize::MAX));
+        let busy = Later(this.here() - 1);
+        this.set_d0();
+        // `pci_bus_trylock`.
+        this.put(Instr::TryTake(Lock::Device, Mode::Write, usize::MAX));
+        let locked = Later(this.here() - 1);
+        this.reset();
+        this.put(Instr::Give(Lock::Device));
+        this.land(locked);
+        this.put(Instr::Give(Lock::Memory));
+        this.land(busy);
+    });
+    this.end("hot reset", Uses::Nothing)
+}
+
 /// `VFIO_DEVICE_RESET`, or a function-level reset through config space: with `memory_lock`, and not if the PCI core resets
 /// it already (`vfio_pci_ioctl_reset`, `pci_try_reset_function`).
 pub(crate) fn vfio_reset(setting: Setting) -> Program {
@@ -813,7 +1090,7 @@ pub(crate) fn vfio_reset(setting: Setting) -> Program {
     this.awake(|this| {
         this.put(Instr::Take(Lock::Memory, Mode::Write));
         this.set_d0();
-        this.put(Instr::TryTake(Lock::Device, usize::MAX));
+        this.put(Instr::TryTake(Lock::Device, Mode::Write, usize::MAX));
         let busy = Later(this.here() - 1);
         this.reset();
         this.put(Instr::Give(Lock::Device));
@@ -876,7 +1153,7 @@ pub(crate) fn low_power(setting: Setting, until_wake_up: bool, leaves: bool) -> 
             this.locked(Lock::Memory, Mode::Write, |this| {
                 this.act(Act::Device(Change2::LeaveLowPower));
             });
-            this.notice_wake_up();
+            this.ask();
         });
     }
     this.end("low power", Uses::Fd)
@@ -903,26 +1180,61 @@ pub(crate) fn host_wake_up(setting: Setting) -> Program {
     this.end("wake-up by the host", Uses::Nothing)
 }
 
-/// System sleep (`Leases::fall_asleep`, `wake_up`).
+/// System sleep (`Barlease::system_falls_asleep`, `system_woke_up`). The PCI core wakes the device
+/// while user space is frozen: nobody is in the middle of anything.
 pub(crate) fn sleep(setting: Setting) -> Program {
     let mut this = Builder::new(setting);
     this.begin(Event::Sleep);
-    this.update(Change::End(Event::Sleep));
+    this.act(Act::SystemResume);
+    if this.has(Bug::SystemWakeUpDoesNotAsk) {
+        this.update(Change::End(Event::Sleep));
+    } else {
+        this.end_and_resample(Event::Sleep);
+    }
     this.end("system sleep", Uses::Nothing)
 }
 
-/// A device error and its recovery (`Barlease::error_detected`, `error_resume`), each with the device lock held
-/// (`report_error_detected`, `report_resume`).
-pub(crate) fn error(setting: Setting) -> Program {
+/// How an error ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// The device goes on.
+    Recovered,
+    /// After a reset of its link.
+    LinkReset,
+    /// Not at all.
+    Failed,
+}
+
+/// A device error and its recovery (`Barlease::error_detected`, `error_resume`), each with the
+/// device lock and `pci_bus_sem` held (`report_error_detected`, `report_resume`,
+/// `report_perm_failure_detected`).
+pub(crate) fn error(setting: Setting, outcome: Outcome) -> Program {
     let mut this = Builder::new(setting);
-    this.locked(Lock::Device, Mode::Write, |this| this.begin(Event::Error));
-    let change = if this.has(Bug::HalfAwakeIsAwake) {
-        Change::ErrorResumeHalf
-    } else {
-        Change::ErrorResume
+    let reported = |this: &mut Builder, f: &dyn Fn(&mut Builder)| {
+        this.locked(Lock::Bus, Mode::Read, |this| {
+            this.locked(Lock::Device, Mode::Write, f);
+        });
     };
-    this.locked(Lock::Device, Mode::Write, |this| this.update(change));
-    this.end("error", Uses::Nothing)
+    reported(&mut this, &|this| {
+        this.begin_unwaited(Event::Error);
+        this.act(Act::Device(Change2::Recovering(true)));
+    });
+    if outcome == Outcome::LinkReset {
+        this.locked(Lock::Device, Mode::Write, |this| {
+            this.act(Act::Device(Change2::LinkReset(true)));
+            this.act(Act::Device(Change2::LinkReset(false)));
+        });
+    }
+    reported(&mut this, &|this| {
+        if outcome == Outcome::Failed {
+            this.fail();
+            this.act(Act::Device(Change2::Failed));
+        } else {
+            this.act(Act::Device(Change2::Recovering(false)));
+            this.end_and_resample(Event::Error);
+        }
+    });
+    this.end(&format!("error, {outcome:?}"), Uses::Nothing)
 }
 
 /// The last fd is closed, when nobody uses it; then what `and_then` says.
@@ -931,6 +1243,8 @@ pub(crate) fn close(setting: Setting, and_then: Next) -> Program {
     this.put(Instr::Await(Cond::FdIdle));
     closing(&mut this);
     if and_then != Next::Nothing {
+        // `Vtable::open_device`.
+        this.opening();
         this.act(Act::Disabled(false));
         this.opened();
     }
