@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::ops::Range;
+use std::ops::RangeBounds;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -232,7 +232,7 @@ impl Lease {
     }
 
     /// Maps the bytes of `range`; see [`MapOptions::map`].
-    pub fn map_range(&self, range: Range<u64>) -> Result<Mapping> {
+    pub fn map_range(&self, range: impl RangeBounds<u64>) -> Result<Mapping> {
         MapOptions::new().range(range).map(self)
     }
 
@@ -242,7 +242,7 @@ impl Lease {
     }
 
     /// Maps the bytes of `range`, guarded; see [`MapOptions::map_guarded`].
-    pub fn map_guarded_range(&self, range: Range<u64>) -> Result<GuardedMapping> {
+    pub fn map_guarded_range(&self, range: impl RangeBounds<u64>) -> Result<GuardedMapping> {
         MapOptions::new().range(range).map_guarded(self)
     }
 

@@ -144,6 +144,7 @@ pub use mapping::MapOptions;
 pub use mapping::Mapping;
 pub use mapping::ReadOnlyRegister;
 pub use mapping::Register;
+pub use mapping::ScratchMapping;
 pub use mapping::Value;
 pub use mapping::Window;
 pub use types::BarRange;

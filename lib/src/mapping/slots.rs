@@ -1,4 +1,4 @@
-//! The table of guarded mappings, which the SIGBUS handler searches, and the state of each.
+//! The table of scratch mappings, which the SIGBUS handler searches, and the state of each.
 //!
 //! The table is a list of chunks that only grows; slots are used again. Nothing in it is ever
 //! freed, so a reference into it stays valid whatever the handler interrupts.
@@ -9,65 +9,68 @@
 //! while it is not (slot free, or changing). [`find`] reads number, range, number; if the two
 //! numbers are not equal and even it goes on to the next slot. It need not try again: the slot of
 //! the mapping that the faulting access goes through does not change during that access, because
-//! the accessor borrows the mapping and only its drop changes the slot. A range becomes valid
-//! after it was mapped and invalid before it is unmapped, so at any instant valid ranges are
+//! the access borrows the mapping and only its drop changes the slot. A range becomes valid after
+//! it was mapped and invalid before it is unmapped or given up, so at any instant valid ranges are
 //! disjoint, and the slot found is the one that was hit.
 //!
-//! # Whether an access was lost
+//! # Whether a section was lost
 //!
-//! Each slot has an epoch, which only grows, through four phases over and over:
+//! Each slot has a state, which only grows, through four phases over and over:
 //!
-//! | epoch mod 4 | phase | what is mapped |
+//! | state mod 4 | phase | what is mapped |
 //! |---|---|---|
 //! | 0 | `LIVE` | the lease |
 //! | 1 | `LOSING` | the lease or scratch memory: one handler is replacing it |
 //! | 2 | `LOST` | scratch memory |
 //! | 3 | `RECOVERING` | scratch memory or the lease: one `recover` is replacing it |
 //!
-//! The steps and who may take them: 0 to 1 by compare-and-swap in a handler, *before* it maps
-//! scratch memory; 1 to 2 by that handler after it has; 2 to 3 by compare-and-swap in `recover`,
-//! *before* it maps the lease; 3 to 4 by it after it has (back to 2 if the lease could not be
-//! mapped). So whoever sees epoch and mapping in one instant never sees scratch memory in phase
-//! `LIVE`.
+//! The steps: 0 to 1 by compare-and-swap in a handler, *before* it puts scratch memory in place; 1
+//! to 2 by that handler after it has; 2 to 3 by compare-and-swap in `recover`, *before* it maps the
+//! lease; 3 to 4 by it after it has (back to 2 if the lease could not be mapped). So a thread that
+//! saw state and mapping in one instant would never see scratch memory in phase `LIVE`.
 //!
-//! An access ([`Slot::access`]) reads the epoch, which must be `LIVE`, accesses, and reads the
-//! epoch again. If both are equal then the epoch had that value all the time between, since it
-//! never returns to an earlier value other than from `RECOVERING` to `LOST`; so the access went to
-//! the lease. If not equal the access is reported as lost, though it may have reached the device.
-//! It follows that an access to scratch memory is never reported as done, whatever other threads,
-//! handlers and recoveries do meanwhile.
+//! A section ([`Slot::section`]) reads the state, which must be `LIVE`, accesses the mapping, and
+//! reads the state again. If both are equal then the state had that value all the time between,
+//! since it never returns to an earlier value other than from `RECOVERING` to `LOST`; so the
+//! accesses went to the lease. (It would take 2^30 losses and recoveries during one section to be
+//! mistaken.) It follows that a section that used scratch memory is never reported as done.
 //!
-//! "In one instant" needs order between the CPU's accesses. The first epoch load is an acquire, so
-//! the access is not made before it. Behind a store stands a full fence, as the second epoch load
-//! could otherwise be made while the store waits; behind loads an acquire fence suffices. The
-//! store to scratch memory comes after the epoch's step to `LOSING` because a system call that
-//! changed the page tables lies between; the fence carries that order to the second load. On the
-//! same thread a handler runs between two instructions, and the fences keep the compiler from
-//! moving the access out from between the epoch loads.
+//! "In one instant" needs order between the CPU's accesses. The first load of the state is an
+//! acquire, so that no access is made before it. Behind the accesses stands a full fence, as the
+//! second load could otherwise be made while a store waits. A store to scratch memory comes after
+//! the step to `LOSING` because a system call that changed the page tables lies between; the fence
+//! carries that order to the second load. On the same thread a handler runs between two
+//! instructions, and the fences keep the compiler from moving an access out from between the loads.
 //!
-//! A handler that finds `LOSING` or `RECOVERING` returns: the access is made again and faults
-//! again until whoever is replacing the mapping has finished. That one is another thread: the same
-//! thread would have seen a phase that is not `LIVE` before its access. A handler that finds
-//! `LOST` returns too: the access faulted before scratch memory was in place.
+//! # Waiting
+//!
+//! A handler that finds `LOSING` or `RECOVERING` sleeps on a futex until the state changes, then
+//! returns: the access is made again, and faults again or not. It does not spin, so that a
+//! real-time thread does not starve the ordinary one that it waits for. The one that it waits for
+//! is another thread: the same thread would have seen a phase that is not `LIVE` before its access.
 
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::sync::atomic::fence;
 
+use rustix::thread::futex;
+
+use crate::sys::memory;
+
 const SLOTS_PER_CHUNK: usize = 64;
 
 /// The lease is mapped.
-const LIVE: u64 = 0;
+const LIVE: u32 = 0;
 /// A handler is putting scratch memory in its place.
-const LOSING: u64 = 1;
+const LOSING: u32 = 1;
 /// Scratch memory is mapped.
-const LOST: u64 = 2;
+const LOST: u32 = 2;
 /// `recover` is mapping the lease again.
-const RECOVERING: u64 = 3;
-const PHASES: u64 = 4;
+const RECOVERING: u32 = 3;
+const PHASES: u32 = 4;
 
 struct Chunk {
     slots: [Slot; SLOTS_PER_CHUNK],
@@ -90,38 +93,38 @@ fn chunks() -> impl Iterator<Item = &'static Chunk> {
     std::iter::successors(Some(&TABLE), |chunk| chunk.next.get().map(Box::as_ref))
 }
 
-/// State of one guarded mapping. See the module's documentation.
+/// State of one scratch mapping. See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Slot {
     taken: AtomicBool,
     sequence: AtomicUsize,
     start: AtomicUsize,
     length: AtomicUsize,
-    epoch: AtomicU64,
-    /// Scratch memory could not be mapped: faults are not ours to handle any more.
-    broken: AtomicBool,
+    state: AtomicU32,
+    /// Address of the memory that a handler puts in place; 0 while it is there, or has never been.
+    reserve: AtomicUsize,
 }
 
-/// What the epoch says.
+/// Answer of [`Slot::begin_loss`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Loss {
-    /// This caller has to put scratch memory in place, then call [`Slot::lost`].
+enum Loss {
+    /// This caller has to put scratch memory in place, then call [`Slot::end_loss`].
     Ours,
-    /// Somebody else does, or did.
-    Theirs,
-    /// Nobody can.
-    Hopeless,
+    /// It is in place.
+    Done,
+    /// Somebody else is at work, and the state is this.
+    Wait(u32),
 }
 
 /// Answer of [`Slot::begin_recovery`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Recovery {
+enum Recovery {
     /// The mapping is not lost.
     NotNeeded,
     /// This caller has to map the lease, then call [`Slot::end_recovery`].
     Ours,
-    /// A handler or another recovery is at work: ask again.
-    Wait,
+    /// Somebody else is at work, and the state is this.
+    Wait(u32),
 }
 
 impl Slot {
@@ -131,8 +134,8 @@ impl Slot {
             sequence: AtomicUsize::new(1),
             start: AtomicUsize::new(0),
             length: AtomicUsize::new(0),
-            epoch: AtomicU64::new(LIVE),
-            broken: AtomicBool::new(false),
+            state: AtomicU32::new(LIVE),
+            reserve: AtomicUsize::new(0),
         }
     }
 
@@ -146,106 +149,85 @@ impl Slot {
         (before == after && before % 2 == 0).then_some((start, length))
     }
 
-    /// Runs `access`, which touches the mapping, and tells whether it reached the lease. `order` is
-    /// `SeqCst` where `access` stores and may be `Acquire` where it only loads.
-    #[inline(always)]
-    fn access<R>(&self, order: Ordering, access: impl FnOnce() -> R) -> Option<R> {
-        let before = self.epoch.load(Ordering::Acquire);
+    /// Runs `access`, which touches the mapping. `None`: some or all of it was lost.
+    pub(super) fn section<R>(&self, access: impl FnOnce() -> R) -> Option<R> {
+        let before = self.state.load(Ordering::Acquire);
         if before % PHASES != LIVE {
             return None;
         }
         let result = access();
-        fence(order);
-        let after = self.epoch.load(Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        let after = self.state.load(Ordering::Relaxed);
         (before == after).then_some(result)
-    }
-
-    /// Runs `access`, which only loads from the mapping. `None`: lost.
-    #[inline(always)]
-    pub(super) fn load<R>(&self, access: impl FnOnce() -> R) -> Option<R> {
-        self.access(Ordering::Acquire, access)
-    }
-
-    /// Runs `access`, which stores to the mapping. `None`: lost.
-    #[inline(always)]
-    pub(super) fn store<R>(&self, access: impl FnOnce() -> R) -> Option<R> {
-        self.access(Ordering::SeqCst, access)
     }
 
     /// Whether the lease is mapped as far as is known: nothing was touched.
     pub(super) fn is_live(&self) -> bool {
-        self.epoch.load(Ordering::Acquire) % PHASES == LIVE
+        self.state.load(Ordering::Acquire) % PHASES == LIVE
     }
 
     /// For the handler: the mapping was hit by a fault.
-    pub(super) fn lose(&self) -> Loss {
-        if self.broken.load(Ordering::Acquire) {
-            return Loss::Hopeless;
-        }
-        let epoch = self.epoch.load(Ordering::Acquire);
-        if epoch % PHASES != LIVE {
-            return Loss::Theirs;
-        }
-        let swapped = self.epoch.compare_exchange(
-            epoch,
-            epoch + (LOSING - LIVE),
-            Ordering::SeqCst,
-            Ordering::Relaxed,
-        );
-        match swapped {
-            Ok(_) => Loss::Ours,
-            Err(_) => Loss::Theirs,
+    fn begin_loss(&self) -> Loss {
+        let state = self.state.load(Ordering::Acquire);
+        match state % PHASES {
+            LIVE => match self.step(state, LOSING) {
+                Ok(()) => Loss::Ours,
+                Err(now) => Loss::Wait(now),
+            },
+            LOST => Loss::Done,
+            _ => Loss::Wait(state),
         }
     }
 
-    /// For the handler that was told [`Loss::Ours`]: scratch memory is in place, or could not be
-    /// put there.
-    pub(super) fn lost(&self, in_place: bool) {
-        if !in_place {
-            self.broken.store(true, Ordering::Release);
-        }
-        // Nobody else moves the epoch in that phase.
-        self.epoch.fetch_add(LOST - LOSING, Ordering::SeqCst);
+    /// For the handler that was told [`Loss::Ours`]: scratch memory is in place.
+    fn end_loss(&self) {
+        // Nobody else moves the state in that phase.
+        self.state.fetch_add(LOST - LOSING, Ordering::SeqCst);
+        self.wake();
     }
 
     /// Begins to map the lease again.
-    pub(super) fn begin_recovery(&self) -> Recovery {
-        let epoch = self.epoch.load(Ordering::Acquire);
-        match epoch % PHASES {
+    fn begin_recovery(&self) -> Recovery {
+        let state = self.state.load(Ordering::Acquire);
+        match state % PHASES {
             LIVE => Recovery::NotNeeded,
-            LOST => {
-                let swapped = self.epoch.compare_exchange(
-                    epoch,
-                    epoch + (RECOVERING - LOST),
-                    Ordering::SeqCst,
-                    Ordering::Relaxed,
-                );
-                match swapped {
-                    Ok(_) => Recovery::Ours,
-                    Err(_) => Recovery::Wait,
-                }
-            }
-            _ => Recovery::Wait,
+            LOST => match self.step(state, RECOVERING) {
+                Ok(()) => Recovery::Ours,
+                Err(now) => Recovery::Wait(now),
+            },
+            _ => Recovery::Wait(state),
         }
     }
 
     /// For the caller that was told [`Recovery::Ours`]: the lease is mapped, or scratch memory
     /// still is.
-    pub(super) fn end_recovery(&self, mapped: bool) {
-        // Nobody else moves the epoch in that phase. Going back is harmless: accesses compare with
-        // LIVE epochs only.
+    fn end_recovery(&self, mapped: bool) {
+        // Nobody else moves the state in that phase. Going back is harmless: sections compare with
+        // LIVE states only.
         if mapped {
-            self.epoch
+            self.state
                 .fetch_add(PHASES + LIVE - RECOVERING, Ordering::SeqCst);
         } else {
-            self.epoch.fetch_sub(RECOVERING - LOST, Ordering::SeqCst);
+            self.state.fetch_sub(RECOVERING - LOST, Ordering::SeqCst);
         }
+        self.wake();
     }
 
-    /// For the test that plays both sides.
-    #[cfg(test)]
-    fn phase(&self) -> u64 {
-        self.epoch.load(Ordering::SeqCst) % PHASES
+    /// From `state` to the next phase, unless somebody else has moved it, to what is answered.
+    fn step(&self, state: u32, phase: u32) -> Result<(), u32> {
+        let next = state.wrapping_add(phase.wrapping_sub(state % PHASES));
+        self.state
+            .compare_exchange(state, next, Ordering::SeqCst, Ordering::Acquire)
+            .map(drop)
+    }
+
+    /// Sleeps until the state is no longer this one; may return early.
+    fn wait(&self, state: u32) {
+        let _ = futex::wait(&self.state, futex::Flags::PRIVATE, state, None);
+    }
+
+    fn wake(&self) {
+        let _ = futex::wake(&self.state, futex::Flags::PRIVATE, i32::MAX as u32);
     }
 }
 
@@ -256,40 +238,74 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// Announces `[start, start + length)`, which is mapped and ours until the claim is dropped.
-    pub(super) fn new(start: usize, length: usize) -> Self {
-        Self::on(free_slot(), start, length)
+    /// Announces `[start, start + length)`.
+    ///
+    /// # Safety
+    ///
+    /// The range is an area's, until the claim is dropped or told to give up. `reserve` is 0 or the
+    /// address of an [`memory::Area::reserve`] of the same length that is given away.
+    pub(super) unsafe fn new(start: usize, length: usize, reserve: usize) -> Self {
+        Self::on(free_slot(), start, length, reserve)
     }
 
     /// As `new`, on a slot that nobody else has.
-    fn on(slot: &'static Slot, start: usize, length: usize) -> Self {
-        // Nobody else has the slot, so plain stores suffice. The epoch goes on growing: from
+    fn on(slot: &'static Slot, start: usize, length: usize, reserve: usize) -> Self {
+        // Nobody else has the slot, so plain stores suffice. The state goes on growing: from
         // whatever phase the last user left to the next LIVE.
-        let epoch = slot.epoch.load(Ordering::Relaxed);
-        let live = (epoch | (PHASES - 1)).wrapping_add(1);
-        slot.broken.store(false, Ordering::Relaxed);
-        slot.epoch.store(live, Ordering::Relaxed);
+        let state = slot.state.load(Ordering::Relaxed);
+        let live = (state | (PHASES - 1)).wrapping_add(1);
+        slot.state.store(live, Ordering::Relaxed);
         slot.start.store(start, Ordering::Relaxed);
         slot.length.store(length, Ordering::Relaxed);
+        slot.reserve.store(reserve, Ordering::Relaxed);
         let odd = slot.sequence.load(Ordering::Relaxed);
-        // Release: whoever sees the even number sees the range and the epoch.
+        // Release: a thread that sees the even number sees the range and the state.
         slot.sequence.store(odd.wrapping_add(1), Ordering::Release);
         Self { slot }
     }
 
     /// The slot.
-    #[inline(always)]
     pub(super) fn slot(&self) -> &Slot {
         self.slot
+    }
+
+    /// Maps the lease again with `map`, which answers the address of a new reserve, if the mapping
+    /// is lost.
+    pub(super) fn recover<E>(&self, map: impl FnOnce() -> Result<usize, E>) -> Result<(), E> {
+        loop {
+            match self.slot.begin_recovery() {
+                Recovery::NotNeeded => return Ok(()),
+                Recovery::Ours => break,
+                Recovery::Wait(state) => self.slot.wait(state),
+            }
+        }
+        let answer = map().map(|reserve| self.slot.reserve.store(reserve, Ordering::Release));
+        self.slot.end_recovery(answer.is_ok());
+        answer
+    }
+
+    /// Makes the handler forget the range: it is not ours any more. For the caller of `recover`,
+    /// inside.
+    pub(super) fn give_up(&self) {
+        let sequence = self.slot.sequence.load(Ordering::Relaxed);
+        if sequence % 2 == 0 {
+            let odd = sequence.wrapping_add(1);
+            self.slot.sequence.store(odd, Ordering::SeqCst);
+        }
+    }
+
+    /// The reserve, if no handler has put it in place. It belongs to the caller then.
+    pub(super) fn take_reserve(&self) -> Option<usize> {
+        match self.slot.reserve.swap(0, Ordering::AcqRel) {
+            0 => None,
+            reserve => Some(reserve),
+        }
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let even = self.slot.sequence.load(Ordering::Relaxed);
-        self.slot
-            .sequence
-            .store(even.wrapping_add(1), Ordering::Relaxed);
+        self.give_up();
         // A reader that sees a range stored by the next user sees the odd number, or a later one.
         fence(Ordering::Release);
         self.slot.taken.store(false, Ordering::Release);
@@ -311,11 +327,38 @@ fn free_slot() -> &'static Slot {
 }
 
 /// The slot whose range has `address`, with the range. Async-signal-safe: loads only.
-pub(super) fn find(address: usize) -> Option<(&'static Slot, usize, usize)> {
+fn find(address: usize) -> Option<(&'static Slot, usize, usize)> {
     chunks().flat_map(|chunk| &chunk.slots).find_map(|slot| {
         let (start, length) = slot.range()?;
         (address.wrapping_sub(start) < length).then_some((slot, start, length))
     })
+}
+
+/// For the handler: an access of `address` faulted. True if it can be made again.
+pub(super) fn lose(address: usize) -> bool {
+    let Some((slot, start, length)) = find(address) else {
+        return false;
+    };
+    match slot.begin_loss() {
+        Loss::Done => true,
+        Loss::Wait(state) => {
+            slot.wait(state);
+            true
+        }
+        Loss::Ours => {
+            let reserve = slot.reserve.swap(0, Ordering::AcqRel);
+            // SAFETY: both are areas, by the contract of `Claim::new`; that of the range is alive,
+            // as the faulting access borrows it, and not abandoned, as the slot still has it.
+            let in_place = reserve != 0 && unsafe { memory::put_scratch(reserve, start, length) };
+            if !in_place {
+                // Nobody can do it: the process dies of this fault, and of those that wait.
+                let odd = slot.sequence.load(Ordering::Relaxed).wrapping_add(1);
+                slot.sequence.store(odd, Ordering::SeqCst);
+            }
+            slot.end_loss();
+            in_place
+        }
+    }
 }
 
 #[cfg(test)]
@@ -325,9 +368,14 @@ mod tests {
     /// Addresses that no mapping of the other tests has.
     const BASE: usize = usize::MAX - (1 << 30);
 
+    fn claim(start: usize, length: usize) -> Claim {
+        // SAFETY: nothing faults at such an address.
+        unsafe { Claim::new(start, length, 0) }
+    }
+
     #[test]
     fn a_claimed_range_is_found_until_the_claim_is_dropped() {
-        let claim = Claim::new(BASE, 0x2000);
+        let claim = claim(BASE, 0x2000);
         for address in [BASE, BASE + 0x1fff] {
             let (slot, start, length) = find(address).unwrap();
             assert!(std::ptr::eq(slot, claim.slot()));
@@ -340,11 +388,22 @@ mod tests {
     }
 
     #[test]
+    fn a_range_that_is_given_up_is_found_no_more() {
+        let claim = self::claim(BASE + 0x10_0000, 0x1000);
+        claim.give_up();
+        assert!(find(BASE + 0x10_0000).is_none());
+        drop(claim);
+        let again = self::claim(BASE + 0x10_0000, 0x1000);
+        assert!(find(BASE + 0x10_0000).is_some());
+        drop(again);
+    }
+
+    #[test]
     fn the_table_grows_past_a_chunk_and_slots_are_used_again() {
         let place = |n: usize| BASE + 0x100_0000 + n * 0x1000;
         for _ in 0..3 {
             let claims: Vec<Claim> = (0..3 * SLOTS_PER_CHUNK)
-                .map(|n| Claim::new(place(n), 0x1000))
+                .map(|n| claim(place(n), 0x1000))
                 .collect();
             for (n, claim) in claims.iter().enumerate() {
                 let (slot, start, _) = find(place(n) + 5).unwrap();
@@ -357,59 +416,66 @@ mod tests {
     }
 
     #[test]
-    fn epochs_grow_over_reuse_and_start_live() {
+    fn states_grow_over_reuse_and_start_live() {
         let slot: &'static Slot = Box::leak(Box::new(Slot::new()));
         let mut last = 0;
         for steps in 0..4 {
-            let claim = Claim::on(slot, BASE, 0x1000);
+            let claim = Claim::on(slot, BASE, 0x1000, 0);
             assert!(slot.is_live());
-            assert!(slot.epoch.load(Ordering::SeqCst) > last);
-            slot.epoch.fetch_add(steps, Ordering::SeqCst);
-            last = slot.epoch.load(Ordering::SeqCst);
+            assert!(slot.state.load(Ordering::SeqCst) > last);
+            slot.state.fetch_add(steps, Ordering::SeqCst);
+            last = slot.state.load(Ordering::SeqCst);
             drop(claim);
             assert_eq!(slot.range(), None);
         }
     }
 
     #[test]
-    fn an_access_during_which_the_mapping_was_lost_and_recovered_is_lost() {
+    fn a_section_during_which_the_mapping_was_lost_and_recovered_is_lost() {
         let slot = Slot::new();
-        assert_eq!(slot.store(|| 7), Some(7));
-        let answer = slot.store(|| {
-            assert_eq!(slot.lose(), Loss::Ours);
-            assert_eq!(slot.lose(), Loss::Theirs);
-            slot.lost(true);
+        assert_eq!(slot.section(|| 7), Some(7));
+        let answer = slot.section(|| {
+            assert_eq!(slot.begin_loss(), Loss::Ours);
+            assert_eq!(slot.begin_loss(), Loss::Wait(LOSING));
+            slot.end_loss();
+            assert_eq!(slot.begin_loss(), Loss::Done);
             assert_eq!(slot.begin_recovery(), Recovery::Ours);
-            assert_eq!(slot.begin_recovery(), Recovery::Wait);
+            assert_eq!(slot.begin_recovery(), Recovery::Wait(RECOVERING));
+            assert_eq!(slot.begin_loss(), Loss::Wait(RECOVERING));
             slot.end_recovery(true);
         });
         assert_eq!(answer, None);
         assert!(slot.is_live());
-        assert_eq!(slot.load(|| 7), Some(7));
+        assert_eq!(slot.section(|| 7), Some(7));
     }
 
     #[test]
     fn a_lost_mapping_is_not_touched_until_it_is_recovered() {
         let slot = Slot::new();
         assert_eq!(slot.begin_recovery(), Recovery::NotNeeded);
-        assert_eq!(slot.lose(), Loss::Ours);
-        assert_eq!(slot.phase(), LOSING);
-        assert_eq!(slot.begin_recovery(), Recovery::Wait);
-        slot.lost(true);
-        assert_eq!(slot.phase(), LOST);
-        assert_eq!(slot.load(|| panic!("touched")), None::<()>);
+        assert_eq!(slot.begin_loss(), Loss::Ours);
+        assert_eq!(slot.begin_recovery(), Recovery::Wait(LOSING));
+        slot.end_loss();
+        assert_eq!(slot.section(|| panic!("touched")), None::<()>);
         assert_eq!(slot.begin_recovery(), Recovery::Ours);
-        assert_eq!(slot.phase(), RECOVERING);
         slot.end_recovery(false);
-        assert_eq!(slot.phase(), LOST);
+        assert_eq!(slot.begin_loss(), Loss::Done);
+        assert!(!slot.is_live());
     }
 
     #[test]
-    fn a_mapping_that_cannot_be_replaced_is_not_ours_any_more() {
+    fn a_waiting_thread_sleeps_and_is_woken() {
         let slot = Slot::new();
-        assert_eq!(slot.lose(), Loss::Ours);
-        slot.lost(false);
-        assert_eq!(slot.lose(), Loss::Hopeless);
-        assert_eq!(slot.load(|| ()), None);
+        assert_eq!(slot.begin_loss(), Loss::Ours);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                while let Loss::Wait(state) = slot.begin_loss() {
+                    slot.wait(state);
+                }
+            });
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!waiter.is_finished());
+            slot.end_loss();
+        });
     }
 }
