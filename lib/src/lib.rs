@@ -112,6 +112,7 @@ mod lease;
 mod mapping;
 mod pass;
 pub mod pci;
+mod record;
 mod sys;
 mod types;
 
@@ -147,6 +148,9 @@ pub use mapping::Register;
 pub use mapping::ScratchMapping;
 pub use mapping::Value;
 pub use mapping::Window;
+pub use pass::Peer;
+pub use pass::Receiver;
+pub use pass::Sender;
 pub use types::BarRange;
 pub use types::MemoryType;
 pub use types::Reasons;

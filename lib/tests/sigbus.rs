@@ -166,10 +166,8 @@ fn install(handler: usize, flags: i32) -> libc::sigaction {
     // SAFETY: as above.
     let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
     // SAFETY: both are live and complete.
-    assert_eq!(
-        unsafe { libc::sigaction(libc::SIGBUS, &action, &mut old) },
-        0
-    );
+    let answer = unsafe { libc::sigaction(libc::SIGBUS, &action, &mut old) };
+    assert_eq!(answer, 0);
     old
 }
 
@@ -761,11 +759,12 @@ fn scratch_memory() {
             let (mapping, stop, lost, done) = (&mapping, &stop, &lost, &done);
             scope.spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
-                    // SAFETY: each thread has a word of its own.
-                    let answer = mapping.section(|address| unsafe {
+                    let answer = mapping.section(|address| {
                         let word = address.cast::<u64>().wrapping_add(thread);
-                        word.write_volatile(u64::MAX);
-                        word.read_volatile()
+                        // SAFETY: each thread has a word of its own in the mapping.
+                        unsafe { word.write_volatile(u64::MAX) };
+                        // SAFETY: as above.
+                        unsafe { word.read_volatile() }
                     });
                     match answer {
                         Ok(value) => {

@@ -106,7 +106,7 @@ impl<'a> ExportBuilder<'a> {
             .map_err(|errno| self.explain(errno))?;
         let info = LeaseInfo {
             bdf: self.device.bdf(),
-            region: self.region,
+            bar: self.region,
             size: LeaseInfo::sum(&ranges).unwrap_or(u64::MAX),
             ranges,
             memory_type: MemoryType::Nc,

@@ -202,29 +202,22 @@ mod tests {
     fn accesses_have_their_width_and_touch_nothing_beside() {
         let mut memory = [0x1111_1111_1111_1111u64; 3];
         let middle = (&raw mut memory).cast::<u64>().wrapping_add(1);
-        // SAFETY (of all below): the place is in `memory`, aligned.
-        unsafe {
-            assert!(u8::store_guarded(middle.cast(), 0xab));
-            assert_eq!(u8::load_guarded(middle.cast()), Some(0xab));
-            assert!(u16::store_guarded(
-                middle.cast::<u16>().wrapping_add(1),
-                0xcdef
-            ));
-            assert_eq!(
-                u16::load_guarded(middle.cast::<u16>().wrapping_add(1)),
-                Some(0xcdef)
-            );
-            assert!(u32::store_guarded(
-                middle.cast::<u32>().wrapping_add(1),
-                0xdead_beef
-            ));
-            assert_eq!(
-                u32::load_guarded(middle.cast::<u32>().wrapping_add(1)),
-                Some(0xdead_beef)
-            );
-            assert_eq!(u64::load_guarded(middle), Some(0xdead_beef_cdef_11ab));
-            assert!(u64::store_guarded(middle, u64::MAX));
+        macro_rules! check {
+            ($type:ty, $index:expr, $value:expr) => {{
+                let place = middle.cast::<$type>().wrapping_add($index);
+                // SAFETY: the place is in `memory`, aligned.
+                assert!(unsafe { <$type>::store_guarded(place, $value) });
+                // SAFETY: as above.
+                assert_eq!(unsafe { <$type>::load_guarded(place) }, Some($value));
+            }};
         }
+        check!(u8, 0, 0xab);
+        check!(u16, 1, 0xcdef);
+        check!(u32, 1, 0xdead_beef);
+        // SAFETY: as above.
+        let whole = unsafe { u64::load_guarded(middle) };
+        assert_eq!(whole, Some(0xdead_beef_cdef_11ab));
+        check!(u64, 0, u64::MAX);
         assert_eq!(
             memory,
             [0x1111_1111_1111_1111, u64::MAX, 0x1111_1111_1111_1111]
