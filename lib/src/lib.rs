@@ -45,7 +45,8 @@
 //! # Holding a lease
 //!
 //! The holder needs no device and no privilege. A plain [`Mapping`] costs nothing and dies with
-//! SIGBUS when the lease is revoked; a [`GuardedMapping`] answers [`Error::Revoked`].
+//! SIGBUS when the lease is revoked; a [`GuardedMapping`] answers [`Error::Revoked`], and works again
+//! when the lease does. Its registers answer [`Lost`], which is small, and of which `?` makes that.
 //!
 //! ```no_run
 //! # fn example(socket: &std::os::unix::net::UnixStream) -> barlease::Result<()> {
@@ -108,6 +109,9 @@ mod bdf;
 mod device;
 pub mod doctor;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod lease;
 mod mapping;
 mod pass;
