@@ -16,6 +16,14 @@ mod scratch;
 
 #[allow(unsafe_code, reason = "as above")]
 mod slots;
+mod state;
+
+/// What `state` is made of. Elsewhere it is made of something else: see fuzz/tests/orders.rs.
+mod atomic {
+    pub(super) use std::sync::atomic::AtomicU32;
+    pub(super) use std::sync::atomic::Ordering;
+    pub(super) use std::sync::atomic::fence;
+}
 
 #[allow(
     unsafe_code,

@@ -125,7 +125,7 @@ impl ScratchMapping {
     /// Errors: [`Error::Revoked`]: what was read must not be used, and what was written may or may
     /// not have reached the device. If the mapping was lost before, `access` is not called.
     pub fn section<R>(&self, access: impl FnOnce(*mut u8) -> R) -> Result<R> {
-        let answer = self.claim.slot().section(|| access(self.as_ptr()));
+        let answer = self.claim.state().section(|| access(self.as_ptr()));
         answer.ok_or_else(|| Error::Revoked {
             operation: "access",
             object: Object::Mapping {
@@ -140,7 +140,7 @@ impl ScratchMapping {
     /// again. Touches nothing: a lease can be revoked without any access having noticed yet.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        !self.claim.slot().is_live()
+        !self.claim.state().is_live()
     }
 
     /// Maps the lease again, at the same address, after it was lost. Does nothing if it is not

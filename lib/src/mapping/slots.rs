@@ -15,32 +15,7 @@
 //!
 //! # Whether a section was lost
 //!
-//! Each slot has a state, which only grows, through four phases over and over:
-//!
-//! | state mod 4 | phase | what is mapped |
-//! |---|---|---|
-//! | 0 | `LIVE` | the lease |
-//! | 1 | `LOSING` | the lease or scratch memory: one handler is replacing it |
-//! | 2 | `LOST` | scratch memory |
-//! | 3 | `RECOVERING` | scratch memory or the lease: one `recover` is replacing it |
-//!
-//! The steps: 0 to 1 by compare-and-swap in a handler, *before* it puts scratch memory in place; 1
-//! to 2 by that handler after it has; 2 to 3 by compare-and-swap in `recover`, *before* it maps the
-//! lease; 3 to 4 by it after it has (back to 2 if the lease could not be mapped). So a thread that
-//! saw state and mapping in one instant would never see scratch memory in phase `LIVE`.
-//!
-//! A section ([`Slot::section`]) reads the state, which must be `LIVE`, accesses the mapping, and
-//! reads the state again. If both are equal then the state had that value all the time between,
-//! since it never returns to an earlier value other than from `RECOVERING` to `LOST`; so the
-//! accesses went to the lease. (It would take 2^30 losses and recoveries during one section to be
-//! mistaken.) It follows that a section that used scratch memory is never reported as done.
-//!
-//! "In one instant" needs order between the CPU's accesses. The first load of the state is an
-//! acquire, so that no access is made before it. Behind the accesses stands a full fence, as the
-//! second load could otherwise be made while a store waits. A store to scratch memory comes after
-//! the step to `LOSING` because a system call that changed the page tables lies between; the fence
-//! carries that order to the second load. On the same thread a handler runs between two
-//! instructions, and the fences keep the compiler from moving an access out from between the loads.
+//! See [`super::state`].
 //!
 //! # Waiting
 //!
@@ -58,19 +33,12 @@ use std::sync::atomic::fence;
 
 use rustix::thread::futex;
 
+use super::state::Loss;
+use super::state::Recovery;
+use super::state::State;
 use crate::sys::memory;
 
 const SLOTS_PER_CHUNK: usize = 64;
-
-/// The lease is mapped.
-const LIVE: u32 = 0;
-/// A handler is putting scratch memory in its place.
-const LOSING: u32 = 1;
-/// Scratch memory is mapped.
-const LOST: u32 = 2;
-/// `recover` is mapping the lease again.
-const RECOVERING: u32 = 3;
-const PHASES: u32 = 4;
 
 struct Chunk {
     slots: [Slot; SLOTS_PER_CHUNK],
@@ -100,31 +68,9 @@ pub(super) struct Slot {
     sequence: AtomicUsize,
     start: AtomicUsize,
     length: AtomicUsize,
-    state: AtomicU32,
+    state: State,
     /// Address of the memory that a handler puts in place; 0 while it is there, or has never been.
     reserve: AtomicUsize,
-}
-
-/// Answer of [`Slot::begin_loss`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Loss {
-    /// This caller has to put scratch memory in place, then call [`Slot::end_loss`].
-    Ours,
-    /// It is in place.
-    Done,
-    /// Somebody else is at work, and the state is this.
-    Wait(u32),
-}
-
-/// Answer of [`Slot::begin_recovery`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Recovery {
-    /// The mapping is not lost.
-    NotNeeded,
-    /// This caller has to map the lease, then call [`Slot::end_recovery`].
-    Ours,
-    /// Somebody else is at work, and the state is this.
-    Wait(u32),
 }
 
 impl Slot {
@@ -134,7 +80,7 @@ impl Slot {
             sequence: AtomicUsize::new(1),
             start: AtomicUsize::new(0),
             length: AtomicUsize::new(0),
-            state: AtomicU32::new(LIVE),
+            state: State(AtomicU32::new(0)),
             reserve: AtomicUsize::new(0),
         }
     }
@@ -149,85 +95,13 @@ impl Slot {
         (before == after && before % 2 == 0).then_some((start, length))
     }
 
-    /// Runs `access`, which touches the mapping. `None`: some or all of it was lost.
-    pub(super) fn section<R>(&self, access: impl FnOnce() -> R) -> Option<R> {
-        let before = self.state.load(Ordering::Acquire);
-        if before % PHASES != LIVE {
-            return None;
-        }
-        let result = access();
-        fence(Ordering::SeqCst);
-        let after = self.state.load(Ordering::Relaxed);
-        (before == after).then_some(result)
-    }
-
-    /// Whether the lease is mapped as far as is known: nothing was touched.
-    pub(super) fn is_live(&self) -> bool {
-        self.state.load(Ordering::Acquire) % PHASES == LIVE
-    }
-
-    /// For the handler: the mapping was hit by a fault.
-    fn begin_loss(&self) -> Loss {
-        let state = self.state.load(Ordering::Acquire);
-        match state % PHASES {
-            LIVE => match self.step(state, LOSING) {
-                Ok(()) => Loss::Ours,
-                Err(now) => Loss::Wait(now),
-            },
-            LOST => Loss::Done,
-            _ => Loss::Wait(state),
-        }
-    }
-
-    /// For the handler that was told [`Loss::Ours`]: scratch memory is in place.
-    fn end_loss(&self) {
-        // Nobody else moves the state in that phase.
-        self.state.fetch_add(LOST - LOSING, Ordering::SeqCst);
-        self.wake();
-    }
-
-    /// Begins to map the lease again.
-    fn begin_recovery(&self) -> Recovery {
-        let state = self.state.load(Ordering::Acquire);
-        match state % PHASES {
-            LIVE => Recovery::NotNeeded,
-            LOST => match self.step(state, RECOVERING) {
-                Ok(()) => Recovery::Ours,
-                Err(now) => Recovery::Wait(now),
-            },
-            _ => Recovery::Wait(state),
-        }
-    }
-
-    /// For the caller that was told [`Recovery::Ours`]: the lease is mapped, or scratch memory
-    /// still is.
-    fn end_recovery(&self, mapped: bool) {
-        // Nobody else moves the state in that phase. Going back is harmless: sections compare with
-        // LIVE states only.
-        if mapped {
-            self.state
-                .fetch_add(PHASES + LIVE - RECOVERING, Ordering::SeqCst);
-        } else {
-            self.state.fetch_sub(RECOVERING - LOST, Ordering::SeqCst);
-        }
-        self.wake();
-    }
-
-    /// From `state` to the next phase, unless somebody else has moved it, to what is answered.
-    fn step(&self, state: u32, phase: u32) -> Result<(), u32> {
-        let next = state.wrapping_add(phase.wrapping_sub(state % PHASES));
-        self.state
-            .compare_exchange(state, next, Ordering::SeqCst, Ordering::Acquire)
-            .map(drop)
-    }
-
     /// Sleeps until the state is no longer this one; may return early.
     fn wait(&self, state: u32) {
-        let _ = futex::wait(&self.state, futex::Flags::PRIVATE, state, None);
+        let _ = futex::wait(&self.state.0, futex::Flags::PRIVATE, state, None);
     }
 
     fn wake(&self) {
-        let _ = futex::wake(&self.state, futex::Flags::PRIVATE, i32::MAX as u32);
+        let _ = futex::wake(&self.state.0, futex::Flags::PRIVATE, i32::MAX as u32);
     }
 }
 
@@ -250,11 +124,8 @@ impl Claim {
 
     /// As `new`, on a slot that nobody else has.
     fn on(slot: &'static Slot, start: usize, length: usize, reserve: usize) -> Self {
-        // Nobody else has the slot, so plain stores suffice. The state goes on growing: from
-        // whatever phase the last user left to the next LIVE.
-        let state = slot.state.load(Ordering::Relaxed);
-        let live = (state | (PHASES - 1)).wrapping_add(1);
-        slot.state.store(live, Ordering::Relaxed);
+        // Nobody else has the slot, so plain stores suffice.
+        slot.state.renew();
         slot.start.store(start, Ordering::Relaxed);
         slot.length.store(length, Ordering::Relaxed);
         slot.reserve.store(reserve, Ordering::Relaxed);
@@ -264,23 +135,24 @@ impl Claim {
         Self { slot }
     }
 
-    /// The slot.
-    pub(super) fn slot(&self) -> &Slot {
-        self.slot
+    /// The state.
+    pub(super) fn state(&self) -> &State {
+        &self.slot.state
     }
 
     /// Maps the lease again with `map`, which answers the address of a new reserve, if the mapping
     /// is lost.
     pub(super) fn recover<E>(&self, map: impl FnOnce() -> Result<usize, E>) -> Result<(), E> {
         loop {
-            match self.slot.begin_recovery() {
+            match self.slot.state.begin_recovery() {
                 Recovery::NotNeeded => return Ok(()),
                 Recovery::Ours => break,
                 Recovery::Wait(state) => self.slot.wait(state),
             }
         }
         let answer = map().map(|reserve| self.slot.reserve.store(reserve, Ordering::Release));
-        self.slot.end_recovery(answer.is_ok());
+        self.slot.state.end_recovery(answer.is_ok());
+        self.slot.wake();
         answer
     }
 
@@ -339,7 +211,7 @@ pub(super) fn lose(address: usize) -> bool {
     let Some((slot, start, length)) = find(address) else {
         return false;
     };
-    match slot.begin_loss() {
+    match slot.state.begin_loss() {
         Loss::Done => true,
         Loss::Wait(state) => {
             slot.wait(state);
@@ -355,7 +227,8 @@ pub(super) fn lose(address: usize) -> bool {
                 let odd = slot.sequence.load(Ordering::Relaxed).wrapping_add(1);
                 slot.sequence.store(odd, Ordering::SeqCst);
             }
-            slot.end_loss();
+            slot.state.end_loss();
+            slot.wake();
             in_place
         }
     }
@@ -378,7 +251,7 @@ mod tests {
         let claim = claim(BASE, 0x2000);
         for address in [BASE, BASE + 0x1fff] {
             let (slot, start, length) = find(address).unwrap();
-            assert!(std::ptr::eq(slot, claim.slot()));
+            assert!(std::ptr::eq(slot, claim.slot));
             assert_eq!((start, length), (BASE, 0x2000));
         }
         assert!(find(BASE + 0x2000).is_none());
@@ -407,7 +280,7 @@ mod tests {
                 .collect();
             for (n, claim) in claims.iter().enumerate() {
                 let (slot, start, _) = find(place(n) + 5).unwrap();
-                assert!(std::ptr::eq(slot, claim.slot()));
+                assert!(std::ptr::eq(slot, claim.slot));
                 assert_eq!(start, place(n));
             }
         }
@@ -421,61 +294,29 @@ mod tests {
         let mut last = 0;
         for steps in 0..4 {
             let claim = Claim::on(slot, BASE, 0x1000, 0);
-            assert!(slot.is_live());
-            assert!(slot.state.load(Ordering::SeqCst) > last);
-            slot.state.fetch_add(steps, Ordering::SeqCst);
-            last = slot.state.load(Ordering::SeqCst);
+            assert!(slot.state.is_live());
+            assert!(slot.state.0.load(Ordering::SeqCst) > last);
+            slot.state.0.fetch_add(steps, Ordering::SeqCst);
+            last = slot.state.0.load(Ordering::SeqCst);
             drop(claim);
             assert_eq!(slot.range(), None);
         }
     }
 
     #[test]
-    fn a_section_during_which_the_mapping_was_lost_and_recovered_is_lost() {
-        let slot = Slot::new();
-        assert_eq!(slot.section(|| 7), Some(7));
-        let answer = slot.section(|| {
-            assert_eq!(slot.begin_loss(), Loss::Ours);
-            assert_eq!(slot.begin_loss(), Loss::Wait(LOSING));
-            slot.end_loss();
-            assert_eq!(slot.begin_loss(), Loss::Done);
-            assert_eq!(slot.begin_recovery(), Recovery::Ours);
-            assert_eq!(slot.begin_recovery(), Recovery::Wait(RECOVERING));
-            assert_eq!(slot.begin_loss(), Loss::Wait(RECOVERING));
-            slot.end_recovery(true);
-        });
-        assert_eq!(answer, None);
-        assert!(slot.is_live());
-        assert_eq!(slot.section(|| 7), Some(7));
-    }
-
-    #[test]
-    fn a_lost_mapping_is_not_touched_until_it_is_recovered() {
-        let slot = Slot::new();
-        assert_eq!(slot.begin_recovery(), Recovery::NotNeeded);
-        assert_eq!(slot.begin_loss(), Loss::Ours);
-        assert_eq!(slot.begin_recovery(), Recovery::Wait(LOSING));
-        slot.end_loss();
-        assert_eq!(slot.section(|| panic!("touched")), None::<()>);
-        assert_eq!(slot.begin_recovery(), Recovery::Ours);
-        slot.end_recovery(false);
-        assert_eq!(slot.begin_loss(), Loss::Done);
-        assert!(!slot.is_live());
-    }
-
-    #[test]
     fn a_waiting_thread_sleeps_and_is_woken() {
         let slot = Slot::new();
-        assert_eq!(slot.begin_loss(), Loss::Ours);
+        assert_eq!(slot.state.begin_loss(), Loss::Ours);
         std::thread::scope(|scope| {
             let waiter = scope.spawn(|| {
-                while let Loss::Wait(state) = slot.begin_loss() {
+                while let Loss::Wait(state) = slot.state.begin_loss() {
                     slot.wait(state);
                 }
             });
             std::thread::sleep(std::time::Duration::from_millis(20));
             assert!(!waiter.is_finished());
-            slot.end_loss();
+            slot.state.end_loss();
+            slot.wake();
         });
     }
 }
