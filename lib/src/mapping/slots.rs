@@ -304,6 +304,39 @@ mod tests {
     }
 
     #[test]
+    fn a_section_during_which_the_mapping_was_lost_and_recovered_is_lost() {
+        let state = State(AtomicU32::new(0));
+        assert_eq!(state.section(|| 7), Some(7));
+        let answer = state.section(|| {
+            assert_eq!(state.begin_loss(), Loss::Ours);
+            assert_eq!(state.begin_loss(), Loss::Wait(1));
+            state.end_loss();
+            assert_eq!(state.begin_loss(), Loss::Done);
+            assert_eq!(state.begin_recovery(), Recovery::Ours);
+            assert_eq!(state.begin_recovery(), Recovery::Wait(3));
+            assert_eq!(state.begin_loss(), Loss::Wait(3));
+            state.end_recovery(true);
+        });
+        assert_eq!(answer, None);
+        assert!(state.is_live());
+        assert_eq!(state.section(|| 7), Some(7));
+    }
+
+    #[test]
+    fn a_lost_mapping_is_not_touched_until_it_is_recovered() {
+        let state = State(AtomicU32::new(0));
+        assert_eq!(state.begin_recovery(), Recovery::NotNeeded);
+        assert_eq!(state.begin_loss(), Loss::Ours);
+        assert_eq!(state.begin_recovery(), Recovery::Wait(1));
+        state.end_loss();
+        assert_eq!(state.section(|| panic!("touched")), None::<()>);
+        assert_eq!(state.begin_recovery(), Recovery::Ours);
+        state.end_recovery(false);
+        assert_eq!(state.begin_loss(), Loss::Done);
+        assert!(!state.is_live());
+    }
+
+    #[test]
     fn a_waiting_thread_sleeps_and_is_woken() {
         let slot = Slot::new();
         assert_eq!(slot.state.begin_loss(), Loss::Ours);
