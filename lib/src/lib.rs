@@ -78,7 +78,8 @@
 //! # Holding a lease
 //!
 //! The holder needs no device and no privilege. A plain [`Mapping`] costs nothing and dies with
-//! SIGBUS when the lease is revoked; a [`GuardedMapping`] answers [`Error::Revoked`].
+//! SIGBUS when the lease is revoked; a [`GuardedMapping`] answers [`Error::Revoked`], and works again
+//! when the lease does. Its registers answer [`Lost`], which is small, and of which `?` makes that.
 //!
 //! ```no_run
 //! # fn example(socket: &std::os::unix::net::UnixStream) -> barlease::Result<()> {
@@ -145,12 +146,16 @@ mod error;
 mod event;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod iommu;
 mod lease;
 mod leases;
 mod mapping;
 mod pass;
 pub mod pci;
+mod record;
 mod registers;
 mod sys;
 mod types;
@@ -206,8 +211,12 @@ pub use mapping::MapOptions;
 pub use mapping::Mapping;
 pub use mapping::ReadOnlyRegister;
 pub use mapping::Register;
+pub use mapping::ScratchMapping;
 pub use mapping::Value;
 pub use mapping::Window;
+pub use pass::Peer;
+pub use pass::Receiver;
+pub use pass::Sender;
 pub use registers::Bits;
 pub use registers::RegisterArray;
 pub use registers::RegisterValue;

@@ -137,7 +137,7 @@ impl<'fd> ExportBuilder<'fd> {
             .map_err(|errno| self.explain(errno))?;
         let info = LeaseInfo {
             bdf: self.handle.bdf,
-            region: self.bar,
+            bar: self.bar,
             size: LeaseInfo::sum(&ranges).unwrap_or(u64::MAX),
             ranges,
             memory_type: MemoryType::Nc,

@@ -54,6 +54,12 @@ pub use region::Region;
 pub use region::RegionKind;
 pub use reset::ResetMember;
 
+/// For `fuzzing`.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn parse_capabilities(answer: &[u8], first: u32) -> Option<usize> {
+    Some(caps::parse(answer, first).ok()?.len())
+}
+
 /// Index of config space.
 const CONFIG: u32 = vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
