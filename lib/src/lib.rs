@@ -218,6 +218,7 @@ pub use pass::Peer;
 pub use pass::Receiver;
 pub use pass::Sender;
 pub use registers::Bits;
+pub use registers::GuardedTypedRegister;
 pub use registers::RegisterArray;
 pub use registers::RegisterValue;
 pub use registers::TypedReadOnlyRegister;

@@ -33,6 +33,9 @@ pub use buffer::DmaBuffer;
 pub use buffer::DmaOptions;
 use iova::Iovas;
 
+/// Size of a large page of most IOMMUs.
+const HUGE: u64 = 2 << 20;
+
 /// Longest answer about an IOMMU that is believed.
 const MAX_INFO: u32 = 1 << 20;
 
@@ -558,11 +561,11 @@ impl Iommu {
                     (range.first <= last).then_some(IovaRange { last, ..range })
                 });
                 let below: Vec<IovaRange> = below.collect();
-                let huge = 2 << 20;
-                // So that the IOMMU can use large pages.
-                let align = if length >= huge { huge } else { limits.page };
-                iovas
-                    .take(&below, length, align.max(limits.page))
+                // So that the IOMMU can use large pages, where there is room for that.
+                let huge = (length >= HUGE)
+                    .then(|| iovas.take(&below, length, HUGE.max(limits.page)))
+                    .flatten();
+                huge.or_else(|| iovas.take(&below, length, limits.page))
                     .ok_or_else(|| failed("find an address", Errno::NOMEM))?
             }
         };
