@@ -217,7 +217,7 @@ pub struct Leases<'fd> {
 impl<'fd> Leases<'fd> {
     /// Those of the device that this descriptor is of.
     ///
-    /// Errors: [`Error::Unsupported`]: it is no device, or the kernel is older than 6.17; then use
+    /// Errors: [`Error::Unsupported`]: it is no device, or the kernel, an old one, does not say its address; then use
     /// [`Leases::of`].
     pub fn new(device: BorrowedFd<'fd>) -> Result<Self> {
         Ok(Self::of(device, bdf_of(device)?))

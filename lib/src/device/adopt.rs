@@ -35,8 +35,8 @@ impl Device {
     /// A device whose descriptor others keep is one they can still drive: share it on purpose only.
     /// For DMA say also [`Device::with_iommu`].
     ///
-    /// Errors: [`Error::Unsupported`]: it is no open device of VFIO's, or the kernel is older than
-    /// 6.17; then use [`Device::from_fd_of`].
+    /// Errors: [`Error::Unsupported`]: it is no open device of VFIO's, or the kernel, an old
+    /// one, does not say its address; then use [`Device::from_fd_of`].
     ///
     /// # Examples
     ///
