@@ -92,6 +92,7 @@ const CASES: &[(&str, Case)] = &[
     ("later and chained", later_handler_that_chains),
     ("again and again", handlers_again_and_again),
     ("default", default_action_set_later),
+    ("copy", another_copy_of_the_crate),
     ("blocked", blocked),
     ("blocked and touched", blocked_and_touched),
     ("in a handler", in_a_handler),
@@ -340,6 +341,43 @@ fn default_action_set_later() {
         install(libc::SIG_DFL, 0);
         assert!(!mapping.is_armed());
     }
+}
+
+#[test]
+fn another_copy_of_the_crate_is_left_in_place() {
+    finishes("copy");
+}
+
+/// It is known by its mask, and passes on. Two copies that took turns in putting themselves on top
+/// would come to an end of their entry points.
+fn another_copy_of_the_crate() {
+    let fake = Fake::new(SIZE);
+    let first = fake.guarded();
+    // SAFETY: all zeroes is a valid action.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_flags = libc::SA_SIGINFO;
+    action.sa_sigaction = chaining as *const () as usize;
+    action.sa_mask = all_signals();
+    for signal in [41, 43, 47, 53, 59] {
+        // SAFETY: the set is live.
+        unsafe { libc::sigdelset(&mut action.sa_mask, signal) };
+    }
+    // SAFETY: all zeroes is a valid action.
+    let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: both are live and complete.
+    unsafe { libc::sigaction(libc::SIGBUS, &action, &mut old) };
+    OLD.store(old.sa_sigaction, Ordering::SeqCst);
+    for _ in 0..100 {
+        let mapping = fake.guarded();
+        assert!(first.is_armed());
+        survives(&fake, &mapping);
+    }
+    assert_eq!(CALLS.load(Ordering::SeqCst), 200);
+    // The handler at the bottom sets the default action: ours is there again, for the next fault.
+    send();
+    assert!(first.is_armed());
+    survives(&fake, &first);
+    assert_eq!(CALLS.load(Ordering::SeqCst), 201);
 }
 
 // Masks.
