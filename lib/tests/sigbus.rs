@@ -554,9 +554,11 @@ fn locked_memory() {
         eprintln!("no right to lock memory: not tried");
         return;
     }
-    // The reserve of a mapping that is made now is not populated either.
-    let small = Fake::new(SIZE);
+    // A file that is mapped now is populated, but not the reserve of the mapping.
+    let small = Fake::new(32 << 20);
+    let before = status("VmRSS");
     let late = small.scratch();
+    assert!(status("VmRSS") < before + (48 << 20));
     fake.revoke();
     small.revoke();
     let (before, begin) = (status("VmRSS"), Instant::now());
