@@ -46,9 +46,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
                 guarded_register.write(black_box(7)).expect("not revoked");
             });
             batch.time("guarded block", None, SAMPLES, CALLS / 100, || {
-                guarded
-                    .copy_from(0, black_box(&page))
-                    .expect("not revoked");
+                guarded.copy_from(0, black_box(&page)).expect("not revoked");
             });
         }
         Side::Theirs => {
