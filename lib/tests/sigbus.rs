@@ -92,6 +92,7 @@ const CASES: &[(&str, Case)] = &[
     ("later and chained", later_handler_that_chains),
     ("again and again", handlers_again_and_again),
     ("default", default_action_set_later),
+    ("copy", another_copy_of_the_crate),
     ("blocked", blocked),
     ("blocked and touched", blocked_and_touched),
     ("in a handler", in_a_handler),
@@ -342,6 +343,43 @@ fn default_action_set_later() {
     }
 }
 
+#[test]
+fn another_copy_of_the_crate_is_left_in_place() {
+    finishes("copy");
+}
+
+/// It is known by its mask, and passes on. Two copies that took turns in putting themselves on top
+/// would come to an end of their entry points.
+fn another_copy_of_the_crate() {
+    let fake = Fake::new(SIZE);
+    let first = fake.guarded();
+    // SAFETY: all zeroes is a valid action.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_flags = libc::SA_SIGINFO;
+    action.sa_sigaction = chaining as *const () as usize;
+    action.sa_mask = all_signals();
+    for signal in [41, 43, 47, 53, 59] {
+        // SAFETY: the set is live.
+        unsafe { libc::sigdelset(&mut action.sa_mask, signal) };
+    }
+    // SAFETY: all zeroes is a valid action.
+    let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: both are live and complete.
+    unsafe { libc::sigaction(libc::SIGBUS, &action, &mut old) };
+    OLD.store(old.sa_sigaction, Ordering::SeqCst);
+    for _ in 0..100 {
+        let mapping = fake.guarded();
+        assert!(first.is_armed());
+        survives(&fake, &mapping);
+    }
+    assert_eq!(CALLS.load(Ordering::SeqCst), 200);
+    // The handler at the bottom sets the default action: ours is there again, for the next fault.
+    send();
+    assert!(first.is_armed());
+    survives(&fake, &first);
+    assert_eq!(CALLS.load(Ordering::SeqCst), 201);
+}
+
 // Masks.
 
 #[test]
@@ -516,9 +554,11 @@ fn locked_memory() {
         eprintln!("no right to lock memory: not tried");
         return;
     }
-    // The reserve of a mapping that is made now is not populated either.
-    let small = Fake::new(SIZE);
+    // A file that is mapped now is populated, but not the reserve of the mapping.
+    let small = Fake::new(32 << 20);
+    let before = status("VmRSS");
     let late = small.scratch();
+    assert!(status("VmRSS") < before + (48 << 20));
     fake.revoke();
     small.revoke();
     let (before, begin) = (status("VmRSS"), Instant::now());
