@@ -54,7 +54,8 @@
 //! Several devices, or several functions of one IOMMU group, share an [`Iommu`]:
 //! [`OpenOptions::iommu`]. A device that another crate or another process opened is taken over by
 //! [`Device::from_fd`]; for leases of it a borrowed descriptor is enough: [`Leases`]. Tests of a
-//! driver need no hardware: see the feature `fake`, and the examples of the crate for whole drivers.
+//! driver need no hardware: see the feature `fake`, and the examples of the crate for whole
+//! drivers.
 //!
 //! # Granting a lease
 //!
@@ -78,8 +79,9 @@
 //! # Holding a lease
 //!
 //! The holder needs no device and no privilege. A plain [`Mapping`] costs nothing and dies with
-//! SIGBUS when the lease is revoked; a [`GuardedMapping`] answers [`Error::Revoked`], and works again
-//! when the lease does. Its registers answer [`Lost`], which is small, and of which `?` makes that.
+//! SIGBUS when the lease is revoked; a [`GuardedMapping`] answers [`Error::Revoked`], and works
+//! again when the lease does. Its registers answer [`Lost`], which is small, and of which `?` makes
+//! that.
 //!
 //! ```no_run
 //! # fn example(socket: &std::os::unix::net::UnixStream) -> barlease::Result<()> {

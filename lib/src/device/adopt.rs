@@ -28,8 +28,8 @@ pub struct DeviceParts {
 }
 
 impl Device {
-    /// Takes over the descriptor of an open device: one that `VFIO_GROUP_GET_DEVICE_FD` answered, or
-    /// a character device that is bound to an iommufd and attached. Its address is asked of the
+    /// Takes over the descriptor of an open device: one that `VFIO_GROUP_GET_DEVICE_FD` answered,
+    /// or a character device that is bound to an iommufd and attached. Its address is asked of the
     /// kernel.
     ///
     /// A device whose descriptor others keep is one they can still drive: share it on purpose only.
@@ -98,8 +98,8 @@ impl Device {
     }
 
     /// Says which address space an adopted device is in: a container that has its group, or the
-    /// I/O address space that it is attached to. Nothing checks it; memory that is mapped in another
-    /// one is not there for the device.
+    /// I/O address space that it is attached to. Nothing checks it; memory that is mapped in
+    /// another one is not there for the device.
     #[must_use]
     pub fn with_iommu(mut self, iommu: &Iommu) -> Self {
         self.iommu = Some(iommu.clone());

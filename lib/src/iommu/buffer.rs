@@ -92,8 +92,8 @@ impl DmaOptions {
 
     /// Allocates at least `length` bytes of zeros, whole pages, and maps them.
     ///
-    /// Errors: as for [`Iommu::map_file`]; [`Error::Io`] with `ENOMEM`: no memory, no huge pages, or
-    /// over the limit of locked memory (`ulimit -l`).
+    /// Errors: as for [`Iommu::map_file`]; [`Error::Io`] with `ENOMEM`: no memory, no huge pages,
+    /// or over the limit of locked memory (`ulimit -l`).
     pub fn allocate(&self, iommu: &Iommu, length: u64) -> Result<DmaBuffer> {
         let failed = |errno| Error::from_errno("allocate memory for DMA", Object::Iommu, errno);
         let page = iommu.page_size()?.max(if self.huge { HUGE } else { 1 });

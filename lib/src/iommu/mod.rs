@@ -411,8 +411,8 @@ impl Iommu {
         lock(&self.inner.iovas).take_at(first, length)
     }
 
-    /// Maps bytes of a memfd, or of another file that is in memory, for devices; at `iova`, or where
-    /// there is room. Both numbers of the range and the address are multiples of
+    /// Maps bytes of a memfd, or of another file that is in memory, for devices; at `iova`, or
+    /// where there is room. Both numbers of the range and the address are multiples of
     /// [`Iommu::page_size`].
     ///
     /// Devices write to the file as other processes do that have mapped it.
@@ -495,9 +495,9 @@ impl Iommu {
     ///
     /// # Safety
     ///
-    /// Until the mapping is dropped, the memory stays mapped and belongs to nobody else, and devices
-    /// may read and, as `access` says, write it at any moment: there must be no reference to it
-    /// that this would break.
+    /// Until the mapping is dropped, the memory stays mapped and belongs to nobody else, and
+    /// devices may read and, as `access` says, write it at any moment: there must be no reference
+    /// to it that this would break.
     #[allow(
         unsafe_code,
         reason = "that nobody uses the memory is known to the caller only"
@@ -624,9 +624,9 @@ impl Place {
             let reason = "the file is not that long";
             return Err(Error::invalid("map", Object::Iommu, reason));
         }
-        // SAFETY: the window is of a file, mapped shared, to which nobody has references: what is in
-        // it changes like what another process writes. Its pages are pinned while devices have them,
-        // so they are not used for anything else even when the window goes first.
+        // SAFETY: the window is of a file, mapped shared, to which nobody has references: what is
+        // in it changes like what another process writes. Its pages are pinned while devices have
+        // them, so they are not used for anything else even when the window goes first.
         unsafe { self.map_memory(window.as_ptr(), access) }
     }
 
