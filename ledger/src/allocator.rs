@@ -111,7 +111,8 @@ impl Allocator {
         free
     }
 
-    /// Marks all units of the run as used that are units of this pool, whether they are free or not.
+    /// Marks all units of the run as used that are units of this pool, whether they are free or
+    /// not.
     pub fn occupy(&mut self, run: Run) {
         self.set(self.clipped(run), true);
     }
@@ -163,8 +164,8 @@ impl Allocator {
         Some(runs)
     }
 
-    /// Takes `count` units in one run: the first whose `first + offset` is a multiple of `align`, else
-    /// the first of all. `None` exactly if there is no such run.
+    /// Takes `count` units in one run: the first whose `first + offset` is a multiple of `align`,
+    /// else the first of all. `None` exactly if there is no such run.
     pub fn allocate_run(&mut self, count: u64, align: u64, offset: u64) -> Option<Run> {
         if count == 0 || count > self.free {
             return None;
@@ -174,6 +175,12 @@ impl Allocator {
             .or_else(|| self.first_run(count, 1, 0))?;
         self.set(run, true);
         Some(run)
+    }
+
+    /// Whether so many units are free in one run.
+    #[must_use]
+    pub fn has_run(&self, count: u64) -> bool {
+        count != 0 && self.first_run(count, 1, 0).is_some()
     }
 
     fn first_run(&self, count: u64, align: u64, offset: u64) -> Option<Run> {
@@ -306,7 +313,8 @@ mod tests {
             .any(|window| !window.contains(&true))
     }
 
-    /// Every state of up to 7 units that any operations lead to, and every operation in each of them.
+    /// Every state of up to 7 units that any operations lead to, and every operation in each of
+    /// them.
     #[test]
     fn in_every_state_of_a_small_pool_every_operation_does_what_it_says() {
         for units in 0..=7 {

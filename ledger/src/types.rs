@@ -130,7 +130,7 @@ impl Ranges {
     }
 }
 
-/// What a holder may do.
+/// The rights of a holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -164,7 +164,7 @@ pub struct Tph {
     pub hint: u8,
 }
 
-/// What ends a lease by itself. A time limit ends any of them.
+/// The end that a lease lives to by itself. A time limit ends any of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -204,7 +204,7 @@ pub struct Peer {
     pub claim: Option<Arc<str>>,
 }
 
-/// What is asked for.
+/// The object of a request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum What {
     /// So many bytes of a pool; all of it without a size.

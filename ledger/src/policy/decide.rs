@@ -17,13 +17,13 @@ use crate::types::Peer;
 /// May this peer have a lease of that kind of that pool?
 #[derive(Clone, Copy, Debug)]
 pub struct Question<'a> {
-    /// Who asks.
+    /// The peer that asks.
     pub peer: &'a Peer,
     /// Place of the pool in the policy.
     pub pool: usize,
     /// Rights.
     pub access: Access,
-    /// What ends it.
+    /// The end that it lives to.
     pub lifetime: Lifetime,
     /// Whether steering tags are to be set.
     pub steering_tags: bool,
@@ -41,7 +41,7 @@ pub struct Limits {
     pub bytes: Limit<u64>,
 }
 
-/// What the rules that allow something say together.
+/// The sum of the rules that allow something.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Terms {
     /// The first of the rules, by its number.
@@ -60,7 +60,7 @@ pub struct Terms {
     pub wait: Millis,
 }
 
-/// What a rule says to a question.
+/// A rule's answer to a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It allows it.
@@ -102,7 +102,7 @@ impl Policy {
         terms
     }
 
-    /// What each rule for the pool says, in their order.
+    /// The answer of each rule for the pool, in their order.
     #[must_use]
     pub fn explain(&self, question: &Question<'_>) -> Vec<(&Place, Outcome)> {
         let Some(pool) = self.pools.get(question.pool) else {

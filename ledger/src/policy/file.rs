@@ -87,7 +87,7 @@ pub(super) struct PoolTable {
     /// Leases are whole multiples of this.
     #[cfg_attr(feature = "schema", schemars(with = "Size"))]
     pub(super) unit: Spanned<Size>,
-    /// What lies there.
+    /// Its contents.
     #[serde(default)]
     pub(super) contents: Contents,
     /// Whether a lease must be one range; as a rule that of registers must, that of memory not.
@@ -97,15 +97,15 @@ pub(super) struct PoolTable {
     /// Whether it may be leased for writing.
     #[serde(default = "yes")]
     pub(super) writable: bool,
-    /// What is written to a range before it is leased; memory that is leased to one at a time only.
+    /// The bytes that clear a range before it is leased; for memory that is not shared only.
     #[cfg_attr(feature = "schema", schemars(with = "Option<Scrub>"))]
     pub(super) scrub: Option<Spanned<Scrub>>,
-    /// Who may have the same bytes at the same time.
+    /// How leases share bytes.
     #[serde(default)]
     pub(super) overlap: Overlap,
 }
 
-/// What lies in a pool.
+/// The contents of a pool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -117,8 +117,8 @@ pub enum Contents {
     Memory,
 }
 
-/// Who may have the same bytes at the same time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+/// How leases share bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub enum Overlap {
@@ -139,7 +139,7 @@ pub(super) struct AllowTable {
     /// Names or patterns of pools.
     #[cfg_attr(feature = "schema", schemars(with = "Vec<String>"))]
     pub(super) pools: Vec<Spanned<String>>,
-    /// Whom it allows: one of each key that is given must fit.
+    /// The peers that it allows: one of each key that is given must fit.
     #[cfg_attr(feature = "schema", schemars(with = "Who"))]
     pub(super) who: Spanned<Who>,
     /// With which rights at most.
@@ -150,7 +150,7 @@ pub(super) struct AllowTable {
     pub(super) max_bytes: Option<Size>,
     /// How long a lease lives at most; it can be renewed.
     pub(super) max_ttl: Option<Span>,
-    /// What may end a lease; else the connection.
+    /// The ends that a lease may live to; else the end of its connection.
     pub(super) lifetime: Option<Vec<Lifetime>>,
     /// How long before a lease is reclaimed its holder is told.
     pub(super) grace: Option<Span>,
@@ -162,7 +162,7 @@ pub(super) struct AllowTable {
     pub(super) steering_tags: bool,
 }
 
-/// Whom a rule allows.
+/// The peers that a rule allows.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -226,7 +226,7 @@ pub(super) enum Queue {
     Fifo(Millis),
 }
 
-/// What is written to a range before it is leased.
+/// The bytes that clear a range before it is leased.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Scrub {
     /// Nothing.

@@ -1,8 +1,9 @@
-//! Who may have what: drop-in files, read as one.
+//! The policy: drop-in files, read as one.
 //!
-//! Nothing is allowed but by a rule, and rules only add: a request is granted if one rule allows it.
-//! Where several do, each of their limits holds, so the smallest counts, while of what they give
-//! (grace, time in line) the largest does. A limit bounds what one [`Subject`] has of one pool.
+//! Nothing is allowed but by a rule, and rules only add: a request is granted if one rule allows
+//! it. Where several do, each of their limits holds, so the smallest counts, while of what they
+//! give (grace, time in line) the largest does. A limit bounds what one [`Subject`] has of one
+//! pool.
 
 mod decide;
 mod file;
@@ -35,9 +36,11 @@ use crate::types::Lifetime;
 use crate::types::MemoryType;
 use crate::types::Millis;
 
-/// Whose leases a limit counts: that of a rule which names claims is of a claim, of one that names
-/// units or control groups of a unit (of a control group, where no unit is known), and of any other of
-/// a user. Processes cannot choose any of them.
+/// The owner of the leases that a limit counts: a claim, for a rule that names claims; a unit, for
+/// one that names units or control groups; else a user.
+///
+/// Processes cannot choose any of them. Where no unit is known the control group takes its place,
+/// and that a process can divide if it was delegated to it: there name users or claims.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Subject {
     /// A user.
@@ -71,7 +74,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// What is wrong with a policy file.
+/// A fault of a policy file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{place}: {}{message}", Key(key))]
 pub struct PolicyError {
@@ -145,9 +148,9 @@ pub struct Pool {
     pub memory_types: Vec<MemoryType>,
     /// Whether it may be leased for writing.
     pub writable: bool,
-    /// What is written to a range before it is leased; not of registers, nor of what is shared.
+    /// The bytes that clear a range before it is leased; not of registers, nor of shared bytes.
     pub scrub: Scrub,
-    /// Who may have the same bytes at the same time.
+    /// How leases share bytes.
     pub overlap: Overlap,
 }
 
@@ -184,6 +187,12 @@ pub struct Policy {
     /// By pool.
     indexes: Vec<Index>,
     revoke: bool,
+}
+
+/// For the checker of every order: the policy of a world does not change.
+#[cfg(test)]
+impl std::hash::Hash for Policy {
+    fn hash<H: std::hash::Hasher>(&self, _: &mut H) {}
 }
 
 /// The unit of everything: pages of the smallest size.

@@ -13,7 +13,7 @@ impl Pattern {
         &self.0
     }
 
-    /// What every name that matches begins with.
+    /// The beginning of every name that matches.
     pub(super) fn prefix(&self) -> &str {
         let end = self.0.find(['*', '?']).unwrap_or(self.0.len());
         &self.0[..end]
@@ -25,7 +25,8 @@ impl Pattern {
         let pattern = self.0.as_bytes();
         let name = name.as_bytes();
         let (mut p, mut n) = (0, 0);
-        // Where to go on in the pattern, and the first byte of the name that the star has not eaten.
+        // Where to go on in the pattern, and the first byte of the name that the star has not
+        // eaten.
         let mut star = None;
         let mut double = None;
         loop {
