@@ -297,29 +297,44 @@ fn push(rules: &mut Vec<u32>, number: u32) {
     }
 }
 
-/// Rules by what the names that they are for begin with.
+/// Rules by how the names that they are for begin, or, where the pattern does not say, end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Prefixes {
-    rules: BTreeMap<Box<str>, Vec<u32>>,
-    longest: usize,
+    begin: BTreeMap<Box<str>, Vec<u32>>,
+    end: BTreeMap<Box<str>, Vec<u32>>,
+    /// Bytes of the longest key of each.
+    longest: (usize, usize),
 }
 
 impl Prefixes {
     fn add(&mut self, patterns: &[Pattern], number: u32) {
         for pattern in patterns {
-            let prefix = pattern.prefix();
-            self.longest = self.longest.max(prefix.len());
-            push(self.rules.entry(prefix.into()).or_default(), number);
+            let (map, longest, key) = match pattern.prefix() {
+                "" => (&mut self.end, &mut self.longest.1, pattern.suffix()),
+                prefix => (&mut self.begin, &mut self.longest.0, prefix),
+            };
+            *longest = key.len().max(*longest);
+            push(map.entry(key.into()).or_default(), number);
         }
     }
 
     fn find(&self, name: &str, all: &mut impl FnMut(&[u32])) {
-        if self.rules.is_empty() || name.is_empty() {
+        if name.is_empty() {
             return;
         }
-        for end in 0..=name.len().min(self.longest) {
-            if let Some(rules) = name.get(..end).and_then(|prefix| self.rules.get(prefix)) {
-                all(rules);
+        if !self.begin.is_empty() {
+            for length in 1..=name.len().min(self.longest.0) {
+                if let Some(rules) = name.get(..length).and_then(|key| self.begin.get(key)) {
+                    all(rules);
+                }
+            }
+        }
+        if !self.end.is_empty() {
+            for length in 0..=name.len().min(self.longest.1) {
+                let key = name.get(name.len() - length..);
+                if let Some(rules) = key.and_then(|key| self.end.get(key)) {
+                    all(rules);
+                }
             }
         }
     }

@@ -19,6 +19,12 @@ impl Pattern {
         &self.0[..end]
     }
 
+    /// The end of every name that matches.
+    pub(super) fn suffix(&self) -> &str {
+        let begin = self.0.rfind(['*', '?']).map_or(0, |at| at + 1);
+        &self.0[begin..]
+    }
+
     /// Whether the name matches. Takes time in proportion to the lengths' product at most, whatever
     /// the pattern: of each kind of star only the last one met is tried again.
     pub(super) fn matches(&self, name: &str) -> bool {
@@ -126,9 +132,10 @@ mod tests {
         }
 
         #[test]
-        fn what_matches_begins_with_the_prefix(pattern in "[ab/*?]{0,6}", name in "[ab/]{0,6}") {
+        fn what_matches_begins_and_ends_as_the_pattern_does(pattern in "[ab/*?]{0,6}", name in "[ab/]{0,6}") {
             let pattern = Pattern::new(&pattern);
-            prop_assert!(!pattern.matches(&name) || name.starts_with(pattern.prefix()));
+            let fits = name.starts_with(pattern.prefix()) && name.ends_with(pattern.suffix());
+            prop_assert!(!pattern.matches(&name) || fits);
         }
     }
 }

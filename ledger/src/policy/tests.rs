@@ -422,8 +422,12 @@ proptest! {
     ) {
         let mut text = String::new();
         for (kind, number, star, leases) in rules {
-            let pattern = ["a", "ab", "b", ""][number as usize].to_owned()
-                + if star { "*" } else { "" };
+            let literal = ["a", "ab", "b", ""][number as usize];
+            let pattern = match (star, leases % 2) {
+                (true, 0) => format!("{literal}*"),
+                (true, _) => format!("*{literal}"),
+                (false, _) => literal.to_owned(),
+            };
             let who = match kind {
                 0 => format!("user = {number}"),
                 1 => format!("group = [{number}, 9]"),
