@@ -1,4 +1,4 @@
-//! The varlink interface `io.barlease.Leases` of the service `barleased`, as [IDL](IDL), as types,
+//! The varlink interface `io.barlease.Leases` of the service `barleased`, as [IDL], as types,
 //! and as a small blocking [`Client`].
 //!
 //! Varlink is JSON over a unix stream socket, each message ended by a NUL byte. File descriptors

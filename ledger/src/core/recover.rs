@@ -115,7 +115,7 @@ impl Core {
     /// | granted, end begun | alive | goes on to its end, with the same deadline |
     /// | granted | dead, draining | is revoked: its range stays taken until it has drained |
     /// | granted | dead, or not there | is over |
-    /// | intended | a living or draining buffer of that shape that nobody knows | the buffer is revoked, and the range stays taken until it has drained |
+    /// | intended | a living or draining buffer of that shape that nobody knows | the buffer is revoked, and the range (of each such lease) stays taken until it has drained |
     /// | intended | none | is over |
     /// | nothing | alive or draining | the buffer is revoked; nothing of its BAR is granted until it has drained |
     ///
