@@ -36,7 +36,7 @@ use kernel::{
     str::BStr,
     sync::{
         Arc, ArcBorrow,
-        atomic::{Atomic, Full, Relaxed},
+        atomic::{Acquire, Atomic, Full, Relaxed},
     },
     time::{Delta, delay::fsleep},
 };
@@ -74,6 +74,8 @@ pub(crate) struct Buffer {
     access: u32,
     /// Whether it was revoked for good: 1, or 0.
     revoked: Atomic<u32>,
+    /// Whether its importers were told of that, and its fences looked at: 1, or 0.
+    told: Atomic<u32>,
     /// Held by a fault from its look at the state until its entry is in, so who takes memory away waits for the faults of
     /// this buffer, and not for those of others.
     #[pin]
@@ -174,6 +176,7 @@ impl Buffer {
                     internal: internal.is_some(),
                     access: flags & bindings::O_ACCMODE,
                     revoked: Atomic::new(0),
+                    told: Atomic::new(0),
                     gate <- RwSem::new(()),
                     memattr: Atomic::new(memattr_of(memory_type)),
                     vmas: Atomic::new(0),
@@ -231,6 +234,8 @@ impl Buffer {
                 self.revocation.arm(fence);
             }
         }
+        self.told.xchg(1, Full);
+        self.leases.notify();
         Ok(())
     }
 
@@ -255,14 +260,21 @@ impl Buffer {
     }
 
     /// Whether it is dead, and an importer that it had before has yet to end what it does or to undo
-    /// its mapping.
+    /// its mapping, or nobody has looked yet whether one has.
     pub(crate) fn is_draining(&self) -> bool {
-        self.state() == State::Dead && (self.revocation.pending().any() || self.mappings.any())
+        let unknown = self.is_revoked() && !self.is_told();
+        let any = || self.revocation.pending().any() || self.mappings.any();
+        self.state() == State::Dead && (unknown || any())
     }
 
     /// Whether it was revoked for good.
     pub(crate) fn is_revoked(&self) -> bool {
         peek(&self.revoked) != 0
+    }
+
+    /// Whether what its importers have to do since it was revoked is known to [`Self::wait`].
+    pub(crate) fn is_told(&self) -> bool {
+        self.told.load(Acquire) != 0
     }
 
     /// Whether it is accessible. For whom that holds how long is said in [`leases`](crate::leases).
@@ -400,7 +412,7 @@ impl Buffer {
         let live = self.live.lock();
         let (name, importers) = (live.name(), live.importers());
         drop(live);
-        if !self.leases.may_log() {
+        if !self.leases.may_complain() {
             return;
         }
         let name = BStr::from_bytes(name.split(|&byte| byte == 0).next().unwrap_or(&[]));
@@ -686,9 +698,9 @@ unsafe impl Exporter for Buffer {
     fn unmap(&self, importer: &mut Importer<'_>, mapped: Mapped) {
         importer.unmap(mapped);
         self.mappings.end();
-        // The reservation lock is held, which a revocation takes to tell importers: it has, or will find
-        // no mapping.
-        if self.is_revoked() {
+        // The reservation lock is held, which whoever takes memory away takes to tell importers: it has,
+        // or will find no mapping. A buffer whose device was pulled out drains, too.
+        if !self.is_reachable() {
             self.leases.notify();
         }
     }
