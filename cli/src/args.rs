@@ -203,10 +203,12 @@ impl TphArgs {
         let asked = self.steering_tag.is_some()
             || self.steering_tag_ext.is_some()
             || self.processing_hint.is_some();
-        asked.then(|| barlease::Tph {
-            steering_tag: self.steering_tag,
-            steering_tag_ext: self.steering_tag_ext,
-            processing_hint: self.processing_hint.unwrap_or_default(),
+        asked.then(|| {
+            let mut tph = barlease::Tph::new();
+            tph.steering_tag = self.steering_tag;
+            tph.steering_tag_ext = self.steering_tag_ext;
+            tph.processing_hint = self.processing_hint.unwrap_or_default();
+            tph
         })
     }
 }

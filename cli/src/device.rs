@@ -86,7 +86,7 @@ fn print_devices(devices: &[PciDevice]) -> Result<(), Failure> {
 /// What only the open device says.
 #[derive(Serialize)]
 struct Opened {
-    backend: barlease::Backend,
+    backend: Option<barlease::Backend>,
     regions: Vec<Region>,
     features: Features,
 }
@@ -136,7 +136,7 @@ fn show(pci: &Pci, bdf: Bdf, output: Output) -> Result<(), Failure> {
     print(&regions)?;
     writeln!(out)?;
     let mut features = table(["FEATURE", "SUPPORTED"]);
-    for (name, supported) in opened.features.list() {
+    for (name, supported) in opened.features.iter() {
         features.add_row([name, if supported { "yes" } else { "no" }]);
     }
     Ok(print(&features)?)

@@ -186,7 +186,7 @@ fn lease(adapter: &Adapter, rows: &[Range<usize>]) -> Result<Lease> {
     let mut export = adapter.device.export(FRAME_BUFFER).writable();
     for rows in rows {
         let offset = (rows.start * PITCH) as u64;
-        export = export.range(offset, (rows.len() * PITCH) as u64);
+        export = export.range(offset..offset + (rows.len() * PITCH) as u64);
     }
     Ok(export.export()?)
 }

@@ -125,6 +125,12 @@ impl Group {
         group
     }
 
+    /// The container.
+    #[must_use]
+    pub fn container(&self) -> BorrowedFd<'_> {
+        self.container.as_fd()
+    }
+
     /// Opens the group of another function, in the same container.
     ///
     /// # Panics

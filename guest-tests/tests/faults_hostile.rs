@@ -103,7 +103,8 @@ fn a_process_that_has_turned_off_huge_pages_gets_large_entries_of_device_memory(
     Child::start(&[], |_| {
         process::turn_off_huge_pages();
         let faults = observe::faults_of(|| map.touch_all().expect("a load"));
-        assert!(faults <= 4, "{faults} faults");
+        // And some of the child's own memory, which it shares with its parent at first.
+        assert!((4..32).contains(&faults), "{faults} faults");
         for at in [0, HUGE + PAGE, 4 * HUGE - PAGE] {
             let entry = probe::entry(&map, at).expect("an entry");
             assert_eq!(entry.size, HUGE, "{entry:?}");

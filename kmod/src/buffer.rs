@@ -74,8 +74,6 @@ pub(crate) struct Buffer {
     access: u32,
     /// Whether it was revoked for good: 1, or 0.
     revoked: Atomic<u32>,
-    /// Whether its importers were told of that, and its fences looked at: 1, or 0.
-    told: Atomic<u32>,
     /// Held by a fault from its look at the state until its entry is in, so who takes memory away waits for the faults of
     /// this buffer, and not for those of others.
     #[pin]
@@ -96,6 +94,9 @@ pub(crate) struct Buffer {
     /// The fences that it had when it was revoked.
     #[pin]
     revocation: FenceWatch,
+    /// Whether its importers have been told that it was revoked, and `revocation` has its fences: 1, or
+    /// 0. From then on no mapping of it can be in the making.
+    told: Atomic<u32>,
     /// Whether nobody waits for the importers that it had when it was revoked.
     left: Flag,
     /// Locked by what looks at the dma-buf; its release locks it first.
@@ -176,7 +177,6 @@ impl Buffer {
                     internal: internal.is_some(),
                     access: flags & bindings::O_ACCMODE,
                     revoked: Atomic::new(0),
-                    told: Atomic::new(0),
                     gate <- RwSem::new(()),
                     memattr: Atomic::new(memattr_of(memory_type)),
                     vmas: Atomic::new(0),
@@ -186,6 +186,7 @@ impl Buffer {
                     inode: dmabuf.inode(),
                     links: Links::new(),
                     revocation <- FenceWatch::new(Some(leases.events().clone())),
+                    told: Atomic::new(0),
                     left: Flag::new(),
                     live <- dmabuf.live(Guarded { tph: Tph::NONE }),
                 }),
@@ -239,6 +240,12 @@ impl Buffer {
         Ok(())
     }
 
+    /// Whether it was revoked for good, and what it drains is counted. Until then an importer may be
+    /// about to count a mapping that it has made.
+    pub(crate) fn is_told(&self) -> bool {
+        self.told.load(Acquire) != 0
+    }
+
     /// Waits until it drains no more. `EINTR` when a fatal signal comes meanwhile.
     pub(crate) fn wait_killable(&self) -> Result {
         for outstanding in [self.revocation.pending(), &self.mappings] {
@@ -270,11 +277,6 @@ impl Buffer {
     /// Whether it was revoked for good.
     pub(crate) fn is_revoked(&self) -> bool {
         peek(&self.revoked) != 0
-    }
-
-    /// Whether what its importers have to do since it was revoked is known to [`Self::wait`].
-    pub(crate) fn is_told(&self) -> bool {
-        self.told.load(Acquire) != 0
     }
 
     /// Whether it is accessible. For whom that holds how long is said in [`leases`](crate::leases).

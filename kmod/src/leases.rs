@@ -435,9 +435,9 @@ impl Leases {
     /// Tells the importers of every buffer, and then waits for the fences that were there and for the
     /// mappings that have to go.
     ///
-    /// A fence that somebody adds later is not waited for, so nobody can make this last for ever. A
-    /// buffer that was revoked has been told, and its fences were looked at then: what is left of that
-    /// is waited for. One that is being revoked just now is told here, too.
+    /// A fence that somebody adds later is not waited for, so nobody can make this last for ever. The
+    /// importers of a buffer that was revoked have been told, and its fences were looked at then: what is
+    /// left of that is waited for, and nothing that a holder adds to a dead lease.
     #[inline(never)]
     fn drain_importers(&self, wait: Wait) {
         let mut fences = KVVec::new();

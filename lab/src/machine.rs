@@ -250,7 +250,7 @@ impl Preset {
         // Cargo adds `-` and a hash.
         match binary.rsplit_once('-').map_or(binary, |(name, _)| name) {
             "command" | "door" | "splits" | "tph" | "witness" => Self::Device,
-            "aer" | "removal" => Self::Ports,
+            "aer" | "driver" | "removal" => Self::Ports,
             "random" => Self::Random,
             "nopat" => Self::NoPat,
             "fault_injection" => Self::Tracked,

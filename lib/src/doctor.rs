@@ -351,7 +351,7 @@ fn iommu(pci: &Pci) -> Check {
     fail(
         "iommu",
         "off: there are no IOMMU groups",
-        "turn it on in the firmware and boot with intel_iommu=on or amd_iommu=on",
+        "turn it on in the firmware and boot an Intel machine with intel_iommu=on",
     )
 }
 

@@ -1,9 +1,9 @@
 //! What can go wrong, and what to do about it.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::Path;
-use std::path::PathBuf;
 
 use rustix::io::Errno;
 
@@ -19,6 +19,7 @@ pub enum Object {
     /// A PCI function.
     Device(Bdf),
     /// A VFIO region of a device.
+    #[non_exhaustive]
     Region {
         /// The device.
         bdf: Bdf,
@@ -26,31 +27,41 @@ pub enum Object {
         index: u32,
     },
     /// A lease, with its origin as far as it is known.
+    #[non_exhaustive]
     Lease {
         /// The device.
         bdf: Option<Bdf>,
         /// The BAR.
-        region: Option<u32>,
+        bar: Option<u32>,
     },
-    /// A mapping of a lease or a BAR.
+    /// A mapping of a lease or a BAR, or a part of one.
+    #[non_exhaustive]
     Mapping {
-        /// Where the mapping begins in the lease or BAR, in bytes.
+        /// Where it begins in the lease or BAR, in bytes.
         offset: u64,
         /// Length in bytes.
         length: u64,
     },
     /// A file, device node or sysfs attribute.
-    File(PathBuf),
+    File(Box<Path>),
     /// The connection over which a lease is passed.
     Socket,
     /// An environment variable.
-    Variable(String),
+    Variable(Box<str>),
+    /// This process: its signal handlers, limits and the like.
+    Process,
+    /// An eventfd.
+    Event,
+    /// A VFIO container, or an iommufd with its I/O address space.
+    Iommu,
+    /// A lease that is known by its id only.
+    LeaseId(crate::LeaseId),
 }
 
 impl Object {
     /// A file.
     pub(crate) fn file(path: impl AsRef<Path>) -> Self {
-        Self::File(path.as_ref().to_owned())
+        Self::File(path.as_ref().into())
     }
 }
 
@@ -61,21 +72,38 @@ impl fmt::Display for Object {
             Self::Region { bdf, index } => write!(f, "{bdf} region {index}"),
             Self::Lease {
                 bdf: Some(bdf),
-                region: Some(region),
-            } => write!(f, "lease of {bdf} BAR {region}"),
+                bar: Some(bar),
+            } => write!(f, "lease of {bdf} BAR {bar}"),
             Self::Lease { .. } => f.write_str("lease"),
             Self::Mapping { offset, length } => {
-                write!(f, "mapping of {length:#x} bytes at offset {offset:#x}")
+                write!(f, "{length:#x} mapped bytes at offset {offset:#x}")
             }
             Self::File(path) => write!(f, "{}", path.display()),
             Self::Socket => f.write_str("socket"),
             Self::Variable(name) => write!(f, "${name}"),
+            Self::Process => f.write_str("this process"),
+            Self::Event => f.write_str("eventfd"),
+            Self::Iommu => f.write_str("IOMMU"),
+            Self::LeaseId(id) => write!(f, "lease {id}"),
         }
     }
 }
 
+/// An access through a [`GuardedRegister`](crate::GuardedRegister) that did not reach the device,
+/// because the lease is revoked: [`Error::Revoked`], small enough for the fast path.
+///
+/// `?` makes an [`Error`] of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("access: offset {offset:#x}: revoked")]
+#[non_exhaustive]
+pub struct Lost {
+    /// Offset of the access in the lease or BAR, in bytes.
+    pub offset: u64,
+}
+
 /// A device that keeps an IOMMU group from being viable.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
 pub struct GroupMember {
     /// The device.
     pub bdf: Bdf,
@@ -91,6 +119,7 @@ pub struct GroupMember {
 #[non_exhaustive]
 pub enum Error {
     /// There is no such PCI function.
+    #[non_exhaustive]
     #[error("open: {bdf}: no such PCI device")]
     NoDevice {
         /// The address that was asked for.
@@ -98,6 +127,7 @@ pub enum Error {
     },
 
     /// The device is not bound to a vfio driver.
+    #[non_exhaustive]
     #[error("open: {bdf}: {}", not_bound(driver.as_deref()))]
     NotBound {
         /// The device.
@@ -107,6 +137,7 @@ pub enum Error {
     },
 
     /// The device is in no IOMMU group, so VFIO cannot isolate it.
+    #[non_exhaustive]
     #[error("open: {bdf}: the device is in no IOMMU group")]
     NoIommuGroup {
         /// The device.
@@ -114,6 +145,7 @@ pub enum Error {
     },
 
     /// Other devices of the IOMMU group are bound to host drivers.
+    #[non_exhaustive]
     #[error(
         "open: {bdf}: IOMMU group {group} is not viable because of {}",
         members(others)
@@ -128,6 +160,7 @@ pub enum Error {
     },
 
     /// Permission is missing (`EACCES`, `EPERM`).
+    #[non_exhaustive]
     #[error("{operation}: {object}")]
     Denied {
         /// What was attempted.
@@ -135,23 +168,27 @@ pub enum Error {
         /// On what.
         object: Object,
         /// How to get permission, where known.
-        remedy: Option<String>,
+        remedy: Option<Cow<'static, str>>,
         /// The kernel's answer.
         source: io::Error,
     },
 
     /// Somebody else uses it (`EBUSY`).
+    #[non_exhaustive]
     #[error("{operation}: {object}")]
     Busy {
         /// What was attempted.
         operation: &'static str,
         /// On what.
         object: Object,
+        /// How to get hold of it, where known.
+        remedy: Option<Cow<'static, str>>,
         /// The kernel's answer.
         source: io::Error,
     },
 
     /// The driver, kernel, device or platform does not have this feature.
+    #[non_exhaustive]
     #[error("{operation}: {object}: not supported")]
     Unsupported {
         /// What was attempted.
@@ -159,30 +196,38 @@ pub enum Error {
         /// On what.
         object: Object,
         /// What would make it work.
-        remedy: String,
+        remedy: Cow<'static, str>,
+        /// The kernel's answer, if it was asked.
+        source: Option<io::Error>,
     },
 
-    /// The lease is inaccessible for now: [`GuardedMapping::recover`](crate::GuardedMapping::recover)
-    /// or a later attempt may succeed. Of an access to a mapping: it was lost; a read value must
+    /// The lease is inaccessible for now, or for good: a later attempt may succeed. Of an access to a mapping: it was lost; a read value must
     /// not be used, a written value may or may not have reached the device.
+    #[non_exhaustive]
     #[error("{operation}: {object}: revoked")]
     Revoked {
         /// What was attempted.
         operation: &'static str,
         /// On what.
         object: Object,
+        /// The kernel's answer, if it was asked.
+        source: Option<io::Error>,
     },
 
     /// The lease is inaccessible for ever: revoked by its owner, or its owner closed the device.
+    #[non_exhaustive]
     #[error("{operation}: {object}: revoked for good")]
     Dead {
         /// What was attempted.
         operation: &'static str,
         /// On what.
         object: Object,
+        /// The kernel's answer, if it was asked.
+        source: Option<io::Error>,
     },
 
     /// The lease is not one of this device since it was opened.
+    #[non_exhaustive]
     #[error(
         "{operation}: {object}: the lease is of another device, or of an earlier open of this one"
     )]
@@ -191,18 +236,24 @@ pub enum Error {
         operation: &'static str,
         /// On what.
         object: Object,
+        /// The kernel's answer, if it was asked.
+        source: Option<io::Error>,
     },
 
     /// The file descriptor is not a dma-buf that the barlease module exported.
+    #[non_exhaustive]
     #[error("{operation}: {object}: not a lease made by the barlease module")]
     NotALease {
         /// What was attempted.
         operation: &'static str,
         /// On what.
         object: Object,
+        /// The kernel's answer, if it was asked.
+        source: Option<io::Error>,
     },
 
     /// An access that goes past the end.
+    #[non_exhaustive]
     #[error("{object}: {length:#x} bytes at offset {offset:#x} are out of bounds")]
     OutOfBounds {
         /// What was accessed.
@@ -214,6 +265,7 @@ pub enum Error {
     },
 
     /// An access whose address is not aligned as its width asks for.
+    #[non_exhaustive]
     #[error("{object}: offset {offset:#x} is not aligned to {align} bytes")]
     Misaligned {
         /// What was accessed.
@@ -225,6 +277,7 @@ pub enum Error {
     },
 
     /// A write through something that may only be read.
+    #[non_exhaustive]
     #[error("{operation}: {object}: read-only")]
     ReadOnly {
         /// What was attempted.
@@ -234,6 +287,7 @@ pub enum Error {
     },
 
     /// An argument that cannot be right.
+    #[non_exhaustive]
     #[error("{operation}: {object}: {reason}")]
     Invalid {
         /// What was attempted.
@@ -241,10 +295,13 @@ pub enum Error {
         /// On what.
         object: Object,
         /// What is wrong.
-        reason: String,
+        reason: Cow<'static, str>,
+        /// The kernel's answer, if it was asked.
+        source: Option<io::Error>,
     },
 
     /// The peer or the kernel sent something that is not understood.
+    #[non_exhaustive]
     #[error("{operation}: {object}: {reason}")]
     Malformed {
         /// What was attempted.
@@ -252,10 +309,13 @@ pub enum Error {
         /// On what.
         object: Object,
         /// What is wrong with it.
-        reason: String,
+        reason: Cow<'static, str>,
+        /// The cause, if there is one.
+        source: Option<io::Error>,
     },
 
     /// Any other failure.
+    #[non_exhaustive]
     #[error("{operation}: {object}")]
     Io {
         /// What was attempted.
@@ -306,6 +366,7 @@ impl Error {
             Some(Errno::BUSY) => Self::Busy {
                 operation,
                 object,
+                remedy: None,
                 source,
             },
             _ => Self::Io {
@@ -316,10 +377,109 @@ impl Error {
         }
     }
 
-    /// Says how to get permission, if that is what is missing.
-    pub(crate) fn with_remedy(mut self, text: impl Into<String>) -> Self {
-        if let Self::Denied { remedy, .. } = &mut self {
+    /// An argument that cannot be right.
+    pub(crate) fn invalid(
+        operation: &'static str,
+        object: Object,
+        reason: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self::Invalid {
+            operation,
+            object,
+            reason: reason.into(),
+            source: None,
+        }
+    }
+
+    /// An answer or a message that is not understood.
+    pub(crate) fn malformed(
+        operation: &'static str,
+        object: Object,
+        reason: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self::Malformed {
+            operation,
+            object,
+            reason: reason.into(),
+            source: None,
+        }
+    }
+
+    /// A feature that is not there. The cause, if the kernel said so, goes in with
+    /// [`Error::because`].
+    pub(crate) fn unsupported(
+        operation: &'static str,
+        object: Object,
+        remedy: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self::Unsupported {
+            operation,
+            object,
+            remedy: remedy.into(),
+            source: None,
+        }
+    }
+
+    /// A lease that is revoked for good.
+    pub(crate) fn dead(operation: &'static str, object: Object) -> Self {
+        Self::Dead {
+            operation,
+            object,
+            source: None,
+        }
+    }
+
+    /// A lease of another device.
+    pub(crate) fn wrong_device(operation: &'static str, object: Object) -> Self {
+        Self::WrongDevice {
+            operation,
+            object,
+            source: None,
+        }
+    }
+
+    /// Something that is no lease of ours.
+    pub(crate) fn not_a_lease(operation: &'static str, object: Object) -> Self {
+        Self::NotALease {
+            operation,
+            object,
+            source: None,
+        }
+    }
+
+    /// Says how to get permission or hold of it, if that is what is missing.
+    pub(crate) fn with_remedy(mut self, text: impl Into<Cow<'static, str>>) -> Self {
+        if let Self::Denied { remedy, .. } | Self::Busy { remedy, .. } = &mut self {
             *remedy = Some(text.into());
+        }
+        self
+    }
+
+    /// Adds the errno that the kernel answered.
+    pub(crate) fn because(self, errno: Errno) -> Self {
+        self.because_of(errno.into())
+    }
+
+    /// Adds the cause.
+    pub(crate) fn because_of(mut self, cause: io::Error) -> Self {
+        match &mut self {
+            Self::Unsupported { source, .. }
+            | Self::Revoked { source, .. }
+            | Self::Dead { source, .. }
+            | Self::WrongDevice { source, .. }
+            | Self::NotALease { source, .. }
+            | Self::Invalid { source, .. }
+            | Self::Malformed { source, .. } => *source = Some(cause),
+            Self::Denied { source, .. } | Self::Busy { source, .. } | Self::Io { source, .. } => {
+                *source = cause;
+            }
+            Self::NoDevice { .. }
+            | Self::NotBound { .. }
+            | Self::NoIommuGroup { .. }
+            | Self::GroupNotViable { .. }
+            | Self::OutOfBounds { .. }
+            | Self::Misaligned { .. }
+            | Self::ReadOnly { .. } => {}
         }
         self
     }
@@ -327,35 +487,47 @@ impl Error {
     /// The errno that the kernel answered, if it is the cause.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
-        match self {
-            Self::Denied { source, .. } | Self::Busy { source, .. } | Self::Io { source, .. } => {
-                source.raw_os_error()
-            }
-            _ => None,
-        }
+        std::error::Error::source(self)?
+            .downcast_ref::<io::Error>()?
+            .raw_os_error()
     }
 
     /// What to do about it, where known.
     #[must_use]
-    pub fn remedy(&self) -> Option<String> {
+    pub fn remedy(&self) -> Option<Cow<'_, str>> {
         match self {
-            Self::NoDevice { .. } => Some("`barlease device` lists them".to_owned()),
-            Self::NotBound { bdf, .. } => Some(format!("run `barlease device bind {bdf}`")),
+            Self::NoDevice { .. } => Some("`barlease device` lists them".into()),
+            Self::NotBound { bdf, .. } => Some(format!("run `barlease device bind {bdf}`").into()),
             Self::NoIommuGroup { .. } => Some(
-                "turn the IOMMU on, in the firmware and with intel_iommu=on or amd_iommu=on"
-                    .to_owned(),
+                "turn the IOMMU on: in the firmware, and for Intel's with intel_iommu=on".into(),
             ),
             Self::GroupNotViable { others, .. } => {
                 let list: Vec<String> = others.iter().map(|o| o.bdf.to_string()).collect();
-                Some(format!(
-                    "bind every device of the group to a vfio driver: `barlease device bind {}`",
-                    list.join(" ")
-                ))
+                let list = list.join(" ");
+                Some(
+                    format!(
+                        "bind every device of the group to a vfio driver: \
+                         `barlease device bind {list}`"
+                    )
+                    .into(),
+                )
             }
-            Self::Denied { remedy, .. } => remedy.clone(),
-            Self::Busy { .. } => Some("another process has it open".to_owned()),
-            Self::Unsupported { remedy, .. } => Some(remedy.clone()),
-            Self::Dead { .. } => Some("ask the owner for a new lease".to_owned()),
+            Self::Denied { remedy, .. } => remedy.as_deref().map(Cow::Borrowed),
+            Self::Busy { remedy, object, .. } => Some(match (remedy, object) {
+                (Some(remedy), _) => Cow::Borrowed(remedy.as_ref()),
+                (None, Object::File(path)) => format!(
+                    "`fuser -v {}` names the process that has it",
+                    path.display()
+                )
+                .into(),
+                (None, _) => "one process at a time can have it open: \
+                     `fuser -v /dev/vfio/* /dev/vfio/devices/*` names the one"
+                    .into(),
+            }),
+            Self::Unsupported { remedy, .. } => Some(Cow::Borrowed(remedy)),
+            Self::Revoked { .. } => Some("try again when the lease is back".into()),
+            Self::Dead { .. } => Some("ask the owner for a new lease".into()),
+            Self::WrongDevice { .. } => Some("use the device that exported the lease".into()),
             _ => None,
         }
     }
@@ -363,6 +535,20 @@ impl Error {
     /// The operation, the object, the whole chain of causes and the remedy, on one line.
     pub fn report(&self) -> impl fmt::Display + '_ {
         Report(self)
+    }
+}
+
+impl From<Lost> for Error {
+    #[cold]
+    fn from(lost: Lost) -> Self {
+        Self::Revoked {
+            operation: "access",
+            object: Object::Mapping {
+                offset: lost.offset,
+                length: 0,
+            },
+            source: None,
+        }
     }
 }
 
@@ -395,9 +581,42 @@ mod tests {
         assert!(report.starts_with("open: /dev/vfio/1: "), "{report}");
         assert_eq!(report.matches("busy").count(), 1, "{report}");
         assert!(
-            report.ends_with("(another process has it open)"),
+            report.ends_with("(`fuser -v /dev/vfio/1` names the process that has it)"),
             "{report}"
         );
+    }
+
+    #[test]
+    fn every_kind_that_the_kernel_can_cause_keeps_the_errno() {
+        let object = || Object::Socket;
+        for error in [
+            Error::from_errno("x", object(), Errno::NODEV),
+            Error::from_errno("x", object(), Errno::PERM),
+            Error::dead("x", object()).because(Errno::NODEV),
+            Error::wrong_device("x", object()).because(Errno::NODEV),
+            Error::not_a_lease("x", object()).because(Errno::INVAL),
+            Error::unsupported("x", object(), "y").because(Errno::NOTTY),
+            Error::invalid("x", object(), "y").because(Errno::INVAL),
+            Error::malformed("x", object(), "y").because(Errno::MSGSIZE),
+        ] {
+            assert!(error.errno().is_some(), "{error:?}");
+        }
+        assert_eq!(Error::dead("x", object()).errno(), None);
+    }
+
+    #[test]
+    fn what_an_access_answers_is_small() {
+        // Two registers.
+        assert!(size_of::<crate::Result<u64, Lost>>() <= 16);
+        assert!(size_of::<crate::Result<(), Lost>>() <= 16);
+        assert!(size_of::<Error>() <= 80, "{}", size_of::<Error>());
+    }
+
+    #[test]
+    fn a_lost_access_is_a_revocation() {
+        let error = Error::from(Lost { offset: 0x40 });
+        assert!(matches!(error, Error::Revoked { .. }));
+        assert!(error.to_string().contains("0x40"), "{error}");
     }
 
     #[test]

@@ -105,10 +105,12 @@ impl Lease {
     /// [`Lease::from_inherited`].
     pub fn from_env() -> Result<Self> {
         let number = std::env::var(FD_VARIABLE).ok().and_then(|v| v.parse().ok());
-        let fd: RawFd = number.ok_or_else(|| Error::Invalid {
-            operation: "inherit",
-            object: Object::Variable(FD_VARIABLE.to_owned()),
-            reason: "not set to the number of a file descriptor".to_owned(),
+        let fd: RawFd = number.ok_or_else(|| {
+            Error::invalid(
+                "inherit",
+                Object::Variable(FD_VARIABLE.into()),
+                "not set to the number of a file descriptor",
+            )
         })?;
         Self::from_inherited(fd)
     }
@@ -121,11 +123,7 @@ impl Lease {
         rustix::fs::seek(&fd, SeekFrom::Start(0)).map_err(failed)?;
         let mode = rustix::fs::fcntl_getfl(&fd).map_err(failed)? & OFlags::RWMODE;
         if size == 0 {
-            return Err(Error::Invalid {
-                operation: "take",
-                object: object(),
-                reason: "the file has no size".to_owned(),
-            });
+            return Err(Error::invalid("take", object(), "the file has no size"));
         }
         let memory_type = info
             .as_ref()
@@ -153,7 +151,7 @@ impl Lease {
     fn object_of(info: Option<&LeaseInfo>) -> Object {
         Object::Lease {
             bdf: info.map(|info| info.bdf),
-            region: info.map(|info| info.region),
+            bar: info.map(|info| info.region),
         }
     }
 
@@ -215,11 +213,7 @@ impl Lease {
     ///
     /// Errors: [`Error::Invalid`], [`Error::Io`] (`ENOTTY`: not a dma-buf).
     pub fn set_name(&self, name: &str) -> Result<()> {
-        let invalid = |reason: String| Error::Invalid {
-            operation: "name",
-            object: self.object(),
-            reason,
-        };
+        let invalid = |reason: String| Error::invalid("name", self.object(), reason);
         if name.len() > MAX_NAME {
             return Err(invalid(format!(
                 "the name has {} bytes, at most {MAX_NAME} are possible",
@@ -268,15 +262,14 @@ impl Lease {
 /// Errnos of an mmap of a dma-buf, after we checked the arguments.
 fn explain_map(operation: &'static str, object: Object, errno: Errno) -> Error {
     match errno {
-        Errno::NODEV => Error::Dead { operation, object },
-        Errno::INVAL | Errno::OPNOTSUPP => Error::Unsupported {
+        Errno::NODEV => Error::dead(operation, object).because(errno),
+        Errno::INVAL | Errno::OPNOTSUPP => Error::unsupported(
             operation,
             object,
-            remedy:
-                "its exporter cannot map it like this: stock vfio-pci has no mmap of a dma-buf, \
-                     and write-combining must be real on this platform"
-                    .to_owned(),
-        },
+            "its exporter cannot map it like this: stock vfio-pci has no mmap of a dma-buf, \
+             and write-combining must be real on this platform",
+        )
+        .because(errno),
         errno => Error::from_errno(operation, object, errno),
     }
 }

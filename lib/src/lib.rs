@@ -23,6 +23,39 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Driving it
+//!
+//! Registers are mapped, config space is read and written, interrupts are eventfds, and memory for
+//! DMA is a [`DmaBuffer`] in the device's [`Iommu`]:
+//!
+//! ```no_run
+//! # fn example(device: &barlease::Device) -> barlease::Result<()> {
+//! use barlease::{DmaBuffer, InterruptKind, config::Command, dma};
+//! use std::time::Duration;
+//!
+//! device.config()?.update_command(|command| command | Command::MASTER)?;
+//! let registers = device.map_region(0, ..)?;
+//! let status = registers.typed_read_only::<u32>(0x1c)?;
+//! let doorbells = registers.array::<u32>(0x1000, 16, 8)?;
+//!
+//! let queue = DmaBuffer::new(device.require_iommu()?, 4096)?;
+//! registers.write(0x28, queue.iova())?;
+//! status.poll_until(1, 1, Duration::from_secs(5))?;
+//!
+//! let vectors = device.enable_interrupts(InterruptKind::Msix, 2)?;
+//! queue.write(0, 0x1234_u64)?;
+//! dma::write_barrier();
+//! doorbells.get_write_only(0)?.write(1);
+//! vectors[1].wait()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Several devices, or several functions of one IOMMU group, share an [`Iommu`]:
+//! [`OpenOptions::iommu`]. A device that another crate or another process opened is taken over by
+//! [`Device::from_fd`]; for leases of it a borrowed descriptor is enough: [`Leases`]. Tests of a
+//! driver need no hardware: see the feature `fake`, and the examples of the crate for whole drivers.
+//!
 //! # Granting a lease
 //!
 //! ```no_run
@@ -106,12 +139,19 @@
 
 mod bdf;
 mod device;
+pub mod dma;
 pub mod doctor;
 mod error;
+mod event;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+mod iommu;
 mod lease;
+mod leases;
 mod mapping;
 mod pass;
 pub mod pci;
+mod registers;
 mod sys;
 mod types;
 
@@ -120,21 +160,44 @@ pub use bdf::ParseBdfError;
 pub use device::Backend;
 pub use device::Device;
 pub use device::DeviceInfo;
+pub use device::DeviceParts;
 pub use device::ExportBuilder;
+pub use device::FeatureOperation;
 pub use device::Features;
+pub use device::InterruptInfo;
+pub use device::InterruptKind;
 pub use device::OpenOptions;
+pub use device::ParseVfTokenError;
 pub use device::Region;
 pub use device::RegionCapability;
 pub use device::RegionKind;
-pub use device::Tph;
+pub use device::ResetMember;
+pub use device::VfToken;
+pub use device::config;
 pub use error::Error;
 pub use error::GroupMember;
+pub use error::Lost;
 pub use error::Object;
 pub use error::Result;
+#[cfg(feature = "tokio")]
+pub use event::AsyncEventFd;
+pub use event::EventFd;
+pub use iommu::DmaAccess;
+pub use iommu::DmaBuffer;
+pub use iommu::DmaMapping;
+pub use iommu::DmaOptions;
+pub use iommu::Iommu;
+pub use iommu::IovaRange;
 pub use lease::FD_VARIABLE;
 pub use lease::Lease;
 pub use lease::LeaseInfo;
 pub use lease::MAX_NAME;
+pub use leases::LeaseId;
+pub use leases::LeaseRecord;
+pub use leases::Leases;
+pub use leases::List;
+pub use leases::Revoked;
+pub use leases::Tph;
 pub use mapping::GuardedMapping;
 pub use mapping::GuardedReadOnlyRegister;
 pub use mapping::GuardedRegister;
@@ -145,6 +208,12 @@ pub use mapping::ReadOnlyRegister;
 pub use mapping::Register;
 pub use mapping::Value;
 pub use mapping::Window;
+pub use registers::Bits;
+pub use registers::RegisterArray;
+pub use registers::RegisterValue;
+pub use registers::TypedReadOnlyRegister;
+pub use registers::TypedRegister;
+pub use registers::WriteOnlyRegister;
 pub use types::BarRange;
 pub use types::MemoryType;
 pub use types::Reasons;
@@ -157,6 +226,12 @@ mod examples {
     #[doc = include_str!("../../README.md")]
     struct Readme;
 
+    #[doc = include_str!("../README.md")]
+    struct CrateReadme;
+
     #[doc = include_str!("../../docs/tutorial.md")]
     struct Tutorial;
+
+    #[doc = include_str!("../../docs/driver.md")]
+    struct Driver;
 }

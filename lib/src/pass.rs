@@ -110,21 +110,19 @@ fn checked(lease: Lease) -> Result<Lease> {
 }
 
 fn malformed(reason: &str) -> Error {
-    Error::Malformed {
-        operation: "receive",
-        object: Object::Socket,
-        reason: reason.to_owned(),
-    }
+    Error::malformed("receive", Object::Socket, reason.to_owned())
 }
 
 fn header(length: usize) -> Result<[u8; HEADER]> {
     let length = u32::try_from(length)
         .ok()
         .filter(|length| *length as usize <= MAX_INFO)
-        .ok_or_else(|| Error::Invalid {
-            operation: "send",
-            object: Object::Socket,
-            reason: format!("the description has {length} bytes, at most {MAX_INFO} are possible"),
+        .ok_or_else(|| {
+            Error::invalid(
+                "send",
+                Object::Socket,
+                format!("the description has {length} bytes, at most {MAX_INFO} are possible"),
+            )
         })?;
     let [m0, m1, m2, m3] = MAGIC;
     let [v0, v1] = VERSION.to_le_bytes();
@@ -279,7 +277,7 @@ mod tests {
         send_raw(&here, bytes, fds);
         drop(here);
         match Lease::receive(&there) {
-            Err(Error::Malformed { reason, .. }) => reason,
+            Err(Error::Malformed { reason, .. }) => reason.into_owned(),
             answer => panic!("{answer:?}"),
         }
     }

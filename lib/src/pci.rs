@@ -214,6 +214,64 @@ impl Pci {
         Some(count != "0")
     }
 
+    /// How the kernel resets a device, in the order in which it tries: `flr`, `pm`, `bus` and so on.
+    /// Empty: not at all, or the kernel is older than 5.15.
+    ///
+    /// Errors: [`Error::NoDevice`].
+    pub fn reset_methods(&self, bdf: Bdf) -> Result<Vec<String>> {
+        let path = self.existing(bdf)?.join("reset_method");
+        let names = text(&path).unwrap_or_default();
+        Ok(names.split_whitespace().map(str::to_owned).collect())
+    }
+
+    /// Sets how the kernel resets a device, and with which it begins. None at all: never; see
+    /// [`Pci::set_default_reset_methods`] for the opposite.
+    ///
+    /// Errors: [`Error::NoDevice`]; [`Error::Denied`]; [`Error::Io`] (`EINVAL`: the device has no
+    /// such method).
+    pub fn set_reset_methods(&self, bdf: Bdf, methods: &[&str]) -> Result<()> {
+        let path = self.existing(bdf)?.join("reset_method");
+        // An empty line takes all methods away.
+        write(&path, &format!("{}\n", methods.join(" ")))
+    }
+
+    /// Lets the kernel reset a device as it does by default.
+    ///
+    /// Errors: as for [`Pci::set_reset_methods`].
+    pub fn set_default_reset_methods(&self, bdf: Bdf) -> Result<()> {
+        write(&self.existing(bdf)?.join("reset_method"), "default\n")
+    }
+
+    /// Has the kernel reset a device that nobody has open, whatever it is bound to.
+    ///
+    /// Errors: [`Error::NoDevice`]; [`Error::Unsupported`]: it has no way to be reset;
+    /// [`Error::Denied`]; [`Error::Io`].
+    pub fn reset(&self, bdf: Bdf) -> Result<()> {
+        let none = || {
+            Error::unsupported(
+                "reset",
+                Object::Device(bdf),
+                "the kernel knows no way to reset it, or is not to use any: see `reset_methods`",
+            )
+        };
+        let path = self.existing(bdf)?.join("reset");
+        if !path.exists() {
+            return Err(none());
+        }
+        write(&path, "1").map_err(|error| match error.errno().map(Errno::from_raw_os_error) {
+            Some(Errno::NOTTY) => none().because(Errno::NOTTY),
+            _ => error,
+        })
+    }
+
+    fn existing(&self, bdf: Bdf) -> Result<PathBuf> {
+        let path = self.device_path(bdf);
+        match path.is_dir() {
+            true => Ok(path),
+            false => Err(Error::NoDevice { bdf }),
+        }
+    }
+
     fn driver_override(&self, bdf: Bdf) -> Option<String> {
         text(&self.device_path(bdf).join("driver_override")).filter(|text| text != "(null)")
     }
@@ -338,11 +396,7 @@ impl Pci {
 }
 
 fn invalid(bdf: Bdf, reason: String) -> Error {
-    Error::Invalid {
-        operation: "bind",
-        object: Object::Device(bdf),
-        reason,
-    }
+    Error::invalid("bind", Object::Device(bdf), reason)
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

@@ -204,11 +204,11 @@ pub struct Status {
     /// Memory type of mmaps made from now on.
     pub memory_type: MemoryType,
     /// The BAR.
-    pub region: u32,
+    pub bar: u32,
     /// Bytes: the sum of the ranges.
     pub size: u64,
     /// Number of ranges.
-    pub nr_ranges: u32,
+    pub ranges: u32,
     /// Number of importers attached.
     pub attachments: u32,
 }

@@ -69,7 +69,7 @@ fn with_library(batch: &mut Batch, curve: &str) {
         }
     });
     batch.time(curve, None, SAMPLES, CALLS, || {
-        let lease = device.export(BAR).range(0, PAGE).writable().export();
+        let lease = device.export(BAR).range(0..PAGE).writable().export();
         lease.expect("a lease").send(&ours).expect("sent");
         (&ours).read_exact(&mut [0]).expect("an answer");
     });

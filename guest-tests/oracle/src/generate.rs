@@ -329,14 +329,20 @@ impl Generator {
             }
             Kind::RevokeId => {
                 let all = oracle.buffers.keys().copied().collect();
-                let buffer = self.prefer(all, |number| oracle.state(number) != State::Dead)?;
+                let nowait = self.rng.bool();
+                // Few have importers that are still to end something.
+                let is_good = |number: usize| {
+                    let its = oracle.attachments.values().filter(|a| a.buffer == number);
+                    let mut late = its.map(|a| a.fence || (a.hold && a.mapped));
+                    oracle.state(number) != State::Dead && (!nowait || late.any(|late| late))
+                };
+                let buffer = self.prefer(all, is_good)?;
                 let own = oracle.buffers[&buffer].device;
                 let device = if self.rng.u8(..) < 24 || !oracle.devices[own].fd {
                     self.open_device(oracle)?
                 } else {
                     own
                 };
-                let nowait = self.rng.bool();
                 Op::RevokeId {
                     device,
                     buffer,
@@ -580,9 +586,9 @@ impl Generator {
             }
             Kind::ReadFd | Kind::WriteFd => {
                 let device = self.open_device(oracle)?;
-                // In D1 and D2 the core lets it through to a device that does not answer.
+                // In low power the core wakes the device for it.
                 let this = &oracle.devices[device];
-                if this.low != LowPower::No || matches!(this.power, 1 | 2) {
+                if this.low != LowPower::No {
                     return None;
                 }
                 if kind == Kind::WriteFd && this.spec.registers {

@@ -15,6 +15,7 @@ pub enum RegionCapability {
     /// The MSI-X table can be mapped too.
     MsixMappable,
     /// The region is an alias of a BAR.
+    #[non_exhaustive]
     Alias {
         /// The BAR.
         region: u32,
@@ -22,11 +23,13 @@ pub enum RegionCapability {
         mapping_flags: u32,
     },
     /// The region can have aliases.
+    #[non_exhaustive]
     Aliasable {
         /// Flags that an alias can have (`ALIAS_*` of the uAPI).
         supported_mapping_flags: u32,
     },
     /// One that this library does not know.
+    #[non_exhaustive]
     Other {
         /// Its id.
         id: u16,
@@ -40,15 +43,19 @@ pub enum RegionCapability {
 pub(super) struct BadChain;
 
 const HEADER: usize = size_of::<vfio::vfio_info_cap_header>();
+/// Bytes of an area that can be mapped.
+const AREA: usize = 16;
 
 /// Parses the chain that begins at byte `first` of the answer; 0 means that there is none.
 ///
 /// Each capability must lie behind the one before. So a chain has no loop, and is not longer than
-/// the answer has room for.
+/// the answer has room for. Nor are all areas together more than there is room for, so that an
+/// answer in which capabilities share what follows them costs no more than it has bytes.
 pub(super) fn parse(answer: &[u8], first: u32) -> Result<Vec<RegionCapability>, BadChain> {
     let mut found = Vec::new();
     let mut last = size_of::<vfio::vfio_region_info>();
     let mut next = first as usize;
+    let mut room = answer.len() / AREA;
     while next != 0 {
         if next < last {
             return Err(BadChain);
@@ -58,7 +65,11 @@ pub(super) fn parse(answer: &[u8], first: u32) -> Result<Vec<RegionCapability>, 
         let version = u16_at(capability, 2).ok_or(BadChain)?;
         let follows = u32_at(capability, 4).ok_or(BadChain)?;
         let payload = capability.get(HEADER..).ok_or(BadChain)?;
-        found.push(parse_one(id, version, payload).ok_or(BadChain)?);
+        let capability = parse_one(id, version, payload).ok_or(BadChain)?;
+        if let RegionCapability::SparseMmap(areas) = &capability {
+            room = room.checked_sub(areas.len()).ok_or(BadChain)?;
+        }
+        found.push(capability);
         last = next + HEADER;
         next = follows as usize;
     }
@@ -88,8 +99,8 @@ fn parse_one(id: u16, version: u16, payload: &[u8]) -> Option<RegionCapability> 
 /// `nr_areas`, a reserved word, and the areas.
 fn areas(payload: &[u8]) -> Option<Vec<BarRange>> {
     let count = u32_at(payload, 0)? as usize;
-    let list = payload.get(8..)?.get(..count.checked_mul(16)?)?;
-    list.chunks_exact(16)
+    let list = payload.get(8..)?.get(..count.checked_mul(AREA)?)?;
+    list.chunks_exact(AREA)
         .map(|area| {
             Some(BarRange {
                 offset: u64_at(area, 0)?,
@@ -182,6 +193,14 @@ mod tests {
         for first in [4, 40, u32::MAX] {
             assert_eq!(parse(&answer(&[(3, vec![])]), first), Err(BadChain));
         }
+        // Capabilities that all claim the same areas.
+        let mut shared = vec![0; 32];
+        for n in 1..5u32 {
+            let next = if n == 4 { 0 } else { 32 + n * 16 };
+            shared.extend(capability(1, next, &[8 - n, 0]));
+        }
+        shared.extend([0; 128]);
+        assert_eq!(parse(&shared, 32), Err(BadChain));
         // More areas than there is room for.
         let areas = answer(&[(1, vec![u32::MAX, 0, 0, 0, 0, 0])]);
         assert_eq!(parse(&areas, 32), Err(BadChain));

@@ -1,13 +1,15 @@
 //! Exporting ranges of a BAR as a lease.
 
-use std::os::fd::AsFd;
+use std::ops::Bound;
+use std::ops::RangeBounds;
 
 use barlease_abi as abi;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio;
 
-use super::Device;
+use super::Handle;
+use super::config::ConfigSpace;
 use crate::BarRange;
 use crate::Error;
 use crate::Lease;
@@ -24,9 +26,11 @@ const RANGE: usize = size_of::<abi::DmaRange>();
 
 /// Leases ranges of a BAR.
 ///
-/// Without a range the whole BAR is leased. The lease is the concatenation of the ranges, which
-/// may be in any order, overlap and repeat; it is writable unless [`ExportBuilder::read_only`] is
-/// called.
+/// The lease is the concatenation of the ranges, which may be in any order, overlap and repeat.
+/// Without a range it is all that [`exportable_ranges`] has of the BAR: the whole of it, but for
+/// the pages of an MSI-X table. It is writable unless [`ExportBuilder::read_only`] is called.
+///
+/// [`exportable_ranges`]: crate::Device::exportable_ranges
 ///
 /// # Examples
 ///
@@ -34,8 +38,8 @@ const RANGE: usize = size_of::<abi::DmaRange>();
 /// # fn example(device: &barlease::Device) -> barlease::Result<()> {
 /// let lease = device
 ///     .export(0)
-///     .range(0x0, 0x1000)
-///     .range(0x10_0000, 0x4000)
+///     .range(0x0..0x1000)
+///     .range(0x10_0000..0x10_4000)
 ///     .export()?;
 /// assert_eq!(lease.size(), 0x5000);
 /// # Ok(())
@@ -43,34 +47,61 @@ const RANGE: usize = size_of::<abi::DmaRange>();
 /// ```
 #[derive(Clone, Debug)]
 #[must_use = "nothing is leased before `export` is called"]
-pub struct ExportBuilder<'a> {
-    device: &'a Device,
-    region: u32,
-    ranges: Vec<BarRange>,
+pub struct ExportBuilder<'fd> {
+    handle: Handle<'fd>,
+    bar: u32,
+    ranges: Vec<Wanted>,
     writable: bool,
     stock: bool,
 }
 
-impl<'a> ExportBuilder<'a> {
-    pub(super) fn new(device: &'a Device, region: u32) -> Self {
+/// A range as it was asked for.
+#[derive(Clone, Copy, Debug)]
+enum Wanted {
+    Exactly(BarRange),
+    /// From an offset to the end of the BAR.
+    From(u64),
+}
+
+impl<'fd> ExportBuilder<'fd> {
+    pub(crate) fn new(handle: Handle<'fd>, bar: u32) -> Self {
         Self {
-            device,
-            region,
+            handle,
+            bar,
             ranges: Vec::new(),
             writable: true,
             stock: false,
         }
     }
 
-    /// Adds a range: offset in the BAR and length in bytes, both multiples of the page size.
-    pub fn range(mut self, offset: u64, length: u64) -> Self {
-        self.ranges.push(BarRange { offset, length });
+    /// Adds a range of bytes of the BAR, both ends multiples of the page size. `..` is all of it,
+    /// an MSI-X table included.
+    pub fn range(mut self, range: impl RangeBounds<u64>) -> Self {
+        let offset = match range.start_bound() {
+            Bound::Included(start) => *start,
+            // What this loses is not aligned, and refused.
+            Bound::Excluded(start) => start.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match range.end_bound() {
+            Bound::Included(end) => Some(end.saturating_add(1)),
+            Bound::Excluded(end) => Some(*end),
+            Bound::Unbounded => None,
+        };
+        self.ranges.push(match end {
+            // One that is backwards is empty, and refused.
+            Some(end) => Wanted::Exactly(BarRange {
+                offset,
+                length: end.saturating_sub(offset),
+            }),
+            None => Wanted::From(offset),
+        });
         self
     }
 
     /// Adds ranges.
     pub fn ranges(mut self, ranges: impl IntoIterator<Item = BarRange>) -> Self {
-        self.ranges.extend(ranges);
+        self.ranges.extend(ranges.into_iter().map(Wanted::Exactly));
         self
     }
 
@@ -100,13 +131,13 @@ impl<'a> ExportBuilder<'a> {
     /// aligned or past the end), `E2BIG` (more than 65,536 ranges), `ENODEV` (not a BAR, or one
     /// that is absent or smaller than a page), `EOVERFLOW`, `EMFILE`.
     pub fn export(self) -> Result<Lease> {
-        let ranges = self.ranges_or_all()?;
+        let ranges = self.resolve()?;
         let mut argument = self.argument(&ranges);
-        let fd = ioctl::get_dma_buf(self.device.as_fd(), &mut argument)
+        let fd = ioctl::get_dma_buf(self.handle.fd, &mut argument)
             .map_err(|errno| self.explain(errno))?;
         let info = LeaseInfo {
-            bdf: self.device.bdf(),
-            region: self.region,
+            bdf: self.handle.bdf,
+            region: self.bar,
             size: LeaseInfo::sum(&ranges).unwrap_or(u64::MAX),
             ranges,
             memory_type: MemoryType::Nc,
@@ -115,12 +146,43 @@ impl<'a> ExportBuilder<'a> {
         Ok(Lease::made(fd, info))
     }
 
-    fn ranges_or_all(&self) -> Result<Vec<BarRange>> {
-        if !self.ranges.is_empty() {
-            return Ok(self.ranges.clone());
+    fn resolve(&self) -> Result<Vec<BarRange>> {
+        if self.ranges.is_empty() {
+            return self.all();
         }
-        let length = self.device.region(self.region)?.size;
-        Ok(vec![BarRange { offset: 0, length }])
+        let mut size = None;
+        let mut ranges = Vec::with_capacity(self.ranges.len());
+        for range in &self.ranges {
+            ranges.push(match *range {
+                Wanted::Exactly(range) => range,
+                Wanted::From(offset) => {
+                    let size = match size {
+                        Some(size) => size,
+                        None => *size.insert(self.handle.region(self.bar)?.size),
+                    };
+                    BarRange {
+                        offset,
+                        length: size.saturating_sub(offset),
+                    }
+                }
+            });
+        }
+        Ok(ranges)
+    }
+
+    fn all(&self) -> Result<Vec<BarRange>> {
+        let size = self.handle.region(self.bar)?.size;
+        let whole = BarRange {
+            offset: 0,
+            length: size,
+        };
+        let ranges = ConfigSpace::new(self.handle)?.exportable_ranges(self.bar, size)?;
+        // Nothing is left where the table fills the BAR: the driver says why not.
+        Ok(if ranges.is_empty() {
+            vec![whole]
+        } else {
+            ranges
+        })
     }
 
     /// Header, fixed part, ranges.
@@ -142,10 +204,7 @@ impl<'a> ExportBuilder<'a> {
             flags,
         );
         let mut put = |field: usize, value| words.put_u32(HEADER + field, value);
-        put(
-            std::mem::offset_of!(abi::DmaBufGet, region_index),
-            self.region,
-        );
+        put(std::mem::offset_of!(abi::DmaBufGet, region_index), self.bar);
         put(
             std::mem::offset_of!(abi::DmaBufGet, open_flags),
             (access | OFlags::CLOEXEC).bits(),
@@ -169,12 +228,13 @@ impl<'a> ExportBuilder<'a> {
     }
 
     fn explain(&self, errno: Errno) -> Error {
-        let object = self.device.region_object(self.region);
-        self.device
+        let object = self.handle.region_object(self.bar);
+        self.handle
             .unsupported_or("export", object, errno)
             .with_remedy(
                 "the range overlaps the MSI-X table, with which a holder could raise interrupts: \
-                 the parameter msix_export of barlease_vfio_pci permits it",
+                 lease what `exportable_ranges` answers, or see the parameter msix_export of \
+                 barlease_vfio_pci",
             )
     }
 }

@@ -1,53 +1,52 @@
-//! The features of a device, and the operations that need them.
+//! The features of a device, and those that are not about leases.
 
-use std::os::fd::AsFd;
-use std::os::fd::AsRawFd;
+use std::mem::offset_of;
 
-use barlease_abi as abi;
-use rustix::io::Errno;
 use vfio_bindings::bindings::vfio;
 
 use super::Device;
+use super::VfToken;
 use crate::Error;
 use crate::Lease;
+use crate::Leases;
 use crate::MemoryType;
-use crate::Reasons;
 use crate::Result;
-use crate::State;
 use crate::Status;
-use crate::error::Object;
+use crate::Tph;
 use crate::sys::ioctl;
-use crate::sys::ioctl::Feature;
-use crate::sys::ioctl::Payload;
+use crate::sys::ioctl::Words;
 
-const GET: u32 = vfio::VFIO_DEVICE_FEATURE_GET;
 const SET: u32 = vfio::VFIO_DEVICE_FEATURE_SET;
-const PROBE: u32 = vfio::VFIO_DEVICE_FEATURE_PROBE;
 
 /// Which features a device's driver has, as it says itself when probed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct Features {
-    /// Export of BAR ranges as dma-buf ([`Device::export`]).
+    /// Export of BAR ranges as dma-buf ([`Leases::export`]).
     pub dma_buf: bool,
-    /// Revocation of one lease ([`Device::revoke`]).
+    /// Revocation of one lease ([`Leases::revoke`]).
     pub revoke: bool,
-    /// Memory type of mmaps ([`Device::set_memory_type`]).
+    /// Memory type of mmaps ([`Leases::set_memory_type`]).
     pub memory_type: bool,
-    /// TPH steering tags ([`Device::set_tph`]).
+    /// TPH steering tags ([`Leases::set_tph`]).
     pub tph: bool,
-    /// Region aliases ([`Device::alias_region`]).
+    /// Region aliases ([`Leases::alias_region`]).
     pub alias_region: bool,
-    /// State of a lease ([`Device::status`]).
+    /// State of a lease ([`Leases::status`]).
     pub status: bool,
     /// The kernel's own exporter beside ours ([`ExportBuilder::stock`](super::ExportBuilder::stock)).
     pub stock_dma_buf: bool,
+    /// List of all leases ([`Leases::list`]).
+    pub list: bool,
+    /// Revocation by id ([`Leases::revoke_id`]).
+    pub revoke_id: bool,
+    /// An eventfd for changes of leases ([`Leases::events`]).
+    pub events: bool,
 }
 
 impl Features {
-    /// Name, and whether it is there.
-    #[must_use]
-    pub fn list(&self) -> [(&'static str, bool); 7] {
+    /// Name of each, and whether it is there.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, bool)> + use<> {
         [
             ("dma_buf", self.dma_buf),
             ("revoke", self.revoke),
@@ -56,168 +55,69 @@ impl Features {
             ("alias_region", self.alias_region),
             ("status", self.status),
             ("stock_dma_buf", self.stock_dma_buf),
+            ("list", self.list),
+            ("revoke_id", self.revoke_id),
+            ("events", self.events),
         ]
+        .into_iter()
     }
 }
 
-/// Steering tags of a lease, for peer-to-peer writes to it.
-///
-/// The 8-bit and the 16-bit tag are separate namespaces; 0 is a valid tag of either.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tph {
-    /// 8-bit tag.
-    pub steering_tag: Option<u8>,
-    /// 16-bit tag.
-    pub steering_tag_ext: Option<u16>,
-    /// Processing hint, 0 to 3.
-    pub processing_hint: u8,
+/// What to do with a feature of VFIO: for [`Device::has_feature`] and [`Device::feature`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FeatureOperation {
+    /// `VFIO_DEVICE_FEATURE_GET`.
+    Get,
+    /// `VFIO_DEVICE_FEATURE_SET`.
+    Set,
+}
+
+impl FeatureOperation {
+    fn flag(self) -> u32 {
+        match self {
+            Self::Get => vfio::VFIO_DEVICE_FEATURE_GET,
+            Self::Set => vfio::VFIO_DEVICE_FEATURE_SET,
+        }
+    }
 }
 
 impl Device {
-    /// Asks the driver which features it has.
-    ///
-    /// Errors: [`Error::Io`]. A feature that is not there is no error.
+    /// The leases of this device: list, revocation by id, events, and all the rest about leases.
+    #[must_use]
+    pub fn leases(&self) -> Leases<'_> {
+        let handle = self.handle();
+        Leases::of(handle.fd, handle.bdf)
+    }
+
+    /// See [`Leases::features`].
     pub fn features(&self) -> Result<Features> {
-        Ok(Features {
-            dma_buf: self.probe(abi::FEATURE_DMA_BUF, GET)?,
-            revoke: self.probe(abi::FEATURE_DMA_BUF_REVOKE, SET)?,
-            memory_type: self.probe(abi::FEATURE_DMA_BUF_MEMATTR, SET)?,
-            tph: self.probe(abi::FEATURE_DMA_BUF_TPH, SET)?,
-            alias_region: self.probe(abi::FEATURE_ALIAS_REGION, GET)?,
-            status: self.probe(abi::FEATURE_DMA_BUF_STATUS, GET)?,
-            stock_dma_buf: self.probe(abi::FEATURE_DMA_BUF_STOCK, GET)?,
-        })
+        self.leases().features()
     }
 
-    fn probe(&self, feature: u16, operation: u32) -> Result<bool> {
-        let mut argument = Feature::new(u32::from(feature) | operation | PROBE, ());
-        match ioctl::call(self.as_fd(), ioctl::DEVICE_FEATURE, &mut argument) {
-            Ok(_) => Ok(true),
-            Err(Errno::NOTTY | Errno::INVAL | Errno::OPNOTSUPP | Errno::NODEV) => Ok(false),
-            Err(errno) => Err(Error::from_errno(
-                "probe features",
-                Object::Device(self.bdf()),
-                errno,
-            )),
-        }
-    }
-
-    /// Issues a feature that is not about a lease.
-    fn feature<T: Payload + Copy>(&self, flags: u32, payload: T) -> Result<T, Errno> {
-        let mut argument = Feature::new(flags, payload);
-        ioctl::call(self.as_fd(), ioctl::DEVICE_FEATURE, &mut argument)?;
-        Ok(argument.payload)
-    }
-
-    /// Revokes a lease, at once and for good. When this returns, no process and no importer can
-    /// reach the range through it any more. Waits for importers without a time-out. The range can
-    /// be leased again at once.
-    ///
-    /// Errors: [`Error::Dead`]: it was revoked before; [`Error::WrongDevice`];
-    /// [`Error::NotALease`]; [`Error::Unsupported`]: not bound to Barlease's driver.
+    /// See [`Leases::revoke`].
     pub fn revoke(&self, lease: &Lease) -> Result<()> {
-        let payload = abi::DmaBufRevoke {
-            dmabuf_fd: lease.as_fd().as_raw_fd(),
-        };
-        self.feature(u32::from(abi::FEATURE_DMA_BUF_REVOKE) | SET, payload)
-            .map(drop)
-            .map_err(|errno| self.explain("revoke", lease, errno))
+        self.leases().revoke(lease)
     }
 
-    /// State of a lease.
-    ///
-    /// Errors: [`Error::WrongDevice`]; [`Error::NotALease`]; [`Error::Unsupported`]: not bound to
-    /// Barlease's driver.
+    /// See [`Leases::status`].
     pub fn status(&self, lease: &Lease) -> Result<Status> {
-        let answer = self
-            .raw_status(lease)
-            .map_err(|errno| self.explain("status", lease, errno))?;
-        let unknown = |what: &str, value: u32| Error::Malformed {
-            operation: "status",
-            object: lease.object(),
-            reason: format!("the driver answered {what} {value}, which this version does not know"),
-        };
-        Ok(Status {
-            state: State::from_abi(answer.state).ok_or_else(|| unknown("state", answer.state))?,
-            reasons: Reasons::from_bits(answer.reasons),
-            memory_type: MemoryType::from_abi(answer.memattr)
-                .ok_or_else(|| unknown("memory type", answer.memattr))?,
-            region: answer.region_index,
-            size: answer.size,
-            nr_ranges: answer.nr_ranges,
-            attachments: answer.nr_attachments,
-        })
+        self.leases().status(lease)
     }
 
-    fn raw_status(&self, lease: &Lease) -> Result<abi::DmaBufStatus, Errno> {
-        let payload = abi::DmaBufStatus {
-            dmabuf_fd: lease.as_fd().as_raw_fd(),
-            ..Default::default()
-        };
-        self.feature(u32::from(abi::FEATURE_DMA_BUF_STATUS) | GET, payload)
-    }
-
-    /// Sets the memory type that later mmaps of a lease get. Mappings that exist keep theirs.
-    ///
-    /// Errors: [`Error::Dead`]; [`Error::WrongDevice`]; [`Error::NotALease`];
-    /// [`Error::Unsupported`]: write-combining would not be real here, or not bound to Barlease's
-    /// driver.
+    /// See [`Leases::set_memory_type`].
     pub fn set_memory_type(&self, lease: &Lease, memory_type: MemoryType) -> Result<()> {
-        let payload = abi::DmaBufMemattr {
-            dmabuf_fd: lease.as_fd().as_raw_fd(),
-            memattr: memory_type.to_abi(),
-        };
-        self.feature(u32::from(abi::FEATURE_DMA_BUF_MEMATTR) | SET, payload)
-            .map_err(|errno| self.explain("set memory type", lease, errno))?;
-        lease.note_memory_type(memory_type);
-        Ok(())
+        self.leases().set_memory_type(lease, memory_type)
     }
 
-    /// Replaces the steering tags of a lease. The default of [`Tph`] clears them.
-    ///
-    /// Errors: [`Error::Invalid`]: a processing hint over 3; [`Error::Dead`];
-    /// [`Error::WrongDevice`]; [`Error::NotALease`]; [`Error::Unsupported`]: the device does not
-    /// complete TPH, or not bound to Barlease's driver.
+    /// See [`Leases::set_tph`].
     pub fn set_tph(&self, lease: &Lease, tph: Tph) -> Result<()> {
-        if tph.processing_hint > 3 {
-            return Err(Error::Invalid {
-                operation: "set steering tag",
-                object: lease.object(),
-                reason: format!("the processing hint {} is over 3", tph.processing_hint),
-            });
-        }
-        let flag = |set, flag| if set { flag } else { 0 };
-        let payload = abi::DmaBufTph {
-            dmabuf_fd: lease.as_fd().as_raw_fd(),
-            flags: flag(tph.steering_tag.is_some(), abi::TPH_ST)
-                | flag(tph.steering_tag_ext.is_some(), abi::TPH_ST_EXT),
-            steering_tag_ext: tph.steering_tag_ext.unwrap_or_default(),
-            steering_tag: tph.steering_tag.unwrap_or_default(),
-            ph: tph.processing_hint,
-        };
-        self.feature(u32::from(abi::FEATURE_DMA_BUF_TPH) | SET, payload)
-            .map(drop)
-            .map_err(|errno| self.explain("set steering tag", lease, errno))
+        self.leases().set_tph(lease, tph)
     }
 
-    /// Makes a further region that maps the same BAR with another memory type, and answers its
-    /// index. The same request answers the same index. It lives until the device is closed.
-    ///
-    /// Errors: [`Error::Unsupported`]: write-combining would not be real here, or not bound to
-    /// Barlease's driver; [`Error::Io`] with `EINVAL` (uncached, or an alias of an alias), `ENODEV`
-    /// (not an mmap-able BAR of at least a page), `ENOSPC`.
-    pub fn alias_region(&self, region: u32, memory_type: MemoryType) -> Result<u32> {
-        let payload = abi::AliasRegion {
-            mapping_flags: match memory_type {
-                MemoryType::Wc => abi::ALIAS_WC,
-                MemoryType::Nc => 0,
-            },
-            region_index: region,
-            ..Default::default()
-        };
-        self.feature(u32::from(abi::FEATURE_ALIAS_REGION) | GET, payload)
-            .map(|answer| answer.alias_index)
-            .map_err(|errno| self.unsupported_or("alias region", self.region_object(region), errno))
+    /// See [`Leases::alias_region`].
+    pub fn alias_region(&self, bar: u32, memory_type: MemoryType) -> Result<u32> {
+        self.leases().alias_region(bar, memory_type)
     }
 
     /// Puts the device into low power (`VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY`). Leases are revoked
@@ -225,68 +125,146 @@ impl Device {
     ///
     /// Errors: [`Error::Unsupported`], [`Error::Io`].
     pub fn enter_low_power(&self) -> Result<()> {
-        self.low_power(vfio::VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, "enter low power")
+        let feature = vfio::VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY;
+        self.simple_feature(feature, (), "enter low power")
     }
 
     /// Wakes the device (`VFIO_DEVICE_FEATURE_LOW_POWER_EXIT`).
     ///
     /// Errors: [`Error::Unsupported`], [`Error::Io`].
     pub fn exit_low_power(&self) -> Result<()> {
-        self.low_power(vfio::VFIO_DEVICE_FEATURE_LOW_POWER_EXIT, "exit low power")
+        let feature = vfio::VFIO_DEVICE_FEATURE_LOW_POWER_EXIT;
+        self.simple_feature(feature, (), "exit low power")
     }
 
-    fn low_power(&self, feature: u32, operation: &'static str) -> Result<()> {
-        self.feature(feature | SET, ())
-            .map_err(|errno| self.unsupported_or(operation, Object::Device(self.bdf()), errno))
+    /// Sets the token without which no virtual function of this physical function is opened
+    /// (`VFIO_DEVICE_FEATURE_PCI_VF_TOKEN`); see [`OpenOptions::vf_token`](super::OpenOptions::vf_token).
+    /// It holds as long as the physical function is open.
+    ///
+    /// Errors: [`Error::Unsupported`]: no virtual functions; [`Error::Io`].
+    pub fn set_vf_token(&self, token: VfToken) -> Result<()> {
+        let feature = vfio::VFIO_DEVICE_FEATURE_PCI_VF_TOKEN;
+        self.simple_feature(feature, token.to_bytes(), "set the token")
     }
 
-    /// Sorts the errnos of the operations on a lease.
-    fn explain(&self, operation: &'static str, lease: &Lease, errno: Errno) -> Error {
-        let object = lease.object();
-        match errno {
-            Errno::BADFD => Error::Dead { operation, object },
-            Errno::INVAL => Error::NotALease { operation, object },
-            // Both a dead lease and one of another device: only the latter has no status here.
-            Errno::NODEV => match self.raw_status(lease) {
-                Ok(status) if status.state == abi::STATE_DEAD => Error::Dead { operation, object },
-                _ => Error::WrongDevice { operation, object },
-            },
-            errno => self.unsupported_or(operation, object, errno),
-        }
-    }
-
-    /// Sorts out what the driver (`ENOTTY`) or the platform (`EOPNOTSUPP`) does not have.
-    pub(super) fn unsupported_or(
+    fn simple_feature<T: ioctl::Payload + Copy>(
         &self,
+        feature: u32,
+        payload: T,
         operation: &'static str,
-        object: Object,
-        errno: Errno,
-    ) -> Error {
-        let remedy = match errno {
-            Errno::NOTTY => self.driver_remedy(),
-            Errno::OPNOTSUPP => {
-                "the driver has it, but not for this device on this platform".to_owned()
-            }
-            errno => return Error::from_errno(operation, object, errno),
-        };
-        Error::Unsupported {
-            operation,
-            object,
-            remedy,
-        }
+    ) -> Result<()> {
+        let handle = self.handle();
+        let answer = handle.feature(feature | SET, payload).map(drop);
+        answer.map_err(|errno| handle.unsupported_or(operation, handle.object(), errno))
     }
 
-    fn driver_remedy(&self) -> String {
-        let bdf = self.bdf();
-        match self.driver() {
-            Some(abi::DRIVER_NAME) => {
-                "the loaded barlease_vfio_pci does not have it: update the module".to_owned()
-            }
-            driver => format!(
-                "bound to {}; `barlease device bind {bdf}` binds it to {}",
-                driver.unwrap_or("an unknown driver"),
-                abi::DRIVER_NAME
-            ),
+    /// Whether the driver has feature `index` (`VFIO_DEVICE_FEATURE_*`) for an operation.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn has_feature(&self, index: u16, operation: FeatureOperation) -> Result<bool> {
+        self.handle().probe(index, operation.flag())
+    }
+
+    /// Issues a feature that this library does not wrap: `VFIO_DEVICE_FEATURE` with index, operation
+    /// and the payload behind the header, which gets what the driver answers. The result is that of
+    /// the ioctl, of some features a new file descriptor.
+    ///
+    /// Errors: [`Error::Unsupported`], [`Error::Invalid`] (the payload is too long),
+    /// [`Error::Denied`], [`Error::Io`].
+    ///
+    /// # Safety
+    ///
+    /// Every address in the payload must be one that the kernel may follow, and write to where the
+    /// feature does; and the feature must do nothing to memory of this process that is not known to
+    /// whoever uses it. A feature without addresses in its payload is safe.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(device: &barlease::Device) -> barlease::Result<()> {
+    /// use barlease::FeatureOperation;
+    ///
+    /// // VFIO_DEVICE_FEATURE_MIGRATION: 8 bytes of flags.
+    /// let mut flags = [0; 8];
+    /// // SAFETY: the payload has no address in it.
+    /// unsafe { device.feature(1, FeatureOperation::Get, &mut flags) }?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[allow(
+        unsafe_code,
+        reason = "what an unknown feature does is known to its caller only"
+    )]
+    pub unsafe fn feature(
+        &self,
+        index: u16,
+        operation: FeatureOperation,
+        payload: &mut [u8],
+    ) -> Result<i32> {
+        const HEADER: usize = 8;
+        let handle = self.handle();
+        if payload.len() > 1 << 20 {
+            let reason = "the payload is longer than 1 MiB";
+            return Err(Error::invalid("feature", handle.object(), reason));
         }
+        let mut words = Words::zeroed(HEADER + payload.len());
+        words.put_u32(
+            offset_of!(vfio::vfio_device_feature, flags),
+            u32::from(index) | operation.flag(),
+        );
+        words.put_bytes(HEADER, payload);
+        // SAFETY: the caller knows what the feature does with the payload.
+        let answer = unsafe { ioctl::feature(handle.fd, &mut words) };
+        let answer =
+            answer.map_err(|errno| handle.unsupported_or("feature", handle.object(), errno))?;
+        for (byte, new) in payload.iter_mut().zip(words.bytes().skip(HEADER)) {
+            *byte = new;
+        }
+        Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use barlease_abi as abi;
+    use rustix::io::Errno;
+
+    use super::*;
+    use crate::fake::FakeDevice;
+
+    #[test]
+    fn a_feature_that_is_not_wrapped_gets_its_payload_and_answers_it() {
+        let fake = FakeDevice::builder().bar(0, 0x10000).build().unwrap();
+        let device = fake.device().unwrap();
+        let lease = device.export(0).range(0..0x3000).export().unwrap();
+        let mut payload = [0; 40];
+        payload[..4].copy_from_slice(&std::os::fd::AsRawFd::as_raw_fd(&fd(&lease)).to_ne_bytes());
+        assert!(
+            device
+                .has_feature(abi::FEATURE_DMA_BUF_STATUS, FeatureOperation::Get)
+                .unwrap()
+        );
+        #[allow(unsafe_code, reason = "the payload has no address")]
+        // SAFETY: the payload has no address in it.
+        let answer = unsafe {
+            device.feature(
+                abi::FEATURE_DMA_BUF_STATUS,
+                FeatureOperation::Get,
+                &mut payload,
+            )
+        };
+        assert_eq!(answer.unwrap(), 0);
+        assert_eq!(payload[24..32], 0x3000u64.to_ne_bytes());
+        assert!(!device.has_feature(0x1234, FeatureOperation::Get).unwrap());
+        #[allow(unsafe_code, reason = "the payload has no address")]
+        // SAFETY: as above.
+        let answer = unsafe { device.feature(0x1234, FeatureOperation::Get, &mut []) };
+        let error = answer.unwrap_err();
+        assert_eq!(error.errno(), Some(Errno::NOTTY.raw_os_error()));
+        assert!(matches!(error, Error::Unsupported { .. }));
+    }
+
+    fn fd(lease: &Lease) -> std::os::fd::BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(lease)
     }
 }

@@ -1,48 +1,63 @@
 //! A PCI device that this process owns through VFIO.
 
+mod adopt;
 mod caps;
+pub mod config;
 mod export;
 mod features;
+mod handle;
+mod interrupts;
 mod open;
 mod region;
+mod reset;
 
-use std::mem::offset_of;
-use std::ops::Range;
+use std::ops::Bound;
+use std::ops::RangeBounds;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
+use std::sync::OnceLock;
 
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio;
 
+use crate::BarRange;
 use crate::Bdf;
 use crate::Error;
 use crate::GuardedMapping;
+use crate::Iommu;
 use crate::MapOptions;
 use crate::Mapping;
 use crate::Result;
 use crate::error::Object;
 use crate::mapping::Source;
-use crate::sys::ioctl;
-use crate::sys::ioctl::Words;
 
+pub use adopt::DeviceParts;
 pub use caps::RegionCapability;
+use config::ConfigSpace;
 pub use export::ExportBuilder;
+pub use features::FeatureOperation;
 pub use features::Features;
-pub use features::Tph;
+pub(crate) use handle::Handle;
+pub(crate) use handle::bdf_of;
+pub use interrupts::InterruptInfo;
+pub use interrupts::InterruptKind;
 pub use open::Backend;
-use open::Keep;
 pub use open::OpenOptions;
+pub use open::ParseVfTokenError;
+pub use open::VfToken;
+pub(crate) use open::open_node;
 pub(crate) use open::permission_remedy;
 pub use region::DeviceInfo;
 pub use region::Region;
 pub use region::RegionKind;
+pub use reset::ResetMember;
 
 /// Index of config space.
 const CONFIG: u32 = vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
-/// Longest answer about a region that is believed.
-const MAX_REGION_INFO: u32 = 1 << 20;
+/// Regions that every device has, be it with size 0; aliases come after them.
+const FIXED_REGIONS: usize = vfio::VFIO_PCI_NUM_REGIONS as usize;
 
 /// An open PCI device.
 ///
@@ -65,9 +80,18 @@ const MAX_REGION_INFO: u32 = 1 << 20;
 pub struct Device {
     // Closed in this order.
     fd: OwnedFd,
-    keep: Keep,
+    iommu: Option<Iommu>,
     bdf: Bdf,
     driver: Option<String>,
+    /// Where the fixed regions are, as far as they were asked for: it does not change.
+    places: [OnceLock<Place>; FIXED_REGIONS],
+}
+
+/// Where a region is in the device's descriptor.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    start: u64,
+    size: u64,
 }
 
 impl Device {
@@ -76,16 +100,24 @@ impl Device {
         OpenOptions::new().open(bdf)
     }
 
-    fn new(bdf: Bdf, fd: OwnedFd, keep: Keep, driver: Option<String>) -> Result<Self> {
+    fn new(bdf: Bdf, fd: OwnedFd, iommu: Option<Iommu>, driver: Option<String>) -> Result<Self> {
         let device = Self {
             fd,
-            keep,
+            iommu,
             bdf,
             driver,
+            places: Default::default(),
         };
         // Asked for once here, so that a descriptor that is no VFIO device is noticed now.
         device.info()?;
         Ok(device)
+    }
+
+    fn handle(&self) -> Handle<'_> {
+        Handle {
+            fd: self.fd.as_fd(),
+            bdf: self.bdf,
+        }
     }
 
     /// Its address.
@@ -100,33 +132,45 @@ impl Device {
         self.driver.as_deref()
     }
 
-    /// How it was opened: never [`Backend::Auto`].
+    /// How it was opened; `None`: by somebody else, and its address space is not known.
     #[must_use]
-    pub fn backend(&self) -> Backend {
-        match self.keep {
-            Keep::Group { .. } => Backend::Group,
-            Keep::Cdev { .. } => Backend::Cdev,
-        }
+    pub fn backend(&self) -> Option<Backend> {
+        self.iommu.as_ref().map(Iommu::backend)
+    }
+
+    /// The address space that it does DMA in. `None`: somebody else has opened the device, and
+    /// nobody has [said](Device::with_iommu) which it is.
+    #[must_use]
+    pub fn iommu(&self) -> Option<&Iommu> {
+        self.iommu.as_ref()
+    }
+
+    /// As [`Device::iommu`], for who cannot do without.
+    ///
+    /// Errors: [`Error::Unsupported`].
+    pub fn require_iommu(&self) -> Result<&Iommu> {
+        self.iommu().ok_or_else(|| {
+            Error::unsupported(
+                "map memory for DMA",
+                self.object(),
+                "the device was adopted: say with `with_iommu` which address space it is in",
+            )
+        })
     }
 
     fn object(&self) -> Object {
-        Object::Device(self.bdf)
+        self.handle().object()
     }
 
     fn region_object(&self, index: u32) -> Object {
-        Object::Region {
-            bdf: self.bdf,
-            index,
-        }
+        self.handle().region_object(index)
     }
 
     /// What VFIO says about it.
     ///
     /// Errors: [`Error::Io`].
     pub fn info(&self) -> Result<DeviceInfo> {
-        let mut info = vfio::vfio_device_info::default();
-        ioctl::call(self.as_fd(), ioctl::DEVICE_GET_INFO, &mut info)
-            .map_err(|errno| Error::from_errno("get information", self.object(), errno))?;
+        let info = self.handle().info()?;
         Ok(DeviceInfo {
             num_regions: info.num_regions,
             num_irqs: info.num_irqs,
@@ -154,62 +198,62 @@ impl Device {
     ///
     /// Errors: [`Error::Io`] (`EINVAL`: no such region), [`Error::Malformed`].
     pub fn region(&self, index: u32) -> Result<Region> {
-        let failed =
-            |errno| Error::from_errno("get region information", self.region_object(index), errno);
-        let malformed = |reason: &str| Error::Malformed {
-            operation: "get region information",
-            object: self.region_object(index),
-            reason: reason.to_owned(),
-        };
-        let mut info = vfio::vfio_region_info {
-            index,
-            ..Default::default()
-        };
-        ioctl::call(self.as_fd(), ioctl::DEVICE_GET_REGION_INFO, &mut info).map_err(failed)?;
-        if info.flags & vfio::VFIO_REGION_INFO_FLAG_CAPS == 0 {
-            return Ok(Region::new(&info, Vec::new()));
-        }
-
-        // The kernel says how long the answer with capabilities is.
-        if info.argsz > MAX_REGION_INFO {
-            return Err(malformed("the answer is too long"));
-        }
-        let mut words = Words::zeroed(info.argsz as usize);
-        words.put_u32(offset_of!(vfio::vfio_region_info, index), index);
-        ioctl::call_bytes(self.as_fd(), ioctl::DEVICE_GET_REGION_INFO, &mut words)
-            .map_err(failed)?;
-        let bytes = words.to_bytes();
-        let first = bytes
-            .get(offset_of!(vfio::vfio_region_info, cap_offset)..)
-            .and_then(|rest| rest.first_chunk())
-            .map_or(0, |offset| u32::from_ne_bytes(*offset));
-        let capabilities = caps::parse(&bytes, first)
-            .map_err(|caps::BadChain| malformed("the capability chain is broken"))?;
-        Ok(Region::new(&info, capabilities))
+        self.handle().region(index)
     }
 
     /// Leases ranges of a BAR: see [`ExportBuilder`].
-    pub fn export(&self, region: u32) -> ExportBuilder<'_> {
-        ExportBuilder::new(self, region)
+    pub fn export(&self, bar: u32) -> ExportBuilder<'_> {
+        ExportBuilder::new(self.handle(), bar)
     }
 
-    /// Maps the bytes of `range` of a BAR through the device's own descriptor. The mapping keeps
-    /// the device open.
+    /// What of a BAR can be leased without handing out interrupts: all whole pages but those of the
+    /// MSI-X table and of its pending bits.
+    ///
+    /// Errors: [`Error::Malformed`], [`Error::Io`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(device: &barlease::Device) -> barlease::Result<()> {
+    /// for range in device.exportable_ranges(0)? {
+    ///     let lease = device.export(0).ranges([range]).export()?;
+    ///     println!("{range}: {:#x} bytes", lease.size());
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn exportable_ranges(&self, bar: u32) -> Result<Vec<BarRange>> {
+        let size = self.place(bar)?.size;
+        self.config()?.exportable_ranges(bar, size)
+    }
+
+    /// Config space.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn config(&self) -> Result<ConfigSpace<'_>> {
+        let place = self.place(CONFIG)?;
+        Ok(ConfigSpace::at(self.handle(), place.start, place.size))
+    }
+
+    /// Maps bytes of a BAR or an alias through the device's own descriptor; `..` is all of it. The
+    /// mapping keeps the device open.
     ///
     /// Errors: [`Error::Invalid`], [`Error::Io`].
-    pub fn map_region(&self, index: u32, range: Range<u64>) -> Result<Mapping> {
+    pub fn map_region(&self, index: u32, range: impl RangeBounds<u64>) -> Result<Mapping> {
         let region = self.region(index)?;
-        MapOptions::new()
-            .range(range)
-            .map_source(&self.source(&region))
+        let options = map_options(&region, range);
+        options.map_source(&self.source(&region))
     }
 
     /// As [`Device::map_region`], guarded: see [`GuardedMapping`].
-    pub fn map_region_guarded(&self, index: u32, range: Range<u64>) -> Result<GuardedMapping> {
+    pub fn map_region_guarded(
+        &self,
+        index: u32,
+        range: impl RangeBounds<u64>,
+    ) -> Result<GuardedMapping> {
         let region = self.region(index)?;
-        MapOptions::new()
-            .range(range)
-            .map_source_guarded(&self.source(&region))
+        let options = map_options(&region, range);
+        options.map_source_guarded(&self.source(&region))
     }
 
     fn source(&self, region: &Region) -> Source<'_> {
@@ -228,112 +272,64 @@ impl Device {
     ///
     /// Errors: [`Error::OutOfBounds`]; [`Error::Io`] (`EIO`: memory of the device is off).
     pub fn read_region(&self, index: u32, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        let mut position = self.position(index, offset, buffer.len())?;
-        let mut rest = buffer;
-        while !rest.is_empty() {
-            match rustix::io::pread(self.as_fd(), &mut *rest, position) {
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(self.failed("read", index, errno)),
-                Ok(0) => return Err(self.failed("read", index, Errno::IO)),
-                Ok(count) => {
-                    rest = rest.get_mut(count..).unwrap_or(&mut []);
-                    position += count as u64;
-                }
-            }
-        }
-        Ok(())
+        let position = self.position(index, offset, buffer.len())?;
+        self.handle().read_at(index, position, buffer)
     }
 
     /// Writes `buffer` to a region at `offset`, by system call.
     ///
     /// Errors: [`Error::OutOfBounds`]; [`Error::Io`] (`EIO`: memory of the device is off).
     pub fn write_region(&self, index: u32, offset: u64, buffer: &[u8]) -> Result<()> {
-        let mut position = self.position(index, offset, buffer.len())?;
-        let mut rest = buffer;
-        while !rest.is_empty() {
-            match rustix::io::pwrite(self.as_fd(), rest, position) {
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(self.failed("write", index, errno)),
-                Ok(0) => return Err(self.failed("write", index, Errno::IO)),
-                Ok(count) => {
-                    rest = rest.get(count..).unwrap_or(&[]);
-                    position += count as u64;
-                }
-            }
-        }
-        Ok(())
+        let position = self.position(index, offset, buffer.len())?;
+        self.handle().write_at(index, position, buffer)
     }
 
-    fn failed(&self, operation: &'static str, index: u32, errno: Errno) -> Error {
-        Error::from_errno(operation, self.region_object(index), errno)
+    /// Where a region is.
+    fn place(&self, index: u32) -> Result<Place> {
+        let cache = self.places.get(index as usize);
+        if let Some(place) = cache.and_then(OnceLock::get) {
+            return Ok(*place);
+        }
+        let region = self.region(index)?;
+        let place = Place {
+            start: region.offset,
+            size: region.size,
+        };
+        if let Some(cache) = cache {
+            // Another thread has found the same.
+            let _ = cache.set(place);
+        }
+        Ok(place)
     }
 
     /// Where in the device's descriptor these bytes of a region are.
     fn position(&self, index: u32, offset: u64, length: usize) -> Result<u64> {
-        let region = self.region(index)?;
+        let place = self.place(index)?;
         offset
             .checked_add(length as u64)
-            .filter(|end| *end <= region.size)
-            .and_then(|_| region.offset.checked_add(offset))
+            .filter(|end| *end <= place.size)
+            .and_then(|_| place.start.checked_add(offset))
             .ok_or_else(|| Error::OutOfBounds {
                 object: self.region_object(index),
                 offset,
                 length: length as u64,
             })
     }
+}
 
-    /// Reads 2 bytes of config space.
-    ///
-    /// Errors: [`Error::OutOfBounds`], [`Error::Io`].
-    pub fn read_config_u16(&self, offset: u64) -> Result<u16> {
-        let mut bytes = [0; 2];
-        self.read_region(CONFIG, offset, &mut bytes)?;
-        Ok(u16::from_le_bytes(bytes))
-    }
-
-    /// Reads 4 bytes of config space.
-    ///
-    /// Errors: [`Error::OutOfBounds`], [`Error::Io`].
-    pub fn read_config_u32(&self, offset: u64) -> Result<u32> {
-        let mut bytes = [0; 4];
-        self.read_region(CONFIG, offset, &mut bytes)?;
-        Ok(u32::from_le_bytes(bytes))
-    }
-
-    /// Reads bytes of config space.
-    ///
-    /// Errors: [`Error::OutOfBounds`], [`Error::Io`].
-    pub fn read_config(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        self.read_region(CONFIG, offset, buffer)
-    }
-
-    /// Writes bytes of config space, in one system call.
-    ///
-    /// Errors: [`Error::OutOfBounds`], [`Error::Io`].
-    pub fn write_config(&self, offset: u64, buffer: &[u8]) -> Result<()> {
-        self.write_region(CONFIG, offset, buffer)
-    }
-
-    /// Writes 2 bytes of config space.
-    ///
-    /// Errors: [`Error::OutOfBounds`], [`Error::Io`].
-    pub fn write_config_u16(&self, offset: u64, value: u16) -> Result<()> {
-        self.write_config(offset, &value.to_le_bytes())
-    }
-
-    /// Resets it (`VFIO_DEVICE_RESET`). Leases are revoked for the time of it.
-    ///
-    /// Errors: [`Error::Unsupported`]: it has no way to be reset; [`Error::Io`].
-    pub fn reset(&self) -> Result<()> {
-        ioctl::device_reset(self.as_fd()).map_err(|errno| match errno {
-            Errno::INVAL | Errno::NOTTY => Error::Unsupported {
-                operation: "reset",
-                object: self.object(),
-                remedy: "the device has no reset of its own".to_owned(),
-            },
-            errno => Error::from_errno("reset", self.object(), errno),
-        })
-    }
+/// Bytes of a region as a range with two ends.
+fn map_options(region: &Region, range: impl RangeBounds<u64>) -> MapOptions {
+    let start = match range.start_bound() {
+        Bound::Included(start) => *start,
+        Bound::Excluded(start) => start.saturating_add(1),
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(end) => end.saturating_add(1),
+        Bound::Excluded(end) => *end,
+        Bound::Unbounded => region.size,
+    };
+    MapOptions::new().range(start..end)
 }
 
 impl AsFd for Device {

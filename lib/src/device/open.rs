@@ -1,15 +1,15 @@
-//! Opening a device: through its character device and iommufd, or its group and a container.
+//! Opening a device: through its character device and an iommufd, or its group and a container.
 
-use std::ffi::CString;
+use std::fmt;
 use std::fs;
 use std::os::fd::AsFd;
-use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
 
-use iommufd_bindings::iommu_ioas_alloc;
 use rustix::fs::Mode;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -18,24 +18,97 @@ use vfio_bindings::bindings::vfio;
 use super::Device;
 use crate::Bdf;
 use crate::Error;
+use crate::Iommu;
 use crate::Result;
 use crate::error::Object;
 use crate::pci::Pci;
 use crate::pci::PciDevice;
 use crate::sys::ioctl;
 
-/// How to reach the device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+/// How a device is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Backend {
-    /// `Cdev` if this system has it, else `Group`.
-    #[default]
-    Auto,
     /// `/dev/vfio/GROUP` and the container `/dev/vfio/vfio`, type 1 version 2.
     Group,
     /// `/dev/vfio/devices/vfioN` and `/dev/iommu`.
     Cdev,
+}
+
+/// The token that the owner of a physical function has set, and without which its virtual functions
+/// are not opened: a UUID.
+///
+/// # Examples
+///
+/// ```
+/// use barlease::VfToken;
+///
+/// let token: VfToken = "14d63f20-8445-11ea-8900-1f9ce7d5650d".parse()?;
+/// assert_eq!(token.to_string(), "14d63f20-8445-11ea-8900-1f9ce7d5650d");
+/// # Ok::<(), barlease::ParseVfTokenError>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct VfToken([u8; 16]);
+
+/// The text is not a UUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a UUID: expected xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx in hexadecimal")]
+pub struct ParseVfTokenError;
+
+impl VfToken {
+    /// That with these bytes, in the order in which they are written.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub const fn to_bytes(self) -> [u8; 16] {
+        self.0
+    }
+}
+
+impl fmt::Display for VfToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, byte) in self.0.iter().enumerate() {
+            if [4, 6, 8, 10].contains(&n) {
+                f.write_str("-")?;
+            }
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for VfToken {
+    /// It is a secret of its kind.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("VfToken(..)")
+    }
+}
+
+impl FromStr for VfToken {
+    type Err = ParseVfTokenError;
+
+    fn from_str(text: &str) -> Result<Self, ParseVfTokenError> {
+        let lengths = text.split('-').map(str::len);
+        if !lengths.eq([8, 4, 4, 4, 12]) {
+            return Err(ParseVfTokenError);
+        }
+        let digits: Vec<u8> = text
+            .chars()
+            .filter(|digit| *digit != '-')
+            .map(|digit| digit.to_digit(16).map(|digit| digit as u8))
+            .collect::<Option<_>>()
+            .ok_or(ParseVfTokenError)?;
+        let mut bytes = [0; 16];
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks(2)) {
+            *byte = pair.iter().fold(0, |value, digit| value << 4 | digit);
+        }
+        Ok(Self(bytes))
+    }
 }
 
 /// How to open a device.
@@ -52,7 +125,10 @@ pub enum Backend {
 /// ```
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
-    backend: Backend,
+    backend: Option<Backend>,
+    iommu: Option<Iommu>,
+    token: Option<VfToken>,
+    noiommu: bool,
     sysfs: PathBuf,
     dev: PathBuf,
 }
@@ -60,47 +136,74 @@ pub struct OpenOptions {
 impl Default for OpenOptions {
     fn default() -> Self {
         Self {
-            backend: Backend::Auto,
+            backend: None,
+            iommu: None,
+            token: None,
+            noiommu: false,
             sysfs: "/sys".into(),
             dev: "/dev".into(),
         }
     }
 }
 
-/// What keeps the device usable: closed after the device.
-#[derive(Debug)]
-pub(super) enum Keep {
-    /// The group and its container.
-    Group {
-        _group: OwnedFd,
-        _container: OwnedFd,
-    },
-    /// The iommufd that the device is bound to.
-    Cdev { _iommufd: OwnedFd },
-}
-
 impl OpenOptions {
-    /// The defaults: [`Backend::Auto`], `/sys`, `/dev`.
+    /// The defaults: by its character device if this system has it and may be opened, else by its
+    /// group; in an address space of its own.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Choose how to reach the device.
+    /// Reach the device like this, and no other way.
     #[must_use]
-    pub fn backend(mut self, backend: Backend) -> Self {
-        self.backend = backend;
+    pub fn backend(mut self, backend: impl Into<Option<Backend>>) -> Self {
+        self.backend = backend.into();
         self
     }
 
-    /// Where sysfs is mounted.
+    /// Open it in this address space, in which other devices may be, functions of the same IOMMU
+    /// group too. It says how the device is reached.
+    #[must_use]
+    pub fn iommu(mut self, iommu: &Iommu) -> Self {
+        self.iommu = Some(iommu.clone());
+        self
+    }
+
+    /// Open a virtual function with the token of its physical function
+    /// ([`Device::set_vf_token`]).
+    #[must_use]
+    pub fn vf_token(mut self, token: VfToken) -> Self {
+        self.token = Some(token);
+        self
+    }
+
+    /// Open a device that no IOMMU isolates (`/dev/vfio/noiommu-N`), if it is one.
+    ///
+    /// # Safety
+    ///
+    /// Such a device reaches all memory of the host at its physical addresses: what is written to
+    /// its registers, by any safe function of this library, must never make it touch memory that is
+    /// not meant for it.
+    #[must_use]
+    #[allow(
+        unsafe_code,
+        reason = "with such a device every write to a register may be unsound"
+    )]
+    pub unsafe fn noiommu(mut self) -> Self {
+        self.noiommu = true;
+        self
+    }
+
+    /// Where sysfs is mounted. For tests.
+    #[doc(hidden)]
     #[must_use]
     pub fn sysfs(mut self, root: impl Into<PathBuf>) -> Self {
         self.sysfs = root.into();
         self
     }
 
-    /// Where the device nodes are.
+    /// Where the device nodes are. For tests.
+    #[doc(hidden)]
     #[must_use]
     pub fn dev(mut self, root: impl Into<PathBuf>) -> Self {
         self.dev = root.into();
@@ -110,9 +213,9 @@ impl OpenOptions {
     /// Opens a device.
     ///
     /// Errors: [`Error::NoDevice`], [`Error::NotBound`], [`Error::NoIommuGroup`],
-    /// [`Error::GroupNotViable`], [`Error::Denied`] (names the file, its owner and mode),
-    /// [`Error::Busy`], [`Error::Unsupported`] (the backend asked for does not exist here),
-    /// [`Error::Io`].
+    /// [`Error::GroupNotViable`], [`Error::Denied`] (names the file, its owner and mode; or the
+    /// token of a virtual function is missing), [`Error::Busy`], [`Error::Unsupported`] (the
+    /// backend asked for does not exist here), [`Error::Io`].
     pub fn open(&self, bdf: Bdf) -> Result<Device> {
         let pci = Pci::at(&self.sysfs);
         let device = pci.device(bdf)?;
@@ -123,116 +226,131 @@ impl OpenOptions {
             });
         }
         let group = device.iommu_group.ok_or(Error::NoIommuGroup { bdf })?;
-
-        let cdev = self.cdev(&device);
-        match (self.backend, cdev) {
-            (Backend::Auto | Backend::Cdev, Some(node)) => {
-                self.open_cdev(bdf, device.driver, &node, &pci)
-            }
-            (Backend::Cdev, None) => Err(Error::Unsupported {
-                operation: "open",
-                object: Object::Device(bdf),
-                remedy: "this kernel has no VFIO character devices or no iommufd: \
-                         use the group backend"
-                    .to_owned(),
-            }),
-            (Backend::Auto | Backend::Group, _) => self.open_group(bdf, device.driver, group, &pci),
+        let wanted = match &self.iommu {
+            Some(iommu) => Some(iommu.backend()),
+            None => self.backend,
+        };
+        match (wanted, self.cdev(&device)) {
+            (Some(Backend::Cdev), None) => Err(Error::unsupported(
+                "open",
+                Object::Device(bdf),
+                "this kernel has no VFIO character devices or no iommufd: use the group backend",
+            )),
+            (Some(Backend::Cdev), Some(node)) => self.open_cdev(&device, &node, &pci),
+            (None, Some(node)) => match self.open_cdev(&device, &node, &pci) {
+                // Whoever may open the group only need not know of the rest.
+                Err(Error::Denied { .. }) if self.group_node(group).1.exists() => {
+                    self.open_group(&device, group, &pci)
+                }
+                answer => answer,
+            },
+            (None | Some(Backend::Group), _) => self.open_group(&device, group, &pci),
         }
     }
 
     /// The device's character device, if this system can use it.
     fn cdev(&self, device: &PciDevice) -> Option<PathBuf> {
         let node = self.dev.join("vfio/devices").join(device.vfio.as_ref()?);
-        (node.exists() && self.dev.join("iommu").exists()).then_some(node)
+        let name = node.file_name()?.to_str()?;
+        // One without an IOMMU is called `noiommu-vfioN`.
+        let usable = self.dev.join("iommu").exists() && !name.starts_with("noiommu");
+        (node.exists() && usable).then_some(node)
     }
 
-    fn open_cdev(
-        &self,
-        bdf: Bdf,
-        driver: Option<String>,
-        node: &Path,
-        pci: &Pci,
-    ) -> Result<Device> {
+    /// Whether a group has no IOMMU, and its node.
+    fn group_node(&self, number: u32) -> (bool, PathBuf) {
+        let place = self.dev.join("vfio");
+        let unsafe_node = place.join(format!("noiommu-{number}"));
+        if unsafe_node.exists() {
+            return (true, unsafe_node);
+        }
+        (false, place.join(number.to_string()))
+    }
+
+    fn open_cdev(&self, device: &PciDevice, node: &Path, pci: &Pci) -> Result<Device> {
+        let bdf = device.bdf;
         let failed = |errno| Error::from_errno("open", Object::Device(bdf), errno);
         let fd = open_node(node)?;
-        let iommufd = open_node(&self.dev.join("iommu"))?;
-
-        let mut bind = vfio::vfio_device_bind_iommufd {
-            iommufd: iommufd.as_raw_fd(),
-            ..Default::default()
+        let iommu = match &self.iommu {
+            Some(iommu) => iommu.clone(),
+            None => Iommu::iommufd_at(&self.dev)?,
         };
-        let bound = ioctl::call(fd.as_fd(), ioctl::DEVICE_BIND_IOMMUFD, &mut bind);
-        bound.map_err(|errno| match errno {
-            // `vfio_df_open` answers so for a device that is open; so does a device that cannot be
-            // enabled.
-            Errno::INVAL if pci.is_enabled(bdf) == Some(true) => failed(Errno::BUSY),
-            _ => failed(errno),
-        })?;
-        let mut ioas = iommu_ioas_alloc::default();
-        ioctl::call(iommufd.as_fd(), ioctl::IOAS_ALLOC, &mut ioas).map_err(failed)?;
-        let mut attach = vfio::vfio_device_attach_iommufd_pt {
-            pt_id: ioas.out_ioas_id,
-            ..Default::default()
-        };
-        ioctl::call(fd.as_fd(), ioctl::DEVICE_ATTACH_IOMMUFD_PT, &mut attach).map_err(failed)?;
-
-        Device::new(bdf, fd, Keep::Cdev { _iommufd: iommufd }, driver)
+        let token = self.token.map(VfToken::to_bytes);
+        iommu
+            .bind(fd.as_fd(), token.as_ref())
+            .map_err(|errno| match errno {
+                // `vfio_df_open` answers so for a device that is open; so does a device that cannot
+                // be enabled.
+                Errno::INVAL if pci.is_enabled(bdf) == Some(true) => failed(Errno::BUSY),
+                errno => self.explain_denied(failed(errno)),
+            })?;
+        Device::new(bdf, fd, Some(iommu), device.driver.clone())
     }
 
-    fn open_group(
-        &self,
-        bdf: Bdf,
-        driver: Option<String>,
-        number: u32,
-        pci: &Pci,
-    ) -> Result<Device> {
+    fn open_group(&self, device: &PciDevice, number: u32, pci: &Pci) -> Result<Device> {
+        let bdf = device.bdf;
         let failed = |errno| Error::from_errno("open", Object::Device(bdf), errno);
-        let path = self.dev.join("vfio").join(number.to_string());
-        let container_path = self.dev.join("vfio/vfio");
-
-        let container = open_node(&container_path)?;
-        let version = ioctl::api_version(container.as_fd()).map_err(failed)?;
-        let type1 = ioctl::check_extension(container.as_fd(), vfio::VFIO_TYPE1v2_IOMMU);
-        if version != vfio::VFIO_API_VERSION as i32 || type1 != Ok(true) {
-            return Err(Error::Unsupported {
-                operation: "open",
-                object: Object::file(container_path),
-                remedy: "load the module vfio_iommu_type1".to_owned(),
-            });
+        let (noiommu, path) = self.group_node(number);
+        if noiommu && !self.noiommu {
+            return Err(Error::NoIommuGroup { bdf });
         }
-
-        let group = open_node(&path)?;
-        let mut status = vfio::vfio_group_status::default();
-        ioctl::call(group.as_fd(), ioctl::GROUP_GET_STATUS, &mut status).map_err(failed)?;
-        if status.flags & vfio::VFIO_GROUP_FLAGS_VIABLE == 0 {
-            return Err(Error::GroupNotViable {
-                bdf,
-                group: number,
-                others: pci.group_obstacles(number),
-            });
-        }
-        ioctl::set_container(group.as_fd(), container.as_fd()).map_err(|errno| {
-            Error::from_errno("attach to container", Object::file(&path), errno)
-        })?;
-        ioctl::set_iommu(container.as_fd(), vfio::VFIO_TYPE1v2_IOMMU).map_err(|errno| {
-            Error::from_errno("set up the IOMMU", Object::file(&path), errno).with_remedy(
-                "the platform has no interrupt remapping; the parameter \
-                 allow_unsafe_interrupts of vfio_iommu_type1 does without, at a risk",
-            )
-        })?;
-
-        let name = CString::new(bdf.to_string()).map_err(|_| failed(Errno::INVAL))?;
-        let fd = ioctl::group_device(group.as_fd(), &name).map_err(failed)?;
-        let keep = Keep::Group {
-            _group: group,
-            _container: container,
+        let iommu = match &self.iommu {
+            Some(iommu) => iommu.clone(),
+            None if noiommu => Iommu::noiommu_at(&self.dev)?,
+            None => Iommu::container_at(&self.dev)?,
         };
-        Device::new(bdf, fd, keep, driver)
+        let group = iommu.group(number, || {
+            let group = open_node(&path)?;
+            let mut status = vfio::vfio_group_status::default();
+            ioctl::call(group.as_fd(), ioctl::GROUP_GET_STATUS, &mut status).map_err(failed)?;
+            if status.flags & vfio::VFIO_GROUP_FLAGS_VIABLE == 0 {
+                return Err(Error::GroupNotViable {
+                    bdf,
+                    group: number,
+                    others: pci.group_obstacles(number),
+                });
+            }
+            Ok(group)
+        })?;
+
+        let name = match self.token {
+            Some(token) => format!("{bdf} vf_token={token}"),
+            None => bdf.to_string(),
+        };
+        let fd = retry(|| Iommu::device_of(group.as_fd(), &name))
+            .map_err(|errno| self.explain_denied(failed(errno)))?;
+        Device::new(bdf, fd, Some(iommu), device.driver.clone())
+    }
+
+    /// What may be missing when the nodes could be opened and the device not.
+    fn explain_denied(&self, error: Error) -> Error {
+        error.with_remedy(match self.token {
+            Some(_) => {
+                "the token is not that of the physical function, or it is no virtual function"
+            }
+            None => {
+                "of a virtual function: say the token that the owner of its physical function has \
+                 set (`vf_token`); otherwise: the device, or another of its group, is in another \
+                 address space: open both with the same Iommu"
+            }
+        })
     }
 }
 
+/// Tries again while the kernel is still about to make the device known to its group, which it is
+/// for a moment after it was bound.
+fn retry<T>(mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    for _ in 0..20 {
+        match attempt() {
+            Err(Errno::NODEV) => std::thread::sleep(Duration::from_millis(5)),
+            answer => return answer,
+        }
+    }
+    attempt()
+}
+
 /// Opens a device node. A refusal names owner and mode.
-fn open_node(path: &Path) -> Result<OwnedFd> {
+pub(crate) fn open_node(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
         Error::from_errno("open", Object::file(path), errno).with_remedy(permission_remedy(path))
     })
@@ -252,5 +370,29 @@ pub(crate) fn permission_remedy(path: &Path) -> String {
             rustix::process::geteuid().as_raw(),
         ),
         Err(_) => format!("run as root: {shown} cannot be looked at"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_a_uuid() {
+        let text = "14d63f20-8445-11ea-8900-1f9ce7d5650d";
+        let token: VfToken = text.parse().unwrap();
+        assert_eq!(token.to_bytes()[..4], [0x14, 0xd6, 0x3f, 0x20]);
+        assert_eq!(token.to_string(), text);
+        assert_eq!(format!("{token:?}"), "VfToken(..)");
+        for bad in [
+            "",
+            "14d63f20",
+            "14d63f20844511ea89001f9ce7d5650d",
+            "14d63f20-8445-11ea-8900-1f9ce7d5650g",
+            "14d63f2-08445-11ea-8900-1f9ce7d5650d",
+            "14d63f20-8445-11ea-8900-1f9ce7d5650d-",
+        ] {
+            assert_eq!(bad.parse::<VfToken>(), Err(ParseVfTokenError), "{bad}");
+        }
     }
 }

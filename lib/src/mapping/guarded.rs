@@ -402,5 +402,6 @@ fn revoked(operation: &'static str, offset: u64, length: usize) -> Error {
             offset,
             length: length as u64,
         },
+        source: None,
     }
 }

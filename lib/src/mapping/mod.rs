@@ -333,17 +333,16 @@ fn object(offset: u64, span: Span<'_>) -> Object {
 }
 
 fn length(range: &Range<usize>, object: impl FnOnce() -> Object) -> Result<usize> {
-    range
-        .end
-        .checked_sub(range.start)
-        .ok_or_else(|| Error::Invalid {
-            operation: "access",
-            object: object(),
-            reason: format!(
+    range.end.checked_sub(range.start).ok_or_else(|| {
+        Error::invalid(
+            "access",
+            object(),
+            format!(
                 "the range {:#x}..{:#x} is backwards",
                 range.start, range.end
             ),
-        })
+        )
+    })
 }
 
 #[cold]

@@ -124,11 +124,7 @@ impl MapOptions {
     }
 
     fn request(&self, source: &Source<'_>) -> Result<Request> {
-        let invalid = |reason: String| Error::Invalid {
-            operation: "map",
-            object: source.object.clone(),
-            reason,
-        };
+        let invalid = |reason: String| Error::invalid("map", source.object.clone(), reason);
         let Range { start, end } = self.range.clone().unwrap_or(0..source.size);
         let page = rustix::param::page_size() as u64;
         if start >= end {

@@ -26,12 +26,19 @@ const fn vfio_opcode(number: u8) -> Opcode {
     opcode::none(vfio::VFIO_TYPE, vfio::VFIO_BASE as u8 + number)
 }
 
+/// `_IO(IOMMUFD_TYPE, number)`.
+const fn iommufd_opcode(number: u32) -> Opcode {
+    opcode::none(iommufd::IOMMUFD_TYPE, number as u8)
+}
+
 const VFIO_GET_API_VERSION: Opcode = vfio_opcode(0);
 const VFIO_CHECK_EXTENSION: Opcode = vfio_opcode(1);
 const VFIO_SET_IOMMU: Opcode = vfio_opcode(2);
 const VFIO_GROUP_SET_CONTAINER: Opcode = vfio_opcode(4);
 const VFIO_GROUP_GET_DEVICE_FD: Opcode = vfio_opcode(6);
 const VFIO_DEVICE_RESET: Opcode = vfio_opcode(11);
+/// Of a device; of a container 12 is `VFIO_IOMMU_GET_INFO`, and 13 `VFIO_IOMMU_MAP_DMA`.
+const VFIO_DEVICE_PCI_HOT_RESET: u8 = 13;
 
 /// `DMA_BUF_SET_NAME_B`: `_IOW('b', 1, __u64)`.
 const DMA_BUF_SET_NAME: Opcode = opcode::write::<u64>(b'b', 1);
@@ -54,15 +61,40 @@ pub(crate) const DEVICE_GET_INFO: Request = Request(vfio_opcode(7));
 pub(crate) const DEVICE_GET_REGION_INFO: Request = Request(vfio_opcode(8));
 /// `VFIO_DEVICE_FEATURE`.
 pub(crate) const DEVICE_FEATURE: Request = Request(vfio_opcode(17));
-/// `VFIO_DEVICE_BIND_IOMMUFD`.
-pub(crate) const DEVICE_BIND_IOMMUFD: Request = Request(vfio_opcode(18));
+/// `VFIO_DEVICE_GET_IRQ_INFO`.
+pub(crate) const DEVICE_GET_IRQ_INFO: Request = Request(vfio_opcode(9));
+/// `VFIO_DEVICE_SET_IRQS`.
+pub(crate) const DEVICE_SET_IRQS: Request = Request(vfio_opcode(10));
+/// `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`.
+pub(crate) const DEVICE_HOT_RESET_INFO: Request = Request(vfio_opcode(12));
+/// `VFIO_DEVICE_PCI_HOT_RESET`.
+pub(crate) const DEVICE_HOT_RESET: Request = Request(vfio_opcode(VFIO_DEVICE_PCI_HOT_RESET));
+/// `VFIO_IOMMU_GET_INFO`, of a container.
+pub(crate) const TYPE1_GET_INFO: Request = Request(vfio_opcode(12));
+/// `VFIO_IOMMU_UNMAP_DMA`, of a container.
+const TYPE1_UNMAP_DMA: Request = Request(vfio_opcode(14));
 /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`.
 pub(crate) const DEVICE_ATTACH_IOMMUFD_PT: Request = Request(vfio_opcode(19));
 /// `IOMMU_IOAS_ALLOC`.
-pub(crate) const IOAS_ALLOC: Request = Request(opcode::none(
-    iommufd::IOMMUFD_TYPE,
-    iommufd::IOMMUFD_CMD_IOAS_ALLOC as u8,
-));
+pub(crate) const IOAS_ALLOC: Request = Request(iommufd_opcode(iommufd::IOMMUFD_CMD_IOAS_ALLOC));
+/// `IOMMU_DESTROY`.
+const IOMMUFD_DESTROY: Request = Request(iommufd_opcode(iommufd::IOMMUFD_CMD_DESTROY));
+/// `IOMMU_IOAS_MAP_FILE`.
+const IOAS_MAP_FILE: Request = Request(iommufd_opcode(iommufd::IOMMUFD_CMD_IOAS_MAP_FILE));
+/// `IOMMU_IOAS_UNMAP`.
+const IOAS_UNMAP: Request = Request(iommufd_opcode(iommufd::IOMMUFD_CMD_IOAS_UNMAP));
+
+// These have a pointer in their argument, so that their functions below are the only ones to issue
+// them.
+// INVARIANT: of the argument itself the kernel touches no more than its length.
+/// `VFIO_DEVICE_BIND_IOMMUFD`.
+const DEVICE_BIND_IOMMUFD: Request = Request(vfio_opcode(18));
+/// `VFIO_IOMMU_MAP_DMA`, of a container.
+const TYPE1_MAP_DMA: Request = Request(vfio_opcode(13));
+/// `IOMMU_IOAS_MAP`.
+const IOAS_MAP: Request = Request(iommufd_opcode(iommufd::IOMMUFD_CMD_IOAS_MAP));
+/// `IOMMU_IOAS_IOVA_RANGES`.
+const IOAS_IOVA_RANGES: Request = Request(iommufd_opcode(iommufd::IOMMUFD_CMD_IOAS_IOVA_RANGES));
 
 /// The argument of a [`Request`].
 ///
@@ -92,9 +124,18 @@ arguments! {
     vfio::vfio_group_status: argsz,
     vfio::vfio_device_info: argsz,
     vfio::vfio_region_info: argsz,
+    vfio::vfio_irq_info: argsz,
     vfio::vfio_device_bind_iommufd: argsz,
     vfio::vfio_device_attach_iommufd_pt: argsz,
+    vfio::vfio_iommu_type1_info: argsz,
+    vfio::vfio_iommu_type1_dma_map: argsz,
+    vfio::vfio_iommu_type1_dma_unmap: argsz,
     iommufd::iommu_ioas_alloc: size,
+    iommufd::iommu_destroy: size,
+    iommufd::iommu_ioas_map: size,
+    iommufd::iommu_ioas_map_file: size,
+    iommufd::iommu_ioas_unmap: size,
+    iommufd::iommu_ioas_iova_ranges: size,
 }
 
 /// The payload of a `VFIO_DEVICE_FEATURE`.
@@ -118,6 +159,9 @@ payloads! {
     abi::DmaBufTph,
     abi::AliasRegion,
     abi::DmaBufStatus,
+    abi::DmaBufRevokeId,
+    abi::Events,
+    [u8; 16],
 }
 
 /// `struct vfio_device_feature` with its payload.
@@ -174,21 +218,43 @@ unsafe impl Ioctl for Call {
     }
 }
 
+/// Issues an ioctl.
+///
+/// # Safety
+///
+/// `argument` points to `length` bytes that are exclusively ours, all initialised, which may get any
+/// value, and the kernel touches no memory behind them that it must not.
+unsafe fn issue(
+    fd: BorrowedFd<'_>,
+    opcode: Opcode,
+    argument: *mut c_void,
+    length: usize,
+) -> Result<i32, Errno> {
+    // SAFETY: the caller says that the kernel may use the argument.
+    let answer = unsafe { rustix::ioctl::ioctl(fd, Call { opcode, argument }) };
+    #[cfg(any(test, feature = "fake"))]
+    if answer == Err(Errno::NOTTY) {
+        // SAFETY: the caller says that these bytes are exclusively ours.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(argument.cast::<u8>(), length) };
+        return crate::fake::ioctl(fd, opcode as u8, bytes).unwrap_or(answer);
+    }
+    let _ = length;
+    answer
+}
+
 /// Issues `request` with `argument`, whose length field it sets.
 pub(crate) fn call<T: Argument>(
     fd: BorrowedFd<'_>,
     request: Request,
     argument: &mut T,
 ) -> Result<i32, Errno> {
-    argument.set_length(u32::try_from(size_of::<T>()).map_err(|_| Errno::INVAL)?);
-    let call = Call {
-        opcode: request.0,
-        argument: std::ptr::from_mut(argument).cast(),
-    };
+    let length = size_of::<T>();
+    argument.set_length(u32::try_from(length).map_err(|_| Errno::INVAL)?);
+    let argument = std::ptr::from_mut(argument).cast();
     // SAFETY: by the invariant of `Request` the kernel touches at most the bytes of the length
     // field, which are those of `argument`, exclusively borrowed; it may store any bytes there, by
     // the contract of `Argument`.
-    unsafe { rustix::ioctl::ioctl(fd, call) }
+    unsafe { issue(fd, request.0, argument, length) }
 }
 
 /// As [`call`], for an argument with a variable length: `argument` starts with the length field.
@@ -197,14 +263,12 @@ pub(crate) fn call_bytes(
     request: Request,
     argument: &mut Words,
 ) -> Result<i32, Errno> {
-    argument.put_u32(0, u32::try_from(argument.len()).map_err(|_| Errno::INVAL)?);
-    let call = Call {
-        opcode: request.0,
-        argument: argument.0.as_mut_ptr().cast(),
-    };
+    let length = argument.len();
+    argument.put_u32(0, u32::try_from(length).map_err(|_| Errno::INVAL)?);
+    let argument = argument.0.as_mut_ptr().cast();
     // SAFETY: by the invariant of `Request` the kernel touches at most the bytes of the length
     // field, which are those of `argument`, exclusively borrowed.
-    unsafe { rustix::ioctl::ioctl(fd, call) }
+    unsafe { issue(fd, request.0, argument, length) }
 }
 
 /// Bytes, aligned for any structure of the kernel, with fields in native byte order.
@@ -241,9 +305,39 @@ impl Words {
         }
     }
 
+    /// The `u32` at a byte offset that is a multiple of 4; 0 past the end.
+    pub(crate) fn u32(&self, offset: usize) -> u32 {
+        let bytes = self.0.get(offset / 8).map(|word| word.to_ne_bytes());
+        bytes
+            .as_ref()
+            .and_then(|bytes| bytes.get(offset % 8..)?.first_chunk())
+            .map_or(0, |field| u32::from_ne_bytes(*field))
+    }
+
+    /// The `u64` at a byte offset that is a multiple of 8; 0 past the end.
+    pub(crate) fn u64(&self, offset: usize) -> u64 {
+        self.0.get(offset / 8).copied().unwrap_or(0)
+    }
+
+    /// Stores bytes at an offset that is a multiple of 8. Nothing happens past the end.
+    pub(crate) fn put_bytes(&mut self, offset: usize, bytes: &[u8]) {
+        for (n, chunk) in bytes.chunks(8).enumerate() {
+            let mut word = [0; 8];
+            word.iter_mut()
+                .zip(chunk)
+                .for_each(|(to, from)| *to = *from);
+            self.put_u64(offset + n * 8, u64::from_ne_bytes(word));
+        }
+    }
+
+    /// The bytes.
+    pub(crate) fn bytes(&self) -> impl Iterator<Item = u8> + '_ {
+        self.0.iter().flat_map(|word| word.to_ne_bytes())
+    }
+
     /// The bytes.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        self.0.iter().flat_map(|word| word.to_ne_bytes()).collect()
+        self.bytes().collect()
     }
 }
 
@@ -273,7 +367,13 @@ fn call_integer(fd: BorrowedFd<'_>, opcode: Opcode, argument: usize) -> Result<i
     };
     // SAFETY: every caller passes an opcode for which the kernel takes the argument as a number
     // and follows no pointer.
-    unsafe { rustix::ioctl::ioctl(fd, call) }
+    let answer = unsafe { rustix::ioctl::ioctl(fd, call) };
+    #[cfg(any(test, feature = "fake"))]
+    if answer == Err(Errno::NOTTY) {
+        let mut bytes = (argument as u64).to_ne_bytes();
+        return crate::fake::ioctl(fd, opcode as u8, &mut bytes).unwrap_or(answer);
+    }
+    answer
 }
 
 /// `VFIO_GET_API_VERSION`.
@@ -296,15 +396,182 @@ pub(crate) fn device_reset(device: BorrowedFd<'_>) -> Result<(), Errno> {
     call_integer(device, VFIO_DEVICE_RESET, 0).map(drop)
 }
 
+/// `VFIO_DEVICE_FEATURE` with whatever payload follows the header: `argument` is header and
+/// payload.
+///
+/// # Safety
+///
+/// Whatever pointers the feature has in its payload are ones that the kernel may follow, and write
+/// through where the feature does.
+pub(crate) unsafe fn feature(device: BorrowedFd<'_>, argument: &mut Words) -> Result<i32, Errno> {
+    call_bytes(device, DEVICE_FEATURE, argument)
+}
+
+/// `VFIO_DEVICE_BIND_IOMMUFD`: the id of the device in the iommufd.
+pub(crate) fn bind_iommufd(
+    device: BorrowedFd<'_>,
+    iommufd: BorrowedFd<'_>,
+    token: Option<&[u8; 16]>,
+) -> Result<u32, Errno> {
+    let mut bind = vfio::vfio_device_bind_iommufd {
+        iommufd: iommufd.as_raw_fd(),
+        ..Default::default()
+    };
+    if let Some(token) = token {
+        // The kernel reads 16 bytes there, which are borrowed until the call has returned.
+        bind.flags = vfio::VFIO_DEVICE_BIND_FLAG_TOKEN;
+        bind.token_uuid_ptr = std::ptr::from_ref(token).expose_provenance() as u64;
+    }
+    call(device, DEVICE_BIND_IOMMUFD, &mut bind)?;
+    Ok(bind.out_devid)
+}
+
+/// `VFIO_IOMMU_MAP_DMA`: `length` bytes of this process's memory at `address`, for devices at
+/// `iova`.
+///
+/// # Safety
+///
+/// Until it is unmapped, devices may read the memory, and write it if `flags` say so.
+pub(crate) unsafe fn type1_map(
+    container: BorrowedFd<'_>,
+    flags: u32,
+    address: *mut u8,
+    length: u64,
+    iova: u64,
+) -> Result<(), Errno> {
+    let mut map = vfio::vfio_iommu_type1_dma_map {
+        flags,
+        vaddr: address.expose_provenance() as u64,
+        iova,
+        size: length,
+        ..Default::default()
+    };
+    call(container, TYPE1_MAP_DMA, &mut map).map(drop)
+}
+
+/// `VFIO_IOMMU_UNMAP_DMA`: how many bytes were mapped there.
+pub(crate) fn type1_unmap(container: BorrowedFd<'_>, iova: u64, length: u64) -> Result<u64, Errno> {
+    let mut unmap = vfio::vfio_iommu_type1_dma_unmap {
+        iova,
+        size: length,
+        ..Default::default()
+    };
+    call(container, TYPE1_UNMAP_DMA, &mut unmap)?;
+    Ok(unmap.size)
+}
+
+/// `IOMMU_IOAS_MAP` at a fixed IOVA.
+///
+/// # Safety
+///
+/// As for [`type1_map`].
+pub(crate) unsafe fn ioas_map(
+    iommufd: BorrowedFd<'_>,
+    ioas: u32,
+    flags: u32,
+    address: *mut u8,
+    length: u64,
+    iova: u64,
+) -> Result<(), Errno> {
+    let mut map = iommufd::iommu_ioas_map {
+        flags: flags | iommufd::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA,
+        ioas_id: ioas,
+        user_va: address.expose_provenance() as u64,
+        length,
+        iova,
+        ..Default::default()
+    };
+    call(iommufd, IOAS_MAP, &mut map).map(drop)
+}
+
+/// `IOMMU_IOAS_MAP_FILE` at a fixed IOVA: `length` bytes of a memfd or dma-buf from `start` on.
+pub(crate) fn ioas_map_file(
+    iommufd: BorrowedFd<'_>,
+    ioas: u32,
+    flags: u32,
+    (file, start): (BorrowedFd<'_>, u64),
+    length: u64,
+    iova: u64,
+) -> Result<(), Errno> {
+    let mut map = iommufd::iommu_ioas_map_file {
+        flags: flags | iommufd::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA,
+        ioas_id: ioas,
+        fd: file.as_raw_fd(),
+        start,
+        length,
+        iova,
+        ..Default::default()
+    };
+    call(iommufd, IOAS_MAP_FILE, &mut map).map(drop)
+}
+
+/// `IOMMU_IOAS_UNMAP`: how many bytes were mapped there.
+pub(crate) fn ioas_unmap(
+    iommufd: BorrowedFd<'_>,
+    ioas: u32,
+    iova: u64,
+    length: u64,
+) -> Result<u64, Errno> {
+    let mut unmap = iommufd::iommu_ioas_unmap {
+        ioas_id: ioas,
+        iova,
+        length,
+        ..Default::default()
+    };
+    call(iommufd, IOAS_UNMAP, &mut unmap)?;
+    Ok(unmap.length)
+}
+
+/// `IOMMU_DESTROY`.
+pub(crate) fn iommufd_destroy(iommufd: BorrowedFd<'_>, id: u32) -> Result<(), Errno> {
+    let mut destroy = iommufd::iommu_destroy {
+        id,
+        ..Default::default()
+    };
+    call(iommufd, IOMMUFD_DESTROY, &mut destroy).map(drop)
+}
+
+/// `IOMMU_IOAS_IOVA_RANGES`: first and last IOVA of each allowed range, and what IOVAs must be
+/// aligned to.
+pub(crate) fn ioas_ranges(
+    iommufd: BorrowedFd<'_>,
+    ioas: u32,
+) -> Result<(Vec<(u64, u64)>, u64), Errno> {
+    #[cfg(any(test, feature = "fake"))]
+    if let Some(answer) = crate::fake::iova_ranges(iommufd) {
+        return Ok(answer);
+    }
+    let mut ranges = vec![iommufd::iommu_iova_range::default(); 16];
+    // A device that is attached meanwhile can make more ranges of them.
+    for _ in 0..8 {
+        let mut query = iommufd::iommu_ioas_iova_ranges {
+            ioas_id: ioas,
+            num_iovas: u32::try_from(ranges.len()).map_err(|_| Errno::NOMEM)?,
+            // The kernel writes as many there as `num_iovas` says, exclusively borrowed.
+            allowed_iovas: ranges.as_mut_ptr().expose_provenance() as u64,
+            ..Default::default()
+        };
+        match call(iommufd, IOAS_IOVA_RANGES, &mut query) {
+            Err(Errno::MSGSIZE) if query.num_iovas <= 1 << 16 => {
+                ranges.resize(query.num_iovas as usize, Default::default());
+            }
+            Err(errno) => return Err(errno),
+            Ok(_) => {
+                ranges.truncate(query.num_iovas as usize);
+                let ranges = ranges.iter().map(|range| (range.start, range.last));
+                return Ok((ranges.collect(), query.out_iova_alignment));
+            }
+        }
+    }
+    Err(Errno::AGAIN)
+}
+
 /// `VFIO_GROUP_SET_CONTAINER`.
 pub(crate) fn set_container(group: BorrowedFd<'_>, container: BorrowedFd<'_>) -> Result<(), Errno> {
     let mut fd: i32 = container.as_fd().as_raw_fd();
-    let call = Call {
-        opcode: VFIO_GROUP_SET_CONTAINER,
-        argument: std::ptr::from_mut(&mut fd).cast(),
-    };
+    let argument = std::ptr::from_mut(&mut fd).cast();
     // SAFETY: the kernel reads one `int` through the pointer, which is to a live one.
-    unsafe { rustix::ioctl::ioctl(group, call) }.map(drop)
+    unsafe { issue(group, VFIO_GROUP_SET_CONTAINER, argument, size_of::<i32>()) }.map(drop)
 }
 
 /// `VFIO_GROUP_GET_DEVICE_FD`.
@@ -340,6 +607,11 @@ mod tests {
         assert_eq!(DEVICE_FEATURE.0, 0x3b75);
         assert_eq!(DEVICE_GET_REGION_INFO.0, 0x3b6c);
         assert_eq!(IOAS_ALLOC.0, 0x3b81);
+        assert_eq!(IOAS_MAP_FILE.0, 0x3b8f);
+        assert_eq!(DEVICE_SET_IRQS.0, 0x3b6e);
+        assert_eq!(DEVICE_HOT_RESET.0, 0x3b71);
+        assert_eq!(TYPE1_MAP_DMA.0, 0x3b71);
+        assert_eq!(TYPE1_UNMAP_DMA.0, 0x3b72);
         assert_eq!(VFIO_DEVICE_RESET, 0x3b6f);
         assert_eq!(DMA_BUF_SET_NAME, 0x4008_6201);
     }

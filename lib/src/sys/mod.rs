@@ -1,5 +1,8 @@
 //! System calls that need `unsafe`, behind safe functions. No decision is taken here.
 
+#[allow(unsafe_code, reason = "instructions that are barriers")]
+pub(crate) mod barrier;
+
 #[allow(
     unsafe_code,
     reason = "ioctls: the kernel reads and writes through a pointer"

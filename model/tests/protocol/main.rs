@@ -54,6 +54,17 @@ const LOW_POWER: [Who; 3] = [LowPower, LowPowerForGood, LowPowerUntilWakeUp];
 
 /// Those that open the device.
 const OPENERS: [Who; 2] = [CloseAndOpen, NextOwner];
+/// Those that take the device lock, which a hot reset is refused without.
+const DEVICE_LOCKERS: [Who; 8] = [
+    SysfsReset,
+    BusReset,
+    VfioReset,
+    Error,
+    FatalError,
+    FailedError,
+    PulledOut,
+    Unbound,
+];
 /// Importers.
 const IMPORTING: [Who; 3] = [QuickImporter, SlowImporter, FencedImporter];
 
@@ -153,6 +164,8 @@ fn fits(who: &[Who]) -> bool {
         && (number(&[FailedError]) == 0 || number(&OPENERS) + number(&[Toucher]) != 0)
         // As another one, but that nobody asks afterwards.
         && (number(&[HotReset]) == 0 || number(&LOW_POWER) + number(&[Lender, D3hot]) != 0)
+        // One that is refused leaves the device awake, and nobody asks (docs/lifecycle.md).
+        && (number(&[HotReset]) == 0 || number(&DEVICE_LOCKERS) == 0)
         && (number(&[Fencer]) == 0 || number(&IMPORTING) != 0)
         // Else there is nothing to lend; and nobody to be killed; and nothing to wait for.
         && (number(&[Lender]) == 0 || number(&[Undecoded, FatalError, D3hot, SysfsReset]) != 0)

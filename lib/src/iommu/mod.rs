@@ -1,0 +1,993 @@
+//! The address space that devices do DMA in.
+
+mod buffer;
+mod iova;
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::mem::offset_of;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+
+use iommufd_bindings as iommufd;
+use rustix::io::Errno;
+use vfio_bindings::bindings::vfio;
+
+use crate::Backend;
+use crate::Error;
+use crate::Lease;
+use crate::Mapping;
+use crate::Result;
+use crate::device::open_node;
+use crate::error::Object;
+use crate::sys::ioctl;
+use crate::sys::ioctl::Words;
+
+pub use buffer::DmaBuffer;
+pub use buffer::DmaOptions;
+use iova::Iovas;
+
+/// Longest answer about an IOMMU that is believed.
+const MAX_INFO: u32 = 1 << 20;
+
+/// A range of I/O virtual addresses, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct IovaRange {
+    /// The first address.
+    pub first: u64,
+    /// The last address.
+    pub last: u64,
+}
+
+/// What devices may do with memory that is mapped for them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DmaAccess {
+    /// Read and write it.
+    #[default]
+    ReadWrite,
+    /// Read it only.
+    Read,
+    /// Write it only, where the IOMMU can tell this apart.
+    Write,
+}
+
+impl DmaAccess {
+    fn flags(self, read: u32, write: u32) -> u32 {
+        match self {
+            Self::ReadWrite => read | write,
+            Self::Read => read,
+            Self::Write => write,
+        }
+    }
+}
+
+/// An address space for DMA: a VFIO container, or an I/O address space of an iommufd.
+///
+/// It has the devices that were opened with it ([`OpenOptions::iommu`](crate::OpenOptions::iommu)),
+/// several functions of one IOMMU group among them; all reach the same memory at the same
+/// addresses. [`Device::open`](crate::Device::open) makes one for the device alone:
+/// [`Device::iommu`](crate::Device::iommu).
+///
+/// Clones are the same address space. A container keeps the groups that are in it until the last
+/// clone is dropped, and with it the last [`DmaBuffer`] and [`DmaMapping`]: memory stays mapped
+/// while a device is closed and opened again.
+///
+/// # Examples
+///
+/// ```no_run
+/// use barlease::{DmaBuffer, Iommu, OpenOptions};
+///
+/// let iommu = Iommu::new()?;
+/// let gpu = OpenOptions::new().iommu(&iommu).open("0000:01:00.0".parse()?)?;
+/// let audio = OpenOptions::new().iommu(&iommu).open("0000:01:00.1".parse()?)?;
+/// let buffer = DmaBuffer::new(&iommu, 64 << 10)?;
+/// println!("both reach it at {:#x}", buffer.iova());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Iommu {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    // Closed in this order.
+    /// Groups that are in the container, by number.
+    groups: Mutex<BTreeMap<u32, Arc<OwnedFd>>>,
+    kind: Kind,
+    iovas: Mutex<Iovas>,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Container {
+        fd: OwnedFd,
+        /// `VFIO_TYPE1v2_IOMMU` or `VFIO_NOIOMMU_IOMMU`.
+        model: u32,
+    },
+    Iommufd {
+        fd: OwnedFd,
+        ioas: u32,
+        /// Whether it is ours to destroy.
+        ours: bool,
+    },
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Kind::Iommufd {
+            fd,
+            ioas,
+            ours: true,
+        } = &self.kind
+        {
+            // Another process may have the iommufd. What is in use, by a device that somebody else
+            // still has, is busy and stays.
+            let _ = ioctl::iommufd_destroy(fd.as_fd(), *ioas);
+        }
+    }
+}
+
+/// A thread that panicked has left the maps whole: each change is one step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn failed(operation: &'static str, errno: Errno) -> Error {
+    Error::from_errno(operation, Object::Iommu, errno)
+}
+
+impl Iommu {
+    /// A new one: an iommufd where this system has that and VFIO's character devices, else a
+    /// container.
+    ///
+    /// Errors: as for [`Iommu::iommufd`] and [`Iommu::container`].
+    pub fn new() -> Result<Self> {
+        Self::of_system(Path::new("/dev"))
+    }
+
+    pub(crate) fn of_system(dev: &Path) -> Result<Self> {
+        if dev.join("iommu").exists() && dev.join("vfio/devices").exists() {
+            Self::iommufd_at(dev)
+        } else {
+            Self::container_at(dev)
+        }
+    }
+
+    /// A new container (`/dev/vfio/vfio`), type 1 version 2: for devices that are opened through
+    /// their groups.
+    ///
+    /// Errors: [`Error::Unsupported`]: no type 1; [`Error::Denied`]; [`Error::Io`].
+    pub fn container() -> Result<Self> {
+        Self::container_at(Path::new("/dev"))
+    }
+
+    pub(crate) fn container_at(dev: &Path) -> Result<Self> {
+        let fd = open_node(&dev.join("vfio/vfio"))?;
+        Self::checked_container(fd, vfio::VFIO_TYPE1v2_IOMMU)
+    }
+
+    /// A container without an IOMMU, for groups that have none. DMA is not mapped with it.
+    pub(crate) fn noiommu_at(dev: &Path) -> Result<Self> {
+        let fd = open_node(&dev.join("vfio/vfio"))?;
+        Self::checked_container(fd, vfio::VFIO_NOIOMMU_IOMMU)
+    }
+
+    /// A new iommufd (`/dev/iommu`) with an I/O address space of its own: for devices that are
+    /// opened through their character devices.
+    ///
+    /// Errors: [`Error::Denied`]; [`Error::Io`] (`ENOENT`: this kernel has no iommufd).
+    pub fn iommufd() -> Result<Self> {
+        Self::iommufd_at(Path::new("/dev"))
+    }
+
+    pub(crate) fn iommufd_at(dev: &Path) -> Result<Self> {
+        Self::from_iommufd(open_node(&dev.join("iommu"))?, None)
+    }
+
+    /// Takes over a container that somebody else opened, as a service manager or a VMM. Its IOMMU
+    /// may have been set, and groups and memory may be in it; keep addresses that others use from
+    /// being handed out with [`Iommu::reserve`].
+    ///
+    /// Errors: [`Error::Unsupported`]: no container with type 1.
+    pub fn from_container(fd: impl Into<OwnedFd>) -> Result<Self> {
+        Self::checked_container(fd.into(), vfio::VFIO_TYPE1v2_IOMMU)
+    }
+
+    fn checked_container(fd: OwnedFd, model: u32) -> Result<Self> {
+        let version = ioctl::api_version(fd.as_fd());
+        let has = ioctl::check_extension(fd.as_fd(), model);
+        if version != Ok(vfio::VFIO_API_VERSION as i32) || has != Ok(true) {
+            return Err(Error::unsupported(
+                "open",
+                Object::Iommu,
+                if model == vfio::VFIO_NOIOMMU_IOMMU {
+                    "the parameter enable_unsafe_noiommu_mode of vfio is off"
+                } else {
+                    "load the module vfio_iommu_type1"
+                },
+            ));
+        }
+        Ok(Self::of_kind(Kind::Container { fd, model }))
+    }
+
+    /// Takes over an iommufd that somebody else opened, with the I/O address space `ioas` in it, or
+    /// with a new one.
+    ///
+    /// Errors: [`Error::Unsupported`]: no iommufd; [`Error::Io`] (`ENOENT`: no such address space).
+    pub fn from_iommufd(fd: impl Into<OwnedFd>, ioas: Option<u32>) -> Result<Self> {
+        let fd = fd.into();
+        let explain = |errno| match errno {
+            Errno::NOTTY => {
+                Error::unsupported("adopt", Object::Iommu, "not an iommufd").because(errno)
+            }
+            errno => failed("adopt", errno),
+        };
+        let (ioas, ours) = match ioas {
+            Some(ioas) => {
+                ioctl::ioas_ranges(fd.as_fd(), ioas).map_err(explain)?;
+                (ioas, false)
+            }
+            None => {
+                let mut alloc = iommufd::iommu_ioas_alloc::default();
+                ioctl::call(fd.as_fd(), ioctl::IOAS_ALLOC, &mut alloc).map_err(explain)?;
+                (alloc.out_ioas_id, true)
+            }
+        };
+        Ok(Self::of_kind(Kind::Iommufd { fd, ioas, ours }))
+    }
+
+    fn of_kind(kind: Kind) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                groups: Mutex::default(),
+                kind,
+                iovas: Mutex::default(),
+            }),
+        }
+    }
+
+    /// How devices of it are opened.
+    #[must_use]
+    pub fn backend(&self) -> Backend {
+        match &self.inner.kind {
+            Kind::Container { .. } => Backend::Group,
+            Kind::Iommufd { .. } => Backend::Cdev,
+        }
+    }
+
+    /// The id of its I/O address space, if it is one of an iommufd.
+    #[must_use]
+    pub fn ioas(&self) -> Option<u32> {
+        match &self.inner.kind {
+            Kind::Container { .. } => None,
+            Kind::Iommufd { ioas, .. } => Some(*ioas),
+        }
+    }
+
+    /// The groups that are in the container.
+    pub(crate) fn groups(&self) -> Vec<(u32, Arc<OwnedFd>)> {
+        let groups = lock(&self.inner.groups);
+        groups
+            .iter()
+            .map(|(number, group)| (*number, Arc::clone(group)))
+            .collect()
+    }
+
+    /// Puts an open group into the container. Of the first one, also sets the IOMMU.
+    ///
+    /// For a group that somebody else opened. Groups of devices that this library opens are in it
+    /// already.
+    ///
+    /// Errors: [`Error::Invalid`]: an iommufd has no groups; [`Error::Denied`]; [`Error::Io`]
+    /// (`EINVAL`: it is in a container, or not viable).
+    pub fn add_group(&self, number: u32, group: impl Into<OwnedFd>) -> Result<()> {
+        self.group(number, || Ok(group.into())).map(drop)
+    }
+
+    /// The group with this number, which `open` opens if it is not in the container yet.
+    pub(crate) fn group(
+        &self,
+        number: u32,
+        open: impl FnOnce() -> Result<OwnedFd>,
+    ) -> Result<Arc<OwnedFd>> {
+        let Kind::Container { fd, model } = &self.inner.kind else {
+            let reason = "an iommufd has no groups: open the character device";
+            return Err(Error::invalid("add a group", Object::Iommu, reason));
+        };
+        let mut groups = lock(&self.inner.groups);
+        if let Some(group) = groups.get(&number) {
+            return Ok(Arc::clone(group));
+        }
+        let group = open()?;
+        let attached = match ioctl::set_container(group.as_fd(), fd.as_fd()) {
+            // An adopted group may be in this container already; it then tells of no other.
+            Err(Errno::INVAL) if is_attached(group.as_fd()) => Ok(()),
+            answer => answer,
+        };
+        attached.map_err(|errno| failed("add a group", errno))?;
+        match ioctl::set_iommu(fd.as_fd(), *model) {
+            Ok(()) => {}
+            // Set before, by us or by whoever had the container.
+            Err(Errno::INVAL) if has_iommu(fd.as_fd(), *model) => {}
+            Err(errno) => {
+                return Err(failed("set up the IOMMU", errno).with_remedy(
+                    "the platform has no interrupt remapping; the parameter \
+                     allow_unsafe_interrupts of vfio_iommu_type1 does without, at a risk",
+                ));
+            }
+        }
+        let group = Arc::new(group);
+        groups.insert(number, Arc::clone(&group));
+        Ok(group)
+    }
+
+    /// Opens a device of a group that is in the container.
+    pub(crate) fn device_of(group: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, Errno> {
+        let name = CString::new(name).map_err(|_| Errno::INVAL)?;
+        ioctl::group_device(group, &name)
+    }
+
+    /// Binds a character device to the iommufd, and attaches it to the address space.
+    pub(crate) fn bind(
+        &self,
+        device: BorrowedFd<'_>,
+        token: Option<&[u8; 16]>,
+    ) -> Result<(), Errno> {
+        let Kind::Iommufd { fd, .. } = &self.inner.kind else {
+            return Err(Errno::INVAL);
+        };
+        ioctl::bind_iommufd(device, fd.as_fd(), token)?;
+        self.attach(device)
+    }
+
+    /// Attaches a character device that is bound to the iommufd to the address space.
+    pub(crate) fn attach(&self, device: BorrowedFd<'_>) -> Result<(), Errno> {
+        let Kind::Iommufd { ioas, .. } = &self.inner.kind else {
+            return Err(Errno::INVAL);
+        };
+        let mut attach = vfio::vfio_device_attach_iommufd_pt {
+            pt_id: *ioas,
+            ..Default::default()
+        };
+        ioctl::call(device, ioctl::DEVICE_ATTACH_IOMMUFD_PT, &mut attach).map(drop)
+    }
+
+    /// Addresses that can be mapped, as the IOMMU and the devices that are in it now allow.
+    ///
+    /// Errors: [`Error::Unsupported`]: there is no IOMMU, or no device is open yet in a container;
+    /// [`Error::Malformed`]; [`Error::Io`].
+    pub fn allowed_ranges(&self) -> Result<Vec<IovaRange>> {
+        Ok(self.limits()?.ranges)
+    }
+
+    /// What addresses and lengths must be multiples of, in bytes.
+    ///
+    /// Errors: as for [`Iommu::allowed_ranges`].
+    pub fn page_size(&self) -> Result<u64> {
+        Ok(self.limits()?.page)
+    }
+
+    fn limits(&self) -> Result<Limits> {
+        match &self.inner.kind {
+            Kind::Container { fd, model } => {
+                if *model == vfio::VFIO_NOIOMMU_IOMMU {
+                    return Err(Error::unsupported(
+                        "map",
+                        Object::Iommu,
+                        "without an IOMMU nothing is mapped: devices use physical addresses",
+                    ));
+                }
+                type1_limits(fd.as_fd())
+            }
+            Kind::Iommufd { fd, ioas, .. } => {
+                let (ranges, align) = ioctl::ioas_ranges(fd.as_fd(), *ioas)
+                    .map_err(|errno| failed("ask for allowed addresses", errno))?;
+                let ranges = ranges
+                    .into_iter()
+                    .map(|(first, last)| IovaRange { first, last });
+                Ok(Limits {
+                    ranges: ranges.collect(),
+                    page: align.max(rustix::param::page_size() as u64),
+                })
+            }
+        }
+    }
+
+    /// Keeps addresses from being handed out, as those at which somebody else maps memory in an
+    /// adopted container. Answers whether they were free.
+    pub fn reserve(&self, first: u64, length: u64) -> bool {
+        lock(&self.inner.iovas).take_at(first, length)
+    }
+
+    /// Maps bytes of a memfd, or of another file that is in memory, for devices; at `iova`, or where
+    /// there is room. Both numbers of the range and the address are multiples of
+    /// [`Iommu::page_size`].
+    ///
+    /// Devices write to the file as other processes do that have mapped it.
+    ///
+    /// Errors: [`Error::Invalid`], [`Error::Busy`] (something is mapped at `iova`),
+    /// [`Error::Unsupported`] (no IOMMU, or no such file can be mapped); [`Error::Io`] (`ENOMEM`:
+    /// over the limit of locked memory, or no addresses left).
+    pub fn map_file(
+        &self,
+        file: impl AsFd,
+        range: std::ops::Range<u64>,
+        iova: impl Into<Option<u64>>,
+        access: DmaAccess,
+    ) -> Result<DmaMapping> {
+        let file = file.as_fd();
+        let length = range.end.saturating_sub(range.start);
+        let place = self.place(length, iova.into())?;
+        if place.map_file((file, range.start), access)? {
+            return Ok(place.mapped(None));
+        }
+        // Mapped here too, so that it stays as long as devices have it.
+        let again = file
+            .try_clone_to_owned()
+            .map_err(|error| Error::from_io("map", Object::Iommu, error))?;
+        let window = Lease::from_fd(again)?.map_range(range)?;
+        if access != DmaAccess::Read && !window.is_writable() {
+            return Err(Error::ReadOnly {
+                operation: "map",
+                object: Object::Iommu,
+            });
+        }
+        place.map_window(window, access)
+    }
+
+    /// Maps a lease for the devices, so that they do peer-to-peer DMA to the BAR that it is of; at
+    /// `iova`, or where there is room.
+    ///
+    /// This takes an iommufd, Linux 7.0, and a lease that the kernel's own exporter made
+    /// ([`ExportBuilder::stock`](crate::ExportBuilder::stock)): iommufd imports no other. A
+    /// container would keep its access beyond a revocation, and is refused.
+    ///
+    /// Errors: [`Error::Unsupported`], [`Error::Busy`], [`Error::Io`].
+    pub fn map_lease(
+        &self,
+        lease: &Lease,
+        iova: impl Into<Option<u64>>,
+        access: DmaAccess,
+    ) -> Result<DmaMapping> {
+        let Kind::Iommufd { fd, ioas, .. } = &self.inner.kind else {
+            return Err(Error::unsupported(
+                "map",
+                lease.object(),
+                "a container cannot lose access to a lease that is revoked: use an iommufd",
+            ));
+        };
+        let place = self.place(lease.size(), iova.into())?;
+        let file = (lease.as_fd(), 0);
+        let flags = iommufd_flags(access);
+        let answer = ioctl::ioas_map_file(fd.as_fd(), *ioas, flags, file, lease.size(), place.iova);
+        answer.map_err(|errno| match errno {
+            Errno::NOTTY | Errno::OPNOTSUPP | Errno::INVAL | Errno::NODEV | Errno::NXIO => {
+                Error::unsupported(
+                    "map",
+                    lease.object(),
+                    "iommufd maps leases that were exported with `stock`, since Linux 7.0",
+                )
+                .because(errno)
+            }
+            errno => Error::from_errno("map", lease.object(), errno),
+        })?;
+        Ok(place.mapped(None))
+    }
+
+    /// Maps memory of this process for devices; at `iova`, or where there is room. Address, length
+    /// and IOVA are multiples of [`Iommu::page_size`].
+    ///
+    /// Prefer [`DmaBuffer`], which is safe.
+    ///
+    /// Errors: as for [`Iommu::map_file`]; [`Error::Io`] with `EFAULT`: no memory there.
+    ///
+    /// # Safety
+    ///
+    /// Until the mapping is dropped, the memory stays mapped and belongs to nobody else, and devices
+    /// may read and, as `access` says, write it at any moment: there must be no reference to it
+    /// that this would break.
+    #[allow(
+        unsafe_code,
+        reason = "that nobody uses the memory is known to the caller only"
+    )]
+    pub unsafe fn map_memory(
+        &self,
+        address: *mut u8,
+        length: u64,
+        iova: impl Into<Option<u64>>,
+        access: DmaAccess,
+    ) -> Result<DmaMapping> {
+        let place = self.place(length, iova.into())?;
+        // SAFETY: the caller lets devices have the memory.
+        unsafe { place.map_memory(address, access) }?;
+        Ok(place.mapped(None))
+    }
+
+    /// Chooses an address, and takes it.
+    fn place(&self, length: u64, iova: Option<u64>) -> Result<Place> {
+        self.place_within(length, iova, u64::MAX)
+    }
+
+    fn place_within(&self, length: u64, iova: Option<u64>, limit: u64) -> Result<Place> {
+        let limits = self.limits()?;
+        let invalid = |reason: String| Err(Error::invalid("map", Object::Iommu, reason));
+        if length == 0 || length % limits.page != 0 {
+            return invalid(format!(
+                "{length:#x} bytes are not one or more pages of {:#x} bytes",
+                limits.page
+            ));
+        }
+        let mut iovas = lock(&self.inner.iovas);
+        let iova = match iova {
+            Some(iova) if iova % limits.page != 0 => {
+                return invalid(format!(
+                    "the address {iova:#x} is not aligned to pages of {:#x} bytes",
+                    limits.page
+                ));
+            }
+            Some(iova) => {
+                let last = iova.checked_add(length - 1);
+                let allowed = |last: u64| {
+                    let mut ranges = limits.ranges.iter();
+                    ranges.any(|range| range.first <= iova && last <= range.last)
+                };
+                if !last.is_some_and(allowed) {
+                    return invalid(format!(
+                        "{length:#x} bytes at the address {iova:#x} are not allowed: see \
+                         `allowed_ranges`"
+                    ));
+                }
+                if !iovas.take_at(iova, length) {
+                    return Err(failed("map", Errno::BUSY)
+                        .with_remedy("something is mapped there: choose another address"));
+                }
+                iova
+            }
+            None => {
+                let below = limits.ranges.into_iter().filter_map(|range| {
+                    let last = range.last.min(limit);
+                    (range.first <= last).then_some(IovaRange { last, ..range })
+                });
+                let below: Vec<IovaRange> = below.collect();
+                let huge = 2 << 20;
+                // So that the IOMMU can use large pages.
+                let align = if length >= huge { huge } else { limits.page };
+                iovas
+                    .take(&below, length, align.max(limits.page))
+                    .ok_or_else(|| failed("find an address", Errno::NOMEM))?
+            }
+        };
+        drop(iovas);
+        Ok(Place {
+            iommu: self.clone(),
+            iova,
+            length,
+            keep: false,
+        })
+    }
+}
+
+impl AsFd for Iommu {
+    /// The container, or the iommufd.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.inner.kind {
+            Kind::Container { fd, .. } | Kind::Iommufd { fd, .. } => fd.as_fd(),
+        }
+    }
+}
+
+/// Addresses that are taken, and given back unless something is mapped there.
+struct Place {
+    iommu: Iommu,
+    iova: u64,
+    length: u64,
+    keep: bool,
+}
+
+impl Place {
+    /// Maps bytes of a file. False where that is not possible without mapping it here, too.
+    fn map_file(&self, file: (BorrowedFd<'_>, u64), access: DmaAccess) -> Result<bool> {
+        let Kind::Iommufd { fd, ioas, .. } = &self.iommu.inner.kind else {
+            return Ok(false);
+        };
+        let flags = iommufd_flags(access);
+        match ioctl::ioas_map_file(fd.as_fd(), *ioas, flags, file, self.length, self.iova) {
+            Ok(()) => Ok(true),
+            // Linux before 6.13, and files that are no memfd.
+            Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::INVAL) => Ok(false),
+            Err(errno) => Err(map_failed(errno)),
+        }
+    }
+
+    /// Maps a window of this process, which is kept.
+    fn map_window(self, window: Mapping, access: DmaAccess) -> Result<DmaMapping> {
+        self.map_shared(&window, access)?;
+        Ok(self.mapped(Some(window)))
+    }
+
+    /// Maps a window of this process by its address.
+    #[allow(unsafe_code, reason = "what is in a window may change at any moment")]
+    fn map_shared(&self, window: &Mapping, access: DmaAccess) -> Result<()> {
+        if window.len() as u64 != self.length {
+            let reason = "the file is not that long";
+            return Err(Error::invalid("map", Object::Iommu, reason));
+        }
+        // SAFETY: the window is of a file, mapped shared, to which nobody has references: what is in
+        // it changes like what another process writes. Its pages are pinned while devices have them,
+        // so they are not used for anything else even when the window goes first.
+        unsafe { self.map_memory(window.as_ptr(), access) }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Iommu::map_memory`]; the memory is `self.length` bytes long.
+    #[allow(unsafe_code, reason = "said by the caller")]
+    unsafe fn map_memory(&self, address: *mut u8, access: DmaAccess) -> Result<()> {
+        let (length, iova) = (self.length, self.iova);
+        let answer = match &self.iommu.inner.kind {
+            Kind::Container { fd, .. } => {
+                let read = vfio::VFIO_DMA_MAP_FLAG_READ;
+                let flags = access.flags(read, vfio::VFIO_DMA_MAP_FLAG_WRITE);
+                // SAFETY: by the caller.
+                unsafe { ioctl::type1_map(fd.as_fd(), flags, address, length, iova) }
+            }
+            Kind::Iommufd { fd, ioas, .. } => {
+                let flags = iommufd_flags(access);
+                // SAFETY: by the caller.
+                unsafe { ioctl::ioas_map(fd.as_fd(), *ioas, flags, address, length, iova) }
+            }
+        };
+        answer.map_err(map_failed)
+    }
+
+    /// Something is mapped there.
+    fn mapped(mut self, window: Option<Mapping>) -> DmaMapping {
+        self.keep = true;
+        DmaMapping {
+            iommu: self.iommu.clone(),
+            iova: self.iova,
+            length: self.length,
+            _window: window,
+            done: false,
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.keep {
+            lock(&self.iommu.inner.iovas).give(self.iova);
+        }
+    }
+}
+
+/// Memory that devices reach. Dropping it takes it from them.
+#[derive(Debug)]
+#[must_use = "dropping it unmaps the memory"]
+pub struct DmaMapping {
+    iommu: Iommu,
+    iova: u64,
+    length: u64,
+    /// What is mapped, if it is kept here.
+    _window: Option<Mapping>,
+    done: bool,
+}
+
+impl DmaMapping {
+    /// Where devices find it.
+    #[must_use]
+    pub fn iova(&self) -> u64 {
+        self.iova
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.length
+    }
+
+    /// Never: there are no mappings of 0 bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// The address space that it is in.
+    #[must_use]
+    pub fn iommu(&self) -> &Iommu {
+        &self.iommu
+    }
+
+    /// Takes it from the devices. When this returns without an error, none reaches it.
+    ///
+    /// Errors: [`Error::Io`]: then devices may still reach it, and its address is not used again.
+    pub fn unmap(mut self) -> Result<()> {
+        self.undo()
+    }
+
+    fn undo(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.done, true) {
+            return Ok(());
+        }
+        let answer = match &self.iommu.inner.kind {
+            Kind::Container { fd, .. } => ioctl::type1_unmap(fd.as_fd(), self.iova, self.length),
+            Kind::Iommufd { fd, ioas, .. } => {
+                ioctl::ioas_unmap(fd.as_fd(), *ioas, self.iova, self.length)
+            }
+        };
+        match answer {
+            Ok(_) => {
+                lock(&self.iommu.inner.iovas).give(self.iova);
+                Ok(())
+            }
+            // Devices may still reach it: the address stays taken.
+            Err(errno) => Err(failed("unmap", errno)),
+        }
+    }
+}
+
+impl Drop for DmaMapping {
+    fn drop(&mut self) {
+        drop(self.undo());
+    }
+}
+
+struct Limits {
+    ranges: Vec<IovaRange>,
+    page: u64,
+}
+
+fn iommufd_flags(access: DmaAccess) -> u32 {
+    access.flags(
+        iommufd::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE,
+        iommufd::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE,
+    )
+}
+
+fn map_failed(errno: Errno) -> Error {
+    match errno {
+        Errno::EXIST | Errno::ADDRINUSE => failed("map", Errno::BUSY).with_remedy(
+            "somebody else has mapped something at this address: keep it from being used with \
+             `reserve`",
+        ),
+        errno => failed("map", errno),
+    }
+}
+
+/// Whether a group is in a container.
+fn is_attached(group: BorrowedFd<'_>) -> bool {
+    let mut status = vfio::vfio_group_status::default();
+    ioctl::call(group, ioctl::GROUP_GET_STATUS, &mut status).is_ok()
+        && status.flags & vfio::VFIO_GROUP_FLAGS_CONTAINER_SET != 0
+}
+
+/// Whether the IOMMU of a container is set.
+fn has_iommu(container: BorrowedFd<'_>, model: u32) -> bool {
+    let mut info = vfio::vfio_iommu_type1_info::default();
+    // One that is no IOMMU has no information, and answers ENOTTY; without any it is EINVAL.
+    match ioctl::call(container, ioctl::TYPE1_GET_INFO, &mut info) {
+        Ok(_) => true,
+        Err(errno) => model == vfio::VFIO_NOIOMMU_IOMMU && errno == Errno::NOTTY,
+    }
+}
+
+fn type1_limits(container: BorrowedFd<'_>) -> Result<Limits> {
+    let explain = |errno| match errno {
+        Errno::INVAL => Error::unsupported(
+            "ask for allowed addresses",
+            Object::Iommu,
+            "a container has an IOMMU as long as a group is in it: open a device first",
+        )
+        .because(errno),
+        errno => failed("ask for allowed addresses", errno),
+    };
+    let malformed =
+        |reason: &'static str| Error::malformed("ask for allowed addresses", Object::Iommu, reason);
+    let mut info = vfio::vfio_iommu_type1_info::default();
+    ioctl::call(container, ioctl::TYPE1_GET_INFO, &mut info).map_err(explain)?;
+    let mut length = info.argsz;
+    for _ in 0..8 {
+        if length > MAX_INFO {
+            return Err(malformed("the answer is too long"));
+        }
+        let mut words = Words::zeroed((length as usize).max(size_of_val(&info)));
+        ioctl::call_bytes(container, ioctl::TYPE1_GET_INFO, &mut words).map_err(explain)?;
+        let needed = words.u32(offset_of!(vfio::vfio_iommu_type1_info, argsz));
+        if needed as usize > words.len() {
+            length = needed;
+            continue;
+        }
+        let flags = words.u32(offset_of!(vfio::vfio_iommu_type1_info, flags));
+        let sizes = words.u64(offset_of!(vfio::vfio_iommu_type1_info, iova_pgsizes));
+        let page = match flags & vfio::VFIO_IOMMU_INFO_PGSIZES {
+            0 => 0,
+            _ => 1u64.checked_shl(sizes.trailing_zeros()).unwrap_or(0),
+        };
+        let first = match flags & vfio::VFIO_IOMMU_INFO_CAPS {
+            0 => 0,
+            _ => words.u32(offset_of!(vfio::vfio_iommu_type1_info, cap_offset)),
+        };
+        let ranges = type1_ranges(&words, first as usize)
+            .ok_or_else(|| malformed("the capability chain is broken"))?;
+        return Ok(Limits {
+            ranges,
+            page: page.max(rustix::param::page_size() as u64),
+        });
+    }
+    Err(malformed("the answer grows each time that it is asked for"))
+}
+
+/// The allowed ranges in the capabilities of an answer; everything where it does not say.
+fn type1_ranges(words: &Words, first: usize) -> Option<Vec<IovaRange>> {
+    const HEADER: usize = size_of::<vfio::vfio_info_cap_header>();
+    const ARRAY: usize = HEADER + 8;
+    let mut last = size_of::<vfio::vfio_iommu_type1_info>();
+    let mut at = first;
+    while at != 0 {
+        // Each lies behind the one before, so that the chain ends.
+        if at < last || at % 8 != 0 || at.checked_add(HEADER)? > words.len() {
+            return None;
+        }
+        let [low, high, ..] = words.u32(at).to_ne_bytes();
+        let id = u16::from_ne_bytes([low, high]);
+        if u32::from(id) == vfio::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE {
+            let count = words.u32(at + HEADER) as usize;
+            let start = at.checked_add(ARRAY)?;
+            if start.checked_add(count.checked_mul(16)?)? > words.len() {
+                return None;
+            }
+            let ranges = (0..count).map(|n| IovaRange {
+                first: words.u64(start + n * 16),
+                last: words.u64(start + n * 16 + 8),
+            });
+            return Some(ranges.collect());
+        }
+        last = at + HEADER;
+        at = words.u32(at + 4) as usize;
+    }
+    Some(vec![IovaRange {
+        first: 0,
+        last: u64::MAX,
+    }])
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fake::FakeIommu;
+
+    fn answer(capabilities: &[(u16, &[u64])]) -> Words {
+        let mut words = Words::zeroed(4096);
+        let mut at = 24;
+        for (n, (id, payload)) in capabilities.iter().enumerate() {
+            let next = at + 8 + payload.len() * 8;
+            let follows = if n + 1 == capabilities.len() { 0 } else { next };
+            words.put_u64(at, u64::from(*id) | 1 << 16 | (follows as u64) << 32);
+            for (m, value) in payload.iter().enumerate() {
+                words.put_u64(at + 8 + m * 8, *value);
+            }
+            at = next;
+        }
+        words
+    }
+
+    fn range(first: u64, last: u64) -> IovaRange {
+        IovaRange { first, last }
+    }
+
+    #[test]
+    fn allowed_ranges_are_found_in_the_chain() {
+        let words = answer(&[
+            (2, &[0, 0]),
+            (1, &[2, 0, 0xfedf_ffff, 0xfef0_0000, u64::MAX]),
+        ]);
+        let expected = [range(0, 0xfedf_ffff), range(0xfef0_0000, u64::MAX)];
+        assert_eq!(type1_ranges(&words, 24).unwrap(), expected);
+        assert_eq!(type1_ranges(&words, 0).unwrap(), [range(0, u64::MAX)]);
+        // Into the structure, past the end, more ranges than there is room for.
+        assert_eq!(type1_ranges(&words, 8), None);
+        assert_eq!(type1_ranges(&words, 4096), None);
+        let long = answer(&[(1, &[255])]);
+        assert_eq!(type1_ranges(&long, 24), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_chain_panics_or_hangs(
+            values in proptest::collection::vec(any::<u64>(), 1..40),
+            first in 0usize..400,
+        ) {
+            let mut words = Words::zeroed(values.len() * 8);
+            for (n, value) in values.iter().enumerate() {
+                words.put_u64(n * 8, value & 0x0000_01ff_0000_0001);
+            }
+            if let Some(ranges) = type1_ranges(&words, first) {
+                prop_assert!(ranges.len() <= values.len());
+            }
+        }
+    }
+
+    fn memfd(length: u64) -> OwnedFd {
+        let fd = rustix::fs::memfd_create("dma", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, length).unwrap();
+        fd
+    }
+
+    #[test]
+    fn memory_is_mapped_where_it_was_asked_for_and_unmapped_when_dropped() {
+        let fake = FakeIommu::new().unwrap();
+        let iommu = fake.iommu().unwrap();
+        let file = memfd(0x4000);
+        let at = 0x1_0000_0000;
+        let mapping = iommu
+            .map_file(&file, 0x1000..0x3000, at, DmaAccess::ReadWrite)
+            .unwrap();
+        assert_eq!((mapping.iova(), mapping.len()), (at, 0x2000));
+        fake.write(at + 8, b"from the device").unwrap();
+        let mut back = [0; 15];
+        rustix::io::pread(&file, &mut back, 0x1008).unwrap();
+        assert_eq!(&back, b"from the device");
+        // Taken.
+        let again = iommu.map_file(&file, 0..0x1000, at, DmaAccess::Read);
+        assert!(matches!(again, Err(Error::Busy { .. })), "{again:?}");
+        drop(mapping);
+        assert!(fake.write(at, b"x").is_err());
+        let read_only = iommu
+            .map_file(&file, 0..0x1000, at, DmaAccess::Read)
+            .unwrap();
+        assert!(fake.write(at, b"x").is_err());
+        fake.read(at, &mut back).unwrap();
+        read_only.unmap().unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_is_refused_and_its_address_is_free() {
+        let fake = FakeIommu::new().unwrap();
+        let iommu = fake.iommu().unwrap();
+        let file = memfd(0x4000);
+        let map = |range, iova: Option<u64>| iommu.map_file(&file, range, iova, DmaAccess::Read);
+        for (range, iova) in [
+            (0..0, None),
+            (0..0x800, None),
+            (0..0x1000, Some(0x800)),
+            // Where interrupts are.
+            (0..0x1000, Some(0xfee0_0000)),
+            (0..0x1000, Some(u64::MAX - 0xfff)),
+        ] {
+            let error = map(range.clone(), iova).unwrap_err();
+            assert!(matches!(error, Error::Invalid { .. }), "{range:?} {error}");
+        }
+        fake.fail_next(Errno::NOMEM.raw_os_error());
+        let error = map(0..0x1000, Some(0x5000)).unwrap_err();
+        assert_eq!(error.errno(), Some(Errno::NOMEM.raw_os_error()));
+        assert!(map(0..0x1000, Some(0x5000)).is_ok());
+        assert!(iommu.reserve(0x10_0000, 0x1000));
+        assert!(matches!(
+            map(0..0x1000, Some(0x10_0000)),
+            Err(Error::Busy { .. })
+        ));
+    }
+
+    #[test]
+    fn a_mapping_that_cannot_be_undone_is_never_used_again() {
+        let fake = FakeIommu::new().unwrap();
+        let iommu = fake.iommu().unwrap();
+        let file = memfd(0x1000);
+        let map = || iommu.map_file(&file, 0..0x1000, 0x7000, DmaAccess::Read);
+        let mapping = map().unwrap();
+        fake.fail_next(Errno::BUSY.raw_os_error());
+        assert!(mapping.unmap().is_err());
+        assert!(matches!(map(), Err(Error::Busy { .. })));
+    }
+}
