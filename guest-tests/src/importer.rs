@@ -516,6 +516,18 @@ pub fn stock(device: &Device, request: &Request) -> Answer<OwnedFd> {
 pub struct KernelLog(File);
 
 impl KernelLog {
+    /// All that is left of it.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be read.
+    #[must_use]
+    pub fn whole() -> Self {
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        Self(options.open("/dev/kmsg").expect("the kernel's log"))
+    }
+
     /// From now on.
     ///
     /// # Panics
@@ -523,9 +535,7 @@ impl KernelLog {
     /// When it cannot be read.
     #[must_use]
     pub fn from_now() -> Self {
-        let mut options = OpenOptions::new();
-        options.read(true).custom_flags(libc::O_NONBLOCK);
-        let mut log = Self(options.open("/dev/kmsg").expect("the kernel's log"));
+        let mut log = Self::whole();
         let _ = log.lines();
         log
     }

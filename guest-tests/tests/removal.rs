@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use barlease_abi::ALIAS_WC;
+use barlease_abi::{ALIAS_WC, BUFFER_DRAINING};
 use barlease_guest_tests::{
     PAGE,
     errno::ENODEV,
@@ -175,6 +175,36 @@ fn a_slow_importer_is_waited_for_and_keeps_nothing_else_alive() {
     slot.wait_until_empty();
     slot.plug();
     drop(Scene::new());
+}
+
+/// Of each buffer that drains the owner hears when that is over, not only once all are done.
+#[test]
+fn each_end_of_draining_signals_while_others_drain() {
+    let (slot, _unproved) = slot();
+    let scene = Scene::new();
+    scene.attachment.hold(true);
+    let fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
+    let slow = Importer::open().attach(&fd).unwrap();
+    slow.hold(true);
+    slow.map().unwrap();
+    let events = scene.device.events();
+    slot.pull();
+    scene.attachment.wait_for_interruption();
+    slow.wait_for_interruption();
+    assert_eq!(scene.device.state(&fd), State::Dead);
+    assert_eq!(scene.device.record(&fd).flags, BUFFER_DRAINING);
+    events.settle();
+    slow.unmap().unwrap();
+    events.until("the end of draining", || {
+        scene.device.record(&fd).flags == 0
+    });
+    assert!(scene.attachment.is_mapped());
+    scene.attachment.unmap().unwrap();
+    scene.is_wanted();
+    scene.is_dead();
+    drop((slow, fd, scene));
+    slot.wait_until_empty();
+    slot.plug();
 }
 
 /// Somebody else has the lease, and nobody the device.

@@ -23,6 +23,7 @@ use barlease_guest_tests::{
 
 /// BAR2 of the memory device.
 const BAR: u32 = 2;
+const BAR_LEN: u64 = 64 << 20;
 const TWO: &[(u64, u64)] = &[(8 * PAGE, PAGE), (4 * PAGE, PAGE)];
 const FEATURE: u32 = SET | FEATURE_DMA_BUF_REVOKE_ID as u32;
 
@@ -404,6 +405,32 @@ fn what_nowait_left_is_warned_of() {
     slow.unmap().unwrap();
 }
 
+/// A holder whose mappings are refused makes lines of the log, too.
+#[test]
+fn refusals_keep_no_warning_out_of_the_log() {
+    let device = open();
+    let whole = (0, BAR_LEN);
+    let too_long = device.export(BAR, &[whole, whole, whole]).unwrap();
+    let refused = Importer::open().attach(&too_long).unwrap();
+    let (fd, _map, slow) = held(&device);
+    lease::set_name(&fd, "shouted-down").unwrap();
+    let mut log = KernelLog::from_now();
+    assert_eq!(device.revoke_nowait(id_of(&fd)), Err(EINPROGRESS));
+    let (mut refusals, mut warned) = (false, false);
+    wait::until("a warning", || {
+        for _ in 0..100 {
+            assert_eq!(refused.map(), Err(EINVAL));
+        }
+        for line in log.lines() {
+            refusals |= line.contains("more than twice");
+            warned |= line.contains("shouted-down");
+        }
+        warned
+    });
+    assert!(refusals);
+    slow.unmap().unwrap();
+}
+
 #[test]
 fn what_nowait_left_is_waited_for_by_events() {
     let device = open();
@@ -480,5 +507,8 @@ fn one_of_many_that_revoke_the_same_is_the_first() {
 
 #[test]
 fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
+    let log = KernelLog::whole().lines();
+    let complaint = log.iter().find(|line| line.contains("deprecated"));
+    assert!(complaint.is_none(), "{complaint:?}");
     check_that_nothing_is_left(&["memory", "pair0"]);
 }

@@ -36,7 +36,7 @@ use kernel::{
     str::BStr,
     sync::{
         Arc, ArcBorrow,
-        atomic::{Acquire, Atomic, Full, Relaxed, Release},
+        atomic::{Acquire, Atomic, Full, Relaxed},
     },
     time::{Delta, delay::fsleep},
 };
@@ -235,7 +235,8 @@ impl Buffer {
                 self.revocation.arm(fence);
             }
         }
-        self.told.store(1, Release);
+        self.told.xchg(1, Full);
+        self.leases.notify();
         Ok(())
     }
 
@@ -266,9 +267,11 @@ impl Buffer {
     }
 
     /// Whether it is dead, and an importer that it had before has yet to end what it does or to undo
-    /// its mapping.
+    /// its mapping, or nobody has looked yet whether one has.
     pub(crate) fn is_draining(&self) -> bool {
-        self.state() == State::Dead && (self.revocation.pending().any() || self.mappings.any())
+        let unknown = self.is_revoked() && !self.is_told();
+        let any = || self.revocation.pending().any() || self.mappings.any();
+        self.state() == State::Dead && (unknown || any())
     }
 
     /// Whether it was revoked for good.
@@ -411,7 +414,7 @@ impl Buffer {
         let live = self.live.lock();
         let (name, importers) = (live.name(), live.importers());
         drop(live);
-        if !self.leases.may_log() {
+        if !self.leases.may_complain() {
             return;
         }
         let name = BStr::from_bytes(name.split(|&byte| byte == 0).next().unwrap_or(&[]));
@@ -697,9 +700,9 @@ unsafe impl Exporter for Buffer {
     fn unmap(&self, importer: &mut Importer<'_>, mapped: Mapped) {
         importer.unmap(mapped);
         self.mappings.end();
-        // The reservation lock is held, which a revocation takes to tell importers: it has, or will find
-        // no mapping.
-        if self.is_revoked() {
+        // The reservation lock is held, which whoever takes memory away takes to tell importers: it has,
+        // or will find no mapping. A buffer whose device was pulled out drains, too.
+        if !self.is_reachable() {
             self.leases.notify();
         }
     }

@@ -98,6 +98,9 @@ pub(crate) struct Leases {
     attachments: Atomic<i64>,
     #[pin]
     log_limit: Ratelimit,
+    /// Of its own: who is refused often must not keep warnings of importers out of the log.
+    #[pin]
+    complaint_limit: Ratelimit,
 }
 
 /// Whether the importers that are told to let go are waited for.
@@ -136,6 +139,7 @@ impl Leases {
                 vmas: Atomic::new(0),
                 attachments: Atomic::new(0),
                 log_limit <- Ratelimit::new(),
+                complaint_limit <- Ratelimit::new(),
             }),
             GFP_KERNEL,
         )
@@ -175,6 +179,11 @@ impl Leases {
     /// Whether a message that a user causes may be logged now.
     pub(crate) fn may_log(&self) -> bool {
         self.log_limit.allows()
+    }
+
+    /// Whether a warning of an importer that is waited for may be logged now.
+    pub(crate) fn may_complain(&self) -> bool {
+        self.complaint_limit.allows()
     }
 
     /// The device is about to be opened.

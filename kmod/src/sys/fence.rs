@@ -102,7 +102,15 @@ impl FenceWatch {
         };
         if result != 0 {
             // It has signalled before: the callback is not called.
-            self.pending.end();
+            self.end();
+        }
+    }
+
+    /// One thing less is under way, and the owner may ask about it.
+    fn end(&self) {
+        self.pending.end();
+        if let Some(events) = &self.events {
+            events.signal();
         }
     }
 
@@ -117,10 +125,7 @@ impl FenceWatch {
         // SAFETY: The callback is a field of a watch. The lock of the fence is held, which `drop`
         // takes before the watch goes away.
         let this = unsafe { &*container_of!(callback, Self, callback) };
-        this.pending.end();
-        if let Some(events) = &this.events {
-            events.signal();
-        }
+        this.end();
     }
 
     /// What is under way: one thing, until the fence has signalled.

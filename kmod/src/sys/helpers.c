@@ -411,7 +411,7 @@ void bl_delayed_init(struct delayed_work *work, work_func_t function)
 
 void bl_delayed_start(struct delayed_work *work, unsigned int milliseconds)
 {
-	queue_delayed_work(system_unbound_wq, work, msecs_to_jiffies(milliseconds));
+	queue_delayed_work(system_dfl_wq, work, msecs_to_jiffies(milliseconds));
 }
 
 void bl_delayed_cancel(struct delayed_work *work)
