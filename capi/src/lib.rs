@@ -12,7 +12,8 @@ mod mapping;
 mod raw;
 mod types;
 
-#[cfg(test)]
+// A test in a guest has this file as a module.
+#[cfg(all(test, not(barlease_guest)))]
 mod tests;
 
 /// The functions themselves. What each one is promised is in the header: handles that were made by

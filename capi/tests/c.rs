@@ -16,6 +16,11 @@ fn tmp() -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("capi")
 }
 
+/// Where cargo does, which has most of it already.
+fn target() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()
+}
+
 #[track_caller]
 fn run(command: &mut Command) -> Output {
     let output = command.output().unwrap();
@@ -44,8 +49,7 @@ fn installed() -> &'static Path {
             .arg(top())
             .arg("install")
             .arg(format!("BUILD={}", tmp().display()))
-            // What the tests were built in, so that most is there already.
-            .arg(format!("TARGET={}", tmp().join("../..").display()))
+            .arg(format!("TARGET={}", target().display()))
             .arg(format!("CARGO={}", env!("CARGO")))
             .arg("PROFILE=dev")
             .arg(format!("prefix={}", prefix.display())));
