@@ -1,4 +1,4 @@
-//! The C interface of the library `barlease`: `include/barlease-lib.h` says what each function does.
+//! The C interface of the library `barlease`; `include/barlease-lib.h` says what functions do.
 //!
 //! - this file: the functions, each of which turns arguments into values and calls the library;
 //! - [`raw`]: pointers and descriptors of C, the only place that dereferences them;
@@ -43,7 +43,7 @@ mod functions {
         error::last()
     }
 
-    // ---- Owners: devices ---------------------------------------------------------------------------
+    // ---- Owners: devices ------
 
     fn bdf(text: &str) -> Result<Bdf, Failure> {
         text.parse()
@@ -102,7 +102,7 @@ mod functions {
         unsafe { raw::free(device) };
     }
 
-    // ---- Owners: leases ----------------------------------------------------------------------------
+    // ---- Owners: leases ------
 
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn barlease_export(
@@ -250,7 +250,7 @@ mod functions {
         })())
     }
 
-    // ---- Leases ------------------------------------------------------------------------------------
+    // ---- Leases ------
 
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn barlease_lease_adopt(fd: c_int, lease: *mut *mut Lease) -> c_int {
@@ -374,7 +374,7 @@ mod functions {
         unsafe { raw::free(lease) };
     }
 
-    // ---- Holders: mappings -------------------------------------------------------------------------
+    // ---- Holders: mappings ------
 
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn barlease_map(

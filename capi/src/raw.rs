@@ -131,8 +131,8 @@ pub(super) fn duplicate(fd: RawFd, what: &'static str) -> Result<OwnedFd, Failur
     if fd < 0 {
         return Err(Failure::new(EBADF, format!("{what} is {fd}")));
     }
-    // SAFETY: It is not -1, and nothing is done with it but to ask the kernel for a duplicate, which
-    // refuses a number that is not open.
+    // SAFETY: It is not -1, and nothing is done with it but to ask the kernel for a duplicate. The
+    // kernel refuses a number that is not open.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
     borrowed
         .try_clone_to_owned()

@@ -1,6 +1,10 @@
 //! The functions as C calls them, on a fake device; and the header against this source.
 
 #![allow(unsafe_code, reason = "calls as C makes them")]
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a block of calls, as in a program"
+)]
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, CString, c_int, c_void};
@@ -24,7 +28,7 @@ const SOURCE: &str = include_str!("lib.rs");
 const VERSIONS: &str = include_str!("../libbarlease.map");
 const PAGE: usize = 4096;
 
-// ---- The header --------------------------------------------------------------------------------------
+// ---- The header --------------------
 
 /// Name, arguments and result of each function, in C, from the Rust source.
 fn functions() -> Vec<(String, Vec<String>, String)> {
@@ -105,7 +109,11 @@ fn folder(name: &str) -> PathBuf {
 fn compile(name: &str, compiler: &[&str], text: &str) {
     let top = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = folder(name);
-    let file = folder.join(if compiler[0] == "c++" { "test.cc" } else { "test.c" });
+    let file = folder.join(if compiler[0] == "c++" {
+        "test.cc"
+    } else {
+        "test.c"
+    });
     std::fs::write(&file, text).unwrap();
     let output = Command::new(compiler[0])
         .args(&compiler[1..])
@@ -250,7 +258,7 @@ fn handles_may_be_used_by_any_thread() {
     shared::<Either>();
 }
 
-// ---- The functions -----------------------------------------------------------------------------------
+// ---- The functions --------------------
 
 fn message() -> String {
     // SAFETY: The function promises a text until the next failure of this thread.
@@ -409,7 +417,10 @@ fn a_revocation_that_does_not_wait_says_so() {
     let answer = unsafe { barlease_revoke_id(owner.device, id, types::REVOKE_DO_NOT_WAIT) };
     refused(answer, error::EINPROGRESS, "importer");
     let (_, records) = list(&owner);
-    assert!(records[0].flags & types::RECORD_DRAINING != 0, "{records:?}");
+    assert!(
+        records[0].flags & types::RECORD_DRAINING != 0,
+        "{records:?}"
+    );
     // SAFETY: A handle that nobody uses any more.
     unsafe { barlease_lease_close(lease) };
 }
@@ -445,7 +456,11 @@ fn a_status_of_another_size_is_cut_or_filled_up() {
         let answer = unsafe { barlease_status(owner.device, lease, place, size) };
         assert_eq!(answer, 0);
         assert!(bytes[untouched..].iter().all(|byte| *byte == 0xaa));
-        assert!(bytes[size.min(size_of::<CStatus>())..size].iter().all(|byte| *byte == 0));
+        assert!(
+            bytes[size.min(size_of::<CStatus>())..size]
+                .iter()
+                .all(|byte| *byte == 0)
+        );
     }
     // SAFETY: A handle that nobody uses any more.
     unsafe { barlease_lease_close(lease) };
@@ -516,12 +531,26 @@ fn accesses_of_each_width_are_made_or_refused() {
         let page = PAGE as u64;
         assert_eq!(barlease_map(lease, page, page, flags, &mut part), 0);
         let mut none = null_mut();
-        for (offset, length) in [(1, 0), (0, 1), (2 * page, 0), (page, 2 * page), (page, u64::MAX)]
-        {
+        for (offset, length) in [
+            (1, 0),
+            (0, 1),
+            (2 * page, 0),
+            (page, 2 * page),
+            (page, u64::MAX),
+        ] {
             let answer = barlease_map(lease, offset, length, 0, &mut none);
-            assert_eq!(answer, -error::EINVAL, "{offset:#x} {length:#x}: {}", message());
+            assert_eq!(
+                answer,
+                -error::EINVAL,
+                "{offset:#x} {length:#x}: {}",
+                message()
+            );
         }
-        refused(barlease_map(lease, 0, 0, 8, &mut none), error::EINVAL, "0x8");
+        refused(
+            barlease_map(lease, 0, 0, 8, &mut none),
+            error::EINVAL,
+            "0x8",
+        );
         assert!(none.is_null());
         barlease_lease_close(lease);
         assert_eq!(barlease_mapping_length(plain), 2 * PAGE);
@@ -536,7 +565,10 @@ fn accesses_of_each_width_are_made_or_refused() {
         assert_eq!(barlease_read16(part, 2, &mut b), 0);
         assert_eq!(barlease_read32(part, 4, &mut c), 0);
         assert_eq!(barlease_read64(part, 0, &mut d), 0);
-        assert_eq!((a, b, c, d), (2, 0x0403, 0x0807_0605, 0x0807_0605_0403_0201));
+        assert_eq!(
+            (a, b, c, d),
+            (2, 0x0403, 0x0807_0605, 0x0807_0605_0403_0201)
+        );
         assert_eq!(barlease_write8(plain, PAGE, 0x11), 0);
         assert_eq!(barlease_write16(plain, PAGE + 2, 0x2222), 0);
         assert_eq!(barlease_write32(plain, PAGE + 4, 0x3333_3333), 0);

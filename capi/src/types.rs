@@ -69,7 +69,10 @@ pub(super) fn check_flags(flags: u32, known: u32) -> Result<(), Failure> {
         return Ok(());
     }
     let unknown = flags & !known;
-    Err(Failure::new(EINVAL, format!("there is no flag {unknown:#x}")))
+    Err(Failure::new(
+        EINVAL,
+        format!("there is no flag {unknown:#x}"),
+    ))
 }
 
 pub(super) fn memory_type(number: u32) -> Result<MemoryType, Failure> {

@@ -96,7 +96,8 @@ fn the_example_survives_the_loss_of_what_it_uses() {
 
 #[test]
 fn the_example_is_clean_under_the_sanitizers() {
-    let probe = "echo 'int main(void){return 0;}' | cc -fsanitize=address,undefined -x c - -o /dev/null";
+    let probe =
+        "echo 'int main(void){return 0;}' | cc -fsanitize=address,undefined -x c - -o /dev/null";
     let probe = Command::new("sh").args(["-c", probe]).output().unwrap();
     if !probe.status.success() {
         eprintln!("skipped: the C compiler has no sanitizers");
@@ -116,7 +117,10 @@ fn the_example_is_clean_under_valgrind() {
     let program = example("lease-valgrind", &[]);
     let output = run(Command::new("valgrind")
         .args(["--quiet", "--error-exitcode=9", "--leak-check=full"])
-        .args(["--show-leak-kinds=all", "--errors-for-leak-kinds=definite,indirect,possible"])
+        .args([
+            "--show-leak-kinds=all",
+            "--errors-for-leak-kinds=definite,indirect,possible",
+        ])
         .arg(program)
         .arg("keep"));
     assert!(!String::from_utf8_lossy(&output.stderr).contains("definitely lost"));
@@ -125,7 +129,9 @@ fn the_example_is_clean_under_valgrind() {
 #[test]
 fn the_shared_library_has_its_symbols_and_no_others() {
     let library = installed().join(format!("lib/libbarlease.so.{VERSION}"));
-    let nm = run(Command::new("nm").args(["-D", "--defined-only"]).arg(&library));
+    let nm = run(Command::new("nm")
+        .args(["-D", "--defined-only"])
+        .arg(&library));
     let symbols: BTreeSet<_> = String::from_utf8(nm.stdout)
         .unwrap()
         .lines()
@@ -149,5 +155,8 @@ fn the_shared_library_has_its_symbols_and_no_others() {
     let example = example("lease-needed", &[]);
     let readelf = run(Command::new("readelf").arg("-dW").arg(example));
     let text = String::from_utf8(readelf.stdout).unwrap();
-    assert!(text.contains("NEEDED") && text.contains("[libbarlease.so.0]"), "{text}");
+    assert!(
+        text.contains("NEEDED") && text.contains("[libbarlease.so.0]"),
+        "{text}"
+    );
 }
