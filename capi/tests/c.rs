@@ -38,10 +38,14 @@ fn has(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok()
 }
 
-/// Installs the library, once.
-fn installed() -> &'static Path {
+/// Installs the library, once. `None`, and the test is skipped, where there is no make.
+fn installed() -> Option<&'static Path> {
     static INSTALLED: OnceLock<PathBuf> = OnceLock::new();
-    INSTALLED.get_or_init(|| {
+    if !has("make") {
+        eprintln!("skipped: make is not installed");
+        return None;
+    }
+    Some(INSTALLED.get_or_init(|| {
         let prefix = tmp().join("installed");
         let _ = std::fs::remove_dir_all(&prefix);
         run(Command::new("make")
@@ -54,12 +58,12 @@ fn installed() -> &'static Path {
             .arg("PROFILE=dev")
             .arg(format!("prefix={}", prefix.display())));
         prefix
-    })
+    }))
 }
 
 /// Compiles the example, as somebody who has the library would.
-fn example(name: &str, flags: &[&str]) -> PathBuf {
-    let prefix = installed();
+fn example(name: &str, flags: &[&str]) -> Option<PathBuf> {
+    let prefix = installed()?;
     let program = tmp().join(name);
     let mut command = Command::new("cc");
     command
@@ -81,12 +85,15 @@ fn example(name: &str, flags: &[&str]) -> PathBuf {
     }
     command.arg(format!("-Wl,-rpath,{}/lib", prefix.display()));
     run(&mut command);
-    program
+    Some(program)
 }
 
 #[test]
 fn the_example_survives_the_loss_of_what_it_uses() {
-    let output = run(&mut Command::new(example("lease", &[])));
+    let Some(program) = example("lease", &[]) else {
+        return;
+    };
+    let output = run(&mut Command::new(program));
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(
         text.starts_with("holder: access: ") && text.contains("revoked"),
@@ -104,7 +111,10 @@ fn the_example_is_clean_under_the_sanitizers() {
         return;
     }
     let flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
-    let output = run(&mut Command::new(example("lease-asan", &flags)));
+    let Some(program) = example("lease-asan", &flags) else {
+        return;
+    };
+    let output = run(&mut Command::new(program));
     assert!(output.stderr.is_empty(), "{output:?}");
 }
 
@@ -114,7 +124,9 @@ fn the_example_is_clean_under_valgrind() {
         eprintln!("skipped: valgrind is not installed");
         return;
     }
-    let program = example("lease-valgrind", &[]);
+    let Some(program) = example("lease-valgrind", &[]) else {
+        return;
+    };
     let output = run(Command::new("valgrind")
         .args(["--quiet", "--error-exitcode=9", "--leak-check=full"])
         .args([
@@ -128,7 +140,10 @@ fn the_example_is_clean_under_valgrind() {
 
 #[test]
 fn the_shared_library_has_its_symbols_and_no_others() {
-    let library = installed().join(format!("lib/libbarlease.so.{VERSION}"));
+    let Some(prefix) = installed() else {
+        return;
+    };
+    let library = prefix.join(format!("lib/libbarlease.so.{VERSION}"));
     let nm = run(Command::new("nm")
         .args(["-D", "--defined-only"])
         .arg(&library));
@@ -153,7 +168,7 @@ fn the_shared_library_has_its_symbols_and_no_others() {
     // The handler of SIGBUS stays.
     assert!(text.contains("NODELETE"), "{text}");
     let example = example("lease-needed", &[]);
-    let readelf = run(Command::new("readelf").arg("-dW").arg(example));
+    let readelf = run(Command::new("readelf").arg("-dW").args(example));
     let text = String::from_utf8(readelf.stdout).unwrap();
     assert!(
         text.contains("NEEDED") && text.contains("[libbarlease.so.0]"),
