@@ -15,7 +15,8 @@ const ABSENT: &str = "fffe:fe:1e.7";
 
 fn barlease(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_barlease"));
-    command.args(args);
+    // What the tests send is no dma-buf.
+    command.args(args).env("BARLEASE_ANY_FILE", "1");
     command
 }
 
@@ -189,6 +190,34 @@ fn a_taken_lease_is_inherited_by_the_command_and_its_exit_code_is_returned() {
     barlease(&["lease", "take", &path, "--", "sh", "-c", "exit 7"])
         .assert()
         .code(7);
+}
+
+#[test]
+fn anything_but_a_dma_buf_is_refused() {
+    let (lease, _) = memory(b"Barlease");
+    let (_dir, path) = serve(lease, 1);
+    barlease(&["lease", "dump", &path])
+        .env_remove("BARLEASE_ANY_FILE")
+        .assert()
+        .code(1)
+        .stderr(contains("not one of a dma-buf"));
+}
+
+#[test]
+fn a_dump_moves_nobodys_file_offset() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let mut log = File::create(&path).unwrap();
+    std::io::Write::write_all(&mut log, b"before\n").unwrap();
+    let status = std::process::Command::new(env!("CARGO_BIN_EXE_barlease"))
+        .args(["lease", "dump", "fd:1"])
+        .stdout(log.try_clone().unwrap())
+        .stderr(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    // A log cannot be read, as it was opened for writing: but it was looked at.
+    assert!(!status.success());
+    assert_eq!(std::io::Seek::stream_position(&mut log).unwrap(), 7);
 }
 
 #[test]

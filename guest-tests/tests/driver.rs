@@ -1,5 +1,6 @@
-//! What a driver needs, from the library and on the real kernel: interrupts, DMA, config space, resets, functions
-//! that share an address space, devices that somebody else opened; and the leases of any device descriptor.
+//! What a driver needs, from the library and on the real kernel: interrupts, DMA, config space,
+//! resets, functions that share an address space, devices that somebody else opened; and the leases
+//! of any device descriptor.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -103,7 +104,7 @@ impl Edu {
     }
 }
 
-// ---- Interrupts and DMA ----------------------------------------------------------------------------
+// ---- Interrupts and DMA -------------------------------------------------------------------------
 
 #[test]
 fn an_interrupt_of_the_pin_is_masked_until_it_is_unmasked() {
@@ -247,7 +248,7 @@ fn an_owner_is_asked_for_its_device() {
     assert_eq!(Pci::system().device(bdf).unwrap().driver, None);
 }
 
-// ---- Config space, resets --------------------------------------------------------------------------
+// ---- Config space, resets -----------------------------------------------------------------------
 
 #[test]
 fn capabilities_are_those_that_the_host_sees() {
@@ -358,7 +359,7 @@ fn reset_methods_are_chosen() {
     device.reset().unwrap();
 }
 
-// ---- Devices that somebody else opened -------------------------------------------------------------
+// ---- Devices that somebody else opened ----------------------------------------------------------
 
 #[test]
 fn a_descriptor_is_all_that_leases_need() {
@@ -436,7 +437,7 @@ fn a_virtual_function_is_opened_with_the_token_of_its_physical_one() {
     fs::write(&parameter, "0").unwrap();
 }
 
-// ---- LIST, REVOKE_ID, EVENTS -----------------------------------------------------------------------
+// ---- LIST, REVOKE_ID, EVENTS --------------------------------------------------------------------
 
 #[test]
 fn all_leases_are_listed_and_revoked_by_their_ids() {

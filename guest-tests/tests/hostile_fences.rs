@@ -44,9 +44,10 @@ fn open() -> Device {
 
 /// Where a holder gets its fences: a lease of another device, which no event of the first one concerns.
 struct Source {
-    _device: Device,
-    fd: OwnedFd,
+    // First, so that the close of the device waits for no fence of it when a test fails.
     attachment: Attachment,
+    fd: OwnedFd,
+    _device: Device,
     /// The fence that was handed out last.
     last: Mutex<Option<u32>>,
 }

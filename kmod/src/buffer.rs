@@ -36,7 +36,7 @@ use kernel::{
     str::BStr,
     sync::{
         Arc, ArcBorrow,
-        atomic::{Atomic, Full, Relaxed},
+        atomic::{Acquire, Atomic, Full, Relaxed, Release},
     },
     time::{Delta, delay::fsleep},
 };
@@ -94,6 +94,9 @@ pub(crate) struct Buffer {
     /// The fences that it had when it was revoked.
     #[pin]
     revocation: FenceWatch,
+    /// Whether its importers have been told that it was revoked, and `revocation` has its fences: 1, or
+    /// 0. From then on no mapping of it can be in the making.
+    told: Atomic<u32>,
     /// Whether nobody waits for the importers that it had when it was revoked.
     left: Flag,
     /// Locked by what looks at the dma-buf; its release locks it first.
@@ -183,6 +186,7 @@ impl Buffer {
                     inode: dmabuf.inode(),
                     links: Links::new(),
                     revocation <- FenceWatch::new(Some(leases.events().clone())),
+                    told: Atomic::new(0),
                     left: Flag::new(),
                     live <- dmabuf.live(Guarded { tph: Tph::NONE }),
                 }),
@@ -231,7 +235,14 @@ impl Buffer {
                 self.revocation.arm(fence);
             }
         }
+        self.told.store(1, Release);
         Ok(())
+    }
+
+    /// Whether it was revoked for good, and what it drains is counted. Until then an importer may be
+    /// about to count a mapping that it has made.
+    pub(crate) fn is_told(&self) -> bool {
+        self.told.load(Acquire) != 0
     }
 
     /// Waits until it drains no more. `EINTR` when a fatal signal comes meanwhile.

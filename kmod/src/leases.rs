@@ -426,14 +426,14 @@ impl Leases {
     /// Tells the importers of every buffer, and then waits for the fences that were there and for the
     /// mappings that have to go.
     ///
-    /// A fence that somebody adds later is not waited for, so nobody can make this last for ever. A
-    /// buffer that was revoked has been told, and its fences were looked at then: what is left of that
-    /// is waited for.
+    /// A fence that somebody adds later is not waited for, so nobody can make this last for ever. The
+    /// importers of a buffer that was revoked have been told, and its fences were looked at then: what is
+    /// left of that is waited for, and nothing that a holder adds to a dead lease.
     #[inline(never)]
     fn drain_importers(&self, wait: Wait) {
         let mut fences = KVVec::new();
         self.for_each(Buffer::is_attached, |buffer| {
-            if !buffer.is_revoked() {
+            if !buffer.is_told() {
                 buffer.tell();
                 if wait == Wait::Yes {
                     watch_fences(buffer, &mut fences);

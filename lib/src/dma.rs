@@ -7,13 +7,14 @@
 
 use crate::sys::barrier;
 
-/// Between filling a descriptor in memory and ringing the doorbell: a device that sees a later store
-/// sees the earlier ones too. Stores to write-combining memory are sent off.
+/// Between filling a descriptor in memory and ringing the doorbell: a device that sees a later
+/// store sees the earlier ones too. Stores to write-combining memory are sent off.
 ///
 /// # Examples
 ///
 /// ```no_run
-/// # fn example(ring: &barlease::DmaBuffer, doorbell: barlease::Register<'_, u32>) -> barlease::Result<()> {
+/// # use barlease::{DmaBuffer, Register, Result};
+/// # fn example(ring: &DmaBuffer, doorbell: Register<'_, u32>) -> Result<()> {
 /// ring.write(0, 0x1234_u64)?;
 /// barlease::dma::write_barrier();
 /// doorbell.write(1);

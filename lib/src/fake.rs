@@ -193,7 +193,7 @@ fn duplicate(fd: RawFd) -> Result<OwnedFd, Errno> {
     sys::inherited::duplicate(fd)
 }
 
-// ---- The device ------------------------------------------------------------------------------------
+// ---- The device ---------------------------------------------------------------------------------
 
 /// How to make a [`FakeDevice`].
 #[derive(Clone, Debug)]
@@ -394,8 +394,8 @@ impl FakeDevice {
         state.tell();
     }
 
-    /// Has so many importers hold a lease: one of which it is known that it was revoked drains until
-    /// there is none.
+    /// Has so many importers hold a lease: one of which it is known that it was revoked drains
+    /// until there is none.
     pub fn set_importers(&self, id: LeaseId, importers: u32) {
         let mut state = lock(&self.fake().state);
         if let Some(buffer) = state.buffers.get_mut(&id.get()) {
@@ -884,7 +884,7 @@ fn set_changes(state: &mut State, payload: &Argument<'_>) -> Result<i32, Errno> 
     Ok(0)
 }
 
-// ---- The address space -----------------------------------------------------------------------------
+// ---- The address space --------------------------------------------------------------------------
 
 /// An address space for DMA without an IOMMU: the test does the DMA.
 ///
@@ -1068,7 +1068,14 @@ mod tests {
         let device = fake.device().unwrap();
         device.reset().unwrap();
         assert_eq!(fake.resets(), 1);
-        assert!(device.region(2).unwrap().capabilities.is_empty());
+        // What maps a region asks nobody about aliases.
+        device.map_region(2, ..).unwrap();
+        let plain = device.handle().region(2).unwrap();
+        assert!(plain.capabilities.is_empty());
+        assert_eq!(
+            device.region(2).unwrap().memory_types(),
+            [MemoryType::Nc, MemoryType::Wc]
+        );
         let index = device.alias_region(2, MemoryType::Wc).unwrap();
         let alias = device.region(index).unwrap();
         assert_eq!((alias.kind, alias.size), (RegionKind::Alias(2), 0x2000));

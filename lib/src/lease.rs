@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::ops::Range;
+use std::ops::RangeBounds;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -36,13 +36,13 @@ pub const FD_VARIABLE: &str = "BARLEASE_FD";
 ///
 /// It travels with a lease that is [sent](Lease::send). A holder has nothing but the owner's word
 /// for it, except for `size` and `writable`, which are those of the file descriptor.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct LeaseInfo {
     /// The device.
     pub bdf: Bdf,
     /// The BAR, 0 to 5.
-    pub region: u32,
+    pub bar: u32,
     /// The ranges; the lease is their concatenation.
     pub ranges: Vec<BarRange>,
     /// Bytes: the sum of the ranges.
@@ -78,10 +78,19 @@ pub struct Lease {
     info: Option<LeaseInfo>,
     /// Of `info`, as it can change later.
     memory_type: AtomicU32,
+    is_dma_buf: bool,
+}
+
+/// Whether the descriptor is one of a dma-buf.
+fn is_dma_buf(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    // `DMA_BUF_MAGIC` of linux/magic.h. The type of the field differs between CPUs.
+    Ok(i128::from(rustix::fs::fstatfs(fd)?.f_type) == 0x444d_4142)
 }
 
 impl Lease {
     /// Takes over a descriptor that was received by other means than [`Lease::receive`].
+    ///
+    /// The offset of the open file stays where it is.
     ///
     /// Errors: [`Error::Invalid`] if it has no size, [`Error::Io`].
     pub fn from_fd(fd: impl Into<OwnedFd>) -> Result<Self> {
@@ -118,9 +127,16 @@ impl Lease {
     pub(crate) fn with_info(fd: OwnedFd, info: Option<LeaseInfo>) -> Result<Self> {
         let object = || Self::object_of(info.as_ref());
         let failed = |errno| Error::from_errno("take", object(), errno);
-        // A dma-buf has no size in its inode; seeking to the end is how it is asked for.
-        let size = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(failed)?;
-        rustix::fs::seek(&fd, SeekFrom::Start(0)).map_err(failed)?;
+        // Nothing here moves the offset of the open file: the descriptor may be a log of somebody.
+        let is_dma_buf = is_dma_buf(fd.as_fd()).map_err(failed)?;
+        let size = if is_dma_buf {
+            // A dma-buf has no size in its inode, nor an offset: seeking to its end is how it is
+            // asked for.
+            rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(failed)?
+        } else {
+            let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+            u64::try_from(stat.st_size).unwrap_or(0)
+        };
         let mode = rustix::fs::fcntl_getfl(&fd).map_err(failed)? & OFlags::RWMODE;
         if size == 0 {
             return Err(Error::invalid("take", object(), "the file has no size"));
@@ -134,6 +150,7 @@ impl Lease {
             writable: mode == OFlags::RDWR,
             info,
             memory_type: AtomicU32::new(memory_type.to_abi()),
+            is_dma_buf,
         })
     }
 
@@ -145,13 +162,14 @@ impl Lease {
             writable: info.writable,
             memory_type: AtomicU32::new(info.memory_type.to_abi()),
             info: Some(info),
+            is_dma_buf: true,
         }
     }
 
     fn object_of(info: Option<&LeaseInfo>) -> Object {
         Object::Lease {
             bdf: info.map(|info| info.bdf),
-            bar: info.map(|info| info.region),
+            bar: info.map(|info| info.bar),
         }
     }
 
@@ -176,9 +194,31 @@ impl Lease {
     #[must_use]
     pub fn info(&self) -> Option<LeaseInfo> {
         let mut info = self.info.clone()?;
-        info.memory_type =
-            MemoryType::from_abi(self.memory_type.load(Ordering::Relaxed)).unwrap_or_default();
+        info.memory_type = self.memory_type();
         Some(info)
+    }
+
+    /// Whether it is a dma-buf, and not a file that stands in for one in a test.
+    #[must_use]
+    pub fn is_dma_buf(&self) -> bool {
+        self.is_dma_buf
+    }
+
+    /// Memory type, as far as is known.
+    pub(crate) fn memory_type(&self) -> MemoryType {
+        MemoryType::from_abi(self.memory_type.load(Ordering::Relaxed)).unwrap_or_default()
+    }
+
+    /// Whether it is revoked for good: then [`Error::Dead`]. `Ok` says that it can be mapped; it may
+    /// be revoked for a time all the same. For holders, whose accesses answer [`Error::Revoked`] in
+    /// both cases.
+    ///
+    /// Errors: [`Error::Dead`]; as for [`MapOptions::map`].
+    pub fn check(&self) -> Result<()> {
+        let page = rustix::param::page_size() as u64;
+        let range = 0..page.min(self.size);
+        MapOptions::new().range(range).any_address().map(self)?;
+        Ok(())
     }
 
     /// As [`Lease::info`], but for the memory type, which is that of the beginning.
@@ -206,12 +246,13 @@ impl Lease {
             writable: self.writable,
             info: self.info.clone(),
             memory_type: AtomicU32::new(self.memory_type.load(Ordering::Relaxed)),
+            is_dma_buf: self.is_dma_buf,
         })
     }
 
     /// Names it, for `/proc/PID/maps` and debugfs. At most [`MAX_NAME`] bytes, no NUL.
     ///
-    /// Errors: [`Error::Invalid`], [`Error::Io`] (`ENOTTY`: not a dma-buf).
+    /// Errors: [`Error::Invalid`], [`Error::NotALease`]: not a dma-buf, [`Error::Io`].
     pub fn set_name(&self, name: &str) -> Result<()> {
         let invalid = |reason: String| Error::invalid("name", self.object(), reason);
         if name.len() > MAX_NAME {
@@ -222,6 +263,9 @@ impl Lease {
         }
         let name =
             CString::new(name).map_err(|_| invalid("the name has a NUL in it".to_owned()))?;
+        if !self.is_dma_buf {
+            return Err(Error::not_a_lease("name", self.object()).because(Errno::NOTTY));
+        }
         sys::ioctl::set_name(self.fd.as_fd(), &name)
             .map_err(|errno| Error::from_errno("name", self.object(), errno))
     }
@@ -232,7 +276,7 @@ impl Lease {
     }
 
     /// Maps the bytes of `range`; see [`MapOptions::map`].
-    pub fn map_range(&self, range: Range<u64>) -> Result<Mapping> {
+    pub fn map_range(&self, range: impl RangeBounds<u64>) -> Result<Mapping> {
         MapOptions::new().range(range).map(self)
     }
 
@@ -242,7 +286,7 @@ impl Lease {
     }
 
     /// Maps the bytes of `range`, guarded; see [`MapOptions::map_guarded`].
-    pub fn map_guarded_range(&self, range: Range<u64>) -> Result<GuardedMapping> {
+    pub fn map_guarded_range(&self, range: impl RangeBounds<u64>) -> Result<GuardedMapping> {
         MapOptions::new().range(range).map_guarded(self)
     }
 
@@ -350,6 +394,25 @@ mod tests {
         for name in ["x".repeat(32), "a\0b".to_owned()] {
             assert!(matches!(lease.set_name(&name), Err(Error::Invalid { .. })));
         }
-        assert!(matches!(lease.set_name("x"), Err(Error::Io { .. })));
+        let error = lease.set_name("x").unwrap_err();
+        assert!(matches!(error, Error::NotALease { .. }));
+        assert_eq!(error.errno(), Some(Errno::NOTTY.raw_os_error()));
+    }
+
+    #[test]
+    fn the_offset_of_the_file_stays_where_it_is() {
+        let fd = file(8192);
+        rustix::io::write(&fd, b"a line of a log").unwrap();
+        let other = fd.try_clone().unwrap();
+        let lease = Lease::from_fd(fd).unwrap();
+        assert_eq!(lease.size(), 8192);
+        assert!(!lease.is_dma_buf());
+        assert_eq!(rustix::fs::tell(other), Ok(15));
+    }
+
+    #[test]
+    fn a_file_that_can_be_mapped_is_not_dead() {
+        let lease = Lease::from_fd(file(100)).unwrap();
+        lease.check().unwrap();
     }
 }

@@ -146,8 +146,8 @@ impl Tph {
 pub struct LeaseRecord {
     /// Its id.
     pub id: LeaseId,
-    /// The name that somebody gave it, else the one that the module did; `None` when it could not be
-    /// read just now.
+    /// The name that somebody gave it, else the one that the module did; `None` when it could not
+    /// be read just now.
     pub name: Option<String>,
     /// The BAR.
     pub bar: u32,
@@ -217,8 +217,8 @@ pub struct Leases<'fd> {
 impl<'fd> Leases<'fd> {
     /// Those of the device that this descriptor is of.
     ///
-    /// Errors: [`Error::Unsupported`]: it is no device, or the kernel is older than 6.17; then use
-    /// [`Leases::of`].
+    /// Errors: [`Error::Unsupported`]: it is no device, or the kernel, an old one, does not say its
+    /// address; then use [`Leases::of`].
     pub fn new(device: BorrowedFd<'fd>) -> Result<Self> {
         Ok(Self::of(device, bdf_of(device)?))
     }

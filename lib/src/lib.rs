@@ -54,7 +54,8 @@
 //! Several devices, or several functions of one IOMMU group, share an [`Iommu`]:
 //! [`OpenOptions::iommu`]. A device that another crate or another process opened is taken over by
 //! [`Device::from_fd`]; for leases of it a borrowed descriptor is enough: [`Leases`]. Tests of a
-//! driver need no hardware: see the feature `fake`, and the examples of the crate for whole drivers.
+//! driver need no hardware: see the feature `fake`, and the examples of the crate for whole
+//! drivers.
 //!
 //! # Granting a lease
 //!
@@ -62,7 +63,7 @@
 //! # fn example(device: &barlease::Device) -> barlease::Result<()> {
 //! use std::os::unix::net::UnixStream;
 //!
-//! let lease = device.export(0).range(0, 2 << 20).export()?;
+//! let lease = device.export(0).range(0..2 << 20).export()?;
 //! lease.set_name("left half")?;
 //!
 //! let holder = UnixStream::connect("/run/holder.sock").unwrap();
@@ -78,7 +79,9 @@
 //! # Holding a lease
 //!
 //! The holder needs no device and no privilege. A plain [`Mapping`] costs nothing and dies with
-//! SIGBUS when the lease is revoked; a [`GuardedMapping`] answers [`Error::Revoked`].
+//! SIGBUS when the lease is revoked; a [`GuardedMapping`] answers [`Error::Revoked`], and works
+//! again when the lease does. Its registers answer [`Lost`], which is small, and of which `?` makes
+//! that.
 //!
 //! ```no_run
 //! # fn example(socket: &std::os::unix::net::UnixStream) -> barlease::Result<()> {
@@ -145,12 +148,16 @@ mod error;
 mod event;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod iommu;
 mod lease;
 mod leases;
 mod mapping;
 mod pass;
 pub mod pci;
+mod record;
 mod registers;
 mod sys;
 mod types;
@@ -206,9 +213,14 @@ pub use mapping::MapOptions;
 pub use mapping::Mapping;
 pub use mapping::ReadOnlyRegister;
 pub use mapping::Register;
+pub use mapping::ScratchMapping;
 pub use mapping::Value;
 pub use mapping::Window;
+pub use pass::Peer;
+pub use pass::Receiver;
+pub use pass::Sender;
 pub use registers::Bits;
+pub use registers::GuardedTypedRegister;
 pub use registers::RegisterArray;
 pub use registers::RegisterValue;
 pub use registers::TypedReadOnlyRegister;

@@ -1,28 +1,27 @@
 //! Passing a lease to another process over a unix stream socket.
 //!
-//! One message: a header of 12 bytes, which carries the descriptor as `SCM_RIGHTS`, and the
-//! [`LeaseInfo`] as JSON.
+//! One message: a [record](crate::record) with the descriptor attached to its first byte, as
+//! `SCM_RIGHTS`. Messages may follow each other on a connection, and other data may follow them:
+//! nothing is read beyond the end of a record.
 //!
-//! | offset | bytes | content |
-//! |---|---|---|
-//! | 0 | 4 | `BRLS` |
-//! | 4 | 2 | version, 1, little-endian |
-//! | 6 | 2 | 0 |
-//! | 8 | 4 | length of the JSON, little-endian, at most 4 MiB; 0: nothing is known |
-//!
-//! JSON, because members can be added and a person can read it; the bound has room for the 65,536
-//! ranges that a lease can have.
+//! [`Sender`] and [`Receiver`] are what is done at any moment of that, for blocking and
+//! non-blocking sockets alike; no byte and no descriptor that has been taken from the socket is
+//! lost when the next one is not there yet. [`Lease::send`], [`Lease::receive`] and their siblings
+//! with a time-out wait until they have finished.
 
-use std::io::ErrorKind;
 use std::io::IoSlice;
 use std::io::IoSliceMut;
-use std::io::Read;
-use std::io::Write;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::time::Duration;
+use std::time::Instant;
 
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::event::Timespec;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::RecvAncillaryBuffer;
 use rustix::net::RecvAncillaryMessage;
@@ -37,59 +36,325 @@ use crate::Lease;
 use crate::LeaseInfo;
 use crate::Result;
 use crate::error::Object;
+use crate::record;
+use crate::record::SHORTEST;
+use crate::sys;
 
-const MAGIC: [u8; 4] = *b"BRLS";
-const VERSION: u16 = 1;
-const HEADER: usize = 12;
-const MAX_INFO: usize = 4 << 20;
+/// Most bytes that are asked for at once, and room made for, beyond what has come.
+const STEP: usize = 64 << 10;
 
 impl Lease {
-    /// Sends the lease, with what is known of it. The receiver gets a descriptor of its own.
+    /// Sends the lease, with what is known of it. The receiver gets a descriptor of its own. Waits
+    /// until the socket has taken all of it; a blocking socket with a write time-out (`SO_SNDTIMEO`)
+    /// may end that.
+    ///
+    /// After an error the connection is of no more use.
     ///
     /// Errors: [`Error::Io`].
-    pub fn send(&self, socket: &UnixStream) -> Result<()> {
-        // Room for a description of a few ranges.
-        let mut message = Vec::with_capacity(HEADER + 256);
-        message.resize(HEADER, 0);
-        if let Some(info) = self.info() {
-            serde_json::to_writer(&mut message, &info)
-                .map_err(|error| Error::from_io("send", Object::Socket, error.into()))?;
-        }
-        let header = header(message.len() - HEADER)?;
-        if let Some(place) = message.first_chunk_mut() {
-            *place = header;
-        }
-        // All at once: the receiver is woken once.
-        send_with_fd(socket, &message, self)
+    pub fn send(&self, socket: impl AsFd) -> Result<()> {
+        let mut sender = Sender::new(self)?;
+        let socket = socket.as_fd();
+        finish("send", socket, None, PollFlags::OUT, |flags| {
+            sender.step(
+                socket,
+                if flags {
+                    SendFlags::DONTWAIT
+                } else {
+                    SendFlags::empty()
+                },
+            )
+        })
     }
 
-    /// Receives a lease that the peer sends with [`Lease::send`]. Waits for it, as long as the
-    /// socket's read time-out says.
+    /// As [`Lease::send`], but for at most so long, all in all.
+    ///
+    /// Errors: [`Error::Io`], with [`TimedOut`](std::io::ErrorKind::TimedOut) if the peer is too
+    /// slow.
+    pub fn send_within(&self, socket: impl AsFd, timeout: Duration) -> Result<()> {
+        let mut sender = Sender::new(self)?;
+        let socket = socket.as_fd();
+        finish("send", socket, Some(timeout), PollFlags::OUT, |_| {
+            sender.step(socket, SendFlags::DONTWAIT)
+        })
+    }
+
+    /// Receives a lease that the peer sends with [`Lease::send`]. Waits for it; a blocking socket
+    /// with a read time-out (`SO_RCVTIMEO`) may end that.
+    ///
+    /// After an error the connection is of no more use.
     ///
     /// Errors: [`Error::Malformed`] if the peer sends anything but exactly one well-formed lease
     /// (every descriptor that came along is closed), [`Error::Io`].
-    pub fn receive(socket: &UnixStream) -> Result<Self> {
-        let mut header = [0; HEADER];
-        let fds = receive_with_fds(socket, &mut header)?;
-        let length = parse_header(&header)?;
-        let fd = exactly_one(fds)?;
+    pub fn receive(socket: impl AsFd) -> Result<Self> {
+        Receiver::new().receive(socket)
+    }
 
-        let mut body = vec![0; length];
-        let mut socket = socket;
-        socket
-            .read_exact(&mut body)
-            .map_err(|error| match error.kind() {
-                ErrorKind::UnexpectedEof => {
-                    malformed("the peer closed the connection in the middle")
-                }
-                _ => Error::from_io("receive", Object::Socket, error),
-            })?;
-        if body.is_empty() {
-            return Self::from_fd(fd);
+    /// As [`Lease::receive`], but for at most so long, all in all.
+    ///
+    /// Errors: as for [`Lease::receive`]; [`Error::Io`] with
+    /// [`TimedOut`](std::io::ErrorKind::TimedOut) if the peer is too slow.
+    pub fn receive_within(socket: impl AsFd, timeout: Duration) -> Result<Self> {
+        Receiver::new().receive_within(socket, timeout)
+    }
+}
+
+/// Takes steps until there is an answer. A step that is told `true` must not wait.
+fn finish<T>(
+    operation: &'static str,
+    socket: BorrowedFd<'_>,
+    timeout: Option<Duration>,
+    event: PollFlags,
+    mut step: impl FnMut(bool) -> Result<Option<T>>,
+) -> Result<T> {
+    let failed = |errno| Error::from_errno(operation, Object::Socket, errno);
+    let deadline = timeout.map(|timeout| (Instant::now().checked_add(timeout), timeout));
+    let mut nonblocking = deadline.is_some();
+    loop {
+        if let Some(answer) = step(nonblocking)? {
+            return Ok(answer);
         }
-        let info: LeaseInfo = serde_json::from_slice(&body)
-            .map_err(|error| malformed(&format!("the description is not understood: {error}")))?;
-        checked(Self::with_info(fd, Some(info))?)
+        if !nonblocking {
+            // Either the socket does not block, or its own time-out has passed.
+            let flags = rustix::fs::fcntl_getfl(socket).map_err(failed)?;
+            if !flags.contains(OFlags::NONBLOCK) {
+                return Err(failed(Errno::AGAIN));
+            }
+            nonblocking = true;
+        }
+        let left = match deadline {
+            // So far away that the clock cannot tell: for ever.
+            None | Some((None, _)) => None,
+            Some((Some(deadline), _)) => match deadline.checked_duration_since(Instant::now()) {
+                Some(left) if !left.is_zero() => Some(left),
+                _ => return Err(failed(Errno::TIMEDOUT)),
+            },
+        };
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match rustix::event::poll(&mut [PollFd::new(&socket, event)], left.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+    }
+}
+
+/// A lease on its way out, for programs that must not wait.
+///
+/// # Examples
+///
+/// ```no_run
+/// # fn example(lease: &barlease::Lease, socket: &std::os::unix::net::UnixStream)
+/// # -> barlease::Result<()> {
+/// let mut sender = barlease::Sender::new(lease)?;
+/// while !sender.poll(socket)? {
+///     // Do something else until the socket can be written to.
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Sender<'a> {
+    lease: &'a Lease,
+    record: Vec<u8>,
+    sent: usize,
+}
+
+impl<'a> Sender<'a> {
+    /// Begins to send a lease.
+    ///
+    /// Errors: [`Error::Invalid`]: what is known of it is too long.
+    pub fn new(lease: &'a Lease) -> Result<Self> {
+        let record = record::encode(lease.described(), lease.memory_type());
+        Ok(Self {
+            lease,
+            record: record.ok_or_else(|| {
+                Error::invalid("send", lease.object(), "the description is too long")
+            })?,
+            sent: 0,
+        })
+    }
+
+    /// Sends what the socket takes now, without waiting. True: all has been sent. False: call it
+    /// again when the socket can be written to.
+    ///
+    /// Errors: [`Error::Io`]; the connection is of no more use then.
+    pub fn poll(&mut self, socket: impl AsFd) -> Result<bool> {
+        let answer = self.step(socket.as_fd(), SendFlags::DONTWAIT)?;
+        Ok(answer.is_some())
+    }
+
+    fn step(&mut self, socket: BorrowedFd<'_>, flags: SendFlags) -> Result<Option<()>> {
+        while let Some(rest) = self.record.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            let fds = [self.lease.as_fd()];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            // With the first byte, once.
+            if self.sent == 0 && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+                return Err(Error::from_errno("send", Object::Socket, Errno::NOBUFS));
+            }
+            let flags = flags | SendFlags::NOSIGNAL;
+            match rustix::net::sendmsg(socket, &[IoSlice::new(rest)], &mut control, flags) {
+                Ok(count) => self.sent += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(errno) => return Err(Error::from_errno("send", Object::Socket, errno)),
+            }
+        }
+        Ok(Some(()))
+    }
+}
+
+/// A lease on its way in, for programs that must not wait, and for those that receive something
+/// else than leases.
+///
+/// # Examples
+///
+/// ```no_run
+/// # fn example(socket: &std::os::unix::net::UnixStream) -> barlease::Result<()> {
+/// let mut receiver = barlease::Receiver::new();
+/// let lease = loop {
+///     if let Some(lease) = receiver.poll(socket)? {
+///         break lease;
+///     }
+///     // Do something else until the socket can be read from.
+/// };
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Default)]
+pub struct Receiver {
+    record: Vec<u8>,
+    fd: Option<OwnedFd>,
+    any_file: bool,
+}
+
+impl Receiver {
+    /// Begins to receive a lease.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes any file with a size for a lease. By default the descriptor must be a dma-buf, as the
+    /// peer could truncate any other file at will, or serve it itself and let an access wait for
+    /// ever. For tests.
+    #[must_use]
+    pub fn any_file(mut self) -> Self {
+        self.any_file = true;
+        self
+    }
+
+    /// Waits for the rest of the lease; see [`Lease::receive`].
+    ///
+    /// Errors: as for [`Lease::receive`].
+    pub fn receive(mut self, socket: impl AsFd) -> Result<Lease> {
+        let socket = socket.as_fd();
+        finish("receive", socket, None, PollFlags::IN, |dontwait| {
+            let flags = if dontwait {
+                RecvFlags::DONTWAIT
+            } else {
+                RecvFlags::empty()
+            };
+            self.step(socket, flags)
+        })
+    }
+
+    /// Waits for the rest of the lease, for at most so long; see [`Lease::receive_within`].
+    ///
+    /// Errors: as for [`Lease::receive_within`].
+    pub fn receive_within(mut self, socket: impl AsFd, timeout: Duration) -> Result<Lease> {
+        let socket = socket.as_fd();
+        finish("receive", socket, Some(timeout), PollFlags::IN, |_| {
+            self.step(socket, RecvFlags::DONTWAIT)
+        })
+    }
+
+    /// Takes what is there, without waiting. `None`: call it again when the socket can be read
+    /// from. A receiver that has answered a lease is ready for the next one.
+    ///
+    /// Errors: as for [`Lease::receive`]; the connection is of no more use then.
+    pub fn poll(&mut self, socket: impl AsFd) -> Result<Option<Lease>> {
+        self.step(socket.as_fd(), RecvFlags::DONTWAIT)
+    }
+
+    fn step(&mut self, socket: BorrowedFd<'_>, flags: RecvFlags) -> Result<Option<Lease>> {
+        loop {
+            let wanted = match self.record.first_chunk() {
+                None => SHORTEST,
+                Some(head) => record::length(head).map_err(|bad| malformed(bad.0))?,
+            };
+            let missing = wanted - self.record.len();
+            if missing == 0 {
+                return self.complete().map(Some);
+            }
+            if !self.take(socket, missing.min(STEP), flags)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Takes at most `missing` bytes. False: there are none now.
+    fn take(&mut self, socket: BorrowedFd<'_>, missing: usize, flags: RecvFlags) -> Result<bool> {
+        let have = self.record.len();
+        self.record.resize(have + missing, 0);
+        let answer = loop {
+            let rest = self.record.get_mut(have..).unwrap_or_default();
+            // Room for more than one, to see that there are more; the kernel closes what has no
+            // room.
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let flags = flags | RecvFlags::CMSG_CLOEXEC;
+            match rustix::net::recvmsg(socket, &mut [IoSliceMut::new(rest)], &mut control, flags) {
+                Err(Errno::INTR) => {}
+                Err(errno) => break Err(errno),
+                Ok(message) => {
+                    let mut fds = Vec::new();
+                    for item in control.drain() {
+                        if let RecvAncillaryMessage::ScmRights(received) = item {
+                            fds.extend(received);
+                        }
+                    }
+                    break Ok((message.bytes, message.flags, fds));
+                }
+            }
+        };
+        let count = answer.as_ref().map_or(0, |(count, _, _)| *count);
+        self.record.truncate(have + count);
+        let (count, flags, fds) = match answer {
+            Ok(answer) => answer,
+            Err(Errno::AGAIN) => return Ok(false),
+            Err(errno) => return Err(Error::from_errno("receive", Object::Socket, errno)),
+        };
+        if flags.contains(ReturnFlags::CTRUNC) {
+            return Err(malformed(
+                "the peer sent more control data than a lease has",
+            ));
+        }
+        if flags.contains(ReturnFlags::TRUNC) {
+            return Err(malformed("the socket is not a stream"));
+        }
+        for fd in fds {
+            if self.fd.replace(fd).is_some() {
+                return Err(malformed("the peer sent several file descriptors, not one"));
+            }
+        }
+        match (count, have) {
+            (0, 0) => Err(malformed("the peer closed the connection without a lease")),
+            (0, _) => Err(malformed("the peer closed the connection in the middle")),
+            _ => Ok(true),
+        }
+    }
+
+    /// Makes a lease of a whole record.
+    fn complete(&mut self) -> Result<Lease> {
+        let record = std::mem::take(&mut self.record);
+        let fd = self.fd.take();
+        let fd = fd.ok_or_else(|| malformed("the peer sent no file descriptor"))?;
+        let info = record::decode(&record).map_err(|bad| malformed(bad.0))?;
+        let lease = Lease::with_info(fd, info)?;
+        if !lease.is_dma_buf() && !self.any_file {
+            return Err(malformed("the file descriptor is not one of a dma-buf"));
+        }
+        checked(lease)
     }
 }
 
@@ -109,121 +374,35 @@ fn checked(lease: Lease) -> Result<Lease> {
     ))
 }
 
-fn malformed(reason: &str) -> Error {
-    Error::malformed("receive", Object::Socket, reason.to_owned())
+fn malformed(reason: &'static str) -> Error {
+    Error::malformed("receive", Object::Socket, reason)
 }
 
-fn header(length: usize) -> Result<[u8; HEADER]> {
-    let length = u32::try_from(length)
-        .ok()
-        .filter(|length| *length as usize <= MAX_INFO)
-        .ok_or_else(|| {
-            Error::invalid(
-                "send",
-                Object::Socket,
-                format!("the description has {length} bytes, at most {MAX_INFO} are possible"),
-            )
-        })?;
-    let [m0, m1, m2, m3] = MAGIC;
-    let [v0, v1] = VERSION.to_le_bytes();
-    let [l0, l1, l2, l3] = length.to_le_bytes();
-    Ok([m0, m1, m2, m3, v0, v1, 0, 0, l0, l1, l2, l3])
+/// The process at the other end of a connection, as it was when the connection was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Peer {
+    /// Its process. `None` if that is of a PID namespace that this one does not see into.
+    pub pid: Option<u32>,
+    /// Its effective user.
+    pub uid: u32,
+    /// Its effective group.
+    pub gid: u32,
 }
 
-/// Length of the body.
-fn parse_header(header: &[u8; HEADER]) -> Result<usize> {
-    let [m0, m1, m2, m3, v0, v1, r0, r1, l0, l1, l2, l3] = *header;
-    if [m0, m1, m2, m3] != MAGIC {
-        return Err(malformed("the peer does not speak the barlease protocol"));
+impl Peer {
+    /// Asks the kernel who is at the other end of a unix socket.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn of(socket: impl AsFd) -> Result<Self> {
+        let (pid, uid, gid) = sys::credentials::peer(socket.as_fd())
+            .map_err(|errno| Error::from_errno("ask for the peer", Object::Socket, errno))?;
+        Ok(Self {
+            pid: u32::try_from(pid).ok().filter(|pid| *pid != 0),
+            uid,
+            gid,
+        })
     }
-    let version = u16::from_le_bytes([v0, v1]);
-    if version != VERSION || [r0, r1] != [0, 0] {
-        return Err(malformed(&format!(
-            "the peer speaks version {version} of the protocol, this is version {VERSION}"
-        )));
-    }
-    let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
-    if length > MAX_INFO {
-        return Err(malformed(&format!(
-            "the description has {length} bytes, at most {MAX_INFO} are possible"
-        )));
-    }
-    Ok(length)
-}
-
-fn exactly_one(mut fds: Vec<OwnedFd>) -> Result<OwnedFd> {
-    match (fds.pop(), fds.len()) {
-        (Some(fd), 0) => Ok(fd),
-        (None, _) => Err(malformed("the peer sent no file descriptor")),
-        (Some(_), more) => Err(malformed(&format!(
-            "the peer sent {} file descriptors, not one",
-            more + 1
-        ))),
-    }
-}
-
-/// Sends a message with the descriptor attached to its first byte.
-fn send_with_fd(socket: &UnixStream, message: &[u8], fd: impl AsFd) -> Result<()> {
-    let fds = [fd.as_fd()];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
-        return Err(Error::from_errno("send", Object::Socket, Errno::NOBUFS));
-    }
-    let sent = loop {
-        let answer = rustix::net::sendmsg(
-            socket,
-            &[IoSlice::new(message)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        );
-        match answer {
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(Error::from_errno("send", Object::Socket, errno)),
-            Ok(sent) => break sent,
-        }
-    };
-    let mut socket = socket;
-    socket
-        .write_all(message.get(sent..).unwrap_or(&[]))
-        .map_err(|error| Error::from_io("send", Object::Socket, error))
-}
-
-/// Fills `header` and collects the descriptors that come with it.
-fn receive_with_fds(socket: &UnixStream, header: &mut [u8; HEADER]) -> Result<Vec<OwnedFd>> {
-    let mut fds = Vec::new();
-    let mut filled = 0;
-    while let Some(rest) = header.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        // Room for more than one, to see that there are more; the kernel closes what has no room.
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let answer = rustix::net::recvmsg(
-            socket,
-            &mut [IoSliceMut::new(rest)],
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        );
-        let message = match answer {
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(Error::from_errno("receive", Object::Socket, errno)),
-            Ok(message) => message,
-        };
-        for item in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(received) = item {
-                fds.extend(received);
-            }
-        }
-        if message.flags.contains(ReturnFlags::CTRUNC) {
-            return Err(malformed(
-                "the peer sent more control data than a lease has",
-            ));
-        }
-        if message.bytes == 0 {
-            return Err(malformed("the peer closed the connection without a lease"));
-        }
-        filled += message.bytes;
-    }
-    Ok(fds)
 }
 
 #[cfg(test)]
@@ -231,7 +410,10 @@ mod tests {
     use super::*;
     use crate::BarRange;
     use crate::MemoryType;
-    use std::os::fd::BorrowedFd;
+    use crate::record::LONGEST;
+    use std::io::Read;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
 
     fn file(length: u64) -> OwnedFd {
         let fd = rustix::fs::memfd_create("lease", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -242,7 +424,7 @@ mod tests {
     fn info(size: u64) -> LeaseInfo {
         LeaseInfo {
             bdf: "00:05.0".parse().unwrap(),
-            region: 2,
+            bar: 2,
             ranges: vec![BarRange {
                 offset: 0x1000,
                 length: size,
@@ -255,6 +437,26 @@ mod tests {
 
     fn lease(size: u64) -> Lease {
         Lease::with_info(file(size), Some(info(size))).unwrap()
+    }
+
+    /// A lease whose record is far longer than a socket's buffer.
+    fn long_lease() -> Lease {
+        let mut info = info(0x1000 * u64::from(barlease_abi::MAX_RANGES));
+        info.ranges = (0..u64::from(barlease_abi::MAX_RANGES))
+            .map(|n| BarRange {
+                offset: n * 0x2000,
+                length: 0x1000,
+            })
+            .collect();
+        Lease::with_info(file(info.size), Some(info)).unwrap()
+    }
+
+    fn receiver() -> Receiver {
+        Receiver::new().any_file()
+    }
+
+    fn record(info: Option<&LeaseInfo>) -> Vec<u8> {
+        record::encode(info, MemoryType::Nc).unwrap()
     }
 
     fn send_raw(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
@@ -272,13 +474,24 @@ mod tests {
         .unwrap();
     }
 
+    fn reason(answer: Result<Lease>) -> String {
+        match answer {
+            Err(Error::Malformed { reason, .. }) => reason.into_owned(),
+            answer => panic!("{answer:?}"),
+        }
+    }
+
     fn refused(bytes: &[u8], fds: &[BorrowedFd<'_>]) -> String {
         let (here, there) = UnixStream::pair().unwrap();
         send_raw(&here, bytes, fds);
         drop(here);
-        match Lease::receive(&there) {
-            Err(Error::Malformed { reason, .. }) => reason.into_owned(),
-            answer => panic!("{answer:?}"),
+        reason(receiver().receive(&there))
+    }
+
+    fn timed_out<T>(answer: Result<T>) -> bool {
+        match answer {
+            Err(Error::Io { source, .. }) => source.kind() == std::io::ErrorKind::TimedOut,
+            _ => false,
         }
     }
 
@@ -288,34 +501,136 @@ mod tests {
         let sent = lease(8192);
         sent.map().unwrap().write(4096, 0xfeed_u16).unwrap();
         sent.send(&here).unwrap();
-        sent.send(&here).unwrap();
-        for _ in 0..2 {
-            let received = Lease::receive(&there).unwrap();
+        sent.send_within(&here, Duration::from_secs(1)).unwrap();
+        (&here).write_all(b"and more").unwrap();
+        for wait in [None, Some(Duration::from_secs(1))] {
+            let received = match wait {
+                None => receiver().receive(&there),
+                Some(timeout) => receiver().receive_within(&there, timeout),
+            };
+            let received = received.unwrap();
             assert_eq!(received.info(), Some(info(8192)));
             assert_eq!(received.map().unwrap().read::<u16>(4096).unwrap(), 0xfeed);
             let flags = rustix::io::fcntl_getfd(&received).unwrap();
             assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
         }
+        let mut more = [0; 8];
+        (&there).read_exact(&mut more).unwrap();
+        assert_eq!(&more, b"and more");
     }
 
     #[test]
     fn a_lease_without_description_arrives_too() {
         let (here, there) = UnixStream::pair().unwrap();
         Lease::from_fd(file(4096)).unwrap().send(&here).unwrap();
-        assert_eq!(Lease::receive(&there).unwrap().info(), None);
+        assert_eq!(receiver().receive(&there).unwrap().info(), None);
     }
 
     #[test]
-    fn the_largest_description_fits() {
-        let ranges = vec![
-            BarRange {
-                offset: u64::MAX - 0xfff,
-                length: 0x1000,
+    fn only_a_dma_buf_is_received_unless_asked() {
+        let (here, there) = UnixStream::pair().unwrap();
+        lease(4096).send(&here).unwrap();
+        assert!(reason(Lease::receive(&there)).contains("dma-buf"));
+    }
+
+    /// Bytes that come one by one, to a socket that does not block.
+    #[test]
+    fn a_receiver_loses_nothing_between_two_bytes() {
+        let (here, there) = UnixStream::pair().unwrap();
+        there.set_nonblocking(true).unwrap();
+        let fd = file(8192);
+        let bytes = record(Some(&info(8192)));
+        let mut receiver = receiver();
+        for round in 0..2 {
+            assert!(receiver.poll(&there).unwrap().is_none());
+            for (n, byte) in bytes.iter().enumerate() {
+                let fds = [fd.as_fd()];
+                send_raw(&here, &[*byte], if n == 0 { &fds } else { &[] });
+                let answer = receiver.poll(&there).unwrap();
+                assert_eq!(answer.is_some(), n + 1 == bytes.len(), "{round} {n}");
+                if let Some(lease) = answer {
+                    assert_eq!(lease.info(), Some(info(8192)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_sender_loses_nothing_when_the_socket_is_full() {
+        let sent = long_lease();
+        for nonblocking in [false, true] {
+            let (here, there) = UnixStream::pair().unwrap();
+            here.set_nonblocking(nonblocking).unwrap();
+            there.set_nonblocking(nonblocking).unwrap();
+            let (mut sender, mut receiver) = (Sender::new(&sent).unwrap(), receiver());
+            let mut turns = 0;
+            let received = loop {
+                sender.poll(&here).unwrap();
+                turns += 1;
+                if let Some(lease) = receiver.poll(&there).unwrap() {
+                    break lease;
+                }
             };
-            barlease_abi::MAX_RANGES as usize
-        ];
-        let json = serde_json::to_vec(&ranges).unwrap();
-        assert!(json.len() + 1024 < MAX_INFO, "{}", json.len());
+            assert!(turns > 2, "{turns}");
+            assert_eq!(received.info(), sent.info());
+        }
+    }
+
+    #[test]
+    fn a_socket_that_does_not_block_is_waited_for() {
+        let sent = long_lease();
+        let (here, there) = UnixStream::pair().unwrap();
+        here.set_nonblocking(true).unwrap();
+        there.set_nonblocking(true).unwrap();
+        std::thread::scope(|scope| {
+            let receiver = scope.spawn(|| receiver().receive(&there).unwrap());
+            std::thread::sleep(Duration::from_millis(20));
+            sent.send(&here).unwrap();
+            assert_eq!(receiver.join().unwrap().info(), sent.info());
+        });
+    }
+
+    #[test]
+    fn a_deadline_is_for_the_whole_message() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let begin = Instant::now();
+        let short = Duration::from_millis(100);
+        assert!(timed_out(receiver().receive_within(&there, short)));
+        // A peer that drips.
+        let bytes = record(None);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for byte in &bytes {
+                    std::thread::sleep(Duration::from_millis(40));
+                    if (&here).write_all(&[*byte]).is_err() {
+                        break;
+                    }
+                }
+            });
+            assert!(timed_out(receiver().receive_within(&there, short)));
+            drop(there);
+        });
+        // A peer that does not read.
+        let (here, _there) = UnixStream::pair().unwrap();
+        assert!(timed_out(long_lease().send_within(&here, short)));
+        assert!(begin.elapsed() < Duration::from_secs(4));
+    }
+
+    #[test]
+    fn time_outs_of_the_socket_hold() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let short = Some(Duration::from_millis(50));
+        there.set_read_timeout(short).unwrap();
+        here.set_write_timeout(short).unwrap();
+        for answer in [
+            receiver().receive(&there).map(drop),
+            long_lease().send(&here),
+        ] {
+            assert_eq!(
+                answer.unwrap_err().errno(),
+                Some(Errno::AGAIN.raw_os_error())
+            );
+        }
     }
 
     #[test]
@@ -323,8 +638,14 @@ mod tests {
         let fds: Vec<_> = (0..6).map(|_| rustix::pipe::pipe().unwrap()).collect();
         for count in [2, 6] {
             let borrowed: Vec<_> = fds.iter().take(count).map(|(_, w)| w.as_fd()).collect();
-            refused(&header(0).unwrap(), &borrowed);
+            refused(&record(None), &borrowed);
         }
+        // One with the first byte, another one later.
+        let (here, there) = UnixStream::pair().unwrap();
+        let bytes = record(None);
+        send_raw(&here, &bytes[..9], &[fds[0].1.as_fd()]);
+        send_raw(&here, &bytes[9..], &[fds[1].1.as_fd()]);
+        assert!(reason(receiver().receive(&there)).contains("several"));
         // A reader sees the end when no descriptor of the writing end is left anywhere.
         for (reader, writer) in fds {
             drop(writer);
@@ -336,23 +657,18 @@ mod tests {
     fn anything_but_a_lease_is_refused() {
         let fd = file(4096);
         let one = [fd.as_fd()];
-        assert!(refused(b"GET / HTTP/1", &one).contains("protocol"));
-        assert!(refused(&header(0).unwrap(), &[]).contains("no file descriptor"));
-        assert!(refused(&header(0).unwrap()[..5], &one).contains("closed"));
-
-        let mut other = header(0).unwrap();
-        other[4] = 2;
-        assert!(refused(&other, &one).contains("version 2"));
-        let mut huge = header(0).unwrap();
-        huge[8..].copy_from_slice(&u32::MAX.to_le_bytes());
-        assert!(refused(&huge, &one).contains("at most"));
-
-        let mut short = header(100).unwrap().to_vec();
-        short.extend(b"{}");
+        let mut other = record(None);
+        other[..12].copy_from_slice(b"GET / HTTP/1");
+        assert!(refused(&other, &one).contains("protocol"));
+        assert!(refused(&record(None), &[]).contains("no file descriptor"));
+        assert!(refused(&record(None)[..5], &one).contains("in the middle"));
+        assert!(refused(&[0][..0], &[]).contains("without a lease"));
+        let mut huge = record(None);
+        huge[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert!(refused(&huge, &one).contains("too long"));
+        let mut short = record(None);
+        short[4..8].copy_from_slice(&(LONGEST as u32).to_le_bytes());
         assert!(refused(&short, &one).contains("in the middle"));
-        let mut nonsense = header(2).unwrap().to_vec();
-        nonsense.extend(b"{}");
-        assert!(refused(&nonsense, &one).contains("not understood"));
     }
 
     #[test]
@@ -361,15 +677,82 @@ mod tests {
             (|info| info.size = 4096) as fn(&mut LeaseInfo),
             |info| info.writable = false,
             |info| info.ranges[0].length = 4096,
-            |info| info.ranges[0].length = u64::MAX,
+            |info| info.ranges[0].length = u64::MAX - 4095,
         ] {
             let mut wrong = info(8192);
             change(&mut wrong);
-            let body = serde_json::to_vec(&wrong).unwrap();
-            let mut bytes = header(body.len()).unwrap().to_vec();
-            bytes.extend(&body);
             let fd = file(8192);
-            assert!(refused(&bytes, &[fd.as_fd()]).contains("does not fit"));
+            assert!(refused(&record(Some(&wrong)), &[fd.as_fd()]).contains("does not fit"));
         }
+    }
+
+    #[test]
+    fn a_datagram_socket_is_refused() {
+        let (here, there) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::SEQPACKET,
+            rustix::net::SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let mut bytes = record(Some(&info(8192)));
+        bytes.push(0);
+        rustix::net::send(&here, &bytes, SendFlags::empty()).unwrap();
+        assert!(reason(receiver().receive(&there)).contains("stream"));
+    }
+
+    #[test]
+    fn the_peer_of_a_pair_is_this_process() {
+        let (here, _there) = UnixStream::pair().unwrap();
+        let peer = Peer::of(&here).unwrap();
+        assert_eq!(peer.pid, Some(std::process::id()));
+        assert_eq!(peer.uid, rustix::process::geteuid().as_raw());
+        assert!(Peer::of(file(1)).is_err());
+    }
+
+    /// A peer in a PID namespace that this process is not in has no PID here, if one may make one.
+    #[test]
+    fn a_peer_of_another_pid_namespace_is_no_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        // This process's peer is one that the child's namespace does not have: the child asks.
+        let Ok(mut child) = std::process::Command::new("unshare")
+            .args(["--map-root-user", "--pid", "--fork"])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", "pass::tests::asks_for_its_peer", "--nocapture"])
+            .env("BARLEASE_PEER", &path)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+        else {
+            eprintln!("no unshare: not tried");
+            return;
+        };
+        listener.set_nonblocking(true).unwrap();
+        let mut connections = Vec::new();
+        let status = loop {
+            connections.extend(listener.accept().ok());
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let mut text = String::new();
+        child.stdout.unwrap().read_to_string(&mut text).unwrap();
+        if !text.contains("running") {
+            eprintln!("no namespaces: not tried");
+            return;
+        }
+        assert!(status.success(), "{text}");
+        assert!(text.contains("pid None"), "{text}");
+    }
+
+    #[test]
+    fn asks_for_its_peer() {
+        let Some(path) = std::env::var_os("BARLEASE_PEER") else {
+            return;
+        };
+        let socket = UnixStream::connect(path).unwrap();
+        println!("pid {:?}", Peer::of(&socket).unwrap().pid);
     }
 }

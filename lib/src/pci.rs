@@ -214,8 +214,8 @@ impl Pci {
         Some(count != "0")
     }
 
-    /// How the kernel resets a device, in the order in which it tries: `flr`, `pm`, `bus` and so on.
-    /// Empty: not at all, or the kernel is older than 5.15.
+    /// How the kernel resets a device, in the order in which it tries: `flr`, `pm`, `bus` and so
+    /// on. Empty: not at all, or the kernel is older than 5.15.
     ///
     /// Errors: [`Error::NoDevice`].
     pub fn reset_methods(&self, bdf: Bdf) -> Result<Vec<String>> {

@@ -8,6 +8,10 @@ use std::time::Instant;
 use rustix::io::Errno;
 
 use crate::Error;
+use crate::GuardedMapping;
+use crate::GuardedRegister;
+use crate::GuardedWindow;
+use crate::Lost;
 use crate::Mapping;
 use crate::ReadOnlyRegister;
 use crate::Register;
@@ -181,6 +185,76 @@ impl<T: RegisterValue> TypedRegister<'_, T> {
     /// Errors: [`Error::Io`] with `ETIMEDOUT`.
     pub fn poll(&self, timeout: Duration, done: impl FnMut(T) -> bool) -> Result<T> {
         poll(self.offset, timeout, || self.read(), done)
+    }
+}
+
+/// A register of a [`GuardedMapping`] that is read and written as a `T`: each access answers
+/// [`Lost`] instead of raising SIGBUS.
+#[derive(Clone, Copy, Debug)]
+pub struct GuardedTypedRegister<'m, T: RegisterValue> {
+    register: GuardedRegister<'m, T::Raw>,
+    offset: usize,
+    _value: PhantomData<T>,
+}
+
+impl<T: RegisterValue> GuardedTypedRegister<'_, T> {
+    /// One load.
+    ///
+    /// Errors: [`Lost`].
+    #[inline(always)]
+    pub fn read(&self) -> Result<T, Lost> {
+        self.register.read().map(decode)
+    }
+
+    /// One store.
+    ///
+    /// Errors: [`Lost`].
+    #[inline(always)]
+    pub fn write(&self, value: T) -> Result<(), Lost> {
+        self.register.write(encode(value))
+    }
+
+    /// See [`TypedRegister::modify`].
+    ///
+    /// Errors: [`Lost`].
+    #[inline(always)]
+    pub fn modify(&self, change: impl FnOnce(T) -> T) -> Result<(), Lost> {
+        self.write(change(self.read()?))
+    }
+
+    /// See [`TypedRegister::poll_until`].
+    ///
+    /// Errors: [`Error::Revoked`]; [`Error::Io`] with `ETIMEDOUT`.
+    pub fn poll_until(&self, mask: T::Raw, value: T::Raw, timeout: Duration) -> Result<T> {
+        self.poll(timeout, |read| read.into_raw() & mask == value)
+    }
+
+    /// See [`TypedRegister::poll`]. A loss ends it.
+    ///
+    /// Errors: [`Error::Revoked`]; [`Error::Io`] with `ETIMEDOUT`.
+    pub fn poll(&self, timeout: Duration, mut done: impl FnMut(T) -> bool) -> Result<T> {
+        let done = |read: Result<T, Lost>| read.map_or(true, &mut done);
+        Ok(poll(self.offset, timeout, || self.read(), done)??)
+    }
+}
+
+impl<'m> GuardedWindow<'m> {
+    /// The register at `offset`, as a `T`: see [`RegisterValue`].
+    ///
+    /// Errors: [`Error::OutOfBounds`], [`Error::Misaligned`], [`Error::ReadOnly`].
+    pub fn typed<T: RegisterValue>(&self, offset: usize) -> Result<GuardedTypedRegister<'m, T>> {
+        Ok(GuardedTypedRegister {
+            register: self.register(offset)?,
+            offset,
+            _value: PhantomData,
+        })
+    }
+}
+
+impl GuardedMapping {
+    /// See [`GuardedWindow::typed`].
+    pub fn typed<T: RegisterValue>(&self, offset: usize) -> Result<GuardedTypedRegister<'_, T>> {
+        self.as_window().typed(offset)
     }
 }
 
@@ -575,6 +649,28 @@ mod tests {
         });
         // Done already: no time is needed.
         assert!(register.poll(Duration::ZERO, |value| value == 0x81).is_ok());
+    }
+
+    #[test]
+    fn a_guarded_register_answers_its_loss() {
+        let fd = rustix::fs::memfd_create("registers", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 4096).unwrap();
+        let lease = Lease::from_fd(fd).unwrap();
+        let mapping = lease.map_guarded().unwrap();
+        let register = mapping.typed::<u32>(8).unwrap();
+        register.write(3).unwrap();
+        register.modify(|value| value << 1).unwrap();
+        assert_eq!(register.poll_until(4, 4, Duration::ZERO).unwrap(), 6);
+        let error = register.poll_until(1, 1, Duration::from_millis(1));
+        assert_eq!(
+            error.unwrap_err().errno(),
+            Some(Errno::TIMEDOUT.raw_os_error())
+        );
+        rustix::fs::ftruncate(&lease, 0).unwrap();
+        assert!(register.read().is_err() && register.write(1).is_err());
+        // Long before the time is up.
+        let error = register.poll_until(1, 1, Duration::from_secs(600));
+        assert!(matches!(error, Err(Error::Revoked { .. })), "{error:?}");
     }
 
     #[cfg(feature = "safe-mmio")]

@@ -211,3 +211,46 @@ fn opening_says_what_is_wrong() {
     fs::remove_file(fake.device().join("iommu_group")).unwrap();
     assert!(matches!(open("00:05.0"), Error::NoIommuGroup { .. }));
 }
+
+#[test]
+fn a_group_without_an_iommu_is_opened_on_demand_only() {
+    let fake = Fake::new(false);
+    fake.pci().bind(fake.bdf, "vfio-pci").unwrap();
+    fs::create_dir_all(fake.path("dev/vfio")).unwrap();
+    fs::write(fake.path("dev/vfio/noiommu-4"), "").unwrap();
+    let options = OpenOptions::new()
+        .sysfs(fake.root.path())
+        .dev(fake.path("dev"));
+    assert!(matches!(
+        options.open(fake.bdf),
+        Err(Error::NoIommuGroup { .. })
+    ));
+    #[allow(unsafe_code, reason = "there is no device")]
+    // SAFETY: there is no device, and so no DMA.
+    let options = unsafe { options.noiommu() };
+    // It gets as far as the container, which is not there.
+    let error = options.open(fake.bdf).unwrap_err().report().to_string();
+    assert!(error.contains("dev/vfio/vfio"), "{error}");
+}
+
+#[test]
+fn reset_methods_are_those_of_sysfs() {
+    let fake = Fake::new(false);
+    let file = fake.device().join("reset_method");
+    assert!(fake.pci().reset_methods(fake.bdf).unwrap().is_empty());
+    fs::write(&file, "flr bus\n").unwrap();
+    assert_eq!(fake.pci().reset_methods(fake.bdf).unwrap(), ["flr", "bus"]);
+    fake.pci().set_reset_methods(fake.bdf, &["bus"]).unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "bus\n");
+    fake.pci().set_default_reset_methods(fake.bdf).unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "default\n");
+    let other = "00:06.0".parse().unwrap();
+    assert!(matches!(
+        fake.pci().reset_methods(other),
+        Err(Error::NoDevice { .. })
+    ));
+    assert!(matches!(
+        fake.pci().reset(fake.bdf),
+        Err(Error::Unsupported { .. })
+    ));
+}

@@ -65,6 +65,7 @@ const SHORT: Cost = Cost(4, 12);
 const COSTS: &[(&str, Cost)] = &[
     ("aer", Cost(6, 19)),
     ("alias", Cost(7, 20)),
+    ("driver", Cost(10, 30)),
     ("events", Cost(28, 57)),
     ("events_fd", Cost(36, 45)),
     ("export", Cost(6, 26)),

@@ -122,6 +122,7 @@ fn host(steps: &mut Steps) {
     );
     let test: Vec<_> = [&["test", "--no-fail-fast"], HOST].concat();
     steps.cargo("host tests", "", &test);
+    steps.cargo("fuzz targets, a short run", "fuzz", &["test", "--quiet"]);
     if has_deny() {
         steps.cargo(
             "dependencies (cargo deny)",

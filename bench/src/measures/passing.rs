@@ -48,7 +48,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
             });
         }
     })
-    .finish(|curve, _| (curve == "a lease").then_some(Goal::AtMost(1.3)));
+    .finish(|curve, _| (curve == "a lease").then_some(Goal::AtMost(1.15)));
     vec![measure]
 }
 

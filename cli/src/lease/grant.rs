@@ -16,9 +16,11 @@ use barlease::Device;
 use barlease::Error;
 use barlease::Lease;
 use barlease::LeaseInfo;
+use barlease::Peer;
 use barlease::Status;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
+use rustix::fs::Mode;
 use serde::Serialize;
 
 use crate::args::GrantArgs;
@@ -27,6 +29,8 @@ use crate::output::Output;
 
 /// How long a holder may take to receive its lease.
 const SEND_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait after a connection that could not be accepted.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// What happens, one line each.
 #[derive(Serialize)]
@@ -38,11 +42,12 @@ enum Event<'a> {
         socket: &'a Path,
     },
     Served {
-        pid: i32,
+        /// `None`: of a PID namespace that this process does not see into.
+        pid: Option<u32>,
         uid: u32,
     },
     Refused {
-        pid: i32,
+        pid: Option<u32>,
         uid: u32,
         reason: &'a str,
     },
@@ -69,7 +74,7 @@ impl Event<'_> {
                 format!(
                     "granted {} BAR {} {} ({:#x} bytes, {}, {}) at {}",
                     info.bdf,
-                    info.region,
+                    info.bar,
                     ranges.join(" "),
                     info.size,
                     info.memory_type,
@@ -81,9 +86,9 @@ impl Event<'_> {
                     socket.display()
                 )
             }
-            Self::Served { pid, uid } => format!("served pid {pid} uid {uid}"),
+            Self::Served { pid, uid } => format!("served pid {} uid {uid}", shown(*pid)),
             Self::Refused { pid, uid, reason } => {
-                format!("refused pid {pid} uid {uid}: {reason}")
+                format!("refused pid {} uid {uid}: {reason}", shown(*pid))
             }
             Self::Status { status } => format!(
                 "status {} reasons {} attachments {}",
@@ -95,6 +100,10 @@ impl Event<'_> {
             Self::Closed { bdf, reason } => format!("closed {bdf}: {reason}"),
         }
     }
+}
+
+fn shown(pid: Option<u32>) -> String {
+    pid.map_or_else(|| "of another namespace".to_owned(), |pid| pid.to_string())
 }
 
 pub(crate) fn run(args: &GrantArgs, output: Output) -> Result<(), Failure> {
@@ -166,7 +175,11 @@ impl Socket {
         if is_socket && UnixStream::connect(path).is_err() {
             fs::remove_file(path).map_err(failed)?;
         }
-        let listener = UnixListener::bind(path).map_err(failed)?;
+        // Nobody else may connect before the mode is set.
+        let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
+        let listener = UnixListener::bind(path);
+        rustix::process::umask(umask);
+        let listener = listener.map_err(failed)?;
         let socket = Self {
             listener,
             path: path.to_owned(),
@@ -249,36 +262,45 @@ impl Grant<'_> {
         let peer = match listener.accept() {
             Ok((peer, _)) => peer,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-            Err(error) => return Err(Failure::file("accept", &self.args.socket, &error)),
+            Err(error) => {
+                let path = self.args.socket.display();
+                eprintln!("barlease: accept: {path}: {error}");
+                // It may last, as when there are too many descriptors.
+                std::thread::sleep(ACCEPT_AGAIN);
+                return Ok(false);
+            }
         };
-        let credentials = rustix::net::sockopt::socket_peercred(&peer)
-            .map_err(|errno| Failure::new(format!("grant: peer: {errno}")))?;
-        let pid = credentials.pid.as_raw_nonzero().get();
-        let uid = credentials.uid.as_raw();
-        if self.args.uid.is_some_and(|wanted| wanted != uid) {
+        let Peer { pid, uid, .. } = match Peer::of(&peer) {
+            Ok(credentials) => credentials,
+            Err(error) => {
+                eprintln!("barlease: {}", error.report());
+                return Ok(false);
+            }
+        };
+        if !self.is_for(uid) {
             let reason = "not the user that the lease is for";
             self.say(&Event::Refused { pid, uid, reason })?;
             return Ok(false);
         }
-        let sent = peer
-            .set_nonblocking(false)
-            .and_then(|()| peer.set_write_timeout(Some(SEND_TIMEOUT)))
-            .map_err(|error| error.to_string())
-            .and_then(|()| {
-                self.lease
-                    .send(&peer)
-                    .map_err(|error| error.report().to_string())
-            });
-        match sent {
+        match self.lease.send_within(&peer, SEND_TIMEOUT) {
             Ok(()) => {
                 self.say(&Event::Served { pid, uid })?;
                 Ok(true)
             }
-            Err(reason) => {
+            Err(error) => {
+                let reason = error.report().to_string();
                 let reason = reason.as_str();
                 self.say(&Event::Refused { pid, uid, reason })?;
                 Ok(false)
             }
+        }
+    }
+
+    /// Whether the lease is for this user: the one that was named, else this one and root.
+    fn is_for(&self, uid: u32) -> bool {
+        match self.args.uid {
+            Some(wanted) => wanted == uid,
+            None => uid == 0 || uid == rustix::process::geteuid().as_raw(),
         }
     }
 

@@ -537,7 +537,10 @@ impl MappedInode {
     pub(crate) fn number(&self) -> u64 {
         // SAFETY: By the type invariant the inode is valid; its number does not change.
         let number = unsafe { (*self.0).i_ino };
-        number as u64
+        // CAST: An `unsigned long` on Linux 7.2, an `u64` on 7.3.
+        #[allow(clippy::unnecessary_cast)]
+        let number = number as u64;
+        number
     }
 
     /// Takes every entry for this inode out of the page tables of all processes. Entries that are

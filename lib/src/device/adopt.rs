@@ -28,15 +28,15 @@ pub struct DeviceParts {
 }
 
 impl Device {
-    /// Takes over the descriptor of an open device: one that `VFIO_GROUP_GET_DEVICE_FD` answered, or
-    /// a character device that is bound to an iommufd and attached. Its address is asked of the
+    /// Takes over the descriptor of an open device: one that `VFIO_GROUP_GET_DEVICE_FD` answered,
+    /// or a character device that is bound to an iommufd and attached. Its address is asked of the
     /// kernel.
     ///
     /// A device whose descriptor others keep is one they can still drive: share it on purpose only.
     /// For DMA say also [`Device::with_iommu`].
     ///
-    /// Errors: [`Error::Unsupported`]: it is no open device of VFIO's, or the kernel is older than
-    /// 6.17; then use [`Device::from_fd_of`].
+    /// Errors: [`Error::Unsupported`]: it is no open device of VFIO's, or the kernel, an old
+    /// one, does not say its address; then use [`Device::from_fd_of`].
     ///
     /// # Examples
     ///
@@ -98,8 +98,8 @@ impl Device {
     }
 
     /// Says which address space an adopted device is in: a container that has its group, or the
-    /// I/O address space that it is attached to. Nothing checks it; memory that is mapped in another
-    /// one is not there for the device.
+    /// I/O address space that it is attached to. Nothing checks it; memory that is mapped in
+    /// another one is not there for the device.
     #[must_use]
     pub fn with_iommu(mut self, iommu: &Iommu) -> Self {
         self.iommu = Some(iommu.clone());

@@ -471,7 +471,8 @@ impl<'fd> ConfigSpace<'fd> {
         }))
     }
 
-    /// What of a BAR of `size` bytes has no page in common with the MSI-X table or its pending bits.
+    /// What of a BAR of `size` bytes has no page in common with the MSI-X table or its pending
+    /// bits.
     pub(crate) fn exportable_ranges(&self, bar: u32, size: u64) -> Result<Vec<BarRange>> {
         let page = rustix::param::page_size() as u64;
         let taken: Vec<BarRange> = self
@@ -641,7 +642,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_config_space_panics_or_hangs(bytes in proptest::collection::vec(any::<u8>(), 4096), first: u8) {
+        fn no_config_space_panics_or_hangs(
+            bytes in proptest::collection::vec(any::<u8>(), 4096),
+            first: u8,
+        ) {
             let byte = |at: u16| bytes[usize::from(at)];
             let word = |at: u16| Ok([byte(at), byte(at + 1)]);
             if let Some(found) = walk(first, word).unwrap() {
@@ -662,11 +666,16 @@ mod tests {
             let free = around(size, 0x1000, &taken);
             for page in 0..size / 0x1000 {
                 let at = page * 0x1000;
-                let used = taken.iter().any(|one| one.offset < at + 0x1000 && at < one.offset + one.length);
-                let listed = free.iter().any(|one| one.offset <= at && at + 0x1000 <= one.offset + one.length);
+                let next = at + 0x1000;
+                let end = |one: &BarRange| one.offset + one.length;
+                let used = taken.iter().any(|one| one.offset < next && at < end(one));
+                let listed = free.iter().any(|one| one.offset <= at && next <= end(one));
                 prop_assert_eq!(used, !listed, "page {:#x}", at);
             }
-            prop_assert!(free.iter().all(|one| one.offset + one.length <= size));
+            for one in &free {
+                prop_assert!(one.offset + one.length <= size && one.length > 0);
+                prop_assert_eq!((one.offset | one.length) % 0x1000, 0);
+            }
         }
     }
 

@@ -137,7 +137,7 @@ impl<'fd> ExportBuilder<'fd> {
             .map_err(|errno| self.explain(errno))?;
         let info = LeaseInfo {
             bdf: self.handle.bdf,
-            region: self.bar,
+            bar: self.bar,
             size: LeaseInfo::sum(&ranges).unwrap_or(u64::MAX),
             ranges,
             memory_type: MemoryType::Nc,
@@ -233,8 +233,8 @@ impl<'fd> ExportBuilder<'fd> {
             .unsupported_or("export", object, errno)
             .with_remedy(
                 "the range overlaps the MSI-X table, with which a holder could raise interrupts: \
-                 lease what `exportable_ranges` answers, or see the parameter msix_export of \
-                 barlease_vfio_pci",
+                 lease what `exportable_ranges` answers; the parameter msix_export of \
+                 barlease_vfio_pci permits the rest",
             )
     }
 }

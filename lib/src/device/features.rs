@@ -34,7 +34,8 @@ pub struct Features {
     pub alias_region: bool,
     /// State of a lease ([`Leases::status`]).
     pub status: bool,
-    /// The kernel's own exporter beside ours ([`ExportBuilder::stock`](super::ExportBuilder::stock)).
+    /// The kernel's own exporter beside ours
+    /// ([`ExportBuilder::stock`](super::ExportBuilder::stock)).
     pub stock_dma_buf: bool,
     /// List of all leases ([`Leases::list`]).
     pub list: bool,
@@ -138,8 +139,9 @@ impl Device {
     }
 
     /// Sets the token without which no virtual function of this physical function is opened
-    /// (`VFIO_DEVICE_FEATURE_PCI_VF_TOKEN`); see [`OpenOptions::vf_token`](super::OpenOptions::vf_token).
-    /// It holds as long as the physical function is open.
+    /// (`VFIO_DEVICE_FEATURE_PCI_VF_TOKEN`); see
+    /// [`OpenOptions::vf_token`](super::OpenOptions::vf_token). It holds as long as the physical
+    /// function is open.
     ///
     /// Errors: [`Error::Unsupported`]: no virtual functions; [`Error::Io`].
     pub fn set_vf_token(&self, token: VfToken) -> Result<()> {
@@ -165,9 +167,9 @@ impl Device {
         self.handle().probe(index, operation.flag())
     }
 
-    /// Issues a feature that this library does not wrap: `VFIO_DEVICE_FEATURE` with index, operation
-    /// and the payload behind the header, which gets what the driver answers. The result is that of
-    /// the ioctl, of some features a new file descriptor.
+    /// Issues a feature that this library does not wrap: `VFIO_DEVICE_FEATURE` with index,
+    /// operation and the payload behind the header, which gets what the driver answers. The result
+    /// is that of the ioctl, of some features a new file descriptor.
     ///
     /// Errors: [`Error::Unsupported`], [`Error::Invalid`] (the payload is too long),
     /// [`Error::Denied`], [`Error::Io`].

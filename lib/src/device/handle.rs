@@ -180,8 +180,8 @@ impl<'fd> Handle<'fd> {
     }
 }
 
-/// Finds out which function a device's descriptor is of. The kernel says it in `/proc/self/fdinfo`
-/// since 6.17.
+/// Finds out which function a device's descriptor is of. The kernel says it in
+/// `/proc/self/fdinfo`, unless it is an old one.
 pub(crate) fn bdf_of(fd: BorrowedFd<'_>) -> Result<Bdf> {
     #[cfg(any(test, feature = "fake"))]
     if let Some(bdf) = crate::fake::bdf_of(fd) {
@@ -194,8 +194,8 @@ pub(crate) fn bdf_of(fd: BorrowedFd<'_>) -> Result<Bdf> {
         Error::unsupported(
             "adopt",
             Object::file(&path),
-            "it is no open VFIO device of a PCI function, or the kernel is older than 6.17: \
-             then say the address of the device",
+            "it is no open VFIO device of a PCI function, or the kernel, an old one, \
+             does not say its address: then say it yourself",
         )
     })
 }

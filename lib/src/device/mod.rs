@@ -18,6 +18,7 @@ use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 
+use barlease_abi as abi;
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio;
 
@@ -53,6 +54,12 @@ pub use region::Region;
 pub use region::RegionKind;
 pub use reset::ResetMember;
 
+/// For `fuzzing`.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn parse_capabilities(answer: &[u8], first: u32) -> Option<usize> {
+    Some(caps::parse(answer, first).ok()?.len())
+}
+
 /// Index of config space.
 const CONFIG: u32 = vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
@@ -83,6 +90,8 @@ pub struct Device {
     iommu: Option<Iommu>,
     bdf: Bdf,
     driver: Option<String>,
+    /// Whether the driver was asked about aliases: before that, no BAR says that it can have one.
+    asked: OnceLock<()>,
     /// Where the fixed regions are, as far as they were asked for: it does not change.
     places: [OnceLock<Place>; FIXED_REGIONS],
 }
@@ -106,6 +115,7 @@ impl Device {
             iommu,
             bdf,
             driver,
+            asked: OnceLock::new(),
             places: Default::default(),
         };
         // Asked for once here, so that a descriptor that is no VFIO device is noticed now.
@@ -113,7 +123,7 @@ impl Device {
         Ok(device)
     }
 
-    fn handle(&self) -> Handle<'_> {
+    pub(crate) fn handle(&self) -> Handle<'_> {
         Handle {
             fd: self.fd.as_fd(),
             bdf: self.bdf,
@@ -196,8 +206,15 @@ impl Device {
 
     /// One region. Aliases have information too.
     ///
+    /// From the first call on, the driver adds to what it says of a BAR that it can be aliased, to
+    /// others too that share the descriptor of an adopted device.
+    ///
     /// Errors: [`Error::Io`] (`EINVAL`: no such region), [`Error::Malformed`].
     pub fn region(&self, index: u32) -> Result<Region> {
+        self.asked.get_or_init(|| {
+            // A driver that has no aliases says nothing of them.
+            let _ = self.has_feature(abi::FEATURE_ALIAS_REGION, FeatureOperation::Get);
+        });
         self.handle().region(index)
     }
 
@@ -240,7 +257,7 @@ impl Device {
     ///
     /// Errors: [`Error::Invalid`], [`Error::Io`].
     pub fn map_region(&self, index: u32, range: impl RangeBounds<u64>) -> Result<Mapping> {
-        let region = self.region(index)?;
+        let region = self.handle().region(index)?;
         let options = map_options(&region, range);
         options.map_source(&self.source(&region))
     }
@@ -251,7 +268,7 @@ impl Device {
         index: u32,
         range: impl RangeBounds<u64>,
     ) -> Result<GuardedMapping> {
-        let region = self.region(index)?;
+        let region = self.handle().region(index)?;
         let options = map_options(&region, range);
         options.map_source_guarded(&self.source(&region))
     }
@@ -290,7 +307,7 @@ impl Device {
         if let Some(place) = cache.and_then(OnceLock::get) {
             return Ok(*place);
         }
-        let region = self.region(index)?;
+        let region = self.handle().region(index)?;
         let place = Place {
             start: region.offset,
             size: region.size,

@@ -92,8 +92,8 @@ impl DmaOptions {
 
     /// Allocates at least `length` bytes of zeros, whole pages, and maps them.
     ///
-    /// Errors: as for [`Iommu::map_file`]; [`Error::Io`] with `ENOMEM`: no memory, no huge pages, or
-    /// over the limit of locked memory (`ulimit -l`).
+    /// Errors: as for [`Iommu::map_file`]; [`Error::Io`] with `ENOMEM`: no memory, no huge pages,
+    /// or over the limit of locked memory (`ulimit -l`).
     pub fn allocate(&self, iommu: &Iommu, length: u64) -> Result<DmaBuffer> {
         let failed = |errno| Error::from_errno("allocate memory for DMA", Object::Iommu, errno);
         let page = iommu.page_size()?.max(if self.huge { HUGE } else { 1 });
@@ -234,6 +234,17 @@ mod tests {
         for length in [0, u64::MAX] {
             assert!(DmaBuffer::new(&iommu, length).is_err());
         }
+        // Aligned to large pages where that is possible.
+        let large = DmaBuffer::new(&iommu, HUGE).unwrap();
+        assert_eq!(large.iova() % HUGE, 0);
+        let tight = DmaOptions::new().below(0x30_0000).allocate(&iommu, HUGE);
+        assert!(tight.unwrap_err().errno() == Some(Errno::NOMEM.raw_os_error()));
+        drop((large, buffers));
+        let _high = DmaOptions::new().iova(HUGE).allocate(&iommu, 4096).unwrap();
+        let low = DmaOptions::new()
+            .below(0x21_0000 + HUGE)
+            .allocate(&iommu, HUGE);
+        assert_eq!(low.unwrap().iova(), HUGE + 0x1000);
         let fixed = DmaOptions::new().iova(0x10_0000).allocate(&iommu, 4096);
         assert_eq!(fixed.unwrap().iova(), 0x10_0000);
     }

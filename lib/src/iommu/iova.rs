@@ -115,7 +115,8 @@ mod tests {
                 }
                 let (length, align) = (pages * 0x1000, 0x1000 << shift);
                 let free = |at: u64| {
-                    at > 0 && taken.iter().all(|(start, len)| at + length <= *start || start + len <= at)
+                    let apart = |(start, len): &(u64, u64)| at + length <= *start || start + len <= at;
+                    at > 0 && taken.iter().all(apart)
                 };
                 let possible = allowed.iter().any(|range| {
                     (range.first..=range.last)
@@ -126,7 +127,8 @@ mod tests {
                     None => prop_assert!(!possible),
                     Some(at) => {
                         prop_assert!(free(at) && at % align == 0);
-                        prop_assert!(allowed.iter().any(|r| r.first <= at && at + length - 1 <= r.last));
+                        let last = at + length - 1;
+                        prop_assert!(allowed.iter().any(|r| r.first <= at && last <= r.last));
                         taken.push((at, length));
                     }
                 }

@@ -33,6 +33,9 @@ pub use buffer::DmaBuffer;
 pub use buffer::DmaOptions;
 use iova::Iovas;
 
+/// Size of a large page of most IOMMUs.
+const HUGE: u64 = 2 << 20;
+
 /// Longest answer about an IOMMU that is believed.
 const MAX_INFO: u32 = 1 << 20;
 
@@ -408,8 +411,8 @@ impl Iommu {
         lock(&self.inner.iovas).take_at(first, length)
     }
 
-    /// Maps bytes of a memfd, or of another file that is in memory, for devices; at `iova`, or where
-    /// there is room. Both numbers of the range and the address are multiples of
+    /// Maps bytes of a memfd, or of another file that is in memory, for devices; at `iova`, or
+    /// where there is room. Both numbers of the range and the address are multiples of
     /// [`Iommu::page_size`].
     ///
     /// Devices write to the file as other processes do that have mapped it.
@@ -492,9 +495,9 @@ impl Iommu {
     ///
     /// # Safety
     ///
-    /// Until the mapping is dropped, the memory stays mapped and belongs to nobody else, and devices
-    /// may read and, as `access` says, write it at any moment: there must be no reference to it
-    /// that this would break.
+    /// Until the mapping is dropped, the memory stays mapped and belongs to nobody else, and
+    /// devices may read and, as `access` says, write it at any moment: there must be no reference
+    /// to it that this would break.
     #[allow(
         unsafe_code,
         reason = "that nobody uses the memory is known to the caller only"
@@ -558,11 +561,11 @@ impl Iommu {
                     (range.first <= last).then_some(IovaRange { last, ..range })
                 });
                 let below: Vec<IovaRange> = below.collect();
-                let huge = 2 << 20;
-                // So that the IOMMU can use large pages.
-                let align = if length >= huge { huge } else { limits.page };
-                iovas
-                    .take(&below, length, align.max(limits.page))
+                // So that the IOMMU can use large pages, where there is room for that.
+                let huge = (length >= HUGE)
+                    .then(|| iovas.take(&below, length, HUGE.max(limits.page)))
+                    .flatten();
+                huge.or_else(|| iovas.take(&below, length, limits.page))
                     .ok_or_else(|| failed("find an address", Errno::NOMEM))?
             }
         };
@@ -621,9 +624,9 @@ impl Place {
             let reason = "the file is not that long";
             return Err(Error::invalid("map", Object::Iommu, reason));
         }
-        // SAFETY: the window is of a file, mapped shared, to which nobody has references: what is in
-        // it changes like what another process writes. Its pages are pinned while devices have them,
-        // so they are not used for anything else even when the window goes first.
+        // SAFETY: the window is of a file, mapped shared, to which nobody has references: what is
+        // in it changes like what another process writes. Its pages are pinned while devices have
+        // them, so they are not used for anything else even when the window goes first.
         unsafe { self.map_memory(window.as_ptr(), access) }
     }
 
@@ -989,5 +992,6 @@ mod tests {
         fake.fail_next(Errno::BUSY.raw_os_error());
         assert!(mapping.unmap().is_err());
         assert!(matches!(map(), Err(Error::Busy { .. })));
+        assert!(!iommu.reserve(0x7000, 0x1000));
     }
 }

@@ -1,51 +1,60 @@
 //! Mappings whose loss is an error and not a signal.
 
 use std::marker::PhantomData;
-use std::ops::Range;
-use std::os::fd::AsFd;
-use std::os::fd::OwnedFd;
+use std::ops::RangeBounds;
 
 use rustix::io::Errno;
 
+use super::Mapping;
 use super::Window;
 use super::block;
-use super::length;
+use super::block::Guarded;
 use super::options::Source;
 use super::raw::Cell;
-use super::raw::Span;
-use super::raw::SpanError;
 use super::raw::Value;
-use super::refuse;
+use super::resolve;
 use super::sigbus;
-use super::slots::Claim;
-use super::slots::Recovery;
-use super::slots::Slot;
 use crate::Error;
+use crate::Lost;
 use crate::Result;
 use crate::error::Object;
-use crate::sys::memory::Area;
-use crate::sys::memory::Request;
 
 /// A mapping through which the loss of the lease is [`Error::Revoked`] and not SIGBUS.
 ///
-/// The first guarded mapping of a process installs a SIGBUS handler. When an access faults because
-/// the lease is revoked, the handler puts private memory in the place of the mapping, so that the
-/// access can finish, and marks the mapping as lost; the access and all later ones answer
-/// [`Error::Revoked`]. The address range stays reserved. [`GuardedMapping::recover`] maps the lease
-/// again. A SIGBUS of anything else is passed to the handler that was there before, or ends the
-/// process as it would have.
+/// Each access is one instruction that is known to the process-wide SIGBUS handler, which the first
+/// guarded mapping installs. When it faults because the lease is revoked the handler goes on behind
+/// it, and the access answers that it was lost. Nothing else happens: there is nothing to recover,
+/// and as soon as the lease is accessible again accesses are made again. A SIGBUS of anything else
+/// is passed to the handler that was there before, or ends the process as it would have.
 ///
 /// What an answer means:
 ///
-/// - `Ok` of a write: it was made through a mapping of the lease, never to the private memory.
-/// - `Err(Revoked)` of a write: it may or may not have reached the device.
+/// - `Ok` of a write: it was made through a mapping of the lease.
+/// - `Err` of a write: it was not made. (A block: what is before the offset in the error was.)
 /// - `Ok` of a read: the value came from the lease.
 ///
-/// The cost of a guarded access is two loads and a comparison, and behind a store a full memory
-/// fence; block copies pay once for a block.
+/// The cost of a guarded access is three instructions that touch no memory. There is no fence among
+/// them, so that stores to write-combining memory combine. Like bare accesses to a device, they are
+/// ordered by the memory type of the mapping and by the CPU; loads from write-combining memory may
+/// be made in any order.
 ///
-/// All threads may share it. A program must not install a SIGBUS handler later that does not pass
-/// on what is not its own.
+/// All threads may share it.
+///
+/// # What the guard needs
+///
+/// - A thread that accesses the lease must not block SIGBUS: the kernel answers a fault whose
+///   signal is blocked with the end of the process. Threads that block all signals (for
+///   `signalfd` or `sigwait`, threads of virtual CPUs, signal handlers with a full `sa_mask`) unblock
+///   this one.
+/// - A SIGBUS handler that the program installs later passes on what is not its own.
+///   [`MapOptions::map_guarded`](crate::MapOptions::map_guarded) puts the guard over a handler that
+///   it finds, and passes on to that.
+/// - A shared object that contains the crate is linked with `-z nodelete`, as the handler stays.
+///
+/// [`GuardedMapping::is_armed`] tells whether the first two hold.
+///
+/// The guard is for accesses through this type. An access through [`GuardedMapping::as_ptr`] raises
+/// SIGBUS; see [`ScratchMapping`](crate::ScratchMapping) for code that must have an address.
 ///
 /// # Examples
 ///
@@ -70,119 +79,91 @@ use crate::sys::memory::Request;
 /// let mapping = lease.map_guarded()?;
 /// let register = mapping.register::<u32>(0)?;
 /// drop(mapping);
-/// register.write(1)
+/// register.write(1)?;
+/// # Ok(())
 /// # }
 /// ```
 #[derive(Debug)]
 pub struct GuardedMapping {
-    // Dropped in this order: the handler forgets the range before it is unmapped.
-    claim: Claim,
-    area: Area,
-    again: OwnedFd,
-    request: Request,
-    offset: u64,
-    object: Object,
-    explain: fn(&'static str, Object, Errno) -> Error,
+    plain: Mapping,
+}
+
+/// Installs the handler, or puts it in place again.
+pub(super) fn arm(source: &Source<'_>) -> Result<()> {
+    if cfg!(not(any(target_arch = "x86_64", target_arch = "aarch64"))) {
+        return Err(Error::unsupported(
+            "map",
+            source.object.clone(),
+            "the guard exists on x86-64 and aarch64: use a plain mapping",
+        ));
+    }
+    sigbus::arm().map_err(|errno| match errno {
+        Errno::BUSY => Error::from_errno("install a SIGBUS handler", Object::Process, errno)
+            .with_remedy(
+                "other handlers were installed over it too often: install them once, before \
+                 the first guarded mapping",
+            ),
+        errno => Error::from_errno("install a SIGBUS handler", Object::Process, errno),
+    })
 }
 
 impl GuardedMapping {
-    /// `again` is the file that `area` maps, as `request` says.
-    pub(crate) fn new(
-        area: Area,
-        again: OwnedFd,
-        request: Request,
-        source: &Source<'_>,
-    ) -> Result<Self> {
-        sigbus::install()
-            .map_err(|errno| Error::from_errno("map", source.object.clone(), errno))?;
-        // The kernel maps whole pages, and a fault may be anywhere in them.
-        let page = rustix::param::page_size();
-        let claim = Claim::new(area.address(), area.length().next_multiple_of(page));
-        Ok(Self {
-            claim,
-            area,
-            again,
-            request,
-            offset: request.offset - source.file_offset,
-            object: source.object.clone(),
-            explain: source.explain,
-        })
+    /// The handler must be in place; see [`arm`].
+    pub(super) fn new(plain: Mapping) -> Self {
+        Self { plain }
     }
 
-    /// Length in bytes.
+    /// Length in bytes; see [`Mapping::len`].
     #[must_use]
     pub fn len(&self) -> usize {
-        self.area.length()
+        self.plain.len()
     }
 
     /// Never: there are no mappings of 0 bytes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.plain.is_empty()
     }
 
     /// Where the mapping begins in the lease or BAR, in bytes.
     #[must_use]
     pub fn offset(&self) -> u64 {
-        self.offset
+        self.plain.offset()
     }
 
     /// Whether it can be written.
     #[must_use]
     pub fn is_writable(&self) -> bool {
-        self.request.writable
+        self.plain.is_writable()
     }
 
-    /// Address of the first byte. An access through it is guarded from SIGBUS, but does not tell
-    /// whether it was lost: compare [`GuardedMapping::is_lost`] after it.
+    /// Address of the first byte; see [`Mapping::as_ptr`]. An access through it is not guarded.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
-        self.area.start().as_ptr()
+        self.plain.as_ptr()
     }
 
-    /// Whether an access found the lease revoked, and [`GuardedMapping::recover`] has not mapped
-    /// it again. Touches nothing: a lease can be revoked without any access having noticed yet.
+    /// Whether an access by this thread would be guarded now: the handler of this library, or
+    /// another one over it that was put there by this library too, is in place, and the thread does
+    /// not block SIGBUS.
+    ///
+    /// A foreign handler over it that passes on faithfully guards as well, but that cannot be
+    /// seen: then the answer is false, until the next guarded mapping is made.
     #[must_use]
-    pub fn is_lost(&self) -> bool {
-        !self.claim.slot().is_live()
-    }
-
-    /// Maps the lease again, at the same address, after it was lost. Windows and registers go on
-    /// working. Does nothing if the mapping is not lost.
-    ///
-    /// `Ok` says that the lease is mapped; if it is still revoked the next access is lost again.
-    /// Not for signal handlers.
-    ///
-    /// Errors: [`Error::Dead`] if the lease is revoked for good; then the mapping stays lost.
-    pub fn recover(&self) -> Result<()> {
-        let slot = self.claim.slot();
-        loop {
-            match slot.begin_recovery() {
-                Recovery::NotNeeded => return Ok(()),
-                Recovery::Ours => break,
-                Recovery::Wait => std::thread::yield_now(),
-            }
-        }
-        let answer = self.area.replace(self.again.as_fd(), self.request);
-        slot.end_recovery(answer.is_ok());
-        answer.map_err(|errno| (self.explain)("recover", self.object.clone(), errno))
+    pub fn is_armed(&self) -> bool {
+        sigbus::is_armed()
     }
 
     /// All of it, as a window.
     #[must_use]
     pub fn as_window(&self) -> GuardedWindow<'_> {
         GuardedWindow {
-            plain: Window {
-                span: Span::new(&self.area),
-                offset: self.offset,
-                writable: self.request.writable,
-            },
-            slot: self.claim.slot(),
+            plain: self.plain.as_window(),
         }
     }
 
     /// See [`GuardedWindow::window`].
-    pub fn window(&self, range: Range<usize>) -> Result<GuardedWindow<'_>> {
+    pub fn window(&self, range: impl RangeBounds<usize>) -> Result<GuardedWindow<'_>> {
         self.as_window().window(range)
     }
 
@@ -220,7 +201,7 @@ impl GuardedMapping {
     }
 
     /// See [`GuardedWindow::fill`].
-    pub fn fill(&self, range: Range<usize>, value: u8) -> Result<()> {
+    pub fn fill(&self, range: impl RangeBounds<usize>, value: u8) -> Result<()> {
         self.as_window().fill(range, value)
     }
 }
@@ -229,7 +210,6 @@ impl GuardedMapping {
 #[derive(Clone, Copy, Debug)]
 pub struct GuardedWindow<'m> {
     plain: Window<'m>,
-    slot: &'m Slot,
 }
 
 impl<'m> GuardedWindow<'m> {
@@ -248,10 +228,9 @@ impl<'m> GuardedWindow<'m> {
     /// The bytes of `range`, as a window.
     ///
     /// Errors: [`Error::OutOfBounds`].
-    pub fn window(&self, range: Range<usize>) -> Result<GuardedWindow<'m>> {
+    pub fn window(&self, range: impl RangeBounds<usize>) -> Result<GuardedWindow<'m>> {
         Ok(Self {
             plain: self.plain.window(range)?,
-            slot: self.slot,
         })
     }
 
@@ -273,7 +252,6 @@ impl<'m> GuardedWindow<'m> {
     ) -> Result<GuardedReadOnlyRegister<'m, T>> {
         Ok(GuardedReadOnlyRegister {
             cell: self.plain.cell(offset)?,
-            slot: self.slot,
             offset: self.plain.offset.saturating_add(offset as u64),
             _mapping: PhantomData,
         })
@@ -282,67 +260,53 @@ impl<'m> GuardedWindow<'m> {
     /// One load at `offset`.
     ///
     /// Errors: [`Error::Revoked`], [`Error::OutOfBounds`], [`Error::Misaligned`].
+    #[inline]
     pub fn read<T: Value>(&self, offset: usize) -> Result<T> {
-        self.read_only_register(offset)?.read()
+        Ok(self.read_only_register(offset)?.read()?)
     }
 
     /// One store at `offset`.
     ///
     /// Errors: [`Error::Revoked`], [`Error::OutOfBounds`], [`Error::Misaligned`],
     /// [`Error::ReadOnly`].
+    #[inline]
     pub fn write<T: Value>(&self, offset: usize, value: T) -> Result<()> {
-        self.register(offset)?.write(value)
+        Ok(self.register(offset)?.write(value)?)
     }
 
-    /// Copies `source` to `offset`, with the widest aligned stores.
+    /// Copies `source` to `offset`, with the widest aligned stores, until one is lost.
     ///
-    /// Errors: [`Error::Revoked`]: some or all of it may not have reached the device.
-    /// [`Error::OutOfBounds`], [`Error::ReadOnly`]: nothing was written.
+    /// Errors: [`Error::Revoked`], with the part that was not written. [`Error::OutOfBounds`],
+    /// [`Error::ReadOnly`]: nothing was written.
     pub fn copy_from(&self, offset: usize, source: &[u8]) -> Result<()> {
         self.plain.check_writable()?;
         let part = self.plain.part(offset, source.len())?;
-        let answer = self.slot.store(|| block::write(part, source));
-        self.block("write", answer, offset, source.len())
+        block::write::<Guarded>(part, source)
+            .map_err(|error| self.plain.block_error("write", error, offset, source.len()))
     }
 
-    /// Copies from `offset` to `target`, with the widest aligned loads.
+    /// Copies from `offset` to `target`, with the widest aligned loads, until one is lost.
     ///
-    /// Errors: [`Error::Revoked`]: what is in `target` must not be used. [`Error::OutOfBounds`]:
-    /// nothing was read.
+    /// Errors: [`Error::Revoked`], with the part that was not read. [`Error::OutOfBounds`]: nothing
+    /// was read.
     pub fn copy_to(&self, offset: usize, target: &mut [u8]) -> Result<()> {
         let length = target.len();
         let part = self.plain.part(offset, length)?;
-        let answer = self.slot.load(|| block::read(part, target));
-        self.block("read", answer, offset, length)
+        block::read::<Guarded>(part, target)
+            .map_err(|error| self.plain.block_error("read", error, offset, length))
     }
 
-    /// Stores `value` in every byte of `range`, with the widest aligned stores.
+    /// Stores `value` in every byte of `range`, with the widest aligned stores, until one is lost.
     ///
     /// Errors: as for [`GuardedWindow::copy_from`].
-    pub fn fill(&self, range: Range<usize>, value: u8) -> Result<()> {
+    pub fn fill(&self, range: impl RangeBounds<usize>, value: u8) -> Result<()> {
         self.plain.check_writable()?;
-        let length = length(&range, || self.plain.object())?;
-        let part = self.plain.part(range.start, length)?;
-        let answer = self.slot.store(|| block::fill(part, value));
-        self.block("write", answer, range.start, length)
-    }
-
-    fn block(
-        &self,
-        operation: &'static str,
-        answer: Option<Result<(), SpanError>>,
-        offset: usize,
-        length: usize,
-    ) -> Result<()> {
-        match answer {
-            Some(Ok(())) => Ok(()),
-            Some(Err(error)) => Err(refuse(error, self.plain.object(), offset, length)),
-            None => Err(revoked(
-                operation,
-                self.plain.offset.saturating_add(offset as u64),
-                length,
-            )),
-        }
+        let range = resolve(range, self.len(), || self.plain.object())?;
+        let part = self.plain.part(range.start, range.len())?;
+        block::fill::<Guarded>(part, value).map_err(|error| {
+            self.plain
+                .block_error("write", error, range.start, range.len())
+        })
     }
 }
 
@@ -353,21 +317,21 @@ pub struct GuardedRegister<'m, T>(GuardedReadOnlyRegister<'m, T>);
 impl<T: Value> GuardedRegister<'_, T> {
     /// One load.
     ///
-    /// Errors: [`Error::Revoked`].
+    /// Errors: [`Lost`]; `?` makes [`Error::Revoked`] of it.
     #[inline(always)]
-    pub fn read(&self) -> Result<T> {
+    pub fn read(&self) -> Result<T, Lost> {
         self.0.read()
     }
 
     /// One store.
     ///
-    /// Errors: [`Error::Revoked`]: it may or may not have reached the device.
+    /// Errors: [`Lost`]: it was not made.
     #[inline(always)]
-    pub fn write(&self, value: T) -> Result<()> {
-        match self.0.slot.store(|| self.0.cell.store(value)) {
-            Some(()) => Ok(()),
-            None => Err(revoked("write", self.0.offset, size_of::<T>())),
+    pub fn write(&self, value: T) -> Result<(), Lost> {
+        if self.0.cell.store_guarded(value) {
+            return Ok(());
         }
+        Err(self.0.lost())
     }
 }
 
@@ -375,7 +339,6 @@ impl<T: Value> GuardedRegister<'_, T> {
 #[derive(Clone, Copy, Debug)]
 pub struct GuardedReadOnlyRegister<'m, T> {
     cell: Cell<'m, T>,
-    slot: &'m Slot,
     /// Offset in the lease or BAR, for errors.
     offset: u64,
     _mapping: PhantomData<&'m GuardedMapping>,
@@ -384,24 +347,19 @@ pub struct GuardedReadOnlyRegister<'m, T> {
 impl<T: Value> GuardedReadOnlyRegister<'_, T> {
     /// One load.
     ///
-    /// Errors: [`Error::Revoked`].
+    /// Errors: [`Lost`]; `?` makes [`Error::Revoked`] of it.
     #[inline(always)]
-    pub fn read(&self) -> Result<T> {
-        match self.slot.load(|| self.cell.load()) {
+    pub fn read(&self) -> Result<T, Lost> {
+        match self.cell.load_guarded() {
             Some(value) => Ok(value),
-            None => Err(revoked("read", self.offset, size_of::<T>())),
+            None => Err(self.lost()),
         }
     }
-}
 
-#[cold]
-fn revoked(operation: &'static str, offset: u64, length: usize) -> Error {
-    Error::Revoked {
-        operation,
-        object: Object::Mapping {
-            offset,
-            length: length as u64,
-        },
-        source: None,
+    #[cold]
+    fn lost(&self) -> Lost {
+        Lost {
+            offset: self.offset,
+        }
     }
 }

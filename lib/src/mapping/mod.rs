@@ -3,7 +3,27 @@
 mod block;
 mod guarded;
 mod options;
+
+#[allow(unsafe_code, reason = "accesses in assembly, and the table of them")]
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    path = "fixup_none.rs"
+)]
+mod fixup;
+
+#[allow(unsafe_code, reason = "addresses that the SIGBUS handler uses")]
+mod scratch;
+
+#[allow(unsafe_code, reason = "as above")]
 mod slots;
+mod state;
+
+/// What `state` is made of. Elsewhere it is made of something else: see fuzz/tests/orders.rs.
+mod atomic {
+    pub(super) use std::sync::atomic::AtomicU32;
+    pub(super) use std::sync::atomic::Ordering;
+    pub(super) use std::sync::atomic::fence;
+}
 
 #[allow(
     unsafe_code,
@@ -15,7 +35,9 @@ mod raw;
 mod sigbus;
 
 use std::marker::PhantomData;
+use std::ops::Bound;
 use std::ops::Range;
+use std::ops::RangeBounds;
 
 use crate::Error;
 use crate::Result;
@@ -29,7 +51,10 @@ pub use guarded::GuardedWindow;
 pub use options::MapOptions;
 pub(crate) use options::Source;
 pub use raw::Value;
+pub use scratch::ScratchMapping;
 
+use block::BlockError;
+use block::Plain;
 use raw::Cell;
 use raw::Span;
 use raw::SpanError;
@@ -69,7 +94,8 @@ impl Mapping {
         }
     }
 
-    /// Length in bytes, a multiple of the page size.
+    /// Length in bytes: that of the range that was mapped. It is a multiple of the page size unless
+    /// all of something smaller was mapped, such as a BAR of 256 bytes.
     #[must_use]
     pub fn len(&self) -> usize {
         self.area.length()
@@ -113,7 +139,7 @@ impl Mapping {
     }
 
     /// See [`Window::window`].
-    pub fn window(&self, range: Range<usize>) -> Result<Window<'_>> {
+    pub fn window(&self, range: impl RangeBounds<usize>) -> Result<Window<'_>> {
         self.as_window().window(range)
     }
 
@@ -148,7 +174,7 @@ impl Mapping {
     }
 
     /// See [`Window::fill`].
-    pub fn fill(&self, range: Range<usize>, value: u8) -> Result<()> {
+    pub fn fill(&self, range: impl RangeBounds<usize>, value: u8) -> Result<()> {
         self.as_window().fill(range, value)
     }
 }
@@ -207,13 +233,37 @@ impl<'m> Window<'m> {
         })
     }
 
+    #[cold]
+    fn block_error(
+        &self,
+        operation: &'static str,
+        error: BlockError,
+        offset: usize,
+        length: usize,
+    ) -> Error {
+        match error {
+            BlockError::Span(error) => refuse(error, self.object(), offset, length),
+            BlockError::Lost(unit) => Error::Revoked {
+                operation,
+                object: Object::Mapping {
+                    offset: self
+                        .offset
+                        .saturating_add(offset as u64)
+                        .saturating_add(unit as u64),
+                    length: (length - unit.min(length)) as u64,
+                },
+                source: None,
+            },
+        }
+    }
+
     /// The bytes of `range`, as a window.
     ///
     /// Errors: [`Error::OutOfBounds`].
-    pub fn window(&self, range: Range<usize>) -> Result<Window<'m>> {
-        let length = length(&range, || self.object())?;
+    pub fn window(&self, range: impl RangeBounds<usize>) -> Result<Window<'m>> {
+        let range = resolve(range, self.len(), || self.object())?;
         Ok(Self {
-            span: self.part(range.start, length)?,
+            span: self.part(range.start, range.len())?,
             offset: self.offset.saturating_add(range.start as u64),
             writable: self.writable,
         })
@@ -263,8 +313,8 @@ impl<'m> Window<'m> {
     pub fn copy_from(&self, offset: usize, source: &[u8]) -> Result<()> {
         self.check_writable()?;
         let part = self.part(offset, source.len())?;
-        block::write(part, source)
-            .map_err(|error| refuse(error, self.object(), offset, source.len()))
+        block::write::<Plain>(part, source)
+            .map_err(|error| self.block_error("write", error, offset, source.len()))
     }
 
     /// Copies from `offset` to `target`, with the widest aligned loads.
@@ -273,17 +323,19 @@ impl<'m> Window<'m> {
     pub fn copy_to(&self, offset: usize, target: &mut [u8]) -> Result<()> {
         let length = target.len();
         let part = self.part(offset, length)?;
-        block::read(part, target).map_err(|error| refuse(error, self.object(), offset, length))
+        block::read::<Plain>(part, target)
+            .map_err(|error| self.block_error("read", error, offset, length))
     }
 
     /// Stores `value` in every byte of `range`, with the widest aligned stores.
     ///
     /// Errors: [`Error::OutOfBounds`], [`Error::ReadOnly`]; then nothing was written.
-    pub fn fill(&self, range: Range<usize>, value: u8) -> Result<()> {
+    pub fn fill(&self, range: impl RangeBounds<usize>, value: u8) -> Result<()> {
         self.check_writable()?;
-        let length = length(&range, || self.object())?;
-        let part = self.part(range.start, length)?;
-        block::fill(part, value).map_err(|error| refuse(error, self.object(), range.start, length))
+        let range = resolve(range, self.len(), || self.object())?;
+        let part = self.part(range.start, range.len())?;
+        block::fill::<Plain>(part, value)
+            .map_err(|error| self.block_error("write", error, range.start, range.len()))
     }
 }
 
@@ -332,17 +384,34 @@ fn object(offset: u64, span: Span<'_>) -> Object {
     }
 }
 
-fn length(range: &Range<usize>, object: impl FnOnce() -> Object) -> Result<usize> {
-    range.end.checked_sub(range.start).ok_or_else(|| {
-        Error::invalid(
+/// The range of something of `length` bytes. Whether it is within is for others to check.
+fn resolve(
+    range: impl RangeBounds<usize>,
+    length: usize,
+    object: impl FnOnce() -> Object,
+) -> Result<Range<usize>> {
+    let start = match range.start_bound() {
+        Bound::Included(start) => Some(*start),
+        Bound::Excluded(before) => before.checked_add(1),
+        Bound::Unbounded => Some(0),
+    };
+    let end = match range.end_bound() {
+        Bound::Included(last) => last.checked_add(1),
+        Bound::Excluded(end) => Some(*end),
+        Bound::Unbounded => Some(length),
+    };
+    match (start, end) {
+        (Some(start), Some(end)) if start <= end => Ok(start..end),
+        _ => Err(Error::invalid(
             "access",
             object(),
             format!(
-                "the range {:#x}..{:#x} is backwards",
-                range.start, range.end
+                "the range from {:?} to {:?} is backwards",
+                range.start_bound(),
+                range.end_bound()
             ),
-        )
-    })
+        )),
+    }
 }
 
 #[cold]

@@ -1,13 +1,14 @@
 //! How to map.
 
-use std::ops::Range;
-use std::os::fd::AsFd;
+use std::ops::Bound;
+use std::ops::RangeBounds;
 use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 
 use super::GuardedMapping;
 use super::Mapping;
+use super::ScratchMapping;
 use crate::Error;
 use crate::Lease;
 use crate::Result;
@@ -32,9 +33,9 @@ use crate::sys::memory::Request;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct MapOptions {
-    range: Option<Range<u64>>,
+    range: (Bound<u64>, Bound<u64>),
     read_only: bool,
     any_address: bool,
 }
@@ -58,17 +59,27 @@ pub(crate) struct Source<'a> {
     pub(crate) explain: fn(&'static str, Object, Errno) -> Error,
 }
 
+impl Default for MapOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl MapOptions {
     /// The defaults.
     #[must_use]
     pub fn new() -> Self {
-        Self::default()
+        Self {
+            range: (Bound::Unbounded, Bound::Unbounded),
+            read_only: false,
+            any_address: false,
+        }
     }
 
     /// Map only these bytes of the lease. Both ends are multiples of the page size.
     #[must_use]
-    pub fn range(mut self, range: Range<u64>) -> Self {
-        self.range = Some(range);
+    pub fn range(mut self, range: impl RangeBounds<u64>) -> Self {
+        self.range = (range.start_bound().cloned(), range.end_bound().cloned());
         self
     }
 
@@ -98,9 +109,20 @@ impl MapOptions {
 
     /// Maps a lease so that losing it is an error and not a signal; see [`GuardedMapping`].
     ///
-    /// Errors as for [`MapOptions::map`].
+    /// Errors as for [`MapOptions::map`]; [`Error::Busy`] if others have installed SIGBUS handlers
+    /// over the guard's more than a dozen times, [`Error::Unsupported`] on a CPU that is neither
+    /// x86-64 nor aarch64.
     pub fn map_guarded(&self, lease: &Lease) -> Result<GuardedMapping> {
         self.map_source_guarded(&lease.source()?)
+    }
+
+    /// Maps a lease for code that accesses it by its address, so that losing it does not end the
+    /// process; see [`ScratchMapping`].
+    ///
+    /// Errors as for [`MapOptions::map_guarded`].
+    pub fn map_scratch(&self, lease: &Lease) -> Result<ScratchMapping> {
+        let source = lease.source()?;
+        ScratchMapping::new(self.request(&source)?, &source)
     }
 
     pub(crate) fn map_source(&self, source: &Source<'_>) -> Result<Mapping> {
@@ -112,20 +134,22 @@ impl MapOptions {
     }
 
     pub(crate) fn map_source_guarded(&self, source: &Source<'_>) -> Result<GuardedMapping> {
-        let request = self.request(source)?;
-        let again = source
-            .fd
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(|error| Error::from_io("map", source.object.clone(), error))?;
-        let area = Area::map(source.fd, request)
-            .map_err(|errno| (source.explain)("map", source.object.clone(), errno))?;
-        GuardedMapping::new(area, again, request, source)
+        super::guarded::arm(source)?;
+        self.map_source(source).map(GuardedMapping::new)
     }
 
     fn request(&self, source: &Source<'_>) -> Result<Request> {
         let invalid = |reason: String| Error::invalid("map", source.object.clone(), reason);
-        let Range { start, end } = self.range.clone().unwrap_or(0..source.size);
+        let start = match self.range.0 {
+            Bound::Included(start) => start,
+            Bound::Excluded(before) => before.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match self.range.1 {
+            Bound::Included(last) => last.saturating_add(1),
+            Bound::Excluded(end) => end,
+            Bound::Unbounded => source.size,
+        };
         let page = rustix::param::page_size() as u64;
         if start >= end {
             return Err(invalid(format!("the range {start:#x}..{end:#x} is empty")));

@@ -9,8 +9,25 @@ use std::ptr::NonNull;
 
 use crate::sys::memory::Area;
 
-mod sealed {
-    pub trait Sealed {}
+pub(super) mod sealed {
+    /// Accesses that survive a SIGBUS: see [`super::super::fixup`].
+    pub trait Sealed: Sized {
+        /// One load. `None`: it raised SIGBUS.
+        ///
+        /// # Safety
+        ///
+        /// The place is aligned, and can be read or faults with SIGBUS. The SIGBUS handler is in
+        /// place, or else the process dies of that.
+        unsafe fn load_guarded(place: *const Self) -> Option<Self>;
+
+        /// One store. False: it raised SIGBUS.
+        ///
+        /// # Safety
+        ///
+        /// As for `load_guarded`; that the place may be written is not needed, as a SIGSEGV is no
+        /// undefined behaviour.
+        unsafe fn store_guarded(place: *mut Self, value: Self) -> bool;
+    }
 }
 
 /// A width in which device memory can be accessed: `u8`, `u16`, `u32`, `u64`.
@@ -19,17 +36,13 @@ mod sealed {
 /// use `to_le` and `from_le`.
 pub trait Value: sealed::Sealed + Copy + Send + Sync + 'static {}
 
-macro_rules! values {
-    ($($type:ty),+) => {$(
-        impl sealed::Sealed for $type {}
-        impl Value for $type {}
-    )+};
-}
-
-values!(u8, u16, u32);
+// Their accesses are in `fixup`.
+impl Value for u8 {}
+impl Value for u16 {}
+impl Value for u32 {}
 // One access of 8 bytes exists on 64-bit CPUs only.
 #[cfg(target_pointer_width = "64")]
-values!(u64);
+impl Value for u64 {}
 
 /// A part of an [`Area`], borrowed for `'m`.
 ///
@@ -61,8 +74,8 @@ pub(crate) enum SpanError {
 impl<'m> Span<'m> {
     /// The whole of an area.
     pub(crate) fn new(area: &'m Area) -> Self {
-        // INVARIANT: an area is mapped while it is borrowed. (One that is abandoned has lost its
-        // guard's epoch for good, so no access gets as far as here; see `guarded`.)
+        // INVARIANT: an area is mapped while it is borrowed. (One that is abandoned belongs to a
+        // scratch mapping, which has no spans.)
         Self {
             start: area.start(),
             length: area.length(),
@@ -129,18 +142,49 @@ unsafe impl<T: Value> Sync for Cell<'_, T> {}
 
 impl<T: Value> Cell<'_, T> {
     /// One load.
+    ///
+    /// Several threads may access one location, which for memory that Rust knows would be a data
+    /// race. What a mapping maps is in no Rust allocation, and the accesses of devices and other
+    /// processes have no place in Rust's memory model anyway: as in every driver, a volatile
+    /// access of a register's width is one access of the CPU, and the CPU's rules hold. Loads from
+    /// write-combining memory may be made in any order.
     #[inline(always)]
     pub(crate) fn load(self) -> T {
-        // SAFETY: aligned and mapped by the invariant, every bit pattern is valid. The location is
-        // in no Rust allocation, so that accesses of others are no data race but the device's
-        // business. Where the lease was revoked this is a SIGBUS, which is not undefined.
+        // An instruction that no hypervisor has to decode in its stranger forms: the compiler may
+        // choose one with write-back for a volatile access.
+        #[cfg(target_arch = "aarch64")]
+        if let Some(value) = self.load_guarded() {
+            return value;
+        }
+        // SAFETY: aligned and mapped by the invariant, every bit pattern is valid. Where the lease
+        // was revoked this is a SIGBUS, which is not undefined.
         unsafe { self.place.as_ptr().read_volatile() }
     }
 
     /// One store. On a mapping that is not writable this is a SIGSEGV.
     #[inline(always)]
     pub(crate) fn store(self, value: T) {
+        #[cfg(target_arch = "aarch64")]
+        if self.store_guarded(value) {
+            return;
+        }
         // SAFETY: as for `load`.
         unsafe { self.place.as_ptr().write_volatile(value) }
+    }
+
+    /// One load. `None`: it was lost.
+    #[inline(always)]
+    pub(crate) fn load_guarded(self) -> Option<T> {
+        // SAFETY: aligned and mapped by the invariant. Where the lease was revoked this is a
+        // SIGBUS.
+        unsafe { T::load_guarded(self.place.as_ptr()) }
+    }
+
+    /// One store. False: it was lost.
+    #[inline(always)]
+    #[must_use]
+    pub(crate) fn store_guarded(self, value: T) -> bool {
+        // SAFETY: as for `load_guarded`.
+        unsafe { T::store_guarded(self.place.as_ptr(), value) }
     }
 }

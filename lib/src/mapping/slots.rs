@@ -1,4 +1,4 @@
-//! The table of guarded mappings, which the SIGBUS handler searches, and the state of each.
+//! The table of scratch mappings, which the SIGBUS handler searches, and the state of each.
 //!
 //! The table is a list of chunks that only grows; slots are used again. Nothing in it is ever
 //! freed, so a reference into it stays valid whatever the handler interrupts.
@@ -9,65 +9,36 @@
 //! while it is not (slot free, or changing). [`find`] reads number, range, number; if the two
 //! numbers are not equal and even it goes on to the next slot. It need not try again: the slot of
 //! the mapping that the faulting access goes through does not change during that access, because
-//! the accessor borrows the mapping and only its drop changes the slot. A range becomes valid
-//! after it was mapped and invalid before it is unmapped, so at any instant valid ranges are
+//! the access borrows the mapping and only its drop changes the slot. A range becomes valid after
+//! it was mapped and invalid before it is unmapped or given up, so at any instant valid ranges are
 //! disjoint, and the slot found is the one that was hit.
 //!
-//! # Whether an access was lost
+//! # Whether a section was lost
 //!
-//! Each slot has an epoch, which only grows, through four phases over and over:
+//! See [`super::state`].
 //!
-//! | epoch mod 4 | phase | what is mapped |
-//! |---|---|---|
-//! | 0 | `LIVE` | the lease |
-//! | 1 | `LOSING` | the lease or scratch memory: one handler is replacing it |
-//! | 2 | `LOST` | scratch memory |
-//! | 3 | `RECOVERING` | scratch memory or the lease: one `recover` is replacing it |
+//! # Waiting
 //!
-//! The steps and who may take them: 0 to 1 by compare-and-swap in a handler, *before* it maps
-//! scratch memory; 1 to 2 by that handler after it has; 2 to 3 by compare-and-swap in `recover`,
-//! *before* it maps the lease; 3 to 4 by it after it has (back to 2 if the lease could not be
-//! mapped). So whoever sees epoch and mapping in one instant never sees scratch memory in phase
-//! `LIVE`.
-//!
-//! An access ([`Slot::access`]) reads the epoch, which must be `LIVE`, accesses, and reads the
-//! epoch again. If both are equal then the epoch had that value all the time between, since it
-//! never returns to an earlier value other than from `RECOVERING` to `LOST`; so the access went to
-//! the lease. If not equal the access is reported as lost, though it may have reached the device.
-//! It follows that an access to scratch memory is never reported as done, whatever other threads,
-//! handlers and recoveries do meanwhile.
-//!
-//! "In one instant" needs order between the CPU's accesses. The first epoch load is an acquire, so
-//! the access is not made before it. Behind a store stands a full fence, as the second epoch load
-//! could otherwise be made while the store waits; behind loads an acquire fence suffices. The
-//! store to scratch memory comes after the epoch's step to `LOSING` because a system call that
-//! changed the page tables lies between; the fence carries that order to the second load. On the
-//! same thread a handler runs between two instructions, and the fences keep the compiler from
-//! moving the access out from between the epoch loads.
-//!
-//! A handler that finds `LOSING` or `RECOVERING` returns: the access is made again and faults
-//! again until whoever is replacing the mapping has finished. That one is another thread: the same
-//! thread would have seen a phase that is not `LIVE` before its access. A handler that finds
-//! `LOST` returns too: the access faulted before scratch memory was in place.
+//! A handler that finds `LOSING` or `RECOVERING` sleeps on a futex until the state changes, then
+//! returns: the access is made again, and faults again or not. It does not spin, so that a
+//! real-time thread does not starve the ordinary one that it waits for. The one that it waits for
+//! is another thread: the same thread would have seen a phase that is not `LIVE` before its access.
 
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::sync::atomic::fence;
 
-const SLOTS_PER_CHUNK: usize = 64;
+use rustix::thread::futex;
 
-/// The lease is mapped.
-const LIVE: u64 = 0;
-/// A handler is putting scratch memory in its place.
-const LOSING: u64 = 1;
-/// Scratch memory is mapped.
-const LOST: u64 = 2;
-/// `recover` is mapping the lease again.
-const RECOVERING: u64 = 3;
-const PHASES: u64 = 4;
+use super::state::Loss;
+use super::state::Recovery;
+use super::state::State;
+use crate::sys::memory;
+
+const SLOTS_PER_CHUNK: usize = 64;
 
 struct Chunk {
     slots: [Slot; SLOTS_PER_CHUNK],
@@ -90,38 +61,16 @@ fn chunks() -> impl Iterator<Item = &'static Chunk> {
     std::iter::successors(Some(&TABLE), |chunk| chunk.next.get().map(Box::as_ref))
 }
 
-/// State of one guarded mapping. See the module's documentation.
+/// State of one scratch mapping. See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Slot {
     taken: AtomicBool,
     sequence: AtomicUsize,
     start: AtomicUsize,
     length: AtomicUsize,
-    epoch: AtomicU64,
-    /// Scratch memory could not be mapped: faults are not ours to handle any more.
-    broken: AtomicBool,
-}
-
-/// What the epoch says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Loss {
-    /// This caller has to put scratch memory in place, then call [`Slot::lost`].
-    Ours,
-    /// Somebody else does, or did.
-    Theirs,
-    /// Nobody can.
-    Hopeless,
-}
-
-/// Answer of [`Slot::begin_recovery`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Recovery {
-    /// The mapping is not lost.
-    NotNeeded,
-    /// This caller has to map the lease, then call [`Slot::end_recovery`].
-    Ours,
-    /// A handler or another recovery is at work: ask again.
-    Wait,
+    state: State,
+    /// Address of the memory that a handler puts in place; 0 while it is there, or has never been.
+    reserve: AtomicUsize,
 }
 
 impl Slot {
@@ -131,8 +80,8 @@ impl Slot {
             sequence: AtomicUsize::new(1),
             start: AtomicUsize::new(0),
             length: AtomicUsize::new(0),
-            epoch: AtomicU64::new(LIVE),
-            broken: AtomicBool::new(false),
+            state: State(AtomicU32::new(0)),
+            reserve: AtomicUsize::new(0),
         }
     }
 
@@ -146,106 +95,13 @@ impl Slot {
         (before == after && before % 2 == 0).then_some((start, length))
     }
 
-    /// Runs `access`, which touches the mapping, and tells whether it reached the lease. `order` is
-    /// `SeqCst` where `access` stores and may be `Acquire` where it only loads.
-    #[inline(always)]
-    fn access<R>(&self, order: Ordering, access: impl FnOnce() -> R) -> Option<R> {
-        let before = self.epoch.load(Ordering::Acquire);
-        if before % PHASES != LIVE {
-            return None;
-        }
-        let result = access();
-        fence(order);
-        let after = self.epoch.load(Ordering::Relaxed);
-        (before == after).then_some(result)
+    /// Sleeps until the state is no longer this one; may return early.
+    fn wait(&self, state: u32) {
+        let _ = futex::wait(&self.state.0, futex::Flags::PRIVATE, state, None);
     }
 
-    /// Runs `access`, which only loads from the mapping. `None`: lost.
-    #[inline(always)]
-    pub(super) fn load<R>(&self, access: impl FnOnce() -> R) -> Option<R> {
-        self.access(Ordering::Acquire, access)
-    }
-
-    /// Runs `access`, which stores to the mapping. `None`: lost.
-    #[inline(always)]
-    pub(super) fn store<R>(&self, access: impl FnOnce() -> R) -> Option<R> {
-        self.access(Ordering::SeqCst, access)
-    }
-
-    /// Whether the lease is mapped as far as is known: nothing was touched.
-    pub(super) fn is_live(&self) -> bool {
-        self.epoch.load(Ordering::Acquire) % PHASES == LIVE
-    }
-
-    /// For the handler: the mapping was hit by a fault.
-    pub(super) fn lose(&self) -> Loss {
-        if self.broken.load(Ordering::Acquire) {
-            return Loss::Hopeless;
-        }
-        let epoch = self.epoch.load(Ordering::Acquire);
-        if epoch % PHASES != LIVE {
-            return Loss::Theirs;
-        }
-        let swapped = self.epoch.compare_exchange(
-            epoch,
-            epoch + (LOSING - LIVE),
-            Ordering::SeqCst,
-            Ordering::Relaxed,
-        );
-        match swapped {
-            Ok(_) => Loss::Ours,
-            Err(_) => Loss::Theirs,
-        }
-    }
-
-    /// For the handler that was told [`Loss::Ours`]: scratch memory is in place, or could not be
-    /// put there.
-    pub(super) fn lost(&self, in_place: bool) {
-        if !in_place {
-            self.broken.store(true, Ordering::Release);
-        }
-        // Nobody else moves the epoch in that phase.
-        self.epoch.fetch_add(LOST - LOSING, Ordering::SeqCst);
-    }
-
-    /// Begins to map the lease again.
-    pub(super) fn begin_recovery(&self) -> Recovery {
-        let epoch = self.epoch.load(Ordering::Acquire);
-        match epoch % PHASES {
-            LIVE => Recovery::NotNeeded,
-            LOST => {
-                let swapped = self.epoch.compare_exchange(
-                    epoch,
-                    epoch + (RECOVERING - LOST),
-                    Ordering::SeqCst,
-                    Ordering::Relaxed,
-                );
-                match swapped {
-                    Ok(_) => Recovery::Ours,
-                    Err(_) => Recovery::Wait,
-                }
-            }
-            _ => Recovery::Wait,
-        }
-    }
-
-    /// For the caller that was told [`Recovery::Ours`]: the lease is mapped, or scratch memory
-    /// still is.
-    pub(super) fn end_recovery(&self, mapped: bool) {
-        // Nobody else moves the epoch in that phase. Going back is harmless: accesses compare with
-        // LIVE epochs only.
-        if mapped {
-            self.epoch
-                .fetch_add(PHASES + LIVE - RECOVERING, Ordering::SeqCst);
-        } else {
-            self.epoch.fetch_sub(RECOVERING - LOST, Ordering::SeqCst);
-        }
-    }
-
-    /// For the test that plays both sides.
-    #[cfg(test)]
-    fn phase(&self) -> u64 {
-        self.epoch.load(Ordering::SeqCst) % PHASES
+    fn wake(&self) {
+        let _ = futex::wake(&self.state.0, futex::Flags::PRIVATE, i32::MAX as u32);
     }
 }
 
@@ -256,40 +112,72 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// Announces `[start, start + length)`, which is mapped and ours until the claim is dropped.
-    pub(super) fn new(start: usize, length: usize) -> Self {
-        Self::on(free_slot(), start, length)
+    /// Announces `[start, start + length)`.
+    ///
+    /// # Safety
+    ///
+    /// The range is an area's, until the claim is dropped or told to give up. `reserve` is 0 or the
+    /// address of an [`memory::Area::reserve`] of the same length that is given away.
+    pub(super) unsafe fn new(start: usize, length: usize, reserve: usize) -> Self {
+        Self::on(free_slot(), start, length, reserve)
     }
 
     /// As `new`, on a slot that nobody else has.
-    fn on(slot: &'static Slot, start: usize, length: usize) -> Self {
-        // Nobody else has the slot, so plain stores suffice. The epoch goes on growing: from
-        // whatever phase the last user left to the next LIVE.
-        let epoch = slot.epoch.load(Ordering::Relaxed);
-        let live = (epoch | (PHASES - 1)).wrapping_add(1);
-        slot.broken.store(false, Ordering::Relaxed);
-        slot.epoch.store(live, Ordering::Relaxed);
+    fn on(slot: &'static Slot, start: usize, length: usize, reserve: usize) -> Self {
+        // Nobody else has the slot, so plain stores suffice.
+        slot.state.renew();
         slot.start.store(start, Ordering::Relaxed);
         slot.length.store(length, Ordering::Relaxed);
+        slot.reserve.store(reserve, Ordering::Relaxed);
         let odd = slot.sequence.load(Ordering::Relaxed);
-        // Release: whoever sees the even number sees the range and the epoch.
+        // Release: a thread that sees the even number sees the range and the state.
         slot.sequence.store(odd.wrapping_add(1), Ordering::Release);
         Self { slot }
     }
 
-    /// The slot.
-    #[inline(always)]
-    pub(super) fn slot(&self) -> &Slot {
-        self.slot
+    /// The state.
+    pub(super) fn state(&self) -> &State {
+        &self.slot.state
+    }
+
+    /// Maps the lease again with `map`, which answers the address of a new reserve, if the mapping
+    /// is lost.
+    pub(super) fn recover<E>(&self, map: impl FnOnce() -> Result<usize, E>) -> Result<(), E> {
+        loop {
+            match self.slot.state.begin_recovery() {
+                Recovery::NotNeeded => return Ok(()),
+                Recovery::Ours => break,
+                Recovery::Wait(state) => self.slot.wait(state),
+            }
+        }
+        let answer = map().map(|reserve| self.slot.reserve.store(reserve, Ordering::Release));
+        self.slot.state.end_recovery(answer.is_ok());
+        self.slot.wake();
+        answer
+    }
+
+    /// Makes the handler forget the range: it is not ours any more. For the caller of `recover`,
+    /// inside.
+    pub(super) fn give_up(&self) {
+        let sequence = self.slot.sequence.load(Ordering::Relaxed);
+        if sequence % 2 == 0 {
+            let odd = sequence.wrapping_add(1);
+            self.slot.sequence.store(odd, Ordering::SeqCst);
+        }
+    }
+
+    /// The reserve, if no handler has put it in place. It belongs to the caller then.
+    pub(super) fn take_reserve(&self) -> Option<usize> {
+        match self.slot.reserve.swap(0, Ordering::AcqRel) {
+            0 => None,
+            reserve => Some(reserve),
+        }
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let even = self.slot.sequence.load(Ordering::Relaxed);
-        self.slot
-            .sequence
-            .store(even.wrapping_add(1), Ordering::Relaxed);
+        self.give_up();
         // A reader that sees a range stored by the next user sees the odd number, or a later one.
         fence(Ordering::Release);
         self.slot.taken.store(false, Ordering::Release);
@@ -311,11 +199,39 @@ fn free_slot() -> &'static Slot {
 }
 
 /// The slot whose range has `address`, with the range. Async-signal-safe: loads only.
-pub(super) fn find(address: usize) -> Option<(&'static Slot, usize, usize)> {
+fn find(address: usize) -> Option<(&'static Slot, usize, usize)> {
     chunks().flat_map(|chunk| &chunk.slots).find_map(|slot| {
         let (start, length) = slot.range()?;
         (address.wrapping_sub(start) < length).then_some((slot, start, length))
     })
+}
+
+/// For the handler: an access of `address` faulted. True if it can be made again.
+pub(super) fn lose(address: usize) -> bool {
+    let Some((slot, start, length)) = find(address) else {
+        return false;
+    };
+    match slot.state.begin_loss() {
+        Loss::Done => true,
+        Loss::Wait(state) => {
+            slot.wait(state);
+            true
+        }
+        Loss::Ours => {
+            let reserve = slot.reserve.swap(0, Ordering::AcqRel);
+            // SAFETY: both are areas, by the contract of `Claim::new`; that of the range is alive,
+            // as the faulting access borrows it, and not abandoned, as the slot still has it.
+            let in_place = reserve != 0 && unsafe { memory::put_scratch(reserve, start, length) };
+            if !in_place {
+                // Nobody can do it: the process dies of this fault, and of those that wait.
+                let odd = slot.sequence.load(Ordering::Relaxed).wrapping_add(1);
+                slot.sequence.store(odd, Ordering::SeqCst);
+            }
+            slot.state.end_loss();
+            slot.wake();
+            in_place
+        }
+    }
 }
 
 #[cfg(test)]
@@ -325,12 +241,17 @@ mod tests {
     /// Addresses that no mapping of the other tests has.
     const BASE: usize = usize::MAX - (1 << 30);
 
+    fn claim(start: usize, length: usize) -> Claim {
+        // SAFETY: nothing faults at such an address.
+        unsafe { Claim::new(start, length, 0) }
+    }
+
     #[test]
     fn a_claimed_range_is_found_until_the_claim_is_dropped() {
-        let claim = Claim::new(BASE, 0x2000);
+        let claim = claim(BASE, 0x2000);
         for address in [BASE, BASE + 0x1fff] {
             let (slot, start, length) = find(address).unwrap();
-            assert!(std::ptr::eq(slot, claim.slot()));
+            assert!(std::ptr::eq(slot, claim.slot));
             assert_eq!((start, length), (BASE, 0x2000));
         }
         assert!(find(BASE + 0x2000).is_none());
@@ -340,15 +261,26 @@ mod tests {
     }
 
     #[test]
+    fn a_range_that_is_given_up_is_found_no_more() {
+        let claim = self::claim(BASE + 0x10_0000, 0x1000);
+        claim.give_up();
+        assert!(find(BASE + 0x10_0000).is_none());
+        drop(claim);
+        let again = self::claim(BASE + 0x10_0000, 0x1000);
+        assert!(find(BASE + 0x10_0000).is_some());
+        drop(again);
+    }
+
+    #[test]
     fn the_table_grows_past_a_chunk_and_slots_are_used_again() {
         let place = |n: usize| BASE + 0x100_0000 + n * 0x1000;
         for _ in 0..3 {
             let claims: Vec<Claim> = (0..3 * SLOTS_PER_CHUNK)
-                .map(|n| Claim::new(place(n), 0x1000))
+                .map(|n| claim(place(n), 0x1000))
                 .collect();
             for (n, claim) in claims.iter().enumerate() {
                 let (slot, start, _) = find(place(n) + 5).unwrap();
-                assert!(std::ptr::eq(slot, claim.slot()));
+                assert!(std::ptr::eq(slot, claim.slot));
                 assert_eq!(start, place(n));
             }
         }
@@ -357,59 +289,67 @@ mod tests {
     }
 
     #[test]
-    fn epochs_grow_over_reuse_and_start_live() {
+    fn states_grow_over_reuse_and_start_live() {
         let slot: &'static Slot = Box::leak(Box::new(Slot::new()));
         let mut last = 0;
         for steps in 0..4 {
-            let claim = Claim::on(slot, BASE, 0x1000);
-            assert!(slot.is_live());
-            assert!(slot.epoch.load(Ordering::SeqCst) > last);
-            slot.epoch.fetch_add(steps, Ordering::SeqCst);
-            last = slot.epoch.load(Ordering::SeqCst);
+            let claim = Claim::on(slot, BASE, 0x1000, 0);
+            assert!(slot.state.is_live());
+            assert!(slot.state.0.load(Ordering::SeqCst) > last);
+            slot.state.0.fetch_add(steps, Ordering::SeqCst);
+            last = slot.state.0.load(Ordering::SeqCst);
             drop(claim);
             assert_eq!(slot.range(), None);
         }
     }
 
     #[test]
-    fn an_access_during_which_the_mapping_was_lost_and_recovered_is_lost() {
-        let slot = Slot::new();
-        assert_eq!(slot.store(|| 7), Some(7));
-        let answer = slot.store(|| {
-            assert_eq!(slot.lose(), Loss::Ours);
-            assert_eq!(slot.lose(), Loss::Theirs);
-            slot.lost(true);
-            assert_eq!(slot.begin_recovery(), Recovery::Ours);
-            assert_eq!(slot.begin_recovery(), Recovery::Wait);
-            slot.end_recovery(true);
+    fn a_section_during_which_the_mapping_was_lost_and_recovered_is_lost() {
+        let state = State(AtomicU32::new(0));
+        assert_eq!(state.section(|| 7), Some(7));
+        let answer = state.section(|| {
+            assert_eq!(state.begin_loss(), Loss::Ours);
+            assert_eq!(state.begin_loss(), Loss::Wait(1));
+            state.end_loss();
+            assert_eq!(state.begin_loss(), Loss::Done);
+            assert_eq!(state.begin_recovery(), Recovery::Ours);
+            assert_eq!(state.begin_recovery(), Recovery::Wait(3));
+            assert_eq!(state.begin_loss(), Loss::Wait(3));
+            state.end_recovery(true);
         });
         assert_eq!(answer, None);
-        assert!(slot.is_live());
-        assert_eq!(slot.load(|| 7), Some(7));
+        assert!(state.is_live());
+        assert_eq!(state.section(|| 7), Some(7));
     }
 
     #[test]
     fn a_lost_mapping_is_not_touched_until_it_is_recovered() {
-        let slot = Slot::new();
-        assert_eq!(slot.begin_recovery(), Recovery::NotNeeded);
-        assert_eq!(slot.lose(), Loss::Ours);
-        assert_eq!(slot.phase(), LOSING);
-        assert_eq!(slot.begin_recovery(), Recovery::Wait);
-        slot.lost(true);
-        assert_eq!(slot.phase(), LOST);
-        assert_eq!(slot.load(|| panic!("touched")), None::<()>);
-        assert_eq!(slot.begin_recovery(), Recovery::Ours);
-        assert_eq!(slot.phase(), RECOVERING);
-        slot.end_recovery(false);
-        assert_eq!(slot.phase(), LOST);
+        let state = State(AtomicU32::new(0));
+        assert_eq!(state.begin_recovery(), Recovery::NotNeeded);
+        assert_eq!(state.begin_loss(), Loss::Ours);
+        assert_eq!(state.begin_recovery(), Recovery::Wait(1));
+        state.end_loss();
+        assert_eq!(state.section(|| panic!("touched")), None::<()>);
+        assert_eq!(state.begin_recovery(), Recovery::Ours);
+        state.end_recovery(false);
+        assert_eq!(state.begin_loss(), Loss::Done);
+        assert!(!state.is_live());
     }
 
     #[test]
-    fn a_mapping_that_cannot_be_replaced_is_not_ours_any_more() {
+    fn a_waiting_thread_sleeps_and_is_woken() {
         let slot = Slot::new();
-        assert_eq!(slot.lose(), Loss::Ours);
-        slot.lost(false);
-        assert_eq!(slot.lose(), Loss::Hopeless);
-        assert_eq!(slot.load(|| ()), None);
+        assert_eq!(slot.state.begin_loss(), Loss::Ours);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                while let Loss::Wait(state) = slot.state.begin_loss() {
+                    slot.wait(state);
+                }
+            });
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!waiter.is_finished());
+            slot.state.end_loss();
+            slot.wake();
+        });
     }
 }

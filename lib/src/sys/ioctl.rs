@@ -586,14 +586,14 @@ pub(crate) fn group_device(group: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd
     Ok(unsafe { new_fd(answer) })
 }
 
-/// `DMA_BUF_SET_NAME`.
+/// `DMA_BUF_SET_NAME`, on a descriptor of a dma-buf.
 pub(crate) fn set_name(dma_buf: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
     let call = Call {
         opcode: DMA_BUF_SET_NAME,
         argument: name.as_ptr().cast_mut().cast(),
     };
-    // SAFETY: the kernel reads a NUL-terminated string through the pointer and writes nothing; no
-    // other driver uses the number for something that writes through a pointer to a string.
+    // SAFETY: the kernel reads a NUL-terminated string through the pointer and writes nothing: the
+    // caller has made sure that the descriptor is one of a dma-buf.
     unsafe { rustix::ioctl::ioctl(dma_buf, call) }.map(drop)
 }
 

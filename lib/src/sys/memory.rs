@@ -5,6 +5,7 @@
 //! slip in between and be overwritten.
 
 use std::ffi::c_void;
+use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicBool;
@@ -94,35 +95,57 @@ impl Area {
         self.length
     }
 
-    /// Puts a new mapping of a file in the place of whatever this area holds, in one step.
+    /// Memory to put in the place of an area of this length with [`put_scratch`]: shared, from a
+    /// file that has no pages yet, and inaccessible until then. So it is not populated where the
+    /// process locks its memory, and counts against the limits now, when an error can be answered.
+    pub(crate) fn reserve(length: usize) -> Result<Self, Errno> {
+        let length = length.next_multiple_of(rustix::param::page_size());
+        let request = Request {
+            offset: 0,
+            length,
+            writable: true,
+            residue: None,
+        };
+        let file = scratch_file(length)?;
+        map_with(
+            file.as_fd(),
+            request,
+            0,
+            MapFlags::empty(),
+            ProtFlags::empty(),
+        )
+    }
+
+    /// Puts a new mapping of a file in the place of the scratch memory that this area holds, in one
+    /// step.
     ///
-    /// On an error the area still holds what it held, or, if `is_abandoned` answers true
-    /// thereafter, nothing.
+    /// On an error the area still holds scratch memory, or, if `is_abandoned` answers true
+    /// thereafter, it is not known what.
     pub(crate) fn replace(&self, fd: BorrowedFd<'_>, request: Request) -> Result<(), Errno> {
         if self.is_abandoned() || request.length != self.length {
             return Err(Errno::FAULT);
         }
         // Mapped elsewhere first: a driver may refuse, and a refused MAP_FIXED leaves a hole.
         let fresh = map_at(fd, request, 0, MapFlags::empty())?;
-        let fresh = std::mem::ManuallyDrop::new(fresh);
-        // SAFETY: source and target are areas of ours of the same length and do not overlap, as both
-        // are mapped; no reference to either exists anywhere, by the rule of this module.
-        let moved = unsafe {
-            rustix::mm::mremap_fixed(
-                fresh.start.as_ptr().cast(),
-                self.length,
-                self.length,
-                MremapFlags::MAYMOVE,
-                self.start.as_ptr().cast(),
-            )
-        };
-        match moved {
-            Ok(_) => Ok(()),
+        // SAFETY: both are areas of ours, and mapped at the same time.
+        match unsafe { move_onto(fresh.address(), self.address(), self.length) } {
+            Ok(()) => {
+                // It is this area's from now on.
+                std::mem::forget(fresh);
+                Ok(())
+            }
             Err(errno) => {
-                // The kernel may have unmapped the target before it failed, for want of memory.
-                drop(std::mem::ManuallyDrop::into_inner(fresh));
-                if !self.is_mapped() {
-                    self.abandoned.store(true, Ordering::Release);
+                // The kernel may have unmapped the target before it failed, for want of memory; by
+                // now somebody else may have mapped something there.
+                let refilled = scratch_file(self.length).and_then(|file| {
+                    let flags = MapFlags::FIXED_NOREPLACE;
+                    map_at(file.as_fd(), request, self.address(), flags)
+                });
+                match refilled {
+                    Ok(scratch) if scratch.address() == self.address() => {
+                        std::mem::forget(scratch);
+                    }
+                    _ => self.abandoned.store(true, Ordering::Release),
                 }
                 Err(errno)
             }
@@ -134,19 +157,53 @@ impl Area {
         self.abandoned.load(Ordering::Acquire)
     }
 
-    /// Whether something is mapped at every address of the area.
-    fn is_mapped(&self) -> bool {
-        // SAFETY: MADV_NORMAL on a range changes a hint for read-ahead at most; ENOMEM tells that
-        // part of the range is not mapped.
-        let answer = unsafe {
-            rustix::mm::madvise(
-                self.start.as_ptr().cast(),
-                self.length,
-                rustix::mm::Advice::Normal,
-            )
-        };
-        answer != Err(Errno::NOMEM)
+    /// Takes charge of an area by address.
+    ///
+    /// # Safety
+    ///
+    /// `[start, start + length)` was an `Area` that was forgotten, and nobody else has it.
+    pub(crate) unsafe fn from_raw(start: usize, length: usize) -> Option<Self> {
+        let start = std::ptr::with_exposed_provenance_mut::<u8>(start);
+        Some(Self {
+            start: NonNull::new(start)?,
+            length,
+            abandoned: AtomicBool::new(false),
+        })
     }
+
+    /// Gives up charge of it, as a number, for [`Area::from_raw`].
+    pub(crate) fn into_raw(self) -> usize {
+        let area = std::mem::ManuallyDrop::new(self);
+        area.start.as_ptr().expose_provenance()
+    }
+}
+
+/// A file of zeroes that has no pages yet.
+fn scratch_file(length: usize) -> Result<rustix::fd::OwnedFd, Errno> {
+    let file = rustix::fs::memfd_create("barlease scratch", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let length = length.next_multiple_of(rustix::param::page_size());
+    rustix::fs::ftruncate(&file, length as u64)?;
+    Ok(file)
+}
+
+/// Moves the mapping of `length` bytes at `from` onto that at `to`, in one step.
+///
+/// # Safety
+///
+/// Both ranges are areas of ours, and do not overlap.
+unsafe fn move_onto(from: usize, to: usize, length: usize) -> Result<(), Errno> {
+    // SAFETY: the ranges are ours, says the caller, and no reference to either exists anywhere, by
+    // the rule of this module.
+    let moved = unsafe {
+        rustix::mm::mremap_fixed(
+            std::ptr::without_provenance_mut(from),
+            length,
+            length,
+            MremapFlags::MAYMOVE,
+            std::ptr::without_provenance_mut(to),
+        )
+    };
+    moved.map(drop)
 }
 
 impl Drop for Area {
@@ -167,13 +224,23 @@ fn map_at(
     address: usize,
     flags: MapFlags,
 ) -> Result<Area, Errno> {
+    map_with(fd, request, address, flags, request.protection())
+}
+
+fn map_with(
+    fd: BorrowedFd<'_>,
+    request: Request,
+    address: usize,
+    flags: MapFlags,
+    protection: ProtFlags,
+) -> Result<Area, Errno> {
     // SAFETY: without MAP_FIXED (NOREPLACE refuses an occupied range) the new mapping takes no
     // memory that is in use.
     let start = unsafe {
         rustix::mm::mmap(
             std::ptr::without_provenance_mut(address),
             request.length,
-            request.protection(),
+            protection,
             MapFlags::SHARED | flags,
             fd,
             request.offset,
@@ -211,32 +278,34 @@ fn free_address(length: usize, residue: usize) -> Option<usize> {
     first.checked_add(forward)
 }
 
-/// Puts anonymous, private, zeroed memory over `[start, start + length)`, in one step, and tells
-/// whether that succeeded.
+/// Puts the [`Area::reserve`] at `reserve` over `[start, start + length)`, accessible, in one step,
+/// and tells whether that succeeded.
 ///
-/// For the SIGBUS handler: one system call, no allocation, no lock.
+/// For the SIGBUS handler: two system calls, neither of which allocates pages or counts anew
+/// against a limit; no lock.
 ///
 /// # Safety
 ///
-/// The whole range belongs to an [`Area`] that is alive and not abandoned.
-pub(crate) unsafe fn put_scratch(start: usize, length: usize) -> bool {
-    // SAFETY: the range is an area's, so that no memory of anybody else is replaced, and no
-    // reference to it exists.
-    let answer = unsafe {
-        rustix::mm::mmap_anonymous(
-            std::ptr::without_provenance_mut(start),
+/// Both ranges belong to areas that are alive and not abandoned, and nobody uses the reserve.
+pub(crate) unsafe fn put_scratch(reserve: usize, start: usize, length: usize) -> bool {
+    // SAFETY: the range is the reserve's, which nobody uses yet, says the caller.
+    let accessible = unsafe {
+        rustix::mm::mprotect(
+            std::ptr::without_provenance_mut(reserve),
             length,
-            ProtFlags::READ | ProtFlags::WRITE,
-            MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE,
+            rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE,
         )
     };
-    answer.is_ok()
+    if accessible.is_err() {
+        return false;
+    }
+    // SAFETY: the caller says so.
+    unsafe { move_onto(reserve, start, length) }.is_ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     fn file(length: u64) -> rustix::fd::OwnedFd {
         let fd = rustix::fs::memfd_create("area", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -271,9 +340,31 @@ mod tests {
         let area = Area::map(fd.as_fd(), request).unwrap();
         let (socket, _) = std::os::unix::net::UnixStream::pair().unwrap();
         assert_eq!(area.replace(socket.as_fd(), request), Err(Errno::NODEV));
-        assert!(area.is_mapped());
         assert!(!area.is_abandoned());
         area.replace(fd.as_fd(), request).unwrap();
-        assert!(area.is_mapped());
+    }
+
+    #[test]
+    fn a_reserve_takes_the_place_of_an_area() {
+        let fd = file(8192);
+        rustix::io::write(&fd, b"lease").unwrap();
+        let request = Request {
+            offset: 0,
+            length: 8192,
+            writable: true,
+            residue: None,
+        };
+        let area = Area::map(fd.as_fd(), request).unwrap();
+        let first = || {
+            // SAFETY: mapped, readable.
+            unsafe { area.start().as_ptr().read_volatile() }
+        };
+        assert_eq!(first(), b'l');
+        let reserve = Area::reserve(8192).unwrap().into_raw();
+        // SAFETY: both are areas; the reserve is given away.
+        assert!(unsafe { put_scratch(reserve, area.address(), 8192) });
+        assert_eq!(first(), 0);
+        area.replace(fd.as_fd(), request).unwrap();
+        assert_eq!(first(), b'l');
     }
 }

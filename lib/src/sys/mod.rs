@@ -17,3 +17,9 @@ pub(crate) mod memory;
 
 #[allow(unsafe_code, reason = "a file descriptor that is known by number only")]
 pub(crate) mod inherited;
+
+#[allow(
+    unsafe_code,
+    reason = "a socket option that rustix does not have as is"
+)]
+pub(crate) mod credentials;

@@ -676,7 +676,7 @@ impl World {
     fn usable(&self) -> bool {
         let device = &self.device;
         let there = device.enabled && !device.removed && !device.recovering && !device.failed;
-        there && device.decodes() && !device.low_power && !device.sleeping
+        there && device.memory && device.decodes() && !device.low_power && !device.sleeping
     }
 
     /// Whether a process or a device reaches a buffer.

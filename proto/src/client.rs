@@ -1,0 +1,202 @@
+//! A client that waits for its answers.
+
+use std::marker::PhantomData;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::INTERFACE;
+use crate::error::Error;
+use crate::error::Refusal;
+use crate::error::Result;
+use crate::types::Acquire;
+use crate::types::Acquired;
+use crate::types::Adopt;
+use crate::types::LeaseInfo;
+use crate::types::List;
+use crate::types::Method;
+use crate::types::Notice;
+use crate::types::Release;
+use crate::types::Watch;
+use crate::wire::Call;
+use crate::wire::Reply;
+use crate::wire::Wire;
+use crate::wire::parameters;
+
+/// A connection to the service. Leases that live by it end with it.
+#[derive(Debug)]
+pub struct Client {
+    wire: Wire,
+}
+
+impl Client {
+    /// Connects to the service's socket, by default [`crate::SOCKET`].
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
+        let socket = UnixStream::connect(path).map_err(|error| Error::io("connect", error))?;
+        Ok(Self::new(socket))
+    }
+
+    /// Talks over a socket that is connected.
+    #[must_use]
+    pub fn new(socket: UnixStream) -> Self {
+        Self {
+            wire: Wire::new(socket),
+        }
+    }
+
+    /// How long an answer may take; for ever without a time. An Acquire that waits in line takes as
+    /// long as it waits. After a time-out the connection is of no use: a late answer would be taken
+    /// for that of the next call.
+    ///
+    /// Errors: [`Error::Io`] if the time is 0.
+    pub fn set_timeout(&self, timeout: Option<Duration>) -> Result<()> {
+        let socket = self.wire.socket();
+        let set = |result: std::io::Result<()>| result.map_err(|e| Error::io("set time-out", e));
+        set(socket.set_read_timeout(timeout))?;
+        set(socket.set_write_timeout(timeout))
+    }
+
+    /// Asks for a lease, and gets its descriptor with it.
+    ///
+    /// Errors: [`Error::Refused`] with the reason, and all others.
+    pub fn acquire(&mut self, acquire: &Acquire) -> Result<(Acquired, OwnedFd)> {
+        self.send(acquire, false, &[])?;
+        let (acquired, _, fds) = self.receive::<Acquire>()?;
+        let place = usize::try_from(acquired.file_descriptor).unwrap_or(usize::MAX);
+        let fd = fds.into_iter().nth(place).ok_or_else(|| {
+            Error::Malformed(format!("there is no descriptor {place} in the message"))
+        })?;
+        Ok((acquired, fd))
+    }
+
+    /// Gives a lease back. When it returns nothing reaches it through its mappings any more.
+    ///
+    /// Errors: as [`Client::acquire`].
+    pub fn release(&mut self, lease: u64) -> Result<()> {
+        self.call(&Release { lease }).map(drop)
+    }
+
+    /// Hands over a device.
+    ///
+    /// Errors: as [`Client::acquire`].
+    pub fn adopt(&mut self, device: impl Into<String>, fd: impl AsFd) -> Result<()> {
+        let adopt = Adopt {
+            device: device.into(),
+            file_descriptor: 0,
+        };
+        self.send(&adopt, false, &[fd.as_fd()])?;
+        self.receive::<Adopt>().map(drop)
+    }
+
+    /// The leases, of a pool or all.
+    ///
+    /// Errors: as [`Client::acquire`].
+    pub fn list(&mut self, pool: Option<String>) -> Result<Vec<LeaseInfo>> {
+        let stream = self.stream(&List { pool })?;
+        stream
+            .map(|listed| listed.map(|listed| listed.lease))
+            .collect()
+    }
+
+    /// News of leases from now on, until the service ends. Takes the connection for it.
+    ///
+    /// Errors: as [`Client::acquire`].
+    pub fn watch(mut self, all: bool) -> Result<impl Iterator<Item = Result<Notice>>> {
+        self.send(&Watch { all: Some(all) }, true, &[])?;
+        let mut done = false;
+        Ok(std::iter::from_fn(move || self.next::<Watch>(&mut done)))
+    }
+
+    /// Any call with one answer and without descriptors.
+    ///
+    /// Errors: as [`Client::acquire`].
+    pub fn call<M: Method>(&mut self, method: &M) -> Result<M::Reply> {
+        self.send(method, false, &[])?;
+        Ok(self.receive::<M>()?.0)
+    }
+
+    /// Any call with several answers. It must be read to its end before the next call.
+    ///
+    /// Errors: as [`Client::acquire`].
+    pub fn stream<M: Method>(&mut self, method: &M) -> Result<Stream<'_, M>> {
+        self.send(method, true, &[])?;
+        Ok(Stream {
+            client: self,
+            done: false,
+            method: PhantomData,
+        })
+    }
+
+    fn send<M: Method>(&mut self, method: &M, more: bool, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let call = Call {
+            method: format!("{INTERFACE}.{}", M::NAME),
+            parameters: serde_json::to_value(method).map_err(|e| Error::io("send", e.into()))?,
+            more,
+            oneway: false,
+        };
+        self.wire.send(&call, fds)
+    }
+
+    fn receive<M: Method>(&mut self) -> Result<(M::Reply, bool, Vec<OwnedFd>)> {
+        let message = self.wire.receive()?.ok_or(Error::Closed)?;
+        let reply: Reply = serde_json::from_slice(&message.json)
+            .map_err(|error| Error::Malformed(error.to_string()))?;
+        if let Some(name) = reply.error {
+            return Err(refused(name, reply.parameters));
+        }
+        Ok((parameters(reply.parameters)?, reply.continues, message.fds))
+    }
+
+    fn next<M: Method>(&mut self, done: &mut bool) -> Option<Result<M::Reply>> {
+        if *done {
+            return None;
+        }
+        let received = self.receive::<M>();
+        *done = !matches!(received, Ok((_, true, _)));
+        Some(received.map(|(reply, _, _)| reply))
+    }
+}
+
+/// The answers of a call.
+#[derive(Debug)]
+pub struct Stream<'a, M> {
+    client: &'a mut Client,
+    done: bool,
+    method: PhantomData<M>,
+}
+
+impl<M: Method> Iterator for Stream<'_, M> {
+    type Item = Result<M::Reply>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.client.next::<M>(&mut self.done)
+    }
+}
+
+fn refused(name: String, parameters: Value) -> Error {
+    let known = name
+        .strip_prefix(INTERFACE)
+        .and_then(|rest| rest.strip_prefix('.'));
+    let whole = |parameters: Value| match parameters {
+        Value::Null => Value::Object(serde_json::Map::new()),
+        parameters => parameters,
+    };
+    let refusal = known.and_then(|known| {
+        let value = serde_json::json!({
+            "error": known,
+            "parameters": whole(parameters.clone()),
+        });
+        serde_json::from_value::<Refusal>(value).ok()
+    });
+    match refusal {
+        Some(refusal) => Error::Refused(Box::new(refusal)),
+        None => Error::Other { name, parameters },
+    }
+}
