@@ -16,7 +16,7 @@ mod types;
 #[cfg(all(test, not(barlease_guest)))]
 mod tests;
 
-/// The functions themselves. What each one is promised is in the header: handles that were made by
+/// The functions themselves. The header has what C promises to each: handles that were made by
 /// this library and not freed, places for outputs, and arrays and texts of the length that is said,
 /// valid for the duration of the call and unchanged by others.
 ///

@@ -38,7 +38,7 @@ impl<T> Output<T> {
         Ok(Self(place))
     }
 
-    /// Writes the output. What was there is not dropped.
+    /// Writes the output. The value of before is not dropped.
     pub(super) fn put(self, value: T) {
         // SAFETY: `new` was promised a place for it.
         unsafe { self.0.write(value) };
