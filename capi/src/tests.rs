@@ -251,6 +251,17 @@ fn the_header_is_c99_and_goes_with_that_of_the_kernel() {
 }
 
 #[test]
+fn the_example_of_the_documentation_compiles() {
+    let page = include_str!("../../docs/c.md");
+    let listing = page.split("```c\n").nth(1).unwrap();
+    compile(
+        "docs",
+        &["cc", "-std=c11"],
+        listing.split("```").next().unwrap(),
+    );
+}
+
+#[test]
 fn handles_may_be_used_by_any_thread() {
     fn shared<T: Send + Sync>() {}
     shared::<Device>();
