@@ -32,10 +32,10 @@ const PRODUCTS: &[&str] = &[
     "o", "ko", "mod", "cmd", "rmeta", "d", "order", "symvers", "tmp",
 ];
 
-/// The modules in their order: the importer is linked against the first one's symbols.
+/// The modules in their order: importers are linked against the first one's symbols.
 const RECIPE: &str = r#"
 exec 2>&1
-for module in . importer probe canary; do
+for module in . importer probe canary examples; do
     make -C "/work/kmod/$module" "$@" || exit
 done
 "#;

@@ -246,4 +246,7 @@ mod examples {
 
     #[doc = include_str!("../../docs/driver.md")]
     struct Driver;
+
+    #[doc = include_str!("../../docs/vmm.md")]
+    struct Vmm;
 }
