@@ -219,6 +219,22 @@ fn importers_are_told_of_an_error_and_not_waited_for() {
     scene.is(MEMORY_OFF);
 }
 
+/// A process can make an importer keep the lock for long, as by a mapping of many ranges.
+#[test]
+fn an_error_does_not_wait_for_a_reservation_lock_that_an_importer_keeps() {
+    let scene = Scene::new();
+    let mut log = KernelLog::from_now();
+    scene.attachment.occupied(|| {
+        wait::at_once("recovery", || {
+            inject(FATAL);
+            wait_for_recovery(&mut log);
+        });
+    });
+    // It is told when that can be done.
+    scene.attachment.wait_for_interruption();
+    scene.is(MEMORY_OFF);
+}
+
 /// Opening enables and resets the function; the other one, and the link, may still be in recovery.
 #[test]
 fn opening_the_device_does_not_end_a_recovery() {

@@ -280,7 +280,7 @@ impl Buffer {
     }
 
     /// Whether it is accessible. For whom that holds how long is said in [`leases`](crate::leases).
-    fn is_reachable(&self) -> bool {
+    pub(crate) fn is_reachable(&self) -> bool {
         !self.is_revoked() && self.leases.is_reachable(self.epoch)
     }
 
@@ -386,6 +386,13 @@ impl Buffer {
     /// nothing to undo, and a pinned importer may take it as final.
     pub(crate) fn tell(&self) {
         self.live.lock().invalidate(|| self.mappings.any());
+    }
+
+    /// The same, unless that would have to wait for somebody who has the reservation lock: whether it was
+    /// done.
+    pub(crate) fn try_tell(&self) -> bool {
+        let live = self.live.try_lock();
+        live.is_some_and(|live| live.try_invalidate(|| self.mappings.any()))
     }
 
     /// One fence for all that its importers, and those that were told before, still do with it.

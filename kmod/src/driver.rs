@@ -266,6 +266,9 @@ impl Driver for Barlease {
             ErrorState::Recovers => self.leases.begin(Event::Error, Wait::No),
             ErrorState::Failed => self.leases.fail(Wait::No),
         }
+        if self.leases.has_untold() {
+            self.left_draining.start_now();
+        }
     }
 
     fn error_resume(&self, function: &Function<'_>, memory: MemorySem<'_>) {

@@ -93,6 +93,8 @@ pub(crate) struct Leases {
     bar_maps: Mutex<BarMaps>,
     /// The eventfd of the open, which hears of every change.
     events: Arc<EventSlot>,
+    /// See [`Self::has_untold`].
+    untold: Flag,
     /// VMAs that map its buffers, and importers attached to them: each is the sum of what the buffers count.
     vmas: Atomic<i64>,
     attachments: Atomic<i64>,
@@ -136,6 +138,7 @@ impl Leases {
                 table <- new_mutex!(Tree::new(), "barlease::table"),
                 bar_maps <- new_mutex!(BarMaps::default(), "barlease::bar_maps"),
                 events,
+                untold: Flag::new(),
                 vmas: Atomic::new(0),
                 attachments: Atomic::new(0),
                 log_limit <- Ratelimit::new(),
@@ -442,11 +445,14 @@ impl Leases {
     fn drain_importers(&self, wait: Wait) {
         let mut fences = KVVec::new();
         self.for_each(Buffer::is_attached, |buffer| {
-            if !buffer.is_told() {
+            if buffer.is_told() {
+                return;
+            }
+            if wait == Wait::Yes {
                 buffer.tell();
-                if wait == Wait::Yes {
-                    watch_fences(buffer, &mut fences);
-                }
+                watch_fences(buffer, &mut fences);
+            } else if !buffer.try_tell() {
+                self.untold.set(true);
             }
         });
         if wait == Wait::No {
@@ -456,6 +462,25 @@ impl Leases {
             watched.wait();
         }
         self.for_each(Buffer::is_attached, |buffer| buffer.wait());
+    }
+
+    /// Whether importers are to be told that the thread which took memory away could not tell without
+    /// waiting for a lock that a process may hold.
+    pub(crate) fn has_untold(&self) -> bool {
+        self.untold.get()
+    }
+
+    /// Tells them, unless the memory may be touched again.
+    fn tell_untold(&self) {
+        if !self.untold.get() {
+            return;
+        }
+        self.untold.set(false);
+        self.for_each(Buffer::is_attached, |buffer| {
+            if !buffer.is_reachable() {
+                buffer.tell();
+            }
+        });
     }
 
     /// Warns of the revoked buffers that nobody waits for and that an importer still uses: whether
@@ -510,6 +535,7 @@ impl Later for Leases {
     const MILLISECONDS: u32 = PATIENCE_MS;
 
     fn run(&self) -> bool {
+        self.tell_untold();
         self.warn_of_draining()
     }
 }

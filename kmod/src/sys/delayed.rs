@@ -55,6 +55,12 @@ impl<T: Later> Delayed<T> {
         unsafe { bindings::bl_delayed_start(self.work.get(), T::MILLISECONDS) };
     }
 
+    /// Has it done as soon as may be, whether it was started or not.
+    pub(crate) fn start_now(&self) {
+        // SAFETY: By the type invariant the work is initialized; `drop` waits for it.
+        unsafe { bindings::bl_delayed_start_now(self.work.get()) };
+    }
+
     /// Stops, and waits until what runs is over.
     pub(crate) fn stop(&self) {
         // SAFETY: By the type invariant the work is initialized.

@@ -395,6 +395,26 @@ impl LiveGuard<'_> {
         });
     }
 
+    /// The same, unless somebody else has the reservation lock: whether it was done.
+    pub(crate) fn try_invalidate(&self, is_mapped: impl FnOnce() -> bool) -> bool {
+        let Some(dmabuf) = self.0.as_ref().map(|dmabuf| dmabuf.0.as_ptr()) else {
+            return true;
+        };
+        // SAFETY: The dma-buf is not released while this is locked.
+        let resv = unsafe { (*dmabuf).resv };
+        // SAFETY: As above.
+        if !unsafe { bindings::bl_resv_trylock(resv) } {
+            return false;
+        }
+        if is_mapped() {
+            // SAFETY: As above, and the reservation lock is held.
+            unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
+        }
+        // SAFETY: Locked above.
+        unsafe { bindings::dma_resv_unlock(resv) };
+        true
+    }
+
     /// One fence that stands for all that are there and have not signalled: what devices still do
     /// with the memory. `ENOMEM`.
     pub(crate) fn fences(&self) -> Result<Option<Fence>> {

@@ -185,6 +185,11 @@ bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name)
 	return true;
 }
 
+bool bl_resv_trylock(struct dma_resv *resv)
+{
+	return dma_resv_trylock(resv);
+}
+
 void bl_dma_fence_put(struct dma_fence *fence)
 {
 	dma_fence_put(fence);
@@ -412,6 +417,11 @@ void bl_delayed_init(struct delayed_work *work, work_func_t function)
 void bl_delayed_start(struct delayed_work *work, unsigned int milliseconds)
 {
 	queue_delayed_work(system_dfl_wq, work, msecs_to_jiffies(milliseconds));
+}
+
+void bl_delayed_start_now(struct delayed_work *work)
+{
+	mod_delayed_work(system_dfl_wq, work, 0);
 }
 
 void bl_delayed_cancel(struct delayed_work *work)

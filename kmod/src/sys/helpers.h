@@ -76,6 +76,7 @@ void bl_unregister_pm_notifier(struct notifier_block *block);
 void bl_pci_wake(struct pci_dev *pdev);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
 bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name);
+bool bl_resv_trylock(struct dma_resv *resv);
 void bl_dma_fence_put(struct dma_fence *fence);
 bool bl_vma_may_share(const struct vm_area_struct *vma);
 int bl_vma_no_more_than(struct vm_area_struct *vma, const struct file *file);
@@ -112,6 +113,7 @@ void bl_event_slot_signal(struct bl_event_slot *slot);
 
 void bl_delayed_init(struct delayed_work *work, work_func_t function);
 void bl_delayed_start(struct delayed_work *work, unsigned int milliseconds);
+void bl_delayed_start_now(struct delayed_work *work);
 void bl_delayed_cancel(struct delayed_work *work);
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar);
 bool bl_uses_dma_iommu(struct device *dev);
