@@ -70,7 +70,7 @@ enum barlease_state {
 #define BARLEASE_REASON_RESET		(1U << 1) /* device in reset */
 #define BARLEASE_REASON_LOW_POWER	(1U << 2) /* D1, D2, D3hot, low-power feature, system sleep */
 #define BARLEASE_REASON_ERROR		(1U << 3) /* AER error not yet recovered */
-#define BARLEASE_REASON_CONFIG_WRITE	(1U << 4) /* a config write that may turn memory off is in progress */
+#define BARLEASE_REASON_CONFIG_WRITE	(1U << 4) /* a config write that may turn memory off goes on */
 
 /* ---- BARLEASE_FEATURE_DMA_BUF_REVOKE: SET, PROBE -------------------------- */
 
@@ -206,9 +206,9 @@ struct barlease_dma_buf_status {
 #define BARLEASE_MAX_RECORDS 4096
 
 /* flags of a record */
-#define BARLEASE_BUFFER_INTERNAL	(1U << 0) /* a mapping of a BAR through the device fd, not a lease */
-#define BARLEASE_BUFFER_DRAINING	(1U << 1) /* DEAD; a fence or a mapping that an importer had is still to end */
-#define BARLEASE_BUFFER_NAME_BUSY	(1U << 2) /* the name could not be read just now, and is empty */
+#define BARLEASE_BUFFER_INTERNAL	(1U << 0) /* of BAR mappings through the device fd; no lease */
+#define BARLEASE_BUFFER_DRAINING	(1U << 1) /* DEAD; an importer has yet to let go */
+#define BARLEASE_BUFFER_NAME_BUSY	(1U << 2) /* the name cannot be read just now: empty */
 
 /*
  * A buffer of this open of the device. Grows at its end only.

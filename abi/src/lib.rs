@@ -60,7 +60,8 @@ pub const REASON_CONFIG_WRITE: u32 = 1 << 4;
 
 /// [`DmaBufRecord::flags`]: a mapping of a BAR through the device fd, not a lease.
 pub const BUFFER_INTERNAL: u32 = 1 << 0;
-/// [`DmaBufRecord::flags`]: dead, and a fence or a mapping that an importer had before is still to end.
+/// [`DmaBufRecord::flags`]: dead, and a fence or a mapping that an importer had before is still to
+/// end.
 pub const BUFFER_DRAINING: u32 = 1 << 1;
 /// [`DmaBufRecord::flags`]: the name could not be read just now, and is empty.
 pub const BUFFER_NAME_BUSY: u32 = 1 << 2;
@@ -209,18 +210,18 @@ pub struct DmaBufStatus {
     pub nr_attachments: u32,
 }
 
-/// Fixed part of the payload of [`FEATURE_DMA_BUF_LIST`]; room for `nr_records` records of `record_size`
-/// bytes, each of which begins with a [`DmaBufRecord`], follows.
+/// Fixed part of the payload of [`FEATURE_DMA_BUF_LIST`]; room for `nr_records` records of
+/// `record_size` bytes, each of which begins with a [`DmaBufRecord`], follows.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DmaBufList {
-    /// In: the records of buffers with a greater id are asked for. Out: the id to go on from; 0 when no
-    /// buffer has a greater one.
+    /// In: the records of buffers with a greater id are asked for. Out: the id to go on from; 0
+    /// when no buffer has a greater one.
     pub after: u64,
     /// In: records that there is room for. Out: records that were copied.
     pub nr_records: u32,
-    /// In: bytes from one record to the next, at least the size of [`DmaBufRecord`]. Out: the size of the
-    /// kernel's.
+    /// In: bytes from one record to the next, at least the size of [`DmaBufRecord`]. Out: the size
+    /// of the kernel's.
     pub record_size: u32,
 }
 

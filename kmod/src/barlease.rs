@@ -2,8 +2,9 @@
 
 //! `barlease_vfio_pci`: a vfio-pci variant driver that leases ranges of BARs.
 //!
-//! A lease is a dma-buf that its holder maps, and that its grantor revokes: on request for good, and
-//! for as long as an event takes the device's memory away. The contract is `abi/include/barlease.h`.
+//! A lease is a dma-buf that its holder maps, and that its grantor revokes: on request for good,
+//! and for as long as an event takes the device's memory away. The contract is
+//! `abi/include/barlease.h`.
 //!
 //! The parts, from the outside in:
 //!

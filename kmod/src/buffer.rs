@@ -58,8 +58,8 @@ pub(crate) struct Contents {
 /// Referenced by its dma-buf, by each VMA that maps it and by the table of its [`Leases`]. It does
 /// not lead to the device: once its epoch is over it is a dead shell.
 ///
-/// The mappings of a BAR through the device fd are those of a buffer, too, an internal one of the whole
-/// BAR ([`BarMaps`]), so that one mechanism takes everything away. No fd of it exists.
+/// The mappings of a BAR through the device fd are those of a buffer, too, an internal one of the
+/// whole BAR ([`BarMaps`]), so that one mechanism takes everything away. No fd of it exists.
 #[pin_data]
 pub(crate) struct Buffer {
     leases: Arc<Leases>,
@@ -74,8 +74,8 @@ pub(crate) struct Buffer {
     access: u32,
     /// Whether it was revoked for good: 1, or 0.
     revoked: Atomic<u32>,
-    /// Held by a fault from its look at the state until its entry is in, so who takes memory away waits for the faults of
-    /// this buffer, and not for those of others.
+    /// A fault holds it from its look at the state until its entry is in. So a thread that takes
+    /// memory away waits for the faults of this buffer, and not for those of others.
     #[pin]
     gate: RwSem<()>,
     /// `MEMATTR_*` that the next mapping gets.
@@ -94,8 +94,8 @@ pub(crate) struct Buffer {
     /// The fences that it had when it was revoked.
     #[pin]
     revocation: FenceWatch,
-    /// Whether its importers have been told that it was revoked, and `revocation` has its fences: 1, or
-    /// 0. From then on no mapping of it can be in the making.
+    /// 1 once its importers have been told that it was revoked, and `revocation` has its fences;
+    /// else 0: no mapping of it can be in the making after that.
     told: Atomic<u32>,
     /// Whether nobody waits for the importers that it had when it was revoked.
     left: Flag,
@@ -121,9 +121,9 @@ impl Buffer {
         Self::make(leases, contents, MemoryType::Uncached, flags, None)
     }
 
-    /// Makes `vma`, a mapping of a BAR through the device fd, a mapping of the internal buffer of that
-    /// BAR and memory type. `contents` is the whole BAR, whose first page is at the page offset
-    /// `first_page` of the device fd.
+    /// Makes `vma`, a mapping of a BAR through the device fd, a mapping of the internal buffer of
+    /// that BAR and memory type. `contents` is the whole BAR, whose first page is at the page
+    /// offset `first_page` of the device fd.
     pub(crate) fn map_bar(
         leases: &Arc<Leases>,
         contents: Contents,
@@ -157,7 +157,8 @@ impl Buffer {
         Ok(())
     }
 
-    /// `internal` is the page offset of the first page in the device fd, of a buffer that is no lease.
+    /// `internal` is the page offset of the first page in the device fd, of a buffer that is no
+    /// lease.
     fn make(
         leases: &Arc<Leases>,
         contents: Contents,
@@ -218,8 +219,8 @@ impl Buffer {
         self.internal
     }
 
-    /// Revokes it for good, but for importers that have yet to let go: it is dead, no process reaches
-    /// it, and its importers are told. `EBADFD` when that was done before.
+    /// Revokes it for good, but for importers that have yet to let go: it is dead, no process
+    /// reaches it, and its importers are told. `EBADFD` when that was done before.
     pub(crate) fn revoke(&self) -> Result {
         let first = self.revoked.xchg(1, Full) == 0;
         self.leases.notify();
@@ -240,8 +241,8 @@ impl Buffer {
         Ok(())
     }
 
-    /// Whether it was revoked for good, and what it drains is counted. Until then an importer may be
-    /// about to count a mapping that it has made.
+    /// Whether it was revoked for good, and what it drains is counted. Until then an importer may
+    /// be about to count a mapping that it has made.
     pub(crate) fn is_told(&self) -> bool {
         self.told.load(Acquire) != 0
     }
@@ -266,8 +267,8 @@ impl Buffer {
         self.left.get() && self.is_draining()
     }
 
-    /// Whether it is dead, and an importer that it had before has yet to end what it does or to undo
-    /// its mapping, or nobody has looked yet whether one has.
+    /// Whether it is dead, and an importer that it had before has yet to end what it does or to
+    /// undo its mapping, or nobody has looked yet whether one has.
     pub(crate) fn is_draining(&self) -> bool {
         let unknown = self.is_revoked() && !self.is_told();
         let any = || self.revocation.pending().any() || self.mappings.any();
@@ -382,14 +383,13 @@ impl Buffer {
         peek(&self.attachments) != 0
     }
 
-    /// Tells its importers that their mappings are to go. One that has no mapping is not told: there is
-    /// nothing to undo, and a pinned importer may take it as final.
+    /// Tells its importers that their mappings are to go. One that has no mapping is not told:
+    /// there is nothing to undo, and a pinned importer may take it as final.
     pub(crate) fn tell(&self) {
         self.live.lock().invalidate(|| self.mappings.any());
     }
 
-    /// The same, unless that would have to wait for somebody who has the reservation lock: whether it was
-    /// done.
+    /// The same, unless another thread has the reservation lock: whether it was done.
     pub(crate) fn try_tell(&self) -> bool {
         let live = self.live.try_lock();
         live.is_some_and(|live| live.try_invalidate(|| self.mappings.any()))
@@ -397,15 +397,16 @@ impl Buffer {
 
     /// One fence for all that its importers, and those that were told before, still do with it.
     ///
-    /// Fences are looked at once in each event that takes the memory away: a process can go on adding
-    /// some for ever (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`), and need not even be an importer for it.
+    /// Fences are looked at once in each event that takes the memory away: a process can go on
+    /// adding some for ever (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`), and need not even be an importer
+    /// for it.
     pub(crate) fn fences(&self) -> Option<Fence> {
         until_there_is_memory(|| self.live.lock().fences())
     }
 
-    /// Waits until its importers have undone their mappings, and, of a buffer that was revoked, until
-    /// they have ended what they did then: until then their devices reach the memory, however long that
-    /// takes.
+    /// Waits until its importers have undone their mappings, and, of a buffer that was revoked,
+    /// until they have ended what they did then: until then their devices reach the memory, however
+    /// long that takes.
     pub(crate) fn wait(&self) {
         // `live` is not locked meanwhile: an event has other importers to tell, and must not wait
         // for this one before it does.
@@ -516,8 +517,8 @@ enum Plan {
     Run(Batch),
 }
 
-/// Runs `f` until it does not fail for want of memory: taking memory away must not fail, and what it needs
-/// is little.
+/// Runs `f` until it does not fail for want of memory: taking memory away must not fail, and what
+/// it needs is little.
 pub(crate) fn until_there_is_memory<T>(mut f: impl FnMut() -> Result<T>) -> T {
     loop {
         if let Ok(value) = f() {
@@ -535,7 +536,8 @@ struct BarMap {
     _device_file: OpenFile,
 }
 
-/// The mappings through the device fd, by BAR and memory type: one internal buffer for all of a kind.
+/// The mappings through the device fd, by BAR and memory type: one internal buffer for all of a
+/// kind.
 ///
 /// One that no VMA maps any more goes away.
 #[derive(Default)]
@@ -565,8 +567,8 @@ impl BarMaps {
     }
 }
 
-/// The names of a function's dma-bufs: `barlease:<BDF>/<bar>`, with `+wc` behind it where it is that; cut where such a name
-/// ends.
+/// The names of a function's dma-bufs: `barlease:<BDF>/<bar>`, with `+wc` behind it where it is
+/// that; cut where such a name ends.
 pub(crate) struct Names {
     /// What they begin with.
     start: [u8; NAME_LEN],
@@ -682,8 +684,8 @@ unsafe impl Exporter for Buffer {
     }
 
     fn map(&self, importer: &mut Importer<'_>) -> Result<Mapped> {
-        // Who takes memory away after this look needs the reservation lock to tell the importer,
-        // and so waits for the mapping that is being made.
+        // A thread that takes memory away after this look needs the reservation lock to tell the
+        // importer, and so waits for the mapping that is being made.
         if !self.is_reachable() {
             return Err(ENODEV);
         }
@@ -707,8 +709,8 @@ unsafe impl Exporter for Buffer {
     fn unmap(&self, importer: &mut Importer<'_>, mapped: Mapped) {
         importer.unmap(mapped);
         self.mappings.end();
-        // The reservation lock is held, which whoever takes memory away takes to tell importers: it has,
-        // or will find no mapping. A buffer whose device was pulled out drains, too.
+        // The reservation lock is held, which whoever takes memory away takes to tell importers: it
+        // has, or will find no mapping. A buffer whose device was pulled out drains, too.
         if !self.is_reachable() {
             self.leases.notify();
         }
@@ -725,8 +727,8 @@ impl vma::Mapped for Buffer {
         if order > PMD_ORDER {
             return Outcome::FALLBACK;
         }
-        // Who takes memory away must not wait for an allocation, which may take seconds: so it is
-        // made before, and only while the door is open.
+        // A thread that takes memory away must not wait for an allocation, which may take seconds:
+        // so it is made before the gate, and only while the door is open.
         if !self.is_reachable() {
             return Outcome::SIGBUS;
         }
@@ -734,7 +736,8 @@ impl vma::Mapped for Buffer {
             Ok(plan) => plan,
             Err(outcome) => return outcome,
         };
-        // The state holds until the entry is in: who takes memory away waits for that, and zaps.
+        // The state holds until the entry is in: a thread that takes memory away waits for the
+        // gate, and zaps after that.
         let gate = self.gate.read();
         let outcome = if self.is_reachable() {
             self.insert(fault, plan)

@@ -3,10 +3,10 @@
 //! `/sys/kernel/debug/barlease/<BDF>/buffers`: a header line, then a line a buffer.
 //!
 //! Columns are separated by white space and named by the header. White space and control characters
-//! in a name, which a user can set, are shown as `\xNN`. The name of an internal buffer, a mapping of
-//! a BAR through the device fd, ends with `[mmap]`; brackets in a name are escaped, too. `(busy)` is
-//! a name that is being looked at by somebody else. `memattr` is what the next mapping gets; of the
-//! `mmaps` that there are, `wc_mmaps` are write-combining and the others uncached.
+//! in a name, which a user can set, are shown as `\xNN`. The name of an internal buffer, a mapping
+//! of a BAR through the device fd, ends with `[mmap]`; brackets in a name are escaped, too.
+//! `(busy)` is a name that is being looked at by somebody else. `memattr` is what the next mapping
+//! gets; of the `mmaps` that there are, `wc_mmaps` are write-combining and the others uncached.
 
 use crate::{abi, buffer::Buffer, leases::Leases, sys::debugfs_root};
 use kernel::{

@@ -51,8 +51,8 @@ pub(crate) struct Barlease {
     completer: Completer,
     #[pin]
     aliases: Mutex<Aliases>,
-    /// Of the time since the device was opened: what of its BARs is protected, whether the kernel's own
-    /// exporter answers feature 11, and whether somebody has asked about aliases.
+    /// Of the time since the device was opened: what of its BARs is protected, whether the kernel's
+    /// own exporter answers feature 11, and whether somebody has asked about aliases.
     #[pin]
     protected: Mutex<Protected>,
     stock_dma_buf: Flag,
@@ -133,7 +133,7 @@ impl Driver for Barlease {
         *driver.protected.lock() = Protected::of(&device.function());
         driver.stock_dma_buf.set(params::stock_dma_buf());
         driver.knows_aliases.set(false);
-        // Whoever waits for an importer with the lock held has the device open, or, for a hot
+        // A thread that waits for an importer with the lock held has the device open, or, for a hot
         // reset, the lock of its set, which is held here.
         let lock = device.memory().read();
         driver.leases.open(|access| sample(device, access, &lock));
@@ -231,8 +231,8 @@ impl Driver for Barlease {
             }
             FEATURE_LOW_POWER_EXIT if acts => {
                 let answer = device.core_feature(flags, payload);
-                // Nobody else asks after a change of the owner's. The core had the lock for
-                // writing, and waited as long for it.
+                // Nobody else asks after a change of the owner's. Unless the core refused it, the
+                // core had the lock for writing, and waited as long for it.
                 ask(*device, &device.memory().read());
                 answer
             }
@@ -312,10 +312,10 @@ impl Driver for Barlease {
 }
 
 /// Whether the hardware's COMMAND lacks the memory bit. A function that sleeps, or is in reset, is
-/// not asked: whoever wakes it or ends the reset asks it.
+/// not asked: the thread that wakes it or ends the reset asks it.
 ///
-/// With the core's lock held the core has not lent the bit. Without it, whoever may have lent it is
-/// counted; nothing good is believed then, and the lender asks when it is done.
+/// With the core's lock held the core has not lent the bit. Without it, the thread that may have
+/// lent it is counted; nothing good is believed then, and the lender asks when it is done.
 fn is_undecoded(function: &Function<'_>, access: &Access, lock: Option<&MemoryRead<'_>>) -> bool {
     if function.is_sleeping() || !access.may_ask() {
         return access.sampled().undecoded;
@@ -355,7 +355,7 @@ fn bracketed<R>(device: &Device<'_, Barlease>, event: Event, act: impl FnOnce() 
     let leases = &device.driver().leases;
     leases.begin(event, Wait::Yes);
     let result = act();
-    // `act` had the lock for writing, and waited as long for it.
+    // Unless the core refused it, `act` had the lock for writing, and waited as long for it.
     let lock = device.memory().read();
     leases.update(|access| {
         let sampled = sample(device, access, &lock);
@@ -377,8 +377,8 @@ pub(crate) fn notice_wake_up(device: &Device<'_, Barlease>) {
 
 #[cold]
 fn try_to_ask(device: Device<'_, Barlease>) {
-    // Whoever has the lock for writing asks when its own operation ends. To wait for it here would
-    // tie REVOKE of one lease to the importer of another, which a reset may be waiting for.
+    // A thread that has the lock for writing asks when its own operation ends. To wait for it here
+    // would tie REVOKE of one lease to the importer of another, which a reset may be waiting for.
     if let Some(lock) = device.memory().try_read() {
         ask(device, &lock);
     }
@@ -403,7 +403,8 @@ fn read_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut
     answer
 }
 
-/// Writes to config space, to what lies behind it, and to a device whose memory must not be touched.
+/// Writes to config space, to what lies behind it, and to a device whose memory must not be
+/// touched.
 #[inline(never)]
 fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
     let answer = if regions::region_of(*position) == CONFIG_REGION {

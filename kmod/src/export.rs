@@ -140,8 +140,8 @@ const CHUNK: usize = 32;
 
 /// Reads `count` ranges of a BAR: the size of a buffer of them, and where its pages are.
 ///
-/// All of them are read, whatever is wrong with one: that memory is not there comes first, then what is
-/// wrong with a range, and then that one overlaps what must not be exported.
+/// All of them are read, whatever is wrong with one: that memory is not there comes first, then
+/// what is wrong with a range, and then that one overlaps what must not be exported.
 #[inline(never)]
 fn place(
     driver: &Barlease,

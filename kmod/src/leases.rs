@@ -6,8 +6,9 @@
 //!
 //! From the outermost to the innermost:
 //!
-//! 1. the core's `memory_lock`, often held when we are called; in an mmap and in the close of a VMA the
-//!    `mmap_lock`, and under it [`Leases::bar_maps`], which is held while an internal buffer is made;
+//! 1. the core's `memory_lock`, often held when we are called; in an mmap and in the close of a VMA
+//!    the `mmap_lock`, and under it [`Leases::bar_maps`], which is held while an internal buffer is
+//!    made;
 //! 2. [`Buffer::live`](crate::buffer::Buffer), one a buffer: what looks at its dma-buf and its
 //!    release exclude each other with. Not held while importers are waited for;
 //! 3. the reservation lock of a dma-buf, often held by importers when we are called;
@@ -15,34 +16,35 @@
 //!    from or to user memory, an allocation, or a fault;
 //! 5. the P2P providers of the device, read while an importer finds out how it reaches the device;
 //! 6. [`Buffer::gate`](crate::buffer::Buffer), one a buffer: read by its faults, which already hold
-//!    the `mmap_lock` or the lock of a VMA; written, with nothing called meanwhile, by who waits for
-//!    those that have begun;
+//!    the `mmap_lock` or the lock of a VMA; written, with nothing called meanwhile, by a
+//!    thread that waits for the faults that have begun;
 //! 7. [`Leases::access`]: to change it and to ask for it, with nothing called meanwhile.
 //!
 //! Never taken: `memory_lock` in mmap, fault and `reset_prepare`, and never waited for in
 //! `reset_done` (a reader of it may be waiting for the `mmap_lock`, and a reset may come with it
 //! held); `access` by a thread that holds it.
 //!
-//! No tenant's fault takes a lock that another tenant's takes: who holds one may have lost its
-//! processor.
+//! No tenant's fault takes a lock that another tenant's takes: the thread that holds it may have
+//! lost its processor.
 //!
 //! # Taking memory away
 //!
 //! An event source begins its event, which shuts the door to new entries in page tables and new
 //! mappings of importers; drains what is there; lets the event happen; and ends it.
 //!
-//! The door is a word, [`Leases::reachable`], and one a buffer, whether it was revoked for good. Both
-//! are written before who takes away looks for what there is, and read
+//! The door is a word, [`Leases::reachable`], and one a buffer, whether it was revoked for good.
+//! The thread that takes memory away, the taker, writes them before it looks for what there is.
+//! They are read
 //!
-//! - by a fault with the gate of its buffer held until its entry is in. Who takes away passes the gate
+//! - by a fault with the gate of its buffer held until its entry is in. The taker passes the gate
 //!   before it zaps: a fault that came first is over then, one that comes later sees the word;
-//! - by an importer that maps with the reservation lock held until its mapping is counted, which who
-//!   takes away takes too, before it asks whether there is one.
+//! - by an importer that maps with the reservation lock held until its mapping is counted, which
+//!   the taker takes too, before it asks whether there is one.
 //!
-//! What nobody maps and nobody is attached to is passed over, by the counts of the buffers, and of all
-//! of them together. So these counts go up before the word is read, the word is written before they are
-//! read, and between the two there is a full barrier on either side (`Full`): one of the two sees the
-//! other.
+//! A buffer that nobody maps and nobody is attached to is passed over, by the counts of the
+//! buffers, and of all of them together. So these counts go up before the word is read, the word is
+//! written before they are read, and between the two there is a full barrier on either side
+//! (`Full`): one of the two sees the other.
 
 use crate::{
     buffer::{BarMaps, Buffer, Names, PATIENCE_MS, until_there_is_memory},
@@ -95,12 +97,14 @@ pub(crate) struct Leases {
     events: Arc<EventSlot>,
     /// See [`Self::has_untold`].
     untold: Flag,
-    /// VMAs that map its buffers, and importers attached to them: each is the sum of what the buffers count.
+    /// VMAs that map its buffers, and importers attached to them: each is the sum of what the
+    /// buffers count.
     vmas: Atomic<i64>,
     attachments: Atomic<i64>,
     #[pin]
     log_limit: Ratelimit,
-    /// Of its own: who is refused often must not keep warnings of importers out of the log.
+    /// Of its own: a process that is refused often must not keep warnings of importers out of the
+    /// log.
     #[pin]
     complaint_limit: Ratelimit,
 }
@@ -255,8 +259,8 @@ impl Leases {
     #[inline]
     pub(crate) fn update(&self, change: impl FnOnce(&mut Access)) {
         let mut access = self.access.lock();
-        // An owner that did not ask to hear of changes pays for one look. One that asks just now looks at
-        // the state after that, and so with `access` locked after this.
+        // An owner that did not ask to hear of changes pays for one look. One that asks just now
+        // looks at the state after that, and so with `access` locked after this.
         let before = self.events.is_set().then(|| access.clone());
         change(&mut access);
         self.asleep.set(access.is_stale());
@@ -292,8 +296,8 @@ impl Leases {
         self.access.lock().state(epoch, revoked)
     }
 
-    /// Whether the buffers of `epoch` may be touched, but for those that were revoked for good. Whose
-    /// answer that is for how long is said above.
+    /// Whether the buffers of `epoch` may be touched, but for those that were revoked for good.
+    /// Whose answer that is for how long is said above.
     #[inline]
     pub(crate) fn is_reachable(&self, epoch: Epoch) -> bool {
         epoch.is_reachable(peek(&self.reachable))
@@ -305,7 +309,8 @@ impl Leases {
         peek(&self.reachable) == NOTHING
     }
 
-    /// How often the door was opened: who sees another number than before knows that it was open.
+    /// How often the door was opened: a thread that sees another number than before knows that it
+    /// was open meanwhile.
     pub(crate) fn openings(&self) -> u64 {
         self.openings.load(Relaxed)
     }
@@ -315,8 +320,8 @@ impl Leases {
         self.access.lock().reasons_when_awake()
     }
 
-    /// One of its buffers has a VMA more, which it has counted; what is looked at after this is looked
-    /// at after both.
+    /// One of its buffers has a VMA more, which it has counted; what is looked at after this is
+    /// looked at after both.
     pub(crate) fn vma_opened(&self) {
         self.vmas.fetch_add(1, Full);
     }
@@ -339,7 +344,8 @@ impl Leases {
     /// Adds a buffer, which every drain from here on finds.
     pub(crate) fn add(&self, buffer: Arc<Buffer>) -> Result {
         let added = self.table.lock().insert(buffer);
-        // One that was not added is dropped without the lock. The kernel gives no inode number twice.
+        // One that was not added is dropped without the lock. The kernel gives no inode number
+        // twice.
         added.map_err(|_| EEXIST)
     }
 
@@ -356,9 +362,9 @@ impl Leases {
         self.table.lock().get(id).map(Into::into)
     }
 
-    /// Calls `f` with each buffer that is `wanted`, without a lock; `wanted` is asked with the table
-    /// locked. Buffers that are added meanwhile may be left out. Allocates nothing, since it must not
-    /// fail.
+    /// Calls `f` with each buffer that is `wanted`, without a lock; `wanted` is asked with the
+    /// table locked. Buffers that are added meanwhile may be left out. Allocates nothing, since it
+    /// must not fail.
     #[inline]
     pub(crate) fn for_each(
         &self,
@@ -395,9 +401,10 @@ impl Leases {
         }
     }
 
-    /// Fills `batch`, from its first place on, with buffers that are `wanted`, in ascending order of
-    /// their ids, from the id `from` on: the id to go on from, unless there are no more buffers. Looks
-    /// at a few only, so that an export or the end of a buffer does not wait long for the table.
+    /// Fills `batch`, from its first place on, with buffers that are `wanted`, in ascending order
+    /// of their ids, from the id `from` on: the id to go on from, unless there are no more buffers.
+    /// Looks at a few only, so that an export or the end of a buffer does not wait long for the
+    /// table.
     #[inline]
     pub(crate) fn look_up(
         &self,
@@ -435,12 +442,12 @@ impl Leases {
         }
     }
 
-    /// Tells the importers of every buffer, and then waits for the fences that were there and for the
-    /// mappings that have to go.
+    /// Tells the importers of every buffer, and then waits for the fences that were there and for
+    /// the mappings that have to go.
     ///
-    /// A fence that somebody adds later is not waited for, so nobody can make this last for ever. The
-    /// importers of a buffer that was revoked have been told, and its fences were looked at then: what is
-    /// left of that is waited for, and nothing that a holder adds to a dead lease.
+    /// A fence that somebody adds later is not waited for, so nobody can make this last for ever.
+    /// The importers of a buffer that was revoked have been told, and its fences were looked at
+    /// then: what is left of that is waited for, and nothing that a holder adds to a dead lease.
     #[inline(never)]
     fn drain_importers(&self, wait: Wait) {
         let mut fences = KVVec::new();
@@ -464,8 +471,8 @@ impl Leases {
         self.for_each(Buffer::is_attached, |buffer| buffer.wait());
     }
 
-    /// Whether importers are to be told that the thread which took memory away could not tell without
-    /// waiting for a lock that a process may hold.
+    /// Whether importers are to be told that the thread which took memory away could not tell
+    /// without waiting for a lock that a process may hold.
     pub(crate) fn has_untold(&self) -> bool {
         self.untold.get()
     }

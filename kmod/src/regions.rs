@@ -182,8 +182,8 @@ pub(crate) fn mmap(device: &Device<'_, Barlease>, vma: NewVma<'_>) -> Result {
     if bar >= u64::from(BARS) {
         return Ok(());
     }
-    // The core accepted it: the BAR is there, starts at a page, and holds the span. One that is smaller
-    // than a page has the page for itself.
+    // The core accepted it: the BAR is there, starts at a page, and holds the span. One that is
+    // smaller than a page has the page for itself.
     let number = bar as u32;
     let memory = device.bar(number)?;
     let size = memory.length().next_multiple_of(PAGE_SIZE);

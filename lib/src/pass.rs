@@ -45,8 +45,8 @@ const STEP: usize = 64 << 10;
 
 impl Lease {
     /// Sends the lease, with what is known of it. The receiver gets a descriptor of its own. Waits
-    /// until the socket has taken all of it; a blocking socket with a write time-out (`SO_SNDTIMEO`)
-    /// may end that.
+    /// until the socket has taken all of it; a blocking socket with a write time-out
+    /// (`SO_SNDTIMEO`) may end that.
     ///
     /// After an error the connection is of no more use.
     ///

@@ -30,7 +30,7 @@
 //!
 //! The core lends the memory bit of the hardware's COMMAND for the time of some operations
 //! (`vfio_pci_memory_lock_and_enable`), with its `memory_lock` held for writing. A bit that is lent
-//! must not be believed. So whoever samples holds that lock for reading. Where it cannot be had,
+//! must not be believed. So the thread that samples holds that lock for reading. Where it cannot be had,
 //! the sampler relies on the lenders having been counted ([`Access::lend`]), and believes nothing
 //! good while there is one ([`Access::is_lent`]).
 //!
@@ -287,8 +287,8 @@ impl Access {
     }
 
     /// Whether the function's config space may be read from the bus. A function that is in reset,
-    /// or whose link may be, does not answer, and that is an error of its port. Who ends the event
-    /// asks.
+    /// or whose link may be, does not answer, and that is an error of its port. The thread that
+    /// ends the event asks.
     pub fn may_ask(&self) -> bool {
         self.count(Event::Reset) == 0 && self.count(Event::Error) == 0
     }
@@ -298,7 +298,7 @@ impl Access {
         self.lenders = self.lenders.saturating_add(1);
     }
 
-    /// The operation is over. Whoever made it asks the device then, if what is known [is
+    /// The operation is over. The thread that made it asks the device then, if what is known [is
     /// stale](Self::is_stale).
     pub fn give_back(&mut self) {
         self.lenders = self.lenders.saturating_sub(1);
@@ -342,8 +342,9 @@ impl Access {
         })
     }
 
-    /// Why memory may not be touched by the owner of the device while something keeps the device awake:
-    /// low power that the owner asked for is suspended for that time, and its beginning waits for it.
+    /// Why memory may not be touched by the owner of the device while something keeps the device
+    /// awake: low power that the owner asked for is suspended for that time, and its beginning
+    /// waits for it.
     pub fn reasons_when_awake(&self) -> Reasons {
         let awake = Sampled {
             low_power: false,
@@ -358,13 +359,14 @@ impl Access {
             })
     }
 
-    /// Which epoch is open, in a word, for who looks without a lock: [`Epoch::of_word`].
+    /// Which epoch is open, in a word, for a look without a lock: [`Epoch::of_word`].
     pub const fn word(&self) -> u64 {
         if self.open { self.epoch } else { NOTHING }
     }
 
-    /// Which epoch's buffers may be touched now, in a word, for who looks without a lock:
-    /// [`Epoch::is_reachable`]. What was revoked for good may not be touched whatever it says.
+    /// Which epoch's buffers may be touched now, in a word, for a look without a lock:
+    /// [`Epoch::is_reachable`]. A buffer that was revoked for good may not be touched whatever it
+    /// says.
     pub fn reachable(&self) -> u64 {
         let events = self.events.iter().fold(0, |all, count| all | count);
         if self.open && events == 0 && !self.failed && self.sampled == Sampled::default() {

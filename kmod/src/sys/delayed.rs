@@ -2,8 +2,8 @@
 
 //! Work that is done a while later, by a thread of the kernel.
 //!
-//! `kernel::workqueue` lets queued work own its object; this one ends with its object instead, which
-//! must not outlive the module.
+//! `kernel::workqueue` lets queued work own its object; this one ends with its object instead,
+//! which must not outlive the module.
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 

@@ -28,9 +28,9 @@ pub(crate) const NAME_LEN: usize = bindings::BL_DMA_BUF_NAME_LEN as usize;
 ///
 /// # Safety
 ///
-/// [`Self::operations`] must return the same `static` each time, and [`Self::live`] the same one for a
-/// value. A value must be exported by one dma-buf only: what `make` returns to [`DmaBuf::export`] is
-/// new, and its `live` leads to the dma-buf that it was made for.
+/// [`Self::operations`] must return the same `static` each time, and [`Self::live`] the same one
+/// for a value. A value must be exported by one dma-buf only: what `make` returns to
+/// [`DmaBuf::export`] is new, and its `live` leads to the dma-buf that it was made for.
 pub(crate) unsafe trait Exporter: Send + Sync + Sized + 'static {
     /// What is guarded by the reservation lock of the dma-buf.
     type UnderResv: Send + 'static;
@@ -111,7 +111,8 @@ impl<T: Exporter> Operations<T> {
             if !peer_to_peer || !unsafe { bindings::dma_buf_attach_revocable(attachment) } {
                 return Err(errno::EOPNOTSUPP.into());
             }
-            // SAFETY: Who attaches has a reference to the dma-buf, whose operations are these.
+            // SAFETY: The importer that attaches has a reference to the dma-buf, whose operations
+            // are these.
             unsafe { Self::borrow(dmabuf) }.attach()?;
             Ok(0)
         })
@@ -124,7 +125,8 @@ impl<T: Exporter> Operations<T> {
         dmabuf: *mut bindings::dma_buf,
         _attachment: *mut bindings::dma_buf_attachment,
     ) {
-        // SAFETY: Who detaches has a reference to the dma-buf, whose operations are these.
+        // SAFETY: The importer that detaches has a reference to the dma-buf, whose operations are
+        // these.
         unsafe { Self::borrow(dmabuf) }.detach();
     }
 
@@ -224,14 +226,14 @@ impl DmaBuf {
             resv: core::ptr::null_mut(),
             priv_: Operations::<T>::unfinished(),
         };
-        // SAFETY: `info` is filled in; the operations are static and their owner is this module. All
-        // that can happen to a dma-buf that is in no descriptor table is its release, which looks
-        // whether there is something exported.
+        // SAFETY: `info` is filled in; the operations are static and their owner is this module.
+        // All that can happen to a dma-buf that is in no descriptor table is its release, which
+        // looks whether there is something exported.
         let dmabuf = from_err_ptr(unsafe { bindings::dma_buf_export(&info) })?;
         // INVARIANT: `dma_buf_export` returned the first reference.
         let mut this = Self(NonNull::new(dmabuf).ok_or(ENOMEM)?);
-        // SAFETY: `name` is as long as a name is at most. The dma-buf is in the kernel's list of all,
-        // and what walks that looks at names under their lock and at a pointer to one that is
+        // SAFETY: `name` is as long as a name is at most. The dma-buf is in the kernel's list of
+        // all, and what walks that looks at names under their lock and at a pointer to one that is
         // complete; nobody else has a reference, so nobody else changes the name.
         if !unsafe { bindings::bl_dma_buf_name_new(this.0.as_ptr(), name.as_ptr().cast()) } {
             return Err(ENOMEM);
@@ -355,7 +357,7 @@ struct Unreleased(NonNull<bindings::dma_buf>);
 unsafe impl Send for Unreleased {}
 
 impl<U: Send> Live<U> {
-    /// Waits for whoever has it locked.
+    /// Waits for the thread that has it locked.
     pub(crate) fn lock(&self) -> LiveGuard<'_> {
         LiveGuard(self.dmabuf.lock())
     }
@@ -383,8 +385,8 @@ impl LiveGuard<'_> {
 }
 
 impl LiveGuard<'_> {
-    /// Tells every importer that its mappings are to go, if there are any; `is_mapped` is asked with
-    /// the reservation lock held, when no mapping is being made.
+    /// Tells every importer that its mappings are to go, if there are any; `is_mapped` is asked
+    /// with the reservation lock held, when no mapping is being made.
     pub(crate) fn invalidate(&self, is_mapped: impl FnOnce() -> bool) {
         self.with_resv_locked(|dmabuf| {
             if is_mapped() {
@@ -454,7 +456,8 @@ impl LiveGuard<'_> {
             while !core::ptr::eq(node, head) {
                 // SAFETY: Every node but the head is that of an attachment.
                 let attachment = unsafe { container_of!(node, bindings::dma_buf_attachment, node) };
-                // SAFETY: The attachment is one of a dma-buf of ours, whose reservation lock is held.
+                // SAFETY: The attachment is one of a dma-buf of ours, whose reservation lock is
+                // held.
                 if wanted(unsafe { Note::of(attachment) }) {
                     // SAFETY: The device of an attachment is valid.
                     let name = unsafe { bindings::dev_name((*attachment).dev) };

@@ -54,8 +54,8 @@ impl EventSlot {
         !unsafe { place.read_volatile() }.is_null()
     }
 
-    /// Adds 1 to the eventfd, if there is one. Allocates nothing and does not sleep; may be called in
-    /// any context but that of a non-maskable interrupt.
+    /// Adds 1 to the eventfd, if there is one. Allocates nothing and does not sleep; may be called
+    /// in any context but that of a non-maskable interrupt.
     #[inline]
     pub(crate) fn signal(&self) {
         if self.is_set() {

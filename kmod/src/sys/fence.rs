@@ -67,8 +67,8 @@ pub(crate) struct FenceWatch {
     events: Option<Arc<EventSlot>>,
 }
 
-// SAFETY: By the type invariant no two threads touch `fence` at a time. The lock of the fence guards
-// `callback`.
+// SAFETY: By the type invariant no two threads touch `fence` at a time. The lock of the fence
+// guards `callback`.
 unsafe impl Send for FenceWatch {}
 // SAFETY: As above.
 unsafe impl Sync for FenceWatch {}
@@ -96,7 +96,8 @@ impl FenceWatch {
         // SAFETY: By the type invariant nobody else touches it now.
         unsafe { *self.fence.get() = Some(fence) };
         // SAFETY: The fence is valid, and stays so until `drop`, which takes the callback back. The
-        // callback is given to one fence only, and stays where it is: a watch is only made in place.
+        // callback is given to one fence only, and stays where it is: a watch is only made in
+        // place.
         let result = unsafe {
             bindings::dma_fence_add_callback(raw, self.callback.get(), Some(Self::signalled))
         };
@@ -141,8 +142,8 @@ impl PinnedDrop for FenceWatch {
         let Some(fence) = (unsafe { &*self.fence.get() }) else {
             return;
         };
-        // SAFETY: The callback was given to this fence, or refused by it, which makes an empty list of
-        // it. A callback that runs holds the lock that is taken here.
+        // SAFETY: The callback was given to this fence, or refused by it, which makes an empty list
+        // of it. A callback that runs holds the lock that is taken here.
         unsafe { bindings::dma_fence_remove_callback(fence.0.as_ptr(), self.callback.get()) };
     }
 }

@@ -178,7 +178,7 @@ bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name)
 		return false;
 	memcpy(copy, name, DMA_BUF_NAME_LEN - 1);
 	copy[DMA_BUF_NAME_LEN - 1] = '\0';
-	/* The dma-buf frees it. Whoever lists all dma-bufs looks at names under the lock. */
+	/* The dma-buf frees it. A list of all dma-bufs reads names under the lock. */
 	spin_lock(&dmabuf->name_lock);
 	dmabuf->name = copy;
 	spin_unlock(&dmabuf->name_lock);

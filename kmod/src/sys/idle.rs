@@ -2,7 +2,7 @@
 
 //! Waiting until nothing is under way.
 //!
-//! Who waits is found by the address of the count, so that one costs four bytes.
+//! The kernel finds the threads that wait by the address of the count, so a count costs four bytes.
 //!
 //! C header: [`include/linux/wait_bit.h`](srctree/include/linux/wait_bit.h)
 
@@ -29,7 +29,7 @@ impl Outstanding {
         unsafe { bindings::bl_count_up(self.0.get()) };
     }
 
-    /// One less, and all that it did can be seen by who then finds none.
+    /// One less. A thread that then finds none sees all that it did.
     pub(crate) fn end(&self) {
         // SAFETY: The count is valid.
         unsafe { bindings::bl_count_down(self.0.get()) };
@@ -47,8 +47,8 @@ impl Outstanding {
         unsafe { bindings::bl_count_read(self.0.get()) }
     }
 
-    /// Waits until there is none, or `milliseconds`: whether there is none. `EINTR` when a fatal signal
-    /// comes meanwhile; no other signal matters.
+    /// Waits until there is none, or `milliseconds`: whether there is none. `EINTR` when a fatal
+    /// signal comes meanwhile; no other signal matters.
     pub(crate) fn wait_killable(&self, milliseconds: u32) -> Result<bool> {
         // SAFETY: The count is valid while it is waited for.
         match unsafe { bindings::bl_count_wait_killable(self.0.get(), milliseconds) } {

@@ -13,7 +13,8 @@ pub(crate) enum Items<T> {
     Many(KVVec<T>),
 }
 
-/// Appends what `make` makes of each of `sources`, up to its first error, to a list with room for them.
+/// Appends what `make` makes of each of `sources`, up to its first error, to a list with room for
+/// them.
 pub(crate) fn append<T: Copy, S, E>(
     items: &mut KVVec<T>,
     sources: &[S],

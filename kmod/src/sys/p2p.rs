@@ -3,9 +3,10 @@
 //! Peer-to-peer DMA: the device memory of one function, mapped for another device.
 //!
 //! The stock helper `dma_buf_phys_vec_to_sgt()` is not used for the mappings themselves. Of several
-//! ranges it links each at offset 0 of the IOVA (Linux 7.2 and 7.3-rc7: `EADDRINUSE` from the second
-//! on). And when it undoes a mapping, Linux 7.2 leaves the translations to a lazy IOMMU, the usual
-//! kind, for 10 ms: DMA that is under way still lands. Here a mapping that was undone is blocked.
+//! ranges it links each at offset 0 of the IOVA (Linux 7.2 and 7.3-rc7: `EADDRINUSE` from the
+//! second on). And when it undoes a mapping, Linux 7.2 leaves the translations to a lazy IOMMU, the
+//! usual kind, for 10 ms: DMA that is under way still lands. Here a mapping that was undone is
+//! blocked.
 //!
 //! How a pair of devices reaches each other only the stock helper can tell (its
 //! `pci_p2pdma_map_type()` is not exported): one page is mapped by it. What came out is an I/O
@@ -86,7 +87,7 @@ impl Providers {
         self.present.store(present, Relaxed);
     }
 
-    /// Waits for who uses a provider, and makes all other use impossible.
+    /// Waits for the threads that use a provider, and makes all other use impossible.
     pub(super) fn clear(&self) {
         let mut bars = self.bars.write();
         *bars = [const { None }; BARS];
@@ -195,8 +196,8 @@ enum Route {
 
 /// What is noted of an attachment, in its `priv`: no memory.
 ///
-/// Its low two bits are the route, once that is known; the others count its mappings. Zero is that of a
-/// new attachment. The reservation lock guards it.
+/// Its low two bits are the route, once that is known; the others count its mappings. Zero is that
+/// of a new attachment. The reservation lock guards it.
 #[derive(Clone, Copy)]
 pub(super) struct Note(usize);
 
@@ -298,14 +299,15 @@ impl<'a> Importer<'a> {
 
     fn set_note(&mut self, note: Note) {
         let number = core::ptr::without_provenance_mut(note.0);
-        // SAFETY: The attachment is valid; `priv` is the exporter's, and the reservation lock guards it.
+        // SAFETY: The attachment is valid; `priv` is the exporter's, and the reservation lock
+        // guards it.
         unsafe { (*self.attachment).priv_ = number };
     }
 
     /// Maps `runs` of `bar`. `EINVAL` where a run is not in it, where the importer cannot name its
     /// addresses, or where its IOMMU cannot map single pages.
     ///
-    /// The device must not be closed meanwhile: who closes it waits for the reservation lock.
+    /// The device must not be closed meanwhile: a close waits for the reservation lock.
     pub(crate) fn map(
         &mut self,
         providers: &Providers,

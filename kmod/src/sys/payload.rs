@@ -152,7 +152,8 @@ impl PayloadReader {
     }
 }
 
-/// A structure of the uAPI, for who wants to know of the kernel crate that it may be any bytes.
+/// Gives any [`Payload`] the kernel crate's `FromBytes`, which the orphan rule does not let us
+/// implement for `T`.
 #[repr(transparent)]
 struct Pod<T>(T);
 

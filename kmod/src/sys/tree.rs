@@ -33,8 +33,8 @@ pub(crate) trait Item: Send + Sync + Sized + 'static {
 /// # Invariants
 ///
 /// While the item is in a tree, `item` is the reference that the tree owns, from
-/// [`Arc::into_foreign`], and `node` is linked into that tree; otherwise `item` is null. Both change
-/// only with exclusive access to the tree.
+/// [`Arc::into_foreign`], and `node` is linked into that tree; otherwise `item` is null. Both
+/// change only with exclusive access to the tree.
 #[repr(C)]
 pub(crate) struct Links<T> {
     // First, so that a pointer to it is one to the whole.
@@ -138,8 +138,8 @@ impl<T: Item> Tree<T> {
         let node = links.node.get();
         let slot = links.item.get();
         // INVARIANT: The tree owns this reference from here on.
-        // SAFETY: `taken` was 0, so the item was in no tree, and is in this one now, which is borrowed
-        // exclusively.
+        // SAFETY: `taken` was 0, so the item was in no tree, and is in this one now, which is
+        // borrowed exclusively.
         unsafe { *slot = item.into_foreign() };
         // SAFETY: `place` is where a child of `parent` belongs; the node is in no tree.
         unsafe { bindings::rb_link_node(node, parent, place) };
@@ -162,7 +162,8 @@ impl<T: Item> Tree<T> {
         unsafe { bindings::rb_erase(node, &mut self.root) };
         let links = node.cast::<Links<T>>();
         // INVARIANT: In no tree from here on.
-        // SAFETY: The item is alive, and its links belong to this tree, which is borrowed exclusively.
+        // SAFETY: The item is alive, and its links belong to this tree, which is borrowed
+        // exclusively.
         let item = unsafe { core::mem::replace(&mut *(*links).item.get(), ptr::null_mut()) };
         // SAFETY: By the type invariant the tree owned this reference, and gives it up.
         let item: Arc<T> = unsafe { Arc::from_foreign(item) };
@@ -211,7 +212,8 @@ impl<T: Item> Drop for Tree<T> {
     fn drop(&mut self) {
         while let Some(key) = self.iter_from(0).next().map(|item| item.key()) {
             if self.remove(key).is_none() {
-                // The key of an item has changed: what is left is not freed, rather than freed twice.
+                // The key of an item has changed: what is left is not freed, rather than freed
+                // twice.
                 return;
             }
         }

@@ -78,8 +78,8 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// A function is being bound; it is not open.
     fn bind(function: &Function<'_>, providers: Arc<Providers>) -> Result<Arc<Self>>;
 
-    /// The function is about to be unbound. It may be open, and then stays so until its user closes it.
-    /// Called again every 10 seconds meanwhile.
+    /// The function is about to be unbound. It may be open, and then stays so until its user closes
+    /// it. Called again every 10 seconds meanwhile.
     fn unbinding(&self, function: &Function<'_>);
 
     /// The first fd of the device is about to be opened, and the function to be enabled and reset.
@@ -193,8 +193,8 @@ impl UserBuffer {
 
 /// The answer to a read or a write: bytes, or a negative errno.
 ///
-/// The core's is passed on without a look at it: an access of four bytes to a BAR is little more than
-/// its system call.
+/// The core's is passed on without a look at it: an access of four bytes to a BAR is little more
+/// than its system call.
 #[repr(transparent)]
 #[must_use]
 pub(crate) struct Answer(isize);
@@ -457,7 +457,7 @@ impl<'a> MemorySem<'a> {
         }
     }
 
-    /// Waits for whoever changes something, and locks for reading.
+    /// Waits for the thread that changes something, and locks for reading.
     pub(crate) fn read(self) -> MemoryRead<'a> {
         // SAFETY: By the type invariant.
         unsafe { bindings::down_read(self.sem) };
@@ -590,8 +590,8 @@ impl<'a, D: Driver> Device<'a, D> {
     pub(crate) fn memory_is_off(&self) -> bool {
         // SAFETY: The virtual config space is there while the device is open.
         let vconfig = unsafe { (*self.core()).vconfig };
-        // SAFETY: As above; it is at least as long as a config header. COMMAND may change at any time,
-        // so it is read once; its memory bit is in the low byte.
+        // SAFETY: As above; it is at least as long as a config header. COMMAND may change at any
+        // time, so it is read once; its memory bit is in the low byte.
         let command = unsafe { vconfig.add(bindings::PCI_COMMAND as usize).read_volatile() };
         self.bound().has_memory_bit && u32::from(command) & bindings::PCI_COMMAND_MEMORY == 0
     }
@@ -1060,8 +1060,8 @@ impl<D: Driver> Vtable<D> {
     ///
     /// # Safety
     ///
-    /// The function must be bound during the call, which is so in an error handler, in `remove` and in
-    /// `sriov_configure` (the device lock is held), in an operation of its PM domain, and in its
+    /// The function must be bound during the call, which is so in an error handler, in `remove` and
+    /// in `sriov_configure` (the device lock is held), in an operation of its PM domain, and in its
     /// notifier.
     unsafe fn with_driver(pdev: *mut bindings::pci_dev, f: impl FnOnce(&D, &Function<'_>)) {
         // SAFETY: Same requirements.
@@ -1106,7 +1106,8 @@ impl<D: Driver> Vtable<D> {
         let woken = |layout: &Layout<D>, driver: &D, function: &Function<'_>| {
             // SAFETY: Computes an address inside of the device.
             let engaged = unsafe { &raw const (*layout.core.get()).pm_runtime_engaged };
-            // SAFETY: It may change at any time, so it is read once. Whoever changes it asks again.
+            // SAFETY: It may change at any time, so it is read once. The thread that changes it
+            // asks again.
             let engaged = unsafe { engaged.read_volatile() };
             driver.woken(function, layout.memory(), engaged);
         };
@@ -1145,8 +1146,8 @@ impl<D: Driver> Vtable<D> {
 
     /// # Safety
     ///
-    /// To be called by the PCI core only, as `pci_error_handlers.reset_prepare` of a function that is
-    /// bound to the driver.
+    /// To be called by the PCI core only, as `pci_error_handlers.reset_prepare` of a function that
+    /// is bound to the driver.
     unsafe extern "C" fn reset_prepare(pdev: *mut bindings::pci_dev) {
         // SAFETY: `pdev` is valid.
         unsafe { bindings::bl_pci_log_reset(pdev, false) };
@@ -1183,8 +1184,8 @@ impl<D: Driver> Vtable<D> {
 
     /// # Safety
     ///
-    /// To be called by the PCI core only, as `pci_error_handlers.error_detected` of a function that is
-    /// bound to the driver.
+    /// To be called by the PCI core only, as `pci_error_handlers.error_detected` of a function that
+    /// is bound to the driver.
     unsafe extern "C" fn error_detected(
         pdev: *mut bindings::pci_dev,
         state: bindings::pci_channel_state_t,

@@ -327,7 +327,8 @@ impl NewVma<'_> {
         unsafe { bindings::bl_vma_may_share(self.vma) }
     }
 
-    /// Lets it allow no more than `file` does; `EACCES` when it is to be written and the file is not.
+    /// Lets it allow no more than `file` does; `EACCES` when it is to be written and the file is
+    /// not.
     pub(super) fn allow_no_more_than(&self, file: *const bindings::file) -> Result {
         // SAFETY: `vma` is valid and locked for writing during mmap; so is the file, by the caller.
         to_result(unsafe { bindings::bl_vma_no_more_than(self.vma, file) })
