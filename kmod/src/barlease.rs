@@ -9,6 +9,9 @@
 //! The parts, from the outside in:
 //!
 //! - [`driver`]: which operation of a device does what to its leases;
+//! - [`features`]: the private features that are about one buffer, and EVENTS;
+//! - [`sampling`]: what the device says of its memory, and when it is asked;
+//! - [`bound`]: what there is of a function from its bind to its unbind;
 //! - [`door`]: whether a read or a write through the device fd may reach a BAR;
 //! - [`export`]: makes a buffer of what a process asks for;
 //! - [`regions`]: mmap of BARs through the device fd, and aliases;
@@ -31,16 +34,19 @@ mod abi;
 #[allow(dead_code, unreachable_pub)]
 mod model;
 
+mod bound;
 mod buffer;
 mod debugfs;
 mod denylist;
 mod door;
 mod driver;
 mod export;
+mod features;
 mod leases;
 mod list;
 mod msix;
 mod regions;
+mod sampling;
 mod sys;
 
 use sys::vfio_pci::Registration;
@@ -63,7 +69,7 @@ module! {
 #[pin_data]
 struct Module {
     #[pin]
-    registration: Registration<driver::Barlease>,
+    registration: Registration<bound::Barlease>,
     // Dropped last: its files are those of bound functions.
     _debugfs: sys::debugfs_root::Root,
 }

@@ -12,15 +12,20 @@
 //! An access that saw an open door may still be on its way when the event begins.
 
 use crate::{
-    driver::{self, Barlease},
+    bound::Barlease,
     model::access::Reasons,
-    regions,
+    sampling,
     sys::vfio_pci::{Answer, BARS, Device, OFFSET_SHIFT, UserBuffer},
 };
 use kernel::{
     prelude::*,
     time::{Delta, delay::fsleep},
 };
+
+/// The region index at a position in the device fd.
+pub(crate) fn region_of(position: i64) -> u64 {
+    position as u64 >> OFFSET_SHIFT
+}
 
 /// Which way bytes go.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,7 +56,7 @@ pub(crate) fn access(
     position: &mut i64,
     way: Way,
 ) -> Answer {
-    let region = regions::region_of(*position);
+    let region = region_of(*position);
     if region >= u64::from(BARS) || !device.driver().leases().is_shut() {
         return way.pass(device, buffer, position);
     }
@@ -59,7 +64,7 @@ pub(crate) fn access(
     // since what the device says of itself counts when it is awake. If that fails it fails in the
     // core, too.
     let _awake = device.wake();
-    driver::notice_wake_up(device);
+    sampling::notice_wake_up(device);
     if is_open(device) {
         return way.pass(device, buffer, position);
     }

@@ -4,8 +4,9 @@
 
 use crate::{
     PAGE_SHIFT, PAGE_SIZE, abi,
+    bound::Barlease,
     buffer::{Buffer, Contents},
-    driver::{Barlease, check_feature},
+    features::check_feature,
     leases::Leases,
     model::ranges::{Placement, RangeError, Segment},
     msix::Protected,

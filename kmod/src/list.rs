@@ -4,8 +4,9 @@
 
 use crate::{
     abi,
+    bound::Barlease,
     buffer::Buffer,
-    driver::{Barlease, check_feature},
+    features::check_feature,
     leases::BATCH,
     sys::{
         payload::{PayloadWriter, UserPayload},

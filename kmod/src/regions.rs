@@ -10,9 +10,10 @@
 
 use crate::{
     PAGE_SHIFT, PAGE_SIZE, abi,
+    bound::Barlease,
     buffer::{Buffer, Contents},
-    door::{self, Way},
-    driver::{Barlease, check_feature},
+    door::{self, Way, region_of},
+    features::check_feature,
     model::{
         alias::{Alias, MAX_ALIASES},
         ranges::Segment,
@@ -35,11 +36,6 @@ use kernel::prelude::*;
 
 /// Bits of a page offset of the device fd that are the offset in a region.
 const PAGE_OFFSET_BITS: u32 = OFFSET_SHIFT - PAGE_SHIFT;
-
-/// The region index at a position in the device fd.
-pub(crate) fn region_of(position: i64) -> u64 {
-    position as u64 >> OFFSET_SHIFT
-}
 
 /// The mapping flags that an alias of a BAR may have here.
 fn supported_flags() -> u32 {

@@ -625,7 +625,7 @@ impl World {
         this.in_table = true;
     }
 
-    /// `driver::is_undecoded`.
+    /// `sampling::is_undecoded`.
     fn is_undecoded(&mut self, look: Look) -> bool {
         let asks = !self.device.sleeping && self.access.may_ask();
         if !asks && look != Look::Always {
@@ -635,7 +635,7 @@ impl World {
         look == Look::Counted && self.access.is_lent() || !self.device.says_it_decodes()
     }
 
-    /// `driver::sample`.
+    /// `sampling::sample`.
     fn sample(&mut self, look: Look) -> Sampled {
         let memory_off = !self.device.memory;
         Sampled {
@@ -646,7 +646,7 @@ impl World {
         }
     }
 
-    /// `driver::resample`.
+    /// `sampling::resample`.
     fn resample(&mut self, look: Look) {
         if self.access.epoch().is_none() {
             return;

@@ -648,9 +648,9 @@ impl Builder {
 // ---- kmod/src/driver.rs -------------------------------------------------------------------------
 
 impl Builder {
-    /// `driver::bracketed`: `act` in an event, then what the device says now.
+    /// `sampling::bracketed`: `act` in an event, then what the device says now.
     fn bracketed(&mut self, event: Event, act: impl FnOnce(&mut Self)) {
-        self.within("driver::bracketed", |this| {
+        self.within("sampling::bracketed", |this| {
             this.begin(event);
             act(this);
             if this.has(Bug::SampleBeforeTheLock) {
@@ -680,12 +680,12 @@ impl Builder {
         }
     }
 
-    /// `driver::notice_wake_up`, `driver::ask`.
+    /// `sampling::notice_wake_up`, `sampling::ask`.
     fn notice_wake_up(&mut self) {
         if self.has(Bug::NoNotice) {
             return;
         }
-        self.within("driver::notice_wake_up", |this| {
+        self.within("sampling::notice_wake_up", |this| {
             let awake = this.unless(Cond::IsAsleep);
             if this.has(Bug::AskDoesNotLock) {
                 this.update(Change::Sample(Look::Careless));
@@ -701,12 +701,12 @@ impl Builder {
         });
     }
 
-    /// `driver::ask` after LOW_POWER_EXIT, which waits for the lock.
+    /// `sampling::ask` after LOW_POWER_EXIT, which waits for the lock.
     fn ask(&mut self) {
         if self.has(Bug::NoNotice) || self.has(Bug::ExitTriesTheLock) {
             return self.notice_wake_up();
         }
-        self.within("driver::ask", |this| {
+        self.within("sampling::ask", |this| {
             let look = this.look();
             this.locked(Lock::Memory, Mode::Read, |this| {
                 this.update(Change::Sample(look));
@@ -714,7 +714,7 @@ impl Builder {
         });
     }
 
-    /// The end of an event whose caller must not wait: `driver::resample` with the lock, or with
+    /// The end of an event whose caller must not wait: `sampling::resample` with the lock, or with
     /// lenders counted.
     fn end_and_resample(&mut self, event: Event) {
         let half = self.has(Bug::HalfAwakeIsAwake);

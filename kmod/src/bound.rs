@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What there is of a function from its bind to its unbind.
+
+use crate::{
+    debugfs::BuffersFile,
+    leases::Leases,
+    model::{alias::Aliases, tph::Completer},
+    msix::Protected,
+    sys::{delayed::Delayed, flag::Flag, p2p::Providers, params, vfio_pci::Function},
+};
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{Arc, Mutex},
+};
+
+/// A bound function.
+#[pin_data]
+pub(crate) struct Barlease {
+    leases: Arc<Leases>,
+    completer: Completer,
+    #[pin]
+    aliases: Mutex<Aliases>,
+    /// Of the time since the device was opened: what of its BARs is protected, whether the kernel's
+    /// own exporter answers feature 11, and whether somebody has asked about aliases.
+    #[pin]
+    protected: Mutex<Protected>,
+    stock_dma_buf: Flag,
+    knows_aliases: Flag,
+    /// Warns of what drains with nobody waiting for it.
+    #[pin]
+    left_draining: Delayed<Leases>,
+    _buffers_file: Pin<KBox<BuffersFile>>,
+}
+
+impl Barlease {
+    /// A function that is being bound, and is not open.
+    pub(crate) fn new(function: &Function<'_>, providers: Arc<Providers>) -> Result<Arc<Self>> {
+        let leases = Leases::new(function.name(), providers)?;
+        let buffers_file = BuffersFile::new(&leases)?;
+        Arc::pin_init(
+            try_pin_init!(Self {
+                left_draining <- Delayed::new(leases.clone()),
+                leases,
+                completer: Completer::from_device_capabilities2(function.device_capabilities2()),
+                aliases <- new_mutex!(Aliases::default(), "barlease::aliases"),
+                protected <- new_mutex!(Protected::nothing(), "barlease::protected"),
+                stock_dma_buf: Flag::new(),
+                knows_aliases: Flag::new(),
+                _buffers_file: buffers_file,
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// It was opened: what holds for this open is found out, but for the state of its memory.
+    pub(crate) fn opened(&self, function: &Function<'_>) {
+        self.aliases.lock().clear();
+        *self.protected.lock() = Protected::of(function);
+        self.stock_dma_buf.set(params::stock_dma_buf());
+        self.knows_aliases.set(false);
+    }
+
+    /// What it has leased.
+    pub(crate) fn leases(&self) -> &Arc<Leases> {
+        &self.leases
+    }
+
+    /// Further region indexes of its BARs.
+    pub(crate) fn aliases(&self) -> &Mutex<Aliases> {
+        &self.aliases
+    }
+
+    /// What it does not lease, since it was opened.
+    pub(crate) fn protected(&self) -> Protected {
+        *self.protected.lock()
+    }
+
+    /// Whether somebody has asked about aliases since it was opened. The word is set by the first
+    /// question.
+    pub(crate) fn knows_aliases(&self) -> &Flag {
+        &self.knows_aliases
+    }
+
+    /// Whether the kernel's own exporter answers feature 11, since it was opened.
+    pub(crate) fn stock_dma_buf(&self) -> bool {
+        self.stock_dma_buf.get()
+    }
+
+    /// What it says of the steering tags that it takes.
+    pub(crate) fn completer(&self) -> Completer {
+        self.completer
+    }
+
+    /// What warns of buffers that drain with nobody waiting for it.
+    pub(crate) fn left_draining(&self) -> &Delayed<Leases> {
+        &self.left_draining
+    }
+}
