@@ -36,6 +36,7 @@ pub mod cgroup;
 pub mod errno;
 #[expect(unsafe_code, reason = "finit_module, fork, sched_setaffinity")]
 pub mod faults;
+pub mod holder;
 #[expect(unsafe_code, reason = "ioctls, delete_module")]
 pub mod importer;
 #[expect(unsafe_code, reason = "ioctls and fds by number")]

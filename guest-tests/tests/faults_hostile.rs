@@ -2,9 +2,7 @@
 #![cfg(barlease_guest)]
 
 use std::{
-    fs::{self, File},
-    os::fd::AsFd,
-    sync::atomic::Ordering,
+    fs,
     time::{Duration, Instant},
 };
 
@@ -12,9 +10,9 @@ use barlease_abi::MEMATTR_WC;
 use barlease_guest_tests::{
     HUGE, PAGE,
     cgroup::Cgroup,
-    errno::EFAULT,
+    holder::{self, Slow},
     importer::check_that_nothing_is_left,
-    map::{How, Map, READ, READ_WRITE, shared_words},
+    map::{How, Map, READ, READ_WRITE},
     observe,
     probe::{self, MemoryType},
     process::{self, Child, End},
@@ -132,36 +130,22 @@ fn memory_is_taken_from_a_holder_that_sleeps(huge_pages: bool, skew: u64) {
     };
     let device = Device::open("big");
     let fd = device.export(BIG_BAR, &[(0, LEASE)]).unwrap();
-    let zeros = File::open("/dev/zero").expect("/dev/zero");
-    let words = shared_words(2);
-    let [stop, rounds] = [&words[0], &words[1]];
-    let holder = Child::start(&[fd.as_fd(), zeros.as_fd()], |link| {
-        if !huge_pages {
-            process::turn_off_huge_pages();
-        }
-        group.enter();
-        // More than the limit that comes, and not to be reclaimed: there is no swap.
-        let ballast = Map::anonymous(48 << 20);
-        for at in (0..ballast.len()).step_by(PAGE as usize) {
-            ballast.write(at, 1).expect("memory");
-        }
-        link.send(1);
-        link.expect(2);
-        while stop.load(Ordering::Relaxed) == 0 {
-            let how = How::shared().align(HUGE).skew(skew);
-            let map = how.map(&fd, 0, LEASE).expect("a mapping");
-            let all = (0..LEASE / HUGE).map(|index| index * HUGE + PAGE);
-            match map.receive_zeros_at(&zeros, all) {
-                // Ended early where memory was taken away.
-                Ok(_) | Err(EFAULT) => {}
-                Err(error) => panic!("readv: {error:?}"),
-            }
-            rounds.fetch_add(1, Ordering::Relaxed);
-        }
-    });
-    holder.link.expect(1);
-    group.set("memory.high", "1M");
-    holder.link.send(2);
+    let slow = Slow {
+        huge_pages,
+        skew,
+        tight: true,
+    };
+    let (longest, rounds) = holder::meanwhile(&group, &fd, LEASE, slow, || longest_wait(&device));
+    assert!(rounds > 0);
+    assert!(
+        group.events("high") > 0,
+        "the holder was never above its limit"
+    );
+    assert!(longest < LONG, "the owner waited {longest:?}");
+}
+
+/// The longest time that it takes to take memory away, of some.
+fn longest_wait(device: &Device) -> Duration {
     let mut longest = Duration::ZERO;
     let end = Instant::now() + Duration::from_secs(10);
     while Instant::now() < end {
@@ -172,14 +156,7 @@ fn memory_is_taken_from_a_holder_that_sleeps(huge_pages: bool, skew: u64) {
         // So that the holder comes far.
         std::thread::sleep(Duration::from_millis(200));
     }
-    stop.store(1, Ordering::Relaxed);
-    holder.join();
-    assert!(rounds.load(Ordering::Relaxed) > 0);
-    assert!(
-        group.events("high") > 0,
-        "the holder was never above its limit"
-    );
-    assert!(longest < LONG, "the owner waited {longest:?}");
+    longest
 }
 
 #[test]
