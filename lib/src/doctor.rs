@@ -250,7 +250,7 @@ impl Doctor {
             return fail(
                 "group",
                 "the device is in no IOMMU group",
-                "turn the IOMMU on, in the firmware and with intel_iommu=on or amd_iommu=on",
+                "turn the IOMMU on: in the firmware, and on Intel with intel_iommu=on",
             );
         };
         let obstacles: Vec<String> = pci

@@ -68,8 +68,12 @@ impl PciDevice {
     /// Whether its driver is a vfio driver.
     #[must_use]
     pub fn is_vfio(&self) -> bool {
-        // Kernels before 6.1 have no `vfio-dev`.
-        self.vfio.is_some() || self.driver.as_deref().is_some_and(|d| d.contains("vfio"))
+        // Kernels before 6.1 have no `vfio-dev`. A variant driver is named after what it is one of.
+        let is_its_name = |driver: &str| {
+            let driver = driver.replace('_', "-");
+            driver == "vfio-pci" || driver.ends_with("-vfio-pci")
+        };
+        self.vfio.is_some() || self.driver.as_deref().is_some_and(is_its_name)
     }
 
     /// Whether its driver is Barlease's.
@@ -140,10 +144,15 @@ impl Pci {
         if !path.is_dir() {
             return Err(Error::NoDevice { bdf });
         }
+        // One whose ids cannot be read is going away.
+        let id = |file: &str| {
+            let id = hex(&path.join(file)).and_then(|id| u16::try_from(id).ok());
+            id.ok_or(Error::NoDevice { bdf })
+        };
         Ok(PciDevice {
             bdf,
-            vendor: hex(&path.join("vendor")).unwrap_or_default() as u16,
-            device: hex(&path.join("device")).unwrap_or_default() as u16,
+            vendor: id("vendor")?,
+            device: id("device")?,
             class: hex(&path.join("class")).unwrap_or_default(),
             driver: link_name(&path.join("driver")),
             driver_override: self.driver_override(bdf),
@@ -284,6 +293,10 @@ impl Pci {
     /// the device; [`Error::Denied`]; [`Error::Io`].
     pub fn bind(&self, bdf: Bdf, driver: &str) -> Result<()> {
         let before = self.device(bdf)?;
+        // A name, not a path: it becomes a part of one.
+        if driver.is_empty() || driver.starts_with('.') || driver.contains('/') {
+            return Err(invalid(bdf, format!("{driver:?} is no name of a driver")));
+        }
         if !self.driver_path(driver).is_dir() {
             let remedy = if driver == abi::DRIVER_NAME {
                 format!("load it with `modprobe {}`", abi::MODULE_NAME)

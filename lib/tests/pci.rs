@@ -176,6 +176,41 @@ fn a_driver_that_is_not_loaded_is_refused_before_anything_is_changed() {
 }
 
 #[test]
+fn a_path_is_no_name_of_a_driver() {
+    let fake = Fake::new(false);
+    for name in ["../nvme", "", ".", "a/b"] {
+        let error = fake.pci().bind(fake.bdf, name).unwrap_err();
+        assert!(error.to_string().contains("no name"), "{error}");
+    }
+}
+
+#[test]
+fn a_device_whose_ids_cannot_be_read_is_going_away() {
+    for value in ["", "0x12345\n", "vendor\n"] {
+        let fake = Fake::new(false);
+        fs::write(fake.device().join("vendor"), value).unwrap();
+        let error = fake.pci().device(fake.bdf).unwrap_err();
+        assert!(matches!(error, Error::NoDevice { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_driver_is_one_of_vfio_by_its_whole_name() {
+    let fake = Fake::new(false);
+    let mut device = fake.pci().device(fake.bdf).unwrap();
+    for (driver, is_vfio) in [
+        ("vfio-pci", true),
+        ("mlx5_vfio_pci", true),
+        ("barlease-vfio-pci", true),
+        ("novfio", false),
+        ("vfio-pci-lookalike", false),
+    ] {
+        device.driver = Some(driver.to_owned());
+        assert_eq!(device.is_vfio(), is_vfio, "{driver}");
+    }
+}
+
+#[test]
 fn a_host_driver_is_not_unbound() {
     let fake = Fake::new(false);
     assert!(matches!(
