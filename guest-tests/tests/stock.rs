@@ -9,8 +9,9 @@ use std::{
 };
 
 use barlease_abi::{
-    FEATURE_ALIAS_REGION, FEATURE_DMA_BUF_MEMATTR, FEATURE_DMA_BUF_REVOKE, FEATURE_DMA_BUF_STATUS,
-    FEATURE_DMA_BUF_STOCK, FEATURE_DMA_BUF_TPH,
+    FEATURE_ALIAS_REGION, FEATURE_DMA_BUF_LIST, FEATURE_DMA_BUF_MEMATTR, FEATURE_DMA_BUF_REVOKE,
+    FEATURE_DMA_BUF_REVOKE_ID, FEATURE_DMA_BUF_STATUS, FEATURE_DMA_BUF_STOCK, FEATURE_DMA_BUF_TPH,
+    FEATURE_EVENTS,
 };
 use barlease_guest_tests::{
     PAGE,
@@ -389,7 +390,7 @@ fn features_of_the_kernel_are_probed_the_same() {
 #[test]
 fn an_unknown_feature_is_enotty() {
     let device = Device::open("display");
-    for feature in [0x7fff, 0xb9ff, 0xba06, 0xba10, 0xbaff, 0xbb00, 0xffff] {
+    for feature in [0x7fff, 0xb9ff, 0xba09, 0xba10, 0xbaff, 0xbb00, 0xffff] {
         for operation in [PROBE, PROBE | GET, PROBE | SET, GET, SET] {
             let answer = device.feature(operation | feature, &mut [0; 64]);
             assert_eq!(answer, Err(ENOTTY), "{feature:#x} {operation:#x}");
@@ -407,6 +408,9 @@ fn stock_vfio_pci_has_none_of_the_private_features() {
         FEATURE_ALIAS_REGION,
         FEATURE_DMA_BUF_STATUS,
         FEATURE_DMA_BUF_STOCK,
+        FEATURE_DMA_BUF_LIST,
+        FEATURE_DMA_BUF_REVOKE_ID,
+        FEATURE_EVENTS,
     ] {
         assert_eq!(device.probe(feature, 0), Err(ENOTTY), "{feature:#x}");
     }
