@@ -231,8 +231,7 @@ impl Buffer {
             return Err(errno::EBADFD.into());
         }
         if self.is_attached() {
-            self.tell();
-            if let Some(fence) = self.fences() {
+            if let Some(fence) = self.tell_and_look() {
                 self.revocation.arm(fence);
             }
         }
@@ -395,13 +394,20 @@ impl Buffer {
         live.is_some_and(|live| live.try_invalidate(|| self.mappings.any()))
     }
 
-    /// One fence for all that its importers, and those that were told before, still do with it.
+    /// Tells its importers as `tell`: one fence for all that they, and those that were told before,
+    /// still do with it.
     ///
     /// Fences are looked at once in each event that takes the memory away: a process can go on
     /// adding some for ever (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`), and need not even be an importer
     /// for it.
-    pub(crate) fn fences(&self) -> Option<Fence> {
-        until_there_is_memory(|| self.live.lock().fences())
+    pub(crate) fn tell_and_look(&self) -> Option<Fence> {
+        let live = self.live.lock();
+        let look = live.invalidate_and_look(|| self.mappings.any());
+        drop(live);
+        match look {
+            Ok(fence) => fence,
+            Err(_) => until_there_is_memory(|| self.live.lock().fences()),
+        }
     }
 
     /// Waits until its importers have undone their mappings, and, of a buffer that was revoked,

@@ -52,7 +52,7 @@ use crate::{
     sys::{
         delayed::Later,
         eventfd::EventSlot,
-        fence::FenceWatch,
+        fence::{Fence, FenceWatch},
         flag::{Flag, peek},
         p2p::Providers,
         ratelimit::Ratelimit,
@@ -456,8 +456,9 @@ impl Leases {
                 return;
             }
             if wait == Wait::Yes {
-                buffer.tell();
-                watch_fences(buffer, &mut fences);
+                if let Some(fence) = buffer.tell_and_look() {
+                    watch(buffer, fence, &mut fences);
+                }
             } else if !buffer.try_tell() {
                 self.untold.set(true);
             }
@@ -518,11 +519,11 @@ impl Watched {
     }
 }
 
-/// Adds to `fences` those of `buffer` that have not signalled, if there are any.
+/// Adds `fence`, that of `buffer`, to those that are waited for.
 ///
 /// Taking away must not fail: where memory is short, this waits for some.
-fn watch_fences(buffer: &Arc<Buffer>, fences: &mut KVVec<Pin<KBox<Watched>>>) {
-    let Some(fence) = buffer.fences() else { return };
+#[cold]
+fn watch(buffer: &Arc<Buffer>, fence: Fence, fences: &mut KVVec<Pin<KBox<Watched>>>) {
     let watched = until_there_is_memory(|| {
         fences.reserve(1, GFP_KERNEL)?;
         KBox::pin_init(

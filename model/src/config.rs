@@ -27,19 +27,16 @@ pub const fn covers_command(pos: u64, len: u64) -> bool {
 /// capability. `map` has the id of the capability that each byte of config space belongs to: the
 /// core's `pci_config_map`, so what the core takes for such a capability is one here.
 pub fn covers_power_state(map: &[u8], pos: u64, len: u64) -> bool {
-    let end = pos.saturating_add(len);
-    let capabilities = map.iter().take(LENGTH);
-    // How many bytes of such a capability came before: two may lie side by side.
-    let mut before = 0;
-    for (at, &id) in (0u64..).zip(capabilities) {
-        if id != PM {
-            before = 0;
-            continue;
-        }
-        if before % PM_LENGTH == PMCSR && (pos..end).contains(&at) {
-            return true;
-        }
-        before += 1;
-    }
-    false
+    let map = map.get(..LENGTH).unwrap_or(map);
+    let index = |at: u64| usize::try_from(at).unwrap_or(usize::MAX).min(map.len());
+    let (begin, end) = (index(pos), index(pos.saturating_add(len)));
+    // Most writes are of a few bytes that belong to no such capability.
+    (begin..end).any(|at| map.get(at) == Some(&PM) && offset_in_capability(map, at) == PMCSR)
+}
+
+/// Where in its power-management capability the byte `at` is: two may lie side by side.
+fn offset_in_capability(map: &[u8], at: usize) -> usize {
+    let before = map.get(..at).unwrap_or_default();
+    let same = before.iter().rev().take_while(|&&id| id == PM).count();
+    same % PM_LENGTH
 }

@@ -417,10 +417,30 @@ impl LiveGuard<'_> {
         true
     }
 
+    /// Tells every importer as `invalidate`, and then says what `fences` says.
+    pub(crate) fn invalidate_and_look(
+        &self,
+        is_mapped: impl FnOnce() -> bool,
+    ) -> Result<Option<Fence>> {
+        self.look_after(|dmabuf| {
+            if is_mapped() {
+                // SAFETY: The dma-buf is not released while this is locked, and its reservation
+                // lock is held.
+                unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
+            }
+        })
+    }
+
     /// One fence that stands for all that are there and have not signalled: what devices still do
     /// with the memory. `ENOMEM`.
     pub(crate) fn fences(&self) -> Result<Option<Fence>> {
+        self.look_after(|_| {})
+    }
+
+    /// Does `first` and looks at the fences, with the reservation lock held.
+    fn look_after(&self, first: impl FnOnce(*mut bindings::dma_buf)) -> Result<Option<Fence>> {
         let fence = self.with_resv_locked(|dmabuf| {
+            first(dmabuf);
             let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
             // SAFETY: The dma-buf is not released while this is locked.
             let resv = unsafe { (*dmabuf).resv };
