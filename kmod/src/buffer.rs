@@ -423,6 +423,11 @@ impl Buffer {
         }
     }
 
+    /// Whether there is something to wait for, once its importers have been told.
+    pub(crate) fn is_waited_for(&self) -> bool {
+        self.is_attached() && (self.mappings.any() || self.revocation.pending().any())
+    }
+
     /// Says in the log which importers are waited for, a line, not too often.
     pub(crate) fn complain(&self) {
         let live = self.live.lock();

@@ -89,7 +89,9 @@ impl Driver for Barlease {
 
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
-        let further = door::region_of(*position) >= CONFIG_REGION;
+        let region = door::region_of(*position);
+        let further = region > CONFIG_REGION
+            || region == CONFIG_REGION && takes_away(device, buffer, *position);
         if further || device.driver().leases().is_shut() {
             return write_further(*device, buffer, position);
         }
@@ -264,15 +266,22 @@ fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mu
     answer
 }
 
-fn write_config(device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
-    let begin = *position as u64 - CONFIG_START;
+/// Whether a write to config space covers bytes by which memory can be taken away. The core refuses
+/// one that goes past the end, before it writes anything.
+fn takes_away(device: &Device<'_, Barlease>, buffer: UserBuffer, position: i64) -> bool {
+    let begin = position as u64 - CONFIG_START;
     let len = buffer.len() as u64;
-    // The core refuses what goes past the end, before it writes anything.
-    let fits = begin.saturating_add(len) <= device.function().config_size();
-    let power = config::covers_power_state(device.config_map(), begin, len);
-    if !fits || !power && !config::covers_command(begin, len) {
+    begin.saturating_add(len) <= device.function().config_size()
+        && (config::covers_command(begin, len)
+            || config::covers_power_state(device.config_map(), begin, len))
+}
+
+fn write_config(device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
+    if !takes_away(device, buffer, *position) {
         return device.core_write(buffer, position);
     }
+    let begin = *position as u64 - CONFIG_START;
+    let power = config::covers_power_state(device.config_map(), begin, buffer.len() as u64);
     bracketed(device, Event::ConfigWrite, || {
         let answer = device.core_write(buffer, position);
         if power {

@@ -119,7 +119,7 @@ pub(crate) enum Wait {
 }
 
 /// How many buffers are looked up at a time.
-pub(crate) const BATCH: usize = 8;
+pub(crate) const BATCH: usize = 16;
 
 /// How many are looked at, at the most, with the table locked.
 const LOOKS: usize = 64;
@@ -469,7 +469,7 @@ impl Leases {
         for watched in &fences {
             watched.wait();
         }
-        self.for_each(Buffer::is_attached, |buffer| buffer.wait());
+        self.for_each(Buffer::is_waited_for, |buffer| buffer.wait());
     }
 
     /// Whether importers are to be told that the thread which took memory away could not tell
