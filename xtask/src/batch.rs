@@ -23,6 +23,11 @@ const LAST: &[(&str, &str)] = &[
         "a function that nobody has open loses its BARs when the link is reset",
     ),
     (
+        "driver",
+        "it resets a slot, after which lockdep reports the kernel's own inversion when an error is \
+         recovered from (docs/testing.md)",
+    ),
+    (
         "lifetime",
         "devices that it takes from the bus come back elsewhere",
     ),
@@ -312,7 +317,7 @@ mod tests {
             }
             let (least, most) = (lanes.iter().min().unwrap(), lanes.iter().max().unwrap());
             assert!(most - least <= most / 8, "{lanes:?}: {batches:?}");
-            assert!(batches.len() <= 7 + 2 * jobs, "{batches:?}");
+            assert!(batches.len() <= 8 + 2 * jobs, "{batches:?}");
         }
     }
 
