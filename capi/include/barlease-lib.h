@@ -67,7 +67,7 @@ struct barlease_range {
 #define BARLEASE_UNCACHED 0 /* each access by itself, in order: the default */
 #define BARLEASE_WRITE_COMBINING 1 /* stores are gathered and may be reordered */
 
-/* What barlease_status() answers. Grows at its end only. */
+/* The answer of barlease_status(). Grows at its end only. */
 struct barlease_status {
 	uint32_t state; /* BARLEASE_LEASE_... */
 	uint32_t reasons; /* bits, BARLEASE_REASON_... of barlease.h */
@@ -78,7 +78,7 @@ struct barlease_status {
 	uint32_t attachments; /* importers attached */
 };
 
-/* What barlease_list() shows of a lease. Grows at its end only. */
+/* A lease, as barlease_list() shows it. Grows at its end only. */
 struct barlease_record {
 	uint64_t id;
 	uint64_t size; /* bytes: the sum of the ranges */

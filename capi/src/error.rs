@@ -83,7 +83,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// What a function returns: `Ok` as it is, or the negative errno. Keeps the text.
+/// The return value of a function: `Ok` as it is, or the negative errno. Keeps the text.
 pub(super) fn answer(result: Result<c_int, Failure>) -> c_int {
     match result {
         Ok(value) => value,

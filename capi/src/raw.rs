@@ -1,4 +1,4 @@
-//! What C hands over, as values of Rust. All dereferencing of C's pointers is here.
+//! Arguments from C, as values of Rust. All dereferencing of C's pointers is here.
 
 #![allow(unsafe_code, reason = "pointers and descriptors of C")]
 

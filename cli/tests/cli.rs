@@ -15,7 +15,7 @@ const ABSENT: &str = "fffe:fe:1e.7";
 
 fn barlease(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_barlease"));
-    // What the tests send is no dma-buf.
+    // The tests send files that are no dma-bufs.
     command.args(args).env("BARLEASE_ANY_FILE", "1");
     command
 }

@@ -1,5 +1,5 @@
-//! Where write-combining cannot be real it is refused, and where interrupts are not isolated the MSI-X table is. Run on the
-//! machine `nopat`.
+//! Where write-combining cannot be real it is refused, and where interrupts are not isolated the
+//! MSI-X table is. Run on the machine `nopat`.
 #![cfg(barlease_guest)]
 
 use std::fs;

@@ -268,6 +268,7 @@ fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mu
 
 /// Whether a write to config space covers bytes by which memory can be taken away. The core refuses
 /// one that goes past the end, before it writes anything.
+#[inline]
 fn takes_away(device: &Device<'_, Barlease>, buffer: UserBuffer, position: i64) -> bool {
     let begin = position as u64 - CONFIG_START;
     let len = buffer.len() as u64;

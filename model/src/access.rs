@@ -30,9 +30,9 @@
 //!
 //! The core lends the memory bit of the hardware's COMMAND for the time of some operations
 //! (`vfio_pci_memory_lock_and_enable`), with its `memory_lock` held for writing. A bit that is lent
-//! must not be believed. So the thread that samples holds that lock for reading. Where it cannot be had,
-//! the sampler relies on the lenders having been counted ([`Access::lend`]), and believes nothing
-//! good while there is one ([`Access::is_lent`]).
+//! must not be believed. So the thread that samples holds that lock for reading. Where it cannot be
+//! had, the sampler relies on the lenders having been counted ([`Access::lend`]), and believes
+//! nothing good while there is one ([`Access::is_lent`]).
 //!
 //! A buffer belongs to one [`Epoch`], the time from an open of the device to its close, and is
 //! dead once that epoch is over.

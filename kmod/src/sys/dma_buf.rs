@@ -382,22 +382,18 @@ impl LiveGuard<'_> {
         }
         name
     }
-}
 
-impl LiveGuard<'_> {
     /// Tells every importer that its mappings are to go, if there are any; `is_mapped` is asked
     /// with the reservation lock held, when no mapping is being made.
     pub(crate) fn invalidate(&self, is_mapped: impl FnOnce() -> bool) {
         self.with_resv_locked(|dmabuf| {
-            if is_mapped() {
-                // SAFETY: The dma-buf is not released while this is locked, and its reservation
-                // lock is held.
-                unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
-            }
+            // SAFETY: The dma-buf is not released while this is locked, and its reservation lock is
+            // held.
+            unsafe { tell_importers(dmabuf, is_mapped) };
         });
     }
 
-    /// The same, unless somebody else has the reservation lock: whether it was done.
+    /// The same, unless another thread has the reservation lock: whether it was done.
     pub(crate) fn try_invalidate(&self, is_mapped: impl FnOnce() -> bool) -> bool {
         let Some(dmabuf) = self.0.as_ref().map(|dmabuf| dmabuf.0.as_ptr()) else {
             return true;
@@ -408,10 +404,8 @@ impl LiveGuard<'_> {
         if !unsafe { bindings::bl_resv_trylock(resv) } {
             return false;
         }
-        if is_mapped() {
-            // SAFETY: As above, and the reservation lock is held.
-            unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
-        }
+        // SAFETY: As above, and the reservation lock is held.
+        unsafe { tell_importers(dmabuf, is_mapped) };
         // SAFETY: Locked above.
         unsafe { bindings::dma_resv_unlock(resv) };
         true
@@ -422,13 +416,8 @@ impl LiveGuard<'_> {
         &self,
         is_mapped: impl FnOnce() -> bool,
     ) -> Result<Option<Fence>> {
-        self.look_after(|dmabuf| {
-            if is_mapped() {
-                // SAFETY: The dma-buf is not released while this is locked, and its reservation
-                // lock is held.
-                unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
-            }
-        })
+        // SAFETY: The dma-buf is not released while this is locked, and its reservation lock is held.
+        self.look_after(|dmabuf| unsafe { tell_importers(dmabuf, is_mapped) })
     }
 
     /// One fence that stands for all that are there and have not signalled: what devices still do
@@ -502,6 +491,18 @@ impl LiveGuard<'_> {
         // SAFETY: Locked above.
         unsafe { bindings::dma_resv_unlock(resv) };
         Some(result)
+    }
+}
+
+/// Tells every importer that its mappings are to go, if there are any.
+///
+/// # Safety
+///
+/// `dmabuf` must be valid and not released, and its reservation lock held.
+unsafe fn tell_importers(dmabuf: *mut bindings::dma_buf, is_mapped: impl FnOnce() -> bool) {
+    if is_mapped() {
+        // SAFETY: By the caller.
+        unsafe { bindings::dma_buf_invalidate_mappings(dmabuf) };
     }
 }
 

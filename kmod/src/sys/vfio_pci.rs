@@ -598,8 +598,10 @@ impl<'a, D: Driver> Device<'a, D> {
 
     /// Whether the user asked for low power and has not asked to leave it.
     pub(crate) fn is_in_low_power(&self) -> bool {
-        // SAFETY: The device is valid; the flag may change at any time, so it is read once.
-        unsafe { (&raw const (*self.core()).pm_runtime_engaged).read_volatile() }
+        // SAFETY: Computes an address inside of the device, which is valid.
+        let engaged = unsafe { &raw const (*self.core()).pm_runtime_engaged };
+        // SAFETY: As above; the flag may change at any time, so it is read once.
+        unsafe { engaged.read_volatile() }
     }
 
     /// The core's map of config space: which capability each byte belongs to.
