@@ -57,6 +57,8 @@ pub mod kernel;
 #[cfg(feature = "host")]
 pub mod kmod;
 #[cfg(feature = "host")]
+pub mod litmus;
+#[cfg(feature = "host")]
 pub mod machine;
 #[cfg(feature = "host")]
 mod monitor;
