@@ -17,6 +17,7 @@ use barlease_lab::plan::Plan;
 use barlease_lab::prepare::{self, Prepared, Request, prepare};
 use barlease_lab::report::seconds;
 use barlease_lab::splat;
+use barlease_lab::system::{Disk, Root};
 use barlease_lab::vm::{Outcome, Run};
 use clap::{Args, Subcommand};
 
@@ -50,6 +51,8 @@ pub(crate) enum Task {
         #[command(flatten)]
         machine: MachineChoice,
     },
+    /// A shell, or a command, in a guest whose root is a fresh Debian sid with systemd; the module is loaded
+    System(System),
     /// What machines there are, and what kernels the cache has
     List {
         /// As JSON
@@ -98,6 +101,27 @@ pub(crate) struct Exec {
     screenshots: Option<PathBuf>,
     /// The command. A path of this machine names a program that is copied into the guest; it must be statically linked
     #[arg(last = true, required = true)]
+    command: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct System {
+    #[command(flatten)]
+    machine: MachineChoice,
+    /// Packages of Debian sid to install beside systemd
+    #[arg(long = "package", value_name = "NAME")]
+    packages: Vec<String>,
+    /// A file for the disk, made when it is not there; without one all changes are gone at the end
+    #[arg(long, value_name = "FILE")]
+    disk: Option<PathBuf>,
+    /// Put a file into the guest, at /lab/bin when no place is given
+    #[arg(long = "file", value_name = "FILE[:PLACE]")]
+    files: Vec<Placed>,
+    /// Without our module
+    #[arg(long)]
+    stock: bool,
+    /// The command; a shell when there is none
+    #[arg(last = true)]
     command: Vec<String>,
 }
 
@@ -162,6 +186,7 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
         Task::Test(options) => test(&options),
         Task::Together { kernel, names } => together(kernel, names),
         Task::Shell { machine } => shell(&machine),
+        Task::System(options) => system(&options),
         Task::List { json } => list(json),
         Task::Clean => {
             Cache::open()?.clean()?;
@@ -390,6 +415,36 @@ fn shell(choice: &MachineChoice) -> Result<ExitCode> {
         .file(command, "/lab/bin/barlease")
         .bind(DRIVER)
         .shell(banner);
+    finish(&run.run()?)
+}
+
+fn system(options: &System) -> Result<ExitCode> {
+    let prepared = options.machine.prepare()?;
+    let packages: Vec<_> = options.packages.iter().map(String::as_str).collect();
+    let root = Root::prepare(&prepared, &packages)?;
+    let disk = match &options.disk {
+        None => root.disk(),
+        Some(path) if path.exists() => Disk::at(path),
+        Some(path) => root.copy_to(path)?,
+    };
+    let command = checkout::guest_program("barlease-cli", "barlease")?;
+    let mut run = Run::new(&prepared, options.machine.preset.machine())
+        .system(&disk)
+        .file(command, "/lab/bin/barlease");
+    if !options.stock {
+        run = with_module(run, &prepared)?;
+    }
+    for placed in &options.files {
+        run = run.file(&placed.file, &placed.place);
+    }
+    let run = if options.command.is_empty() {
+        run.shell(format!(
+            "\nDebian with systemd on {}; barlease and its devices are in /lab. exit powers off\n\n",
+            prepared.kernel.release
+        ))
+    } else {
+        with_environment(run).command(&options.command)
+    };
     finish(&run.run()?)
 }
 
