@@ -65,6 +65,7 @@ const BASE: &[&str] = &[
     "libc-bin",
     "login",
     "mawk",
+    "mount",
     "ncurses-base",
     "ncurses-bin",
     "passwd",
@@ -102,8 +103,8 @@ rm -rf "$root"
 /// What the guest runs once it is up.
 pub(crate) const AGENT: &str = include_str!("agent.sh");
 
-/// What the kernel needs to have its root on the disk.
-pub(crate) const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "ext4"];
+/// What the kernel needs to have its root on the disk; virtio for PCI is built into it.
+pub(crate) const MODULES: &[&str] = &["virtio_blk", "ext4"];
 
 /// MiB that such a guest has at least.
 pub(crate) const MEMORY: u32 = 2048;
