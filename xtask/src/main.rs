@@ -12,6 +12,7 @@ mod kmod;
 mod pool;
 mod random;
 mod selftests;
+mod system;
 mod test;
 mod vm;
 

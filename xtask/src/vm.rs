@@ -17,12 +17,11 @@ use barlease_lab::plan::Plan;
 use barlease_lab::prepare::{self, Prepared, Request, prepare};
 use barlease_lab::report::seconds;
 use barlease_lab::splat;
-use barlease_lab::system::{Disk, Root};
 use barlease_lab::vm::{Outcome, Run};
 use clap::{Args, Subcommand};
 
 use crate::batch::Batch;
-use crate::{KernelChoice, checkout, kmod, pool};
+use crate::{KernelChoice, checkout, kmod, pool, system};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Task {
@@ -52,7 +51,7 @@ pub(crate) enum Task {
         machine: MachineChoice,
     },
     /// A shell, or a command, in a guest whose root is a fresh Debian sid with systemd; the module is loaded
-    System(System),
+    System(system::Options),
     /// What machines there are, and what kernels the cache has
     List {
         /// As JSON
@@ -74,7 +73,7 @@ pub(crate) struct MachineChoice {
         env = "BARLEASE_PRESET",
         hide_env_values = true
     )]
-    preset: Preset,
+    pub(crate) preset: Preset,
 }
 
 #[derive(Args, Debug)]
@@ -105,27 +104,6 @@ pub(crate) struct Exec {
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct System {
-    #[command(flatten)]
-    machine: MachineChoice,
-    /// Packages of Debian sid to install beside systemd
-    #[arg(long = "package", value_name = "NAME")]
-    packages: Vec<String>,
-    /// A file for the disk, made when it is not there; without one all changes are gone at the end
-    #[arg(long, value_name = "FILE")]
-    disk: Option<PathBuf>,
-    /// Put a file into the guest, at /lab/bin when no place is given
-    #[arg(long = "file", value_name = "FILE[:PLACE]")]
-    files: Vec<Placed>,
-    /// Without our module
-    #[arg(long)]
-    stock: bool,
-    /// The command; a shell when there is none
-    #[arg(last = true)]
-    command: Vec<String>,
-}
-
-#[derive(Args, Debug)]
 pub(crate) struct Test {
     /// The test binary, statically linked
     binary: PathBuf,
@@ -136,9 +114,9 @@ pub(crate) struct Test {
 
 /// A file and its place in the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Placed {
-    file: PathBuf,
-    place: String,
+pub(crate) struct Placed {
+    pub(crate) file: PathBuf,
+    pub(crate) place: String,
 }
 
 impl FromStr for Placed {
@@ -186,7 +164,7 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
         Task::Test(options) => test(&options),
         Task::Together { kernel, names } => together(kernel, names),
         Task::Shell { machine } => shell(&machine),
-        Task::System(options) => system(&options),
+        Task::System(options) => system::run(&options),
         Task::List { json } => list(json),
         Task::Clean => {
             Cache::open()?.clean()?;
@@ -196,7 +174,7 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
 }
 
 impl MachineChoice {
-    fn prepare(&self) -> Result<Prepared> {
+    pub(crate) fn prepare(&self) -> Result<Prepared> {
         prepare(&Request {
             kernel: self.kernel.kernel.clone(),
             update: false,
@@ -250,7 +228,7 @@ fn program_to_copy(word: &str) -> Result<Option<PathBuf>> {
 }
 
 /// Our module, and those of the same build beside it without loading them.
-fn with_module<'a>(run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
+pub(crate) fn with_module<'a>(run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
     with_modules_of(run, &kmod::build(prepared, false)?)
 }
 
@@ -268,7 +246,7 @@ fn with_modules_of<'a>(mut run: Run<'a>, module: &Path) -> Result<Run<'a>> {
 }
 
 /// Variables that mean the same in the guest.
-fn with_environment(mut run: Run<'_>) -> Run<'_> {
+pub(crate) fn with_environment(mut run: Run<'_>) -> Run<'_> {
     for (name, value) in std::env::vars() {
         if name.starts_with("BARLEASE_TEST_")
             || ["CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_NOCAPTURE"].contains(&name.as_str())
@@ -279,7 +257,7 @@ fn with_environment(mut run: Run<'_>) -> Run<'_> {
     run
 }
 
-fn finish(outcome: &Outcome) -> Result<ExitCode> {
+pub(crate) fn finish(outcome: &Outcome) -> Result<ExitCode> {
     eprint!("{}", remarks(outcome));
     Ok(ExitCode::from(
         u8::try_from(outcome.code).unwrap_or(u8::MAX),
@@ -415,36 +393,6 @@ fn shell(choice: &MachineChoice) -> Result<ExitCode> {
         .file(command, "/lab/bin/barlease")
         .bind(DRIVER)
         .shell(banner);
-    finish(&run.run()?)
-}
-
-fn system(options: &System) -> Result<ExitCode> {
-    let prepared = options.machine.prepare()?;
-    let packages: Vec<_> = options.packages.iter().map(String::as_str).collect();
-    let root = Root::prepare(&prepared, &packages)?;
-    let disk = match &options.disk {
-        None => root.disk(),
-        Some(path) if path.exists() => Disk::at(path),
-        Some(path) => root.copy_to(path)?,
-    };
-    let command = checkout::guest_program("barlease-cli", "barlease")?;
-    let mut run = Run::new(&prepared, options.machine.preset.machine())
-        .system(&disk)
-        .file(command, "/lab/bin/barlease");
-    if !options.stock {
-        run = with_module(run, &prepared)?;
-    }
-    for placed in &options.files {
-        run = run.file(&placed.file, &placed.place);
-    }
-    let run = if options.command.is_empty() {
-        run.shell(format!(
-            "\nDebian with systemd on {}; barlease and its devices are in /lab. exit powers off\n\n",
-            prepared.kernel.release
-        ))
-    } else {
-        with_environment(run).command(&options.command)
-    };
     finish(&run.run()?)
 }
 
