@@ -142,12 +142,14 @@ impl Root {
         asked.sort();
         asked.dedup();
         let list = folder.join(format!("{}.json", fingerprint(&asked)));
-        if let Some(root) = cache::read_json(&list).and_then(|list| ready(&folder, &list)) {
+        if let Some(root) =
+            cache::read_json(&list).and_then(|list: Vec<Package>| ready(&folder, &list))
+        {
             return Ok(root);
         }
         let _turn = cache.lock("systems", "installing a Debian system")?;
         let (apt, _) = Apt::set_up(cache)?;
-        let list = match cache::read_json(&list) {
+        let list: Vec<Package> = match cache::read_json(&list) {
             Some(known) => known,
             None => resolve(&apt, &asked, &list)?,
         };
@@ -219,7 +221,7 @@ fn image(folder: &Path, packages: &[Package]) -> PathBuf {
     folder.join(format!("{name}.ext4"))
 }
 
-fn ready(folder: &Path, packages: &Vec<Package>) -> Option<Root> {
+fn ready(folder: &Path, packages: &[Package]) -> Option<Root> {
     let image = image(folder, packages);
     image.exists().then_some(Root { image })
 }
