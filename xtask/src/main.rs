@@ -13,6 +13,7 @@ mod litmus;
 mod pool;
 mod random;
 mod selftests;
+mod system;
 mod test;
 mod vm;
 
