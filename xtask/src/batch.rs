@@ -9,6 +9,7 @@ use crate::test::{Count, parse_result};
 
 /// Binaries that have a guest to themselves, and why.
 const ALONE: &[(&str, &str)] = &[
+    ("as_stock", "it unloads the stock module"),
     ("fault_injection", "it counts what the kernel has allocated"),
     (
         "random",

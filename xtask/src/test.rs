@@ -171,6 +171,10 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
         let mut module = PathBuf::new();
         let built = steps.make(&format!("module for {kernel}"), || {
             module = kmod::build(&prepared, true)?;
+            // Kernels that we build have the stock driver built in, which keeps its place.
+            if prepared.kernel.watches().is_none() {
+                kmod::build_as_stock(&prepared, true)?;
+            }
             Ok(())
         });
         steps.make(&format!("clippy on the module for {kernel}"), || {

@@ -310,6 +310,9 @@ fn test(options: &Test) -> Result<ExitCode> {
     let prepared = choice.prepare()?;
     let place = in_lab(&options.binary)?;
     let run = Run::new(&prepared, choice.preset.machine()).file(&options.binary, &place);
+    if file_stem(&options.binary).starts_with("as_stock") && prepared.kernel.watches().is_none() {
+        kmod::build_as_stock(&prepared, false)?;
+    }
     let run = as_tests_run(run, &kmod::build(&prepared, false)?)?
         .command([place].into_iter().chain(options.arguments.iter().cloned()));
     finish(&run.run()?)
