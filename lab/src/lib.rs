@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`prepare`](prepare::prepare) | makes what is missing: tool chain, kernel, Rust overlay |
 //! | [`plan`] | which packages and which kernel, and why |
+//! | [`flavour`] | Debian's kernels for real time and for clouds |
 //! | [`sysroot`] | unpacked packages, and programs run from them |
 //! | [`kernel`] | an image and its modules |
 //! | [`debug`] | the kernels of the debug lane, and how they are built |
@@ -51,6 +52,8 @@ pub mod debug;
 pub mod emulator;
 #[cfg(feature = "host")]
 mod extra;
+#[cfg(feature = "host")]
+pub mod flavour;
 #[cfg(feature = "host")]
 mod initramfs;
 #[cfg(feature = "host")]
