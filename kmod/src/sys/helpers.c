@@ -294,7 +294,12 @@ vm_fault_t bl_insert_page(struct vm_area_struct *vma, unsigned long address,
  */
 vm_fault_t bl_insert_large(struct vm_fault *vmf, unsigned long pfn)
 {
+#ifdef CONFIG_ARCH_SUPPORTS_PMD_PFNMAP
 	return vmf_insert_pfn_pmd(vmf, pfn, vmf->vma->vm_flags & VM_WRITE);
+#else
+	/* Such as a real-time kernel, which has no entries above a page. */
+	return VM_FAULT_FALLBACK;
+#endif
 }
 
 struct bl_run {
