@@ -143,6 +143,13 @@ pub fn faults_of(mut f: impl FnMut()) -> i64 {
     faults() - before
 }
 
+/// Whether the kernel has page-table entries one level above pages for device memory: a real-time
+/// kernel has none.
+#[must_use]
+pub fn has_entries_above_pages() -> bool {
+    Path::new("/sys/kernel/mm/transparent_hugepage").exists()
+}
+
 /// KiB of page tables of this process.
 ///
 /// # Panics
