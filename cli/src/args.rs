@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use barlease::BarRange;
 use barlease::Bdf;
@@ -9,6 +10,7 @@ use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
 
+use crate::names;
 use crate::number;
 
 /// Lease pieces of a PCI device's memory to other processes and devices, and take them back
@@ -104,10 +106,12 @@ pub(crate) enum LeaseCommand {
         /// Of this device only
         bdf: Option<Bdf>,
     },
-    /// Lease ranges of a BAR to whoever connects to a socket, until revoked
+    /// Lease ranges of BARs to whoever connects to a socket, until revoked
     ///
-    /// The lease is revoked by SIGINT, SIGTERM or the line `revoke` on standard input. The line
-    /// `status` prints its state.
+    /// Leases are revoked by SIGINT, SIGTERM, SIGHUP, the line `revoke` on standard input, the end
+    /// of their term, and when the kernel asks for the device, as for `barlease device unbind` and
+    /// hot-unplug. The line `revoke NAME` (or socket) revokes one of them, `status` prints their
+    /// states. In the background nothing is read from a terminal.
     Grant(GrantArgs),
     /// Receive a lease and run a command with it
     ///
@@ -155,9 +159,10 @@ pub(crate) struct GrantArgs {
     pub(crate) bdf: Bdf,
     /// The BAR
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
-    pub(crate) bar: u32,
+    #[arg(required_unless_present = "lease")]
+    pub(crate) bar: Option<u32>,
     /// A range of the BAR, OFFSET+LENGTH; more ranges make one lease in this order. Without any,
-    /// the whole BAR
+    /// all of the BAR that can be leased
     #[arg(long, value_name = "OFFSET+LENGTH", value_parser = number::range)]
     pub(crate) range: Vec<BarRange>,
     /// Let holders map it for reading only
@@ -166,20 +171,31 @@ pub(crate) struct GrantArgs {
     /// Memory type of mappings
     #[arg(long, value_enum, default_value = "nc")]
     pub(crate) memory_type: MemoryType,
-    #[command(flatten)]
-    pub(crate) tph: TphArgs,
     /// Name, shown by `lease show` and in /proc/PID/maps
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Where holders connect: `barlease lease take PATH`
-    #[arg(long, value_name = "PATH")]
-    pub(crate) socket: PathBuf,
-    /// Serve processes of this user only, and let them connect
-    #[arg(long)]
-    pub(crate) uid: Option<u32>,
+    #[arg(long, value_name = "PATH", required_unless_present = "lease")]
+    pub(crate) socket: Option<PathBuf>,
+    /// Serve processes of this user, by name or number, and let them connect. May be repeated
+    #[arg(long, visible_alias = "uid", value_parser = names::user)]
+    pub(crate) user: Vec<u32>,
+    /// Serve processes of users in this group, and let them connect. May be repeated
+    #[arg(long, value_parser = names::group)]
+    pub(crate) group: Vec<u32>,
     /// Serve one holder, then no more
     #[arg(long)]
     pub(crate) once: bool,
+    /// Revoke it after this time, such as 90s, 10m, 2h or 1d
+    #[arg(long, value_name = "TIME", value_parser = names::duration)]
+    pub(crate) term: Option<Duration>,
+    /// One of several leases: KEY=VALUE,… of device, bar, range, user, group, socket, name, term,
+    /// memory-type, and the words read-only and once. What it does not say is as the other options
+    /// do. May be repeated
+    #[arg(long, value_name = "KEY=VALUE,…")]
+    pub(crate) lease: Vec<String>,
+    #[command(flatten)]
+    pub(crate) tph: TphArgs,
 }
 
 /// What devices that import the lease put into their writes to it.

@@ -6,6 +6,8 @@ use std::process::ExitCode;
 
 /// Exit code of a failure.
 const FAILURE: u8 = 1;
+/// Exit code of wrong usage.
+const USAGE: u8 = 2;
 /// Exit code when the driver, kernel or device does not have what is asked for.
 const UNSUPPORTED: u8 = 3;
 
@@ -21,6 +23,13 @@ impl Failure {
         Self {
             text: text.into(),
             code: FAILURE,
+        }
+    }
+
+    pub(crate) fn usage(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            code: USAGE,
         }
     }
 
