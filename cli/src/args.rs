@@ -18,8 +18,9 @@ use crate::number;
 #[command(
     name = "barlease",
     version,
+    infer_subcommands = true,
     after_help = "Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not supported by this driver, \
-                  kernel or device.\n\
+                  kernel or device, 141 nobody reads the output.\n\
                   Addresses of devices are 0000:00:05.0 or 00:05.0. Numbers are decimal or 0x…, \
                   sizes take K, M and G (powers of 1024)."
 )]
@@ -58,6 +59,7 @@ pub(crate) enum Object {
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeviceCommand {
     /// List PCI devices; of one device, its regions and features too
+    #[command(alias = "list")]
     Show {
         /// The device
         bdf: Option<Bdf>,
@@ -102,6 +104,7 @@ pub(crate) enum LeaseCommand {
     ///
     /// MEMATTR is the memory type of the next mapping. Mappings keep the type that they were made
     /// with: of the MMAPS that there are, WC_MMAPS are write-combining and the others uncached.
+    #[command(alias = "list")]
     Show {
         /// Of this device only
         bdf: Option<Bdf>,
@@ -113,9 +116,10 @@ pub(crate) enum LeaseCommand {
     /// hot-unplug. The line `revoke NAME` (or socket) revokes one of them, `status` prints their
     /// states. In the background nothing is read from a terminal.
     Grant(GrantArgs),
-    /// Receive a lease and run a command with it
+    /// Receive a lease and run a command with it (also: exec)
     ///
     /// The command finds the number of the file descriptor in BARLEASE_FD.
+    #[command(alias = "exec")]
     Take {
         /// Socket of `barlease lease grant`
         socket: PathBuf,
@@ -130,6 +134,34 @@ pub(crate) enum LeaseCommand {
         /// Only these bytes: OFFSET+LENGTH
         #[arg(long, value_parser = number::range)]
         range: Option<BarRange>,
+        /// Width of an access in bytes: devices differ in what they answer to
+        #[arg(long, value_enum, default_value = "4")]
+        width: Width,
+    },
+    /// Read a number from a lease, in one access
+    Read {
+        /// Socket of `barlease lease grant`, or fd:N for an inherited file descriptor
+        source: Source,
+        /// Offset in the lease in bytes, a multiple of the width
+        #[arg(value_parser = number::size)]
+        offset: u64,
+        /// Width of the access in bytes
+        #[arg(long, value_enum, default_value = "4")]
+        width: Width,
+    },
+    /// Write a number to a lease again and again, access by access
+    Fill {
+        /// Socket of `barlease lease grant`, or fd:N for an inherited file descriptor
+        source: Source,
+        /// The number
+        #[arg(value_parser = number::integer)]
+        value: u64,
+        /// These bytes: OFFSET+LENGTH, multiples of the width
+        #[arg(long, value_parser = number::range)]
+        range: BarRange,
+        /// Width of an access in bytes
+        #[arg(long, value_enum, default_value = "4")]
+        width: Width,
     },
     /// Write a number to a lease, in one access
     Write {
@@ -296,6 +328,18 @@ pub(crate) enum Width {
     Four,
     #[value(name = "8")]
     Eight,
+}
+
+impl Width {
+    /// Bytes.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Two => 2,
+            Self::Four => 4,
+            Self::Eight => 8,
+        }
+    }
 }
 
 #[cfg(test)]

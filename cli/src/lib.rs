@@ -48,6 +48,6 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
     };
     match answer {
         Ok(code) => code,
-        Err(failure) => failure.exit(),
+        Err(failure) => failure.exit(output),
     }
 }

@@ -206,6 +206,49 @@ fn a_lease_is_granted_write_combining_and_with_steering_tags() {
     assert_eq!(map.read(0), Err(Sigbus));
 }
 
+/// Two tenants of one card by one command, until somebody wants the card.
+#[test]
+fn unbinding_ends_a_grant_of_two_leases_at_once() {
+    let function = Function::named("memory");
+    function.bind(barlease_abi::DRIVER_NAME);
+    let sockets = ["/tmp/first", "/tmp/second"];
+    let lease = |at: &str, socket: &str| format!("--lease=range={at}+64K,user=0,socket={socket}");
+    let command = Command::start(&[
+        "lease",
+        "grant",
+        &function.bdf,
+        "--json",
+        "--bar=2",
+        &lease("0", sockets[0]),
+        &lease("64K", sockets[1]),
+    ]);
+    until("sockets", || sockets.iter().all(|it| fs::exists(it).unwrap()));
+    let maps = sockets.map(|socket| {
+        let mut stream = UnixStream::connect(socket);
+        until("a listener", || {
+            stream = UnixStream::connect(socket);
+            stream.is_ok()
+        });
+        let lease = Lease::receive(stream.unwrap()).unwrap();
+        How::shared().map(&lease, 0, PAGE).unwrap()
+    });
+    for map in &maps {
+        map.read(0).unwrap();
+    }
+    let begin = std::time::Instant::now();
+    function.unbind();
+    assert!(begin.elapsed().as_secs() < 5, "{:?}", begin.elapsed());
+    let events = Command::json(&command.end());
+    let names: Vec<_> = events.iter().map(|event| event["event"].clone()).collect();
+    assert!(names.contains(&json!("requested")), "{names:?}");
+    assert_eq!(names.iter().filter(|it| **it == json!("revoked")).count(), 2);
+    assert_eq!(names.last(), Some(&json!("closed")));
+    for map in maps {
+        assert_eq!(map.read(0), Err(Sigbus));
+    }
+    function.bind(barlease_abi::DRIVER_NAME);
+}
+
 #[test]
 fn tags_that_a_device_does_not_complete_end_the_grant() {
     let function = Function::named("display");

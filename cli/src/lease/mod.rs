@@ -25,7 +25,22 @@ pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Fai
         LeaseCommand::Show { bdf } => show::run(bdf, output),
         LeaseCommand::Grant(args) => grant::run(&args, output),
         LeaseCommand::Take { socket, command } => take::run(&socket, &command),
-        LeaseCommand::Dump { source, range } => access::dump(&source.source(), range, output),
+        LeaseCommand::Dump {
+            source,
+            range,
+            width,
+        } => access::dump(&source.source(), range, width, output),
+        LeaseCommand::Read {
+            source,
+            offset,
+            width,
+        } => access::read(&source, offset, width, output),
+        LeaseCommand::Fill {
+            source,
+            value,
+            range,
+            width,
+        } => access::fill(&source, range, value, width),
         LeaseCommand::Write {
             source,
             offset,

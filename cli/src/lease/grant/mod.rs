@@ -38,6 +38,9 @@ use crate::args::GrantArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 
+/// More ranges than these are counted only, in what is for people.
+const SHOWN: usize = 8;
+
 /// What happens, one line each.
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -82,12 +85,16 @@ impl Event<'_> {
     fn text(&self) -> String {
         match self {
             Self::Granted { info, socket, .. } => {
-                let ranges: Vec<String> = info.ranges.iter().map(ToString::to_string).collect();
+                let shown: Vec<String> = info.ranges.iter().map(ToString::to_string).collect();
+                let ranges = match shown.len() {
+                    0..=SHOWN => shown.join(" "),
+                    many => format!("{many} ranges"),
+                };
                 format!(
                     "granted {} BAR {} {} ({:#x} bytes, {}, {}) at {}",
                     info.bdf,
                     info.bar,
-                    ranges.join(" "),
+                    ranges,
                     info.size,
                     info.memory_type,
                     if info.writable {
@@ -227,3 +234,6 @@ impl Drop for Socket {
         let _ = fs::remove_file(&self.path);
     }
 }
+
+#[cfg(test)]
+mod tests;
