@@ -64,7 +64,10 @@ pub(crate) enum DeviceCommand {
         /// The device
         bdf: Option<Bdf>,
     },
-    /// Bind devices to a vfio driver, taking them from the driver they have
+    /// Bind devices to a vfio driver, taking them from the driver they have: all or none
+    ///
+    /// The module is loaded if it is not. A device that the host uses (mounted file system, swap,
+    /// network interface that is up, virtual functions) is refused.
     Bind {
         /// The devices
         #[arg(required = true)]
@@ -72,6 +75,9 @@ pub(crate) enum DeviceCommand {
         /// The driver
         #[arg(long, default_value = "barlease-vfio-pci")]
         driver: String,
+        /// Take devices that are in use, too: what uses them loses them
+        #[arg(long)]
+        force: bool,
     },
     /// Open a device, make a region that maps one of its BARs write-combining, and show it
     ///

@@ -1,5 +1,8 @@
 //! `barlease device`.
 
+mod bind;
+mod in_use;
+
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -29,11 +32,7 @@ pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Fa
     match command {
         DeviceCommand::Show { bdf: None } => list(&pci, output)?,
         DeviceCommand::Show { bdf: Some(bdf) } => show(&pci, bdf, output)?,
-        DeviceCommand::Bind { bdf, driver } => {
-            for bdf in bdf {
-                patiently(bdf, || pci.bind(bdf, &driver))?;
-            }
-        }
+        DeviceCommand::Bind { bdf, driver, force } => bind::bind(&pci, &bdf, &driver, force)?,
         DeviceCommand::Alias { bdf, bar } => alias(bdf, bar, output)?,
         DeviceCommand::Unbind { bdf } => {
             for bdf in bdf {
