@@ -58,11 +58,14 @@ pub(crate) enum Object {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeviceCommand {
-    /// List PCI devices; of one device, its regions and features too
+    /// List PCI devices; of one device, its BARs too. Touches no hardware
     #[command(alias = "list")]
     Show {
         /// The device
         bdf: Option<Bdf>,
+        /// Ask the device for its regions and features, which opens and resets it
+        #[arg(long, requires = "bdf")]
+        features: bool,
     },
     /// Bind devices to a vfio driver, taking them from the driver they have: all or none
     ///
@@ -100,7 +103,10 @@ pub(crate) enum DeviceCommand {
 
 impl Default for DeviceCommand {
     fn default() -> Self {
-        Self::Show { bdf: None }
+        Self::Show {
+            bdf: None,
+            features: false,
+        }
     }
 }
 

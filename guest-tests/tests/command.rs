@@ -291,7 +291,7 @@ fn an_alias_is_shown_as_a_program_finds_it() {
     assert_eq!(row[1], offset);
     assert_eq!(row.last(), Some(&"wc"));
 
-    let text = Command::start(&["device", "show", &function.bdf]).end();
+    let text = Command::start(&["device", "show", &function.bdf, "--features"]).end();
     let bar = text.lines().find(|line| line.starts_with("bar2")).unwrap();
     assert!(bar.ends_with("nc,wc"), "{text}");
     // Of 256 bytes.

@@ -30,8 +30,11 @@ const PATIENCE: Duration = Duration::from_secs(3);
 pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Failure> {
     let pci = Pci::system();
     match command {
-        DeviceCommand::Show { bdf: None } => list(&pci, output)?,
-        DeviceCommand::Show { bdf: Some(bdf) } => show(&pci, bdf, output)?,
+        DeviceCommand::Show { bdf: None, .. } => list(&pci, output)?,
+        DeviceCommand::Show {
+            bdf: Some(bdf),
+            features,
+        } => show(&pci, bdf, features, output)?,
         DeviceCommand::Bind { bdf, driver, force } => bind::bind(&pci, &bdf, &driver, force)?,
         DeviceCommand::Alias { bdf, bar } => alias(bdf, bar, output)?,
         DeviceCommand::Unbind { bdf } => {
@@ -83,46 +86,92 @@ fn print_devices(devices: &[PciDevice]) -> Result<(), Failure> {
 }
 
 /// What only the open device says.
-#[derive(Serialize)]
 struct Opened {
     backend: Option<barlease::Backend>,
     regions: Vec<Region>,
     features: Features,
 }
 
+/// Always the same keys; what was not asked for is null.
 #[derive(Serialize)]
 struct Shown {
     #[serde(flatten)]
     device: PciDevice,
-    #[serde(flatten)]
-    opened: Option<Opened>,
-    /// Why it could not be opened.
-    not_opened: Option<String>,
+    bars: Vec<Bar>,
+    backend: Option<barlease::Backend>,
+    regions: Option<Vec<Region>>,
+    features: Option<Features>,
 }
 
-fn show(pci: &Pci, bdf: Bdf, output: Output) -> Result<(), Failure> {
-    let device = pci.device(bdf)?;
-    let (opened, not_opened) = match open(bdf) {
-        Ok(opened) => (Some(opened), None),
-        Err(error) => (None, Some(error.report().to_string())),
+/// A BAR as sysfs tells it.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Bar {
+    bar: usize,
+    address: u64,
+    size: u64,
+    prefetchable: bool,
+}
+
+/// The BARs in a `resource` file: begin, end and flags of each, in hexadecimal.
+fn bars(resource: &str) -> Vec<Bar> {
+    /// IORESOURCE_MEM and IORESOURCE_PREFETCH.
+    const MEMORY: u64 = 0x200;
+    const PREFETCH: u64 = 0x2000;
+    let number = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+    let parse = |(bar, line): (usize, &str)| {
+        let mut numbers = line.split_whitespace().map(number);
+        let mut next = || numbers.next().flatten();
+        let (begin, end, flags) = (next()?, next()?, next()?);
+        (flags & MEMORY != 0 && end > begin).then(|| Bar {
+            bar,
+            address: begin,
+            size: end - begin + 1,
+            prefetchable: flags & PREFETCH != 0,
+        })
     };
+    resource
+        .lines()
+        .take(6)
+        .enumerate()
+        .filter_map(parse)
+        .collect()
+}
+
+/// Reads sysfs, and opens the device, which resets it, only for its features.
+fn show(pci: &Pci, bdf: Bdf, features: bool, output: Output) -> Result<(), Failure> {
+    let device = pci.device(bdf)?;
+    let path = pci.root().join(format!("bus/pci/devices/{bdf}/resource"));
+    let bars = bars(&std::fs::read_to_string(path).unwrap_or_default());
+    let opened = if features { Some(open(bdf)?) } else { None };
     if output.is_json() {
+        let (backend, regions, features) = match opened {
+            Some(opened) => (opened.backend, Some(opened.regions), Some(opened.features)),
+            None => (None, None, None),
+        };
         return Ok(output.document(&Shown {
             device,
-            opened,
-            not_opened,
+            bars,
+            backend,
+            regions,
+            features,
         })?);
     }
 
     print_devices(&[device])?;
-    if let Some(reason) = not_opened {
-        eprintln!("barlease: regions and features are not shown: {reason}");
-    }
-    let Some(opened) = opened else {
-        return Ok(());
-    };
     let mut out = std::io::stdout();
     writeln!(out)?;
+    let Some(opened) = opened else {
+        let mut table = table(["BAR", "SIZE", "ADDRESS", "PREFETCHABLE"]);
+        for bar in bars {
+            table.add_row([
+                bar.bar.to_string(),
+                format!("{:#x}", bar.size),
+                format!("{:#x}", bar.address),
+                if bar.prefetchable { "yes" } else { "no" }.to_owned(),
+            ]);
+        }
+        return Ok(print(&table)?);
+    };
     let mut regions = table(["REGION", "SIZE", "ACCESS", "MEMORY_TYPES"]);
     for region in opened.regions.iter().filter(|region| region.size > 0) {
         regions.add_row([
@@ -199,4 +248,30 @@ fn memory_types(region: &Region) -> String {
         return "-".to_owned();
     }
     names.join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bars_are_the_memory_among_the_first_six_resources() {
+        let text = "0x00000000fe000000 0x00000000fe0000ff 0x0000000000040200\n\
+                    0x000000000000c000 0x000000000000c01f 0x0000000000040101\n\
+                    0x0000380000000000 0x0000380003ffffff 0x000000000014220c\n\
+                    0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
+                    0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
+                    0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
+                    0x00000000fd000000 0x00000000fd00ffff 0x0000000000046200\n";
+        let found = bars(text);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!((found[0].bar, found[0].size), (0, 0x100));
+        let prefetchable = Bar {
+            bar: 2,
+            address: 0x3800_0000_0000,
+            size: 64 << 20,
+            prefetchable: true,
+        };
+        assert_eq!(found[1], prefetchable);
+    }
 }
