@@ -222,7 +222,9 @@ fn unbinding_ends_a_grant_of_two_leases_at_once() {
         &lease("0", sockets[0]),
         &lease("64K", sockets[1]),
     ]);
-    until("sockets", || sockets.iter().all(|it| fs::exists(it).unwrap()));
+    until("sockets", || {
+        sockets.iter().all(|it| fs::exists(it).unwrap())
+    });
     let maps = sockets.map(|socket| {
         let mut stream = UnixStream::connect(socket);
         until("a listener", || {
@@ -241,7 +243,10 @@ fn unbinding_ends_a_grant_of_two_leases_at_once() {
     let events = Command::json(&command.end());
     let names: Vec<_> = events.iter().map(|event| event["event"].clone()).collect();
     assert!(names.contains(&json!("requested")), "{names:?}");
-    assert_eq!(names.iter().filter(|it| **it == json!("revoked")).count(), 2);
+    assert_eq!(
+        names.iter().filter(|it| **it == json!("revoked")).count(),
+        2
+    );
     assert_eq!(names.last(), Some(&json!("closed")));
     for map in maps {
         assert_eq!(map.read(0), Err(Sigbus));
