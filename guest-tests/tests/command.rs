@@ -4,6 +4,7 @@
 
 use std::{
     fs::{self, File},
+    io::{self, Write},
     os::{
         fd::AsFd,
         unix::{
@@ -11,7 +12,7 @@ use std::{
             net::UnixStream,
         },
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use barlease::{
@@ -23,12 +24,13 @@ use barlease_guest_tests::{
     HUGE, PAGE,
     importer::Importer,
     map::{How, READ, Sigbus},
-    pci::Function,
+    pci::{self, Function, STOCK},
     probe,
     process::{self, Child},
+    terminal::{self, Terminal},
     vfio::Device,
     wait::until,
-    witness::Witness,
+    witness::{Witness, sysfs},
 };
 use serde_json::{Value, json};
 
@@ -309,4 +311,162 @@ fn the_doctor_says_that_write_combining_is_real() {
     let checks = Doctor::new().examine(None);
     let check = checks.iter().find(|check| check.name == "write-combining");
     assert_eq!(check.unwrap().verdict, Verdict::Ok, "{checks:?}");
+}
+
+/// What a command that fails says, as JSON.
+fn failure(args: &[&str]) -> String {
+    let said = Command::json(&Command::start(args).end()).remove(0);
+    assert_eq!(said["exit_code"], 1, "{said}");
+    said["error"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn bind_refuses_a_device_with_virtual_functions_unless_forced() {
+    let function = Function::named("igb");
+    function.bind(STOCK);
+    let parameter = Path::new("/sys/module/vfio_pci/parameters/enable_sriov");
+    pci::write(parameter, "1").unwrap();
+    let number = sysfs(&function, "sriov_numvfs");
+    // The driver lets its functions be made while the device is open.
+    let device = Device::open_with("igb", STOCK);
+    pci::write(&number, "1").unwrap();
+    drop(device);
+    let said = failure(&["device", "bind", "--json", &function.bdf]);
+    assert!(
+        said.contains("bind: ") && said.contains("it has 1 virtual functions"),
+        "{said}"
+    );
+    assert!(said.contains("--force"), "{said}");
+    assert_eq!(function.driver().as_deref(), Some(STOCK));
+    assert_eq!(fs::read_to_string(&number).unwrap().trim(), "1");
+
+    let forced = Command::start(&["device", "bind", "--force", &function.bdf]);
+    assert_eq!(forced.end(), "");
+    assert_eq!(
+        function.driver().as_deref(),
+        Some(barlease_abi::DRIVER_NAME)
+    );
+    assert_eq!(fs::read_to_string(&number).unwrap().trim(), "0");
+    pci::write(parameter, "0").unwrap();
+}
+
+/// A port is no device that a vfio driver takes: all before it go back.
+#[test]
+fn bind_takes_all_devices_or_none() {
+    let [first, second] = ["memory", "trapped"].map(Function::named);
+    let port = second.port();
+    let its = port.driver();
+    first.bind(STOCK);
+    second.unbind();
+    second.set_override("");
+    let both = [
+        "device",
+        "bind",
+        "--json",
+        "--force",
+        &first.bdf,
+        &second.bdf,
+        &port.bdf,
+    ];
+    let said = failure(&both);
+    assert!(said.contains(&port.bdf), "{said}");
+    assert_eq!(first.driver().as_deref(), Some(STOCK));
+    assert_eq!(second.driver(), None);
+    assert_eq!(port.driver(), its);
+
+    let said = failure(&["device", "bind", "--json", &first.bdf, &port.bdf]);
+    assert!(said.contains("it is a bridge"), "{said}");
+    assert_eq!(first.driver().as_deref(), Some(STOCK));
+
+    let bound = Command::start(&["device", "bind", &first.bdf, &second.bdf]);
+    assert_eq!(bound.end(), "");
+    for function in [&first, &second] {
+        assert_eq!(
+            function.driver().as_deref(),
+            Some(barlease_abi::DRIVER_NAME)
+        );
+    }
+}
+
+/// A lease of `memory`, as soon as it is granted.
+fn take(socket: &str) -> Lease {
+    loop {
+        // The socket is there a moment before anybody listens.
+        if let Ok(stream) = UnixStream::connect(socket) {
+            return Lease::receive(&stream).unwrap();
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// State of a process: `T` is stopped.
+fn state(pid: u64) -> char {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let after_name = stat.rsplit_once(") ").unwrap().1;
+    after_name.chars().next().unwrap()
+}
+
+#[test]
+fn a_grant_in_the_background_of_a_shell_goes_on_and_reads_in_the_foreground() {
+    let function = Function::named("memory");
+    function.bind(barlease_abi::DRIVER_NAME);
+    let mut terminal = Terminal::new();
+    let program = terminal.program.try_clone().unwrap();
+    let socket = "/tmp/background";
+    let path = "/tmp/output-background";
+    let output = File::create(path).unwrap();
+    let bdf = &function.bdf;
+    let shell = Child::start(&[program.as_fd(), output.as_fd()], |link| {
+        terminal::become_shell(&program);
+        let job = Child::start(&[program.as_fd(), output.as_fd()], |_| {
+            terminal::become_job(&program, &output);
+            let grant = [
+                "barlease", "lease", "grant", bdf, "--bar=2", "--socket", socket,
+            ];
+            let _code = barlease_cli::run(grant);
+        });
+        link.send(u64::try_from(job.id()).unwrap());
+        link.expect(1);
+        terminal::foreground(&program, job.id());
+        job.join();
+    });
+    let job = shell.link.receive();
+    let map = How::shared().map(take(socket), 0, PAGE).unwrap();
+    // The shell does not read it. Serving again means that the loop came round with the line waiting.
+    terminal.keyboard.write_all(b"revoke\n").unwrap();
+    for _ in 0..2 {
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        assert_ne!(state(job), 'T');
+        drop(take(socket));
+    }
+    map.read(0).unwrap();
+    shell.link.send(1);
+    shell.join();
+    assert_eq!(map.read(0), Err(Sigbus));
+    let said = fs::read_to_string(path).unwrap();
+    assert!(said.contains("revoked lease"), "{said}");
+}
+
+#[test]
+fn a_grant_goes_on_when_nobody_reads_what_it_says() {
+    let function = Function::named("memory");
+    function.bind(barlease_abi::DRIVER_NAME);
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    let socket = "/tmp/unread";
+    let bdf = &function.bdf;
+    let mut child = Child::start(&[writer.as_fd()], |link| {
+        process::become_command(link, &writer);
+        let grant = [
+            "barlease", "lease", "grant", bdf, "--bar=2", "--socket", socket,
+        ];
+        let code = barlease_cli::run(grant);
+        assert_eq!(code, std::process::ExitCode::SUCCESS);
+    });
+    let map = How::shared().map(take(socket), 0, PAGE).unwrap();
+    drop(take(socket));
+    map.read(0).unwrap();
+    child.link.send_line("revoke");
+    assert_eq!(child.wait(), process::End::Code(0));
+    assert_eq!(map.read(0), Err(Sigbus));
 }

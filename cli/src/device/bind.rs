@@ -40,7 +40,7 @@ pub(crate) fn bind(pci: &Pci, bdfs: &[Bdf], driver: &str, force: bool) -> Result
     }
     let mut done: Vec<&PciDevice> = Vec::new();
     for device in others {
-        if let Err(error) = patiently(device.bdf, || pci.bind(device.bdf, driver)) {
+        if let Err(error) = patiently("bind", device.bdf, || pci.bind(device.bdf, driver)) {
             undo(pci, &done);
             return Err(error.into());
         }

@@ -6,6 +6,9 @@ use std::path::PathBuf;
 
 use barlease::Bdf;
 
+/// Of class codes.
+const BRIDGES: &str = "0x06";
+
 /// Where to look.
 pub(crate) struct Host {
     pub(crate) sysfs: PathBuf,
@@ -29,6 +32,9 @@ impl Host {
             return Vec::new();
         };
         let mut uses = Vec::new();
+        if text(&device.join("class")).starts_with(BRIDGES) {
+            uses.push("it is a bridge".to_owned());
+        }
         for (name, _) in self.of_class("block", &device) {
             self.block(&name, &mut uses);
         }

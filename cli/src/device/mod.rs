@@ -39,7 +39,7 @@ pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Fa
         DeviceCommand::Alias { bdf, bar } => alias(bdf, bar, output)?,
         DeviceCommand::Unbind { bdf } => {
             for bdf in bdf {
-                patiently(bdf, || pci.unbind(bdf))?;
+                patiently("unbind", bdf, || pci.unbind(bdf))?;
             }
         }
     }
@@ -47,13 +47,18 @@ pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Fa
 }
 
 /// Says what it is waiting for: a vfio driver lets go only when nobody has the device open.
-fn patiently(bdf: Bdf, work: impl FnOnce() -> barlease::Result<()>) -> barlease::Result<()> {
+fn patiently(
+    operation: &str,
+    bdf: Bdf,
+    work: impl FnOnce() -> barlease::Result<()>,
+) -> barlease::Result<()> {
     let (done, wait) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
         scope.spawn(move || {
             if wait.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
                 eprintln!(
-                    "barlease: bind: {bdf}: waiting for its driver to let go (who has it open?)"
+                    "barlease: {operation}: {bdf}: waiting for its driver to let go (`barlease lease \
+                     holders {bdf}`)"
                 );
             }
         });

@@ -130,7 +130,7 @@ fn a_holder_that_does_not_read_holds_nobody_up() {
 }
 
 #[test]
-fn an_importer_that_hangs_is_waited_for_and_leaves_others_alone() {
+fn an_importer_that_does_not_let_go_is_waited_for_and_nobody_else_is_served() {
     let dir = tempfile::tempdir().unwrap();
     let fake = FakeDevice::builder().bar(0, 1 << 20).build().unwrap();
     let socket = dir.path().join("socket");
