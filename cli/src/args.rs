@@ -93,6 +93,14 @@ pub(crate) enum DeviceCommand {
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
         bar: u32,
     },
+    /// Reset a device that nobody has open
+    Reset {
+        /// The device
+        bdf: Bdf,
+        /// Also one that is in use: what uses it loses its state, and leases are taken away
+        #[arg(long)]
+        force: bool,
+    },
     /// Give devices back to the driver that the kernel would choose
     Unbind {
         /// The devices
@@ -128,6 +136,22 @@ pub(crate) enum LeaseCommand {
     /// hot-unplug. The line `revoke NAME` (or socket) revokes one of them, `status` prints their
     /// states. In the background nothing is read from a terminal.
     Grant(GrantArgs),
+    /// Have a lease revoked that another `barlease lease grant` has granted, and wait for its end
+    ///
+    /// For the user that granted it, and for root. Of several leases of that process it ends this
+    /// one only.
+    Revoke {
+        /// Socket of `barlease lease grant`
+        socket: PathBuf,
+    },
+    /// List the processes that have leases open or mapped, or devices open
+    ///
+    /// Processes of others are seen by root only. The id of a lease is the inode number of its
+    /// dma-buf.
+    Holders {
+        /// Only of this lease (its id or name) or device (its address)
+        what: Option<String>,
+    },
     /// Receive a lease and run a command with it (also: exec)
     ///
     /// The command finds the number of the file descriptor in BARLEASE_FD.

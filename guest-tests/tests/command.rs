@@ -470,3 +470,95 @@ fn a_grant_goes_on_when_nobody_reads_what_it_says() {
     assert_eq!(child.wait(), process::End::Code(0));
     assert_eq!(map.read(0), Err(Sigbus));
 }
+
+#[test]
+fn a_lease_is_revoked_from_another_shell_and_its_holders_are_listed() {
+    let function = Function::named("memory");
+    function.bind(barlease_abi::DRIVER_NAME);
+    let socket = "/tmp/elsewhere";
+    let name = "--name=elsewhere";
+    let grant = [
+        "lease",
+        "grant",
+        &function.bdf,
+        "--json",
+        "--bar=2",
+        name,
+        "--once",
+        "--socket",
+        socket,
+    ];
+    let grant = Command::start(&grant);
+    let lease = take(socket);
+    let map = How::shared().map(&lease, 0, PAGE).unwrap();
+    let id = barlease::LeaseId::of(&lease).unwrap();
+    drop(lease);
+    map.read(0).unwrap();
+
+    let list = |what: &str| {
+        let text = Command::start(&["lease", "holders", "--json", what]).end();
+        let list = Command::json(&text).remove(0);
+        list.as_array().unwrap().clone()
+    };
+    let holds = |list: &[Value], pid: u32, column: &str| {
+        let its = list.iter().find(|it| it["pid"] == pid);
+        its.map(|it| it[column].clone())
+    };
+    let owner = u32::try_from(grant.child.id()).unwrap();
+    let held = list("elsewhere");
+    assert!(held.iter().all(|it| json!(id) == it["id"]), "{held:?}");
+    assert_eq!(holds(&held, owner, "fds"), Some(json!(1)), "{held:?}");
+    assert_eq!(
+        holds(&held, std::process::id(), "maps"),
+        Some(json!(1)),
+        "{held:?}"
+    );
+    let open = list(&function.bdf);
+    assert_eq!(
+        holds(&open, owner, "kind"),
+        Some(json!("device")),
+        "{open:?}"
+    );
+    let said = failure(&["device", "reset", "--json", &function.bdf]);
+    assert!(
+        said.contains("reset: ") && said.contains("it is open"),
+        "{said}"
+    );
+
+    // Somebody else may not.
+    let path = "/tmp/output-stranger";
+    let output = File::create(path).unwrap();
+    Child::start(&[output.as_fd()], |link| {
+        process::become_command(link, &output);
+        process::become_user(4321);
+        let _code = barlease_cli::run(["barlease", "lease", "revoke", "--json", socket]);
+    })
+    .join();
+    let said = fs::read_to_string(path).unwrap();
+    assert!(
+        said.contains("for the user that granted it and root only"),
+        "{said}"
+    );
+    map.read(0).unwrap();
+
+    let told = Command::json(&Command::start(&["lease", "revoke", "--json", socket]).end());
+    assert_eq!(told[0]["event"], "revoked", "{told:?}");
+    assert_eq!(map.read(0), Err(Sigbus));
+    let events = Command::json(&grant.end());
+    assert_eq!(events.last().unwrap()["event"], "revoked", "{events:?}");
+    let said = failure(&["lease", "revoke", "--json", socket]);
+    assert!(said.contains("nobody grants a lease there"), "{said}");
+}
+
+#[test]
+fn a_device_that_nobody_has_open_is_reset() {
+    let function = Function::named("trapped");
+    let witness = Witness::new("trapped");
+    function.bind(barlease_abi::DRIVER_NAME);
+    let before = witness.count(&json!({"kind": "reset_end"}));
+    assert_eq!(
+        Command::start(&["device", "reset", &function.bdf]).end(),
+        ""
+    );
+    assert_ne!(witness.count(&json!({"kind": "reset_end"})), before);
+}

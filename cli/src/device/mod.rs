@@ -37,6 +37,7 @@ pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Fa
         } => show(&pci, bdf, features, output)?,
         DeviceCommand::Bind { bdf, driver, force } => bind::bind(&pci, &bdf, &driver, force)?,
         DeviceCommand::Alias { bdf, bar } => alias(bdf, bar, output)?,
+        DeviceCommand::Reset { bdf, force } => reset(&pci, bdf, force)?,
         DeviceCommand::Unbind { bdf } => {
             for bdf in bdf {
                 patiently("unbind", bdf, || pci.unbind(bdf))?;
@@ -44,6 +45,25 @@ pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Fa
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Through sysfs, which asks nobody that has the device open.
+fn reset(pci: &Pci, bdf: Bdf, force: bool) -> Result<(), Failure> {
+    let device = pci.device(bdf)?;
+    let mut uses = in_use::Host::default().uses(bdf);
+    // Not the other drivers: they have each device on, in use or not.
+    let enabled = pci.root().join(format!("bus/pci/devices/{bdf}/enable"));
+    let enabled = std::fs::read_to_string(enabled).unwrap_or_default();
+    if device.is_vfio() && !matches!(enabled.trim(), "" | "0") {
+        uses.push(format!("it is open (`barlease lease holders {bdf}`)"));
+    }
+    if !force && !uses.is_empty() {
+        return Err(Failure::new(format!(
+            "reset: {bdf}: in use: {} (stop that, or --force)",
+            uses.join(", ")
+        )));
+    }
+    Ok(pci.reset(bdf)?)
 }
 
 /// Says what it is waiting for: a vfio driver lets go only when nobody has the device open.

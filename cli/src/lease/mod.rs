@@ -2,6 +2,8 @@
 
 mod access;
 mod grant;
+mod holders;
+mod revoke;
 mod show;
 mod take;
 
@@ -24,6 +26,8 @@ pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Fai
     match command {
         LeaseCommand::Show { bdf } => show::run(bdf, output),
         LeaseCommand::Grant(args) => grant::run(&args, output),
+        LeaseCommand::Revoke { socket } => revoke::run(&socket, output),
+        LeaseCommand::Holders { what } => holders::run(what.as_deref(), output),
         LeaseCommand::Take { socket, command } => take::run(&socket, &command),
         LeaseCommand::Dump {
             source,

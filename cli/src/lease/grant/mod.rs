@@ -3,6 +3,7 @@
 //! One process grants any number of leases. [`spec`] is what is asked for, [`serve`] the loop, and
 //! [`lines`] what is said and typed.
 
+pub(crate) mod control;
 mod lines;
 mod serve;
 mod spec;

@@ -27,6 +27,9 @@ use rustix::event::Timespec;
 
 use super::Event;
 use super::Socket;
+use super::control;
+use super::control::Answer;
+use super::control::Asked;
 use super::lines;
 use super::lines::Lines;
 use super::lines::Typed;
@@ -77,6 +80,10 @@ struct Granted {
     lease: &'static Lease,
     id: LeaseId,
     socket: Option<Socket>,
+    /// `None`: its path is too long, or cannot be listened at.
+    control: Option<Socket>,
+    /// What is said to those that ask for its end, once it has ended.
+    answer: Answer,
     expires: Option<Instant>,
     state: State,
 }
@@ -97,6 +104,7 @@ struct Ready {
     requests: Vec<usize>,
     events: bool,
     listeners: Vec<usize>,
+    controls: Vec<usize>,
     connections: bool,
     typed: bool,
 }
@@ -108,6 +116,8 @@ enum Source {
     Request(usize),
     Events,
     Listener(usize),
+    Control(usize),
+    Asked,
     Connection,
     Stdin,
 }
@@ -120,6 +130,7 @@ pub(crate) struct Server {
     devices: Vec<Owned>,
     granted: Vec<Granted>,
     connections: Vec<Connection>,
+    asked: Vec<Asked>,
     accept_from: Option<Instant>,
     /// A lease ended otherwise than by `revoke`.
     failed: Option<Failure>,
@@ -136,6 +147,7 @@ impl Server {
             devices: Vec::new(),
             granted: Vec::new(),
             connections: Vec::new(),
+            asked: Vec::new(),
             accept_from: None,
             failed: None,
         })
@@ -172,6 +184,15 @@ impl Server {
             .ok_or_else(|| Failure::new("grant: lease: nothing is known of it"))?;
         let socket = Socket::bind(&spec.socket, spec.is_shared())?;
         let id = LeaseId::of(&lease)?;
+        let control = Socket::bind(&control::path(&spec.socket), false);
+        let control = control
+            .inspect_err(|_| {
+                let path = spec.socket.display();
+                self.lines.warn(format!(
+                    "grant: {path}: not for `lease revoke`, no control socket"
+                ));
+            })
+            .ok();
         self.say(&Event::Granted {
             info: &info,
             id,
@@ -182,6 +203,8 @@ impl Server {
             lease: Box::leak(Box::new(lease)),
             id,
             socket: Some(socket),
+            control,
+            answer: Answer::Draining,
             expires: spec.term.and_then(|term| Instant::now().checked_add(term)),
             state: State::Granted,
             spec,
@@ -213,6 +236,10 @@ impl Server {
             for place in ready.listeners {
                 self.accept(place);
             }
+            for place in ready.controls {
+                self.accept_control(place);
+            }
+            self.answer();
             if ready.connections || !self.connections.is_empty() {
                 self.send();
             }
@@ -274,12 +301,22 @@ impl Server {
             let stream = connection.stream.as_fd();
             set.push((Source::Connection, stream, PollFlags::OUT));
         }
+        for (place, granted) in self.granted.iter().enumerate() {
+            if let (Some(control), true) = (&granted.control, self.asked.len() < control::MOST) {
+                let listener = control.listener.as_fd();
+                set.push((Source::Control(place), listener, PollFlags::IN));
+            }
+        }
+        for asked in self.asked.iter().filter(|asked| !asked.waits) {
+            set.push((Source::Asked, asked.stream.as_fd(), PollFlags::IN));
+        }
         let stdin = io::stdin();
         if may_read {
             set.push((Source::Stdin, stdin.as_fd(), PollFlags::IN));
         }
 
         let mut until: Vec<Instant> = self.connections.iter().map(|it| it.deadline).collect();
+        until.extend(self.asked.iter().filter_map(Asked::deadline));
         let live = self.granted.iter().filter(|it| it.state == State::Granted);
         until.extend(live.filter_map(|it| it.expires));
         until.extend(self.accept_from.filter(|from| *from > now));
@@ -313,6 +350,9 @@ impl Server {
                 Source::Request(place) => ready.requests.push(*place),
                 Source::Events => ready.events = true,
                 Source::Listener(place) => ready.listeners.push(*place),
+                Source::Control(place) => ready.controls.push(*place),
+                // Each is looked at whenever poll returns.
+                Source::Asked => {}
                 Source::Connection => ready.connections = true,
                 Source::Stdin => ready.typed = true,
             }
@@ -402,11 +442,9 @@ impl Server {
             answer => answer,
         };
         match answer {
-            Ok(Revoked::Done) | Err(Error::Dead { .. }) => self.say(&Event::Revoked {
-                bdf,
-                socket,
-                microseconds: start.elapsed().as_micros(),
-            }),
+            Ok(Revoked::Done) | Err(Error::Dead { .. }) => {
+                self.revoked(place, start);
+            }
             Ok(Revoked::Draining) => {
                 self.say(&Event::Draining { bdf, socket });
                 if let Some(granted) = self.granted.get_mut(place) {
@@ -415,11 +453,16 @@ impl Server {
             }
             Err(error @ Error::Unsupported { .. }) => {
                 let reason = error.report().to_string();
-                let reason = reason.as_str();
-                self.say(&Event::Closed { bdf, reason });
+                self.say(&Event::Closed {
+                    bdf,
+                    reason: &reason,
+                });
+                self.ended(place, Answer::Closed { reason });
             }
             Err(error) => {
-                self.lines.warn(error.report().to_string());
+                let reason = error.report().to_string();
+                self.lines.warn(reason.clone());
+                self.ended(place, Answer::Failed { reason });
                 self.failed = Some(error.into());
             }
         }
@@ -452,13 +495,54 @@ impl Server {
             if drains {
                 continue;
             }
+            self.revoked(place, start);
+        }
+    }
+
+    fn revoked(&mut self, place: usize, start: Instant) {
+        let microseconds = start.elapsed().as_micros();
+        if let Some(granted) = self.granted.get(place) {
             self.say(&Event::Revoked {
                 bdf: granted.spec.bdf,
                 socket: &granted.spec.socket,
-                microseconds: start.elapsed().as_micros(),
+                microseconds,
             });
-            if let Some(granted) = self.granted.get_mut(place) {
-                granted.state = State::Ended;
+        }
+        let microseconds = u64::try_from(microseconds).unwrap_or(u64::MAX);
+        self.ended(place, Answer::Revoked { microseconds });
+    }
+
+    fn ended(&mut self, place: usize, answer: Answer) {
+        if let Some(granted) = self.granted.get_mut(place) {
+            granted.state = State::Ended;
+            granted.control = None;
+            granted.answer = answer;
+        }
+    }
+
+    fn accept_control(&mut self, place: usize) {
+        let control = self.granted.get(place).and_then(|it| it.control.as_ref());
+        // A peer that is gone again, or that may not ask, is not worth a word.
+        if let Some(Ok(Some(asked))) = control.map(|control| Asked::accept(control, place)) {
+            self.asked.push(asked);
+        }
+    }
+
+    /// Does what is asked through control sockets.
+    fn answer(&mut self) {
+        for mut asked in std::mem::take(&mut self.asked) {
+            if !asked.waits && !asked.read() {
+                continue;
+            }
+            if asked.waits {
+                self.revoke(asked.granted);
+            }
+            let keeps = match self.granted.get(asked.granted) {
+                Some(granted) if asked.waits => asked.tell(&granted.answer),
+                granted => granted.is_some(),
+            };
+            if keeps {
+                self.asked.push(asked);
             }
         }
     }

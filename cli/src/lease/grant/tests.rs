@@ -144,3 +144,56 @@ fn an_importer_that_does_not_let_go_is_waited_for_and_nobody_else_is_served() {
     fake.set_importers(lease.id, 0);
     thread.join().unwrap().unwrap();
 }
+
+/// Asks for the end of a lease, and gives all that is answered.
+fn ask(socket: &Path, line: &str) -> Vec<control::Answer> {
+    use std::io::{BufRead, Write};
+    let mut stream = UnixStream::connect(control::path(socket)).unwrap();
+    stream.write_all(line.as_bytes()).unwrap();
+    let parse = |line: io::Result<String>| serde_json::from_str(&line.unwrap()).unwrap();
+    io::BufReader::new(stream).lines().map(parse).collect()
+}
+
+#[test]
+fn a_lease_is_revoked_from_elsewhere_and_alone() {
+    use control::Answer;
+    let dir = tempfile::tempdir().unwrap();
+    let fake = FakeDevice::builder().bar(0, 1 << 20).build().unwrap();
+    let [a, b] = ["a", "b"].map(|name| dir.path().join(name));
+    let mut first = spec(&a, fake.bdf());
+    // Its socket for holders is gone after the first of them, the other one is not.
+    first.once = true;
+    let thread = serve(&fake, vec![first, spec(&b, fake.bdf())]);
+    let mode = fs::metadata(control::path(&b)).unwrap().permissions();
+    assert_eq!(mode.mode() & 0o777, 0o600);
+    for wrong in ["die\n", "revoke all\n"] {
+        assert!(matches!(ask(&a, wrong)[..], [Answer::Failed { .. }]));
+    }
+    assert!(matches!(ask(&a, "revoke\n")[..], [Answer::Revoked { .. }]));
+    assert!(!control::path(&a).exists());
+    take(&b).unwrap();
+
+    let lease = fake.leases().list().map(Result::unwrap);
+    let lease = lease
+        .filter(|it| it.state != barlease::State::Dead)
+        .last()
+        .unwrap();
+    fake.set_importers(lease.id, 1);
+    let asks = std::thread::spawn({
+        let b = b.clone();
+        move || ask(&b, "revoke\n")
+    });
+    let begin = Instant::now();
+    while b.exists() {
+        assert!(begin.elapsed() < Duration::from_secs(5));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!asks.is_finished());
+    fake.set_importers(lease.id, 0);
+    let told = asks.join().unwrap();
+    assert!(
+        matches!(told[..], [Answer::Draining, Answer::Revoked { .. }]),
+        "{told:?}"
+    );
+    thread.join().unwrap().unwrap();
+}
