@@ -21,7 +21,7 @@ use crate::number;
     infer_subcommands = true,
     after_help = "Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not supported by this driver, \
                   kernel or device, 141 nobody reads the output.\n\
-                  Addresses of devices are 0000:00:05.0 or 00:05.0. Numbers are decimal or 0x…, \
+                  Addresses of devices are 0000:00:05.0 or 00:05.0. Numbers are decimal or 0x..., \
                   sizes take K, M and G (powers of 1024)."
 )]
 pub(crate) struct Args {
@@ -59,6 +59,11 @@ pub(crate) enum Object {
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeviceCommand {
     /// List PCI devices; of one device, its BARs too. Touches no hardware
+    ///
+    /// JSON is a list of devices, of one element where a device is given. Each has bdf, vendor, device,
+    /// class, driver, driver_override, iommu_group, numa_node, vfio, and bars: a list of bar, address,
+    /// size, prefetchable. With --features it has backend, regions and features, too; else these are
+    /// null. Further keys may come.
     #[command(alias = "list")]
     Show {
         /// The device
@@ -257,10 +262,10 @@ pub(crate) struct GrantArgs {
     /// Revoke it after this time, such as 90s, 10m, 2h or 1d
     #[arg(long, value_name = "TIME", value_parser = names::duration)]
     pub(crate) term: Option<Duration>,
-    /// One of several leases: KEY=VALUE,… of device, bar, range, user, group, socket, name, term,
+    /// One of several leases: KEY=VALUE,... of device, bar, range, user, group, socket, name, term,
     /// memory-type, and the words read-only and once. What it does not say is as the other options
     /// do. May be repeated
-    #[arg(long, value_name = "KEY=VALUE,…")]
+    #[arg(long, value_name = "KEY=VALUE,...")]
     pub(crate) lease: Vec<String>,
     #[command(flatten)]
     pub(crate) tph: TphArgs,

@@ -9,6 +9,7 @@ mod device;
 mod doctor;
 mod failure;
 mod lease;
+pub mod manual;
 mod names;
 mod number;
 mod output;

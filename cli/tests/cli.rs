@@ -338,3 +338,28 @@ fn list_is_show_and_commands_may_be_abbreviated() {
         barlease(args).assert().code(1).stderr(contains(ABSENT));
     }
 }
+
+#[test]
+fn device_show_has_one_shape_with_and_without_a_device() {
+    let show = |args: &[&str]| -> serde_json::Value {
+        let args = [&["device", "show", "--json"], args].concat();
+        let output = barlease(&args).assert().success().get_output().clone();
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    if !std::path::Path::new("/sys/bus/pci/devices").exists() {
+        return;
+    }
+    let all = show(&[]);
+    let all = all.as_array().unwrap();
+    let Some(first) = all.first() else {
+        return;
+    };
+    assert_eq!(
+        show(&[first["bdf"].as_str().unwrap()]),
+        serde_json::json!([first])
+    );
+    assert!(
+        first["bars"].is_array() && first["features"].is_null(),
+        "{first}"
+    );
+}

@@ -301,6 +301,14 @@ fn an_alias_is_shown_as_a_program_finds_it() {
     let text = Command::start(&["device", "show", &function.bdf, "--features"]).end();
     let bar = text.lines().find(|line| line.starts_with("bar2")).unwrap();
     assert!(bar.ends_with("nc,wc"), "{text}");
+    let json = |args: &[&str]| Command::json(&Command::start(args).end()).remove(0);
+    let shown = json(&["device", "show", &function.bdf, "--json"]);
+    assert_eq!(shown[0]["bars"][1]["bar"], 2, "{shown}");
+    assert!(shown[0]["features"].is_null());
+    let all = json(&["device", "--json"]);
+    assert!(all.as_array().unwrap().contains(&shown[0]), "{all}");
+    let opened = json(&["device", "show", &function.bdf, "--json", "--features"]);
+    assert!(opened[0]["features"].is_object(), "{opened}");
     // Of 256 bytes.
     let bar = text.lines().find(|line| line.starts_with("bar0")).unwrap();
     assert!(bar.ends_with("  nc") || bar.ends_with("  -"), "{text}");

@@ -91,7 +91,8 @@ fn patiently(
 fn list(pci: &Pci, output: Output) -> Result<(), Failure> {
     let devices = pci.devices()?;
     if output.is_json() {
-        return Ok(output.document(&devices)?);
+        let shown = devices.into_iter().map(|device| Shown::new(pci, device));
+        return Ok(output.document(&shown.collect::<Vec<_>>())?);
     }
     print_devices(&devices)
 }
@@ -117,7 +118,8 @@ struct Opened {
     features: Features,
 }
 
-/// Always the same keys; what was not asked for is null.
+/// A device in JSON, of which `device show` prints a list, be it asked for one or for all. It always
+/// has the same keys; what was not asked for is null.
 #[derive(Serialize)]
 struct Shown {
     #[serde(flatten)]
@@ -126,6 +128,22 @@ struct Shown {
     backend: Option<barlease::Backend>,
     regions: Option<Vec<Region>>,
     features: Option<Features>,
+}
+
+impl Shown {
+    /// Without what only the open device says.
+    fn new(pci: &Pci, device: PciDevice) -> Self {
+        let path = pci
+            .root()
+            .join(format!("bus/pci/devices/{}/resource", device.bdf));
+        Self {
+            device,
+            bars: bars(&std::fs::read_to_string(path).unwrap_or_default()),
+            backend: None,
+            regions: None,
+            features: None,
+        }
+    }
 }
 
 /// A BAR as sysfs tells it.
@@ -164,30 +182,23 @@ fn bars(resource: &str) -> Vec<Bar> {
 
 /// Reads sysfs, and opens the device, which resets it, only for its features.
 fn show(pci: &Pci, bdf: Bdf, features: bool, output: Output) -> Result<(), Failure> {
-    let device = pci.device(bdf)?;
-    let path = pci.root().join(format!("bus/pci/devices/{bdf}/resource"));
-    let bars = bars(&std::fs::read_to_string(path).unwrap_or_default());
+    let mut shown = Shown::new(pci, pci.device(bdf)?);
     let opened = if features { Some(open(bdf)?) } else { None };
     if output.is_json() {
-        let (backend, regions, features) = match opened {
-            Some(opened) => (opened.backend, Some(opened.regions), Some(opened.features)),
-            None => (None, None, None),
-        };
-        return Ok(output.document(&Shown {
-            device,
-            bars,
-            backend,
-            regions,
-            features,
-        })?);
+        if let Some(opened) = opened {
+            shown.backend = opened.backend;
+            shown.regions = Some(opened.regions);
+            shown.features = Some(opened.features);
+        }
+        return Ok(output.document(&[shown])?);
     }
 
-    print_devices(&[device])?;
+    print_devices(&[shown.device])?;
     let mut out = std::io::stdout();
     writeln!(out)?;
     let Some(opened) = opened else {
         let mut table = table(["BAR", "SIZE", "ADDRESS", "PREFETCHABLE"]);
-        for bar in bars {
+        for bar in shown.bars {
             table.add_row([
                 bar.bar.to_string(),
                 format!("{:#x}", bar.size),
