@@ -396,15 +396,15 @@ fn bind_takes_all_devices_or_none() {
     }
 }
 
-/// A lease of `memory`, as soon as it is granted.
+/// What is granted at a socket, as soon as it is.
 fn take(socket: &str) -> Lease {
-    loop {
-        // The socket is there a moment before anybody listens.
-        if let Ok(stream) = UnixStream::connect(socket) {
-            return Lease::receive(&stream).unwrap();
-        }
-        std::thread::yield_now();
-    }
+    let mut stream = UnixStream::connect(socket);
+    // The socket is there a moment before anybody listens.
+    until("a listener", || {
+        stream = UnixStream::connect(socket);
+        stream.is_ok()
+    });
+    Lease::receive(stream.unwrap()).unwrap()
 }
 
 /// State of a process: `T` is stopped.
