@@ -1,4 +1,4 @@
-//! The command `barlease` on the real kernel: memory types, aliases and steering tags. Run on the machine `device`, whose own
+//! The command `barlease` on the real kernel: binding, granting, revoking, memory types, aliases and steering tags. Run on the machine `device`, whose own
 //! device takes tags.
 #![cfg(barlease_guest)]
 
@@ -384,6 +384,8 @@ fn bind_takes_all_devices_or_none() {
 
     let said = failure(&["device", "bind", "--json", &first.bdf, &port.bdf]);
     assert!(said.contains("it is a bridge"), "{said}");
+    let said = failure(&["device", "unbind", "--json", &port.bdf]);
+    assert!(said.starts_with("unbind: "), "{said}");
     assert_eq!(first.driver().as_deref(), Some(STOCK));
 
     let bound = Command::start(&["device", "bind", &first.bdf, &second.bdf]);
