@@ -1,5 +1,5 @@
-//! The command `barlease` on the real kernel: binding, granting, revoking, memory types, aliases and steering tags. Run on the machine `device`, whose own
-//! device takes tags.
+//! The command `barlease` on the real kernel: binding, granting, revoking, memory types, aliases and
+//! steering tags. Run on the machine `device`, whose own device takes tags.
 #![cfg(barlease_guest)]
 
 use std::{
