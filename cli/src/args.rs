@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use barlease::BarRange;
 use barlease::Bdf;
@@ -9,6 +10,7 @@ use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
 
+use crate::names;
 use crate::number;
 
 /// Lease pieces of a PCI device's memory to other processes and devices, and take them back
@@ -16,9 +18,10 @@ use crate::number;
 #[command(
     name = "barlease",
     version,
+    infer_subcommands = true,
     after_help = "Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not supported by this driver, \
-                  kernel or device.\n\
-                  Addresses of devices are 0000:00:05.0 or 00:05.0. Numbers are decimal or 0x…, \
+                  kernel or device, 141 nobody reads the output.\n\
+                  Addresses of devices are 0000:00:05.0 or 00:05.0. Numbers are decimal or 0x..., \
                   sizes take K, M and G (powers of 1024)."
 )]
 pub(crate) struct Args {
@@ -55,12 +58,24 @@ pub(crate) enum Object {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DeviceCommand {
-    /// List PCI devices; of one device, its regions and features too
+    /// List PCI devices; of one device, its BARs too. Touches no hardware
+    ///
+    /// JSON is a list of devices, of one element where a device is given. Each has bdf, vendor, device,
+    /// class, driver, driver_override, iommu_group, numa_node, vfio, and bars: a list of bar, address,
+    /// size, prefetchable. With --features it has backend, regions and features, too; else these are
+    /// null. Further keys may come.
+    #[command(alias = "list")]
     Show {
         /// The device
         bdf: Option<Bdf>,
+        /// Ask the device for its regions and features, which opens and resets it
+        #[arg(long, requires = "bdf")]
+        features: bool,
     },
-    /// Bind devices to a vfio driver, taking them from the driver they have
+    /// Bind devices to a vfio driver, taking them from the driver they have: all or none
+    ///
+    /// The module is loaded if it is not. A device that the host uses (mounted file system, swap,
+    /// network interface that is up, virtual functions) is refused.
     Bind {
         /// The devices
         #[arg(required = true)]
@@ -68,6 +83,9 @@ pub(crate) enum DeviceCommand {
         /// The driver
         #[arg(long, default_value = "barlease-vfio-pci")]
         driver: String,
+        /// Take devices that are in use, too: what uses them loses them
+        #[arg(long)]
+        force: bool,
     },
     /// Open a device, make a region that maps one of its BARs write-combining, and show it
     ///
@@ -80,6 +98,14 @@ pub(crate) enum DeviceCommand {
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
         bar: u32,
     },
+    /// Reset a device that nobody has open
+    Reset {
+        /// The device
+        bdf: Bdf,
+        /// Also one that is in use: what uses it loses its state, and leases are taken away
+        #[arg(long)]
+        force: bool,
+    },
     /// Give devices back to the driver that the kernel would choose
     Unbind {
         /// The devices
@@ -90,7 +116,10 @@ pub(crate) enum DeviceCommand {
 
 impl Default for DeviceCommand {
     fn default() -> Self {
-        Self::Show { bdf: None }
+        Self::Show {
+            bdf: None,
+            features: false,
+        }
     }
 }
 
@@ -100,18 +129,38 @@ pub(crate) enum LeaseCommand {
     ///
     /// MEMATTR is the memory type of the next mapping. Mappings keep the type that they were made
     /// with: of the MMAPS that there are, WC_MMAPS are write-combining and the others uncached.
+    #[command(alias = "list")]
     Show {
         /// Of this device only
         bdf: Option<Bdf>,
     },
-    /// Lease ranges of a BAR to whoever connects to a socket, until revoked
+    /// Lease ranges of BARs to whoever connects to a socket, until revoked
     ///
-    /// The lease is revoked by SIGINT, SIGTERM or the line `revoke` on standard input. The line
-    /// `status` prints its state.
+    /// Leases are revoked by SIGINT, SIGTERM, SIGHUP, the line `revoke` on standard input, the end
+    /// of their term, and when the kernel asks for the device, as for `barlease device unbind` and
+    /// hot-unplug. The line `revoke NAME` (or socket) revokes one of them, `status` prints their
+    /// states. In the background nothing is read from a terminal.
     Grant(GrantArgs),
-    /// Receive a lease and run a command with it
+    /// Have a lease revoked that another `barlease lease grant` has granted, and wait for its end
+    ///
+    /// For the user that granted it, and for root. Of several leases of that process it ends this
+    /// one only.
+    Revoke {
+        /// Socket of `barlease lease grant`
+        socket: PathBuf,
+    },
+    /// List the processes that have leases open or mapped, or devices open
+    ///
+    /// Processes of others are seen by root only. The id of a lease is the inode number of its
+    /// dma-buf.
+    Holders {
+        /// Only of this lease (its id or name) or device (its address)
+        what: Option<String>,
+    },
+    /// Receive a lease and run a command with it (also: exec)
     ///
     /// The command finds the number of the file descriptor in BARLEASE_FD.
+    #[command(alias = "exec")]
     Take {
         /// Socket of `barlease lease grant`
         socket: PathBuf,
@@ -126,6 +175,34 @@ pub(crate) enum LeaseCommand {
         /// Only these bytes: OFFSET+LENGTH
         #[arg(long, value_parser = number::range)]
         range: Option<BarRange>,
+        /// Width of an access in bytes: devices differ in what they answer to
+        #[arg(long, value_enum, default_value = "4")]
+        width: Width,
+    },
+    /// Read a number from a lease, in one access
+    Read {
+        /// Socket of `barlease lease grant`, or fd:N for an inherited file descriptor
+        source: Source,
+        /// Offset in the lease in bytes, a multiple of the width
+        #[arg(value_parser = number::size)]
+        offset: u64,
+        /// Width of the access in bytes
+        #[arg(long, value_enum, default_value = "4")]
+        width: Width,
+    },
+    /// Write a number to a lease again and again, access by access
+    Fill {
+        /// Socket of `barlease lease grant`, or fd:N for an inherited file descriptor
+        source: Source,
+        /// The number
+        #[arg(value_parser = number::integer)]
+        value: u64,
+        /// These bytes: OFFSET+LENGTH, multiples of the width
+        #[arg(long, value_parser = number::range)]
+        range: BarRange,
+        /// Width of an access in bytes
+        #[arg(long, value_enum, default_value = "4")]
+        width: Width,
     },
     /// Write a number to a lease, in one access
     Write {
@@ -155,9 +232,10 @@ pub(crate) struct GrantArgs {
     pub(crate) bdf: Bdf,
     /// The BAR
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
-    pub(crate) bar: u32,
+    #[arg(required_unless_present = "lease")]
+    pub(crate) bar: Option<u32>,
     /// A range of the BAR, OFFSET+LENGTH; more ranges make one lease in this order. Without any,
-    /// the whole BAR
+    /// all of the BAR that can be leased
     #[arg(long, value_name = "OFFSET+LENGTH", value_parser = number::range)]
     pub(crate) range: Vec<BarRange>,
     /// Let holders map it for reading only
@@ -166,20 +244,31 @@ pub(crate) struct GrantArgs {
     /// Memory type of mappings
     #[arg(long, value_enum, default_value = "nc")]
     pub(crate) memory_type: MemoryType,
-    #[command(flatten)]
-    pub(crate) tph: TphArgs,
     /// Name, shown by `lease show` and in /proc/PID/maps
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Where holders connect: `barlease lease take PATH`
-    #[arg(long, value_name = "PATH")]
-    pub(crate) socket: PathBuf,
-    /// Serve processes of this user only, and let them connect
-    #[arg(long)]
-    pub(crate) uid: Option<u32>,
+    #[arg(long, value_name = "PATH", required_unless_present = "lease")]
+    pub(crate) socket: Option<PathBuf>,
+    /// Serve processes of this user, by name or number, and let them connect. May be repeated
+    #[arg(long, visible_alias = "uid", value_parser = names::user)]
+    pub(crate) user: Vec<u32>,
+    /// Serve processes of users in this group, and let them connect. May be repeated
+    #[arg(long, value_parser = names::group)]
+    pub(crate) group: Vec<u32>,
     /// Serve one holder, then no more
     #[arg(long)]
     pub(crate) once: bool,
+    /// Revoke it after this time, such as 90s, 10m, 2h or 1d
+    #[arg(long, value_name = "TIME", value_parser = names::duration)]
+    pub(crate) term: Option<Duration>,
+    /// One of several leases: KEY=VALUE,... of device, bar, range, user, group, socket, name, term,
+    /// memory-type, and the words read-only and once. What it does not say is as the other options
+    /// do. May be repeated
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub(crate) lease: Vec<String>,
+    #[command(flatten)]
+    pub(crate) tph: TphArgs,
 }
 
 /// What devices that import the lease put into their writes to it.
@@ -280,6 +369,18 @@ pub(crate) enum Width {
     Four,
     #[value(name = "8")]
     Eight,
+}
+
+impl Width {
+    /// Bytes.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Two => 2,
+            Self::Four => 4,
+            Self::Eight => 8,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,13 +1,22 @@
 //! How a command fails.
 
 use std::io;
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use serde_json::json;
+
+use crate::output::Output;
+
 /// Exit code of a failure.
 const FAILURE: u8 = 1;
+/// Exit code of wrong usage.
+const USAGE: u8 = 2;
 /// Exit code when the driver, kernel or device does not have what is asked for.
 const UNSUPPORTED: u8 = 3;
+/// Exit code when nobody reads the output any more: what a shell says of programs that SIGPIPE ends.
+const UNREAD: u8 = 141;
 
 /// Why a command failed: the text `operation: object: cause (remedy)`, and the exit code.
 #[derive(Debug)]
@@ -21,6 +30,13 @@ impl Failure {
         Self {
             text: text.into(),
             code: FAILURE,
+        }
+    }
+
+    pub(crate) fn usage(text: impl Into<String>) -> Self {
+        Self {
+            text: text.into(),
+            code: USAGE,
         }
     }
 
@@ -40,9 +56,20 @@ impl Failure {
         Self::new(format!("{operation}: {}: {error}{remedy}", path.display()))
     }
 
-    /// Says it on standard error.
-    pub(crate) fn exit(self) -> ExitCode {
-        eprintln!("barlease: {}", self.text);
+    /// Says it: on standard output as `{"error", "exit_code"}` where JSON is asked for, else on
+    /// standard error.
+    pub(crate) fn exit(self, output: Output) -> ExitCode {
+        let said = match (self.code, output.is_json()) {
+            (UNREAD, _) => true,
+            (_, true) => output
+                .document(&json!({"error": self.text, "exit_code": self.code}))
+                .is_ok(),
+            (_, false) => false,
+        };
+        if !said {
+            // There is nobody to tell that it cannot be said.
+            let _ = writeln!(io::stderr(), "barlease: {}", self.text);
+        }
         ExitCode::from(self.code)
     }
 }
@@ -51,7 +78,9 @@ impl From<barlease::Error> for Failure {
     fn from(error: barlease::Error) -> Self {
         let text = error.report().to_string();
         match error {
-            barlease::Error::Unsupported { .. } => Self::unsupported(text),
+            barlease::Error::Unsupported { .. }
+            | barlease::Error::NotBound { .. }
+            | barlease::Error::NoIommuGroup { .. } => Self::unsupported(text),
             _ => Self::new(text),
         }
     }
@@ -59,6 +88,12 @@ impl From<barlease::Error> for Failure {
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            return Self {
+                text: String::new(),
+                code: UNREAD,
+            };
+        }
         Self::new(format!("print: standard output: {error}"))
     }
 }

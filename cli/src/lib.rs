@@ -9,6 +9,8 @@ mod device;
 mod doctor;
 mod failure;
 mod lease;
+pub mod manual;
+mod names;
 mod number;
 mod output;
 
@@ -47,6 +49,6 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
     };
     match answer {
         Ok(code) => code,
-        Err(failure) => failure.exit(),
+        Err(failure) => failure.exit(output),
     }
 }

@@ -37,16 +37,13 @@ impl Output {
         writeln!(out)
     }
 
-    /// Prints an event at once: a line, of JSON if asked for.
-    pub(crate) fn event(self, value: &impl Serialize, text: &str) -> io::Result<()> {
-        let mut out = io::stdout().lock();
-        if self.is_json() {
-            serde_json::to_writer(&mut out, value)?;
-            writeln!(out)?;
-        } else {
-            writeln!(out, "{text}")?;
+    /// An event as a line, of JSON if asked for.
+    pub(crate) fn line(self, value: &impl Serialize, text: &str) -> String {
+        if !self.is_json() {
+            return text.to_owned();
         }
-        out.flush()
+        // What the command says has no maps with keys that are not text.
+        serde_json::to_string(value).unwrap_or_default()
     }
 }
 

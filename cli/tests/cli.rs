@@ -231,3 +231,135 @@ fn no_socket_and_no_descriptor_are_said() {
         .code(1)
         .stderr(contains("/dev/fd/99"));
 }
+
+#[test]
+fn errors_are_json_where_json_is_asked_for() {
+    let output = barlease(&["device", "show", ABSENT, "--json"])
+        .assert()
+        .code(1)
+        .stderr("")
+        .get_output()
+        .clone();
+    let error: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(error["exit_code"], 1);
+    assert!(error["error"].as_str().unwrap().contains(ABSENT), "{error}");
+}
+
+#[test]
+fn a_number_is_read_in_its_width() {
+    let (lease, _) = memory(&[0x78, 0x56, 0x34, 0x12, 0xff]);
+    let (_dir, path) = serve(lease, 4);
+    let read =
+        |args: &[&str]| barlease(&[&["lease", "read", path.as_str()], args].concat()).assert();
+    read(&["0x10"]).success().stdout("0x12345678\n");
+    read(&["0x12", "--width", "2"]).success().stdout("0x1234\n");
+    read(&["0x10", "--width", "8", "-j"])
+        .success()
+        .stdout("{\"offset\":16,\"width\":8,\"value\":1095522080376}\n");
+    read(&["0x11"]).code(1).stderr(contains("not aligned"));
+}
+
+#[test]
+fn a_range_is_filled_and_nothing_else() {
+    let (lease, file) = memory(&[0xee; 16]);
+    let (_dir, path) = serve(lease, 2);
+    barlease(&[
+        "lease", "fill", &path, "0x1234", "--width", "2", "--range", "0x12+6",
+    ])
+    .assert()
+    .success();
+    let mut bytes = [0; 10];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0x10).unwrap();
+    assert_eq!(
+        bytes,
+        [0xee, 0xee, 0x34, 0x12, 0x34, 0x12, 0x34, 0x12, 0xee, 0xee]
+    );
+    barlease(&["lease", "fill", &path, "1", "--range", "0+6"])
+        .assert()
+        .code(1)
+        .stderr(contains("no multiple of 4 bytes"));
+}
+
+#[test]
+fn a_dump_of_a_huge_lease_begins_at_once_and_ends_with_its_reader() {
+    use std::io::Read;
+    let fd = rustix::fs::memfd_create("lease", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, 200 << 30).unwrap();
+    // A window is shown when it has a row that differs.
+    std::os::unix::fs::FileExt::write_all_at(
+        &File::from(fd.as_fd().try_clone_to_owned().unwrap()),
+        &(0..1 << 20).map(|n| (n >> 4) as u8).collect::<Vec<u8>>(),
+        0,
+    )
+    .unwrap();
+    let (_dir, path) = serve(Lease::from_fd(fd).unwrap(), 1);
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_barlease"))
+        .args(["lease", "dump", &path, "--width", "8"])
+        .env("BARLEASE_ANY_FILE", "1")
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first = [0; 8];
+    let mut out = child.stdout.take().unwrap();
+    out.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"00000000");
+    drop(out);
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(141));
+    let mut said = String::new();
+    child.stderr.unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "");
+}
+
+#[test]
+fn several_leases_are_understood_before_a_device_is_touched() {
+    let grant = |lease: &[&str]| {
+        let leases = lease.iter().flat_map(|lease| ["--lease", *lease]);
+        let args: Vec<&str> = ["lease", "grant", ABSENT]
+            .into_iter()
+            .chain(leases)
+            .collect();
+        barlease(&args).assert()
+    };
+    grant(&["bar=0"]).code(2).stderr(contains("no socket=PATH"));
+    grant(&["bar=0,socket=/x", "bar=2,socket=/x"])
+        .code(2)
+        .stderr(contains("cannot share a socket"));
+    grant(&["bar=0,socket=/x", "bar=2,socket=/y"])
+        .code(1)
+        .stderr(contains("no such PCI device"));
+    barlease(&["lease", "grant", ABSENT]).assert().code(2);
+}
+
+#[test]
+fn list_is_show_and_commands_may_be_abbreviated() {
+    for args in [&["device", "list", ABSENT][..], &["dev", "show", ABSENT]] {
+        barlease(args).assert().code(1).stderr(contains(ABSENT));
+    }
+}
+
+#[test]
+fn device_show_has_one_shape_with_and_without_a_device() {
+    let show = |args: &[&str]| -> serde_json::Value {
+        let args = [&["device", "show", "--json"], args].concat();
+        let output = barlease(&args).assert().success().get_output().clone();
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    if !std::path::Path::new("/sys/bus/pci/devices").exists() {
+        return;
+    }
+    let all = show(&[]);
+    let all = all.as_array().unwrap();
+    let Some(first) = all.first() else {
+        return;
+    };
+    assert_eq!(
+        show(&[first["bdf"].as_str().unwrap()]),
+        serde_json::json!([first])
+    );
+    assert!(
+        first["bars"].is_array() && first["features"].is_null(),
+        "{first}"
+    );
+}

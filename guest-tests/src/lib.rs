@@ -16,6 +16,7 @@
 //! - [`probe`]: page-table entries, read back;
 //! - [`witness`]: devices that tell what has reached them;
 //! - [`aer`]: errors that a device reports;
+//! - [`terminal`]: a terminal with a shell that controls jobs;
 //! - [`slot`]: a slot that a device can be pulled out of;
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
 //! - [`importer`]: a device that does DMA to leases;
@@ -54,6 +55,8 @@ pub mod process;
 pub mod race;
 pub mod random;
 pub mod slot;
+#[expect(unsafe_code, reason = "terminals, process groups")]
+pub mod terminal;
 #[expect(unsafe_code, reason = "ioctls")]
 pub mod vfio;
 pub mod wait;

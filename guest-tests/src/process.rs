@@ -201,6 +201,8 @@ fn run_child(link: Link, reporter: File, keep: &[BorrowedFd<'_>], body: impl FnO
     let mut kept: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).collect();
     kept.extend([0, 1, 2, link.0.as_raw_fd(), reporter.as_raw_fd()]);
     close_all_but(kept);
+    // The hook of a child that has a child owns a file that is closed here.
+    mem::forget(panic::take_hook());
     // Of any thread.
     panic::set_hook(Box::new(move |panic| {
         let _ = writeln!(&reporter, "{panic}");

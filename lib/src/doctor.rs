@@ -1,8 +1,12 @@
 //! What is missing for leases to work, in the order in which to mend it.
 
+mod device;
+mod signature;
+
 use std::fs;
 use std::path::Path;
 use std::path::PathBuf;
+use std::process::Command;
 
 use barlease_abi as abi;
 use rustix::process::Resource;
@@ -47,7 +51,10 @@ pub struct Check {
 pub struct Doctor {
     sysfs: PathBuf,
     dev: PathBuf,
-    boot: PathBuf,
+    /// Where distributions put the kernel's configuration.
+    configs: Vec<PathBuf>,
+    /// Where the kernel has it itself, compressed.
+    own_config: PathBuf,
     modules: PathBuf,
 }
 
@@ -60,7 +67,18 @@ impl Default for Doctor {
         Self {
             sysfs: "/sys".into(),
             dev: "/dev".into(),
-            boot: format!("/boot/config-{release}").into(),
+            configs: [
+                format!("/boot/config-{release}"),
+                format!("/lib/modules/{release}/config"),
+                // Of systems whose /boot is not mounted, or is of the boot loader alone.
+                format!("/usr/lib/ostree-boot/config-{release}"),
+                format!("/usr/lib/kernel/config-{release}"),
+                format!("/lib/modules/{release}/build/.config"),
+                format!("/lib/modules/{release}/source/.config"),
+            ]
+            .map(PathBuf::from)
+            .into(),
+            own_config: "/proc/config.gz".into(),
             modules: format!("/lib/modules/{release}").into(),
         }
     }
@@ -81,7 +99,8 @@ impl Doctor {
         Self {
             sysfs: below(&system.sysfs),
             dev: below(&system.dev),
-            boot: below(&system.boot),
+            configs: system.configs.iter().map(|path| below(path)).collect(),
+            own_config: below(&system.own_config),
             modules: below(&system.modules),
         }
     }
@@ -93,6 +112,7 @@ impl Doctor {
         let mut checks = vec![
             self.kernel(),
             self.module(&pci),
+            self.signature(&pci),
             iommu(&pci),
             self.nodes(),
             memlock(),
@@ -104,17 +124,35 @@ impl Doctor {
         checks
     }
 
+    /// What the running kernel says of itself, which no file of another one can belie.
+    fn own_config(&self) -> Option<String> {
+        if !self.own_config.exists() {
+            return None;
+        }
+        let gzip = Command::new("gzip")
+            .arg("-dc")
+            .arg(&self.own_config)
+            .output();
+        let text = gzip.ok().filter(|gzip| gzip.status.success())?.stdout;
+        String::from_utf8(text).ok()
+    }
+
     /// The options that the module needs.
     fn kernel(&self) -> Check {
-        let config = [
-            self.boot.clone(),
-            self.modules.join("config"),
-            self.modules.join("build/.config"),
-        ]
-        .into_iter()
-        .find_map(|path| fs::read_to_string(path).ok());
+        let files = self.configs.iter();
+        let config = self.own_config().or_else(|| {
+            files
+                .filter_map(|path| fs::read_to_string(path).ok())
+                .next()
+        });
         let Some(config) = config else {
-            return skip("kernel", "the kernel's configuration cannot be read");
+            return skip(
+                "kernel",
+                format!(
+                    "the kernel's configuration is neither at {} nor at the places of distributions",
+                    self.own_config.display()
+                ),
+            );
         };
         let missing: Vec<&str> = ["CONFIG_RUST", "CONFIG_VFIO_PCI", "CONFIG_DMA_SHARED_BUFFER"]
             .into_iter()
@@ -226,6 +264,11 @@ impl Doctor {
         )
     }
 
+    fn device_file(&self, bdf: Bdf, name: &str) -> PathBuf {
+        let devices = self.sysfs.join("bus/pci/devices");
+        devices.join(bdf.to_string()).join(name)
+    }
+
     fn device(&self, pci: &Pci, bdf: Bdf) -> Vec<Check> {
         let device = match pci.device(bdf) {
             Ok(device) => device,
@@ -237,12 +280,14 @@ impl Doctor {
                 )];
             }
         };
-        vec![
+        let mut checks = vec![
             driver(&device),
             self.group(pci, &device),
             self.permission(&device),
             self.mappings(bdf),
-        ]
+        ];
+        checks.extend(self.memory(pci, bdf));
+        checks
     }
 
     fn group(&self, pci: &Pci, device: &PciDevice) -> Check {
@@ -259,8 +304,27 @@ impl Doctor {
             .filter(|other| other.bdf != device.bdf)
             .map(|other| other.bdf.to_string())
             .collect();
+        let attribute = |name: &str| {
+            let path = self
+                .sysfs
+                .join(format!("kernel/iommu_groups/{group}/{name}"));
+            let text = fs::read_to_string(path).unwrap_or_default();
+            text.trim().to_owned()
+        };
+        if attribute("name") == "vfio-noiommu" {
+            return warn(
+                "group",
+                format!("group {group} is one without an IOMMU: its DMA reaches all memory"),
+                "turn the IOMMU on, and vfio's enable_unsafe_noiommu_mode off",
+            );
+        }
         if obstacles.is_empty() {
-            return ok("group", format!("IOMMU group {group} is viable"));
+            // That of the host's own driver. VFIO makes a domain of its own.
+            let domain = match attribute("type").as_str() {
+                "" => String::new(),
+                kind => format!(" (domain type {kind})"),
+            };
+            return ok("group", format!("IOMMU group {group}{domain} is viable"));
         }
         let list = obstacles.join(" ");
         fail(
@@ -426,6 +490,7 @@ mod tests {
             [
                 "kernel",
                 "module",
+                "signature",
                 "iommu",
                 "vfio",
                 "memlock",
@@ -439,7 +504,57 @@ mod tests {
                 "{check:?}"
             );
         }
-        assert_eq!(checks[6].verdict, Verdict::Fail);
+        assert_eq!(checks[7].verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn the_configuration_is_found_wherever_it_is() {
+        const ALL: &str = "CONFIG_RUST=y\nCONFIG_VFIO_PCI=m\nCONFIG_DMA_SHARED_BUFFER=y\n\
+                           CONFIG_PCI_P2PDMA=y\n";
+        let root = tempfile::tempdir().unwrap();
+        let doctor = Doctor::at(root.path());
+        assert_eq!(doctor.kernel().verdict, Verdict::Skip);
+        for path in &doctor.configs {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, ALL).unwrap();
+            assert_eq!(doctor.kernel().verdict, Verdict::Ok, "{}", path.display());
+            fs::remove_file(path).unwrap();
+        }
+        // What the kernel says itself goes before a file.
+        fs::write(&doctor.configs[0], ALL).unwrap();
+        let plain = root.path().join("config");
+        fs::write(&plain, "CONFIG_RUST=y\n").unwrap();
+        let gzip = Command::new("gzip").arg("-c").arg(&plain).output().unwrap();
+        fs::create_dir_all(doctor.own_config.parent().unwrap()).unwrap();
+        fs::write(&doctor.own_config, gzip.stdout).unwrap();
+        let check = doctor.kernel();
+        assert_eq!(check.verdict, Verdict::Fail, "{check:?}");
+        assert!(check.found.contains("CONFIG_VFIO_PCI"), "{check:?}");
+    }
+
+    #[test]
+    fn a_group_tells_its_domain_and_whether_there_is_an_iommu() {
+        let root = tempfile::tempdir().unwrap();
+        let sys = root.path().join("sys");
+        let bdf = "00:05.0".parse().unwrap();
+        let device = sys.join("bus/pci/devices/0000:00:05.0");
+        let group = sys.join("kernel/iommu_groups/7");
+        fs::create_dir_all(&device).unwrap();
+        fs::create_dir_all(group.join("devices/0000:00:05.0")).unwrap();
+        for (file, text) in [("vendor", "0x1af4\n"), ("device", "0x1110\n")] {
+            fs::write(device.join(file), text).unwrap();
+        }
+        std::os::unix::fs::symlink(&group, device.join("iommu_group")).unwrap();
+        fs::write(group.join("type"), "DMA-FQ\n").unwrap();
+        let pci = Pci::at(&sys);
+        let doctor = Doctor::at(root.path());
+        let check = || doctor.group(&pci, &pci.device(bdf).unwrap());
+        assert_eq!(
+            check().found,
+            "IOMMU group 7 (domain type DMA-FQ) is viable"
+        );
+        fs::write(group.join("name"), "vfio-noiommu\n").unwrap();
+        assert_eq!(check().verdict, Verdict::Warn);
     }
 
     #[test]

@@ -314,7 +314,11 @@ impl Pci {
         let before = self.device(bdf)?;
         // A name, not a path: it becomes a part of one.
         if driver.is_empty() || driver.starts_with('.') || driver.contains('/') {
-            return Err(invalid(bdf, format!("{driver:?} is no name of a driver")));
+            return Err(invalid(
+                "bind",
+                bdf,
+                format!("{driver:?} is no name of a driver"),
+            ));
         }
         if !self.driver_path(driver).is_dir() {
             let remedy = if driver == abi::DRIVER_NAME {
@@ -323,6 +327,7 @@ impl Pci {
                 "load its module".to_owned()
             };
             return Err(invalid(
+                "bind",
                 bdf,
                 format!("the driver {driver} is not loaded: {remedy}"),
             ));
@@ -340,12 +345,13 @@ impl Pci {
 
     fn switch(&self, bdf: Bdf, before: &PciDevice, driver: &str) -> Result<()> {
         self.set_override(bdf, Some(driver))?;
-        self.release(bdf, before.driver.as_deref())?;
+        self.release("bind", bdf, before.driver.as_deref())?;
         self.probe(bdf)?;
         if self.wait_for(bdf, |now| now == Some(driver)) {
             return Ok(());
         }
         Err(invalid(
+            "bind",
             bdf,
             format!("the driver {driver} did not take the device: see dmesg"),
         ))
@@ -369,12 +375,13 @@ impl Pci {
         let before = self.device(bdf)?;
         if let (Some(driver), false) = (&before.driver, before.is_vfio()) {
             return Err(invalid(
+                "unbind",
                 bdf,
                 format!("bound to {driver}, which is not a vfio driver"),
             ));
         }
         self.set_override(bdf, None)?;
-        self.release(bdf, before.driver.as_deref())?;
+        self.release("unbind", bdf, before.driver.as_deref())?;
         self.probe(bdf)
     }
 
@@ -384,7 +391,7 @@ impl Pci {
     }
 
     /// Waits for the driver to let go: vfio drivers wait for their users.
-    fn release(&self, bdf: Bdf, driver: Option<&str>) -> Result<()> {
+    fn release(&self, operation: &'static str, bdf: Bdf, driver: Option<&str>) -> Result<()> {
         let Some(driver) = driver else {
             return Ok(());
         };
@@ -393,6 +400,7 @@ impl Pci {
             return Ok(());
         }
         Err(invalid(
+            operation,
             bdf,
             format!("the driver {driver} did not let go of the device"),
         ))
@@ -427,8 +435,8 @@ impl Pci {
     }
 }
 
-fn invalid(bdf: Bdf, reason: String) -> Error {
-    Error::invalid("bind", Object::Device(bdf), reason)
+fn invalid(operation: &'static str, bdf: Bdf, reason: String) -> Error {
+    Error::invalid(operation, Object::Device(bdf), reason)
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | [`stage`] | a folder that becomes a package: files, modes, one time stamp for all |
 //! | [`deb`] | Debian packages, by `dpkg-deb` |
-//! | [`command`] | the command: static binary, manual pages, completions, licences of what is linked in |
+//! | [`command`] | the command: static binary, completions, licences of what is linked in |
+//! | [`manuals`] | its manual pages |
 //! | [`contents`] | what goes where in each package |
 //! | [`verify`] | builds, loads and uses what was packaged |
 //!
@@ -18,6 +19,7 @@
 mod command;
 mod contents;
 mod deb;
+mod manuals;
 mod stage;
 mod verify;
 

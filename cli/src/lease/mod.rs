@@ -2,6 +2,8 @@
 
 mod access;
 mod grant;
+mod holders;
+mod revoke;
 mod show;
 mod take;
 
@@ -24,8 +26,25 @@ pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Fai
     match command {
         LeaseCommand::Show { bdf } => show::run(bdf, output),
         LeaseCommand::Grant(args) => grant::run(&args, output),
+        LeaseCommand::Revoke { socket } => revoke::run(&socket, output),
+        LeaseCommand::Holders { what } => holders::run(what.as_deref(), output),
         LeaseCommand::Take { socket, command } => take::run(&socket, &command),
-        LeaseCommand::Dump { source, range } => access::dump(&source.source(), range, output),
+        LeaseCommand::Dump {
+            source,
+            range,
+            width,
+        } => access::dump(&source.source(), range, width, output),
+        LeaseCommand::Read {
+            source,
+            offset,
+            width,
+        } => access::read(&source, offset, width, output),
+        LeaseCommand::Fill {
+            source,
+            value,
+            range,
+            width,
+        } => access::fill(&source, range, value, width),
         LeaseCommand::Write {
             source,
             offset,

@@ -47,7 +47,7 @@ pub(super) fn build(folder: &Path) -> Result<Built> {
     let line = barlease_cli::command()
         .version(VERSION)
         .disable_help_subcommand(true);
-    clap_mangen::generate_to(line.clone(), &manuals).context("write manual pages")?;
+    super::manuals::write(line.clone(), &manuals)?;
     let complete = |shell| {
         clap_complete::generate_to(shell, &mut line.clone(), "barlease", &completions)
             .with_context(|| format!("write completions for {shell}"))

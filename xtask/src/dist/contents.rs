@@ -12,7 +12,7 @@ use barlease_lab::report::Step;
 
 use super::deb::Deb;
 use super::stage::Stage;
-use super::{Maker, VERSION, command, fill, output};
+use super::{Maker, VERSION, command, fill, manuals, output};
 use crate::checkout;
 
 /// What the module is made of. Modules for tests (`kmod/importer`, `kmod/probe`) are not among it.
@@ -73,7 +73,7 @@ pub(super) fn command(maker: &Maker) -> Result<PathBuf> {
     stage.program("usr/bin/barlease", fs::read(&built.program)?)?;
     for page in pages(&built.manuals)? {
         let name = page.file_name().unwrap_or_default().to_string_lossy();
-        let place = format!("usr/share/man/man1/{name}.gz");
+        let place = format!("usr/share/man/man{}/{name}.gz", manuals::SECTION);
         stage.write(place, command::gzip(&page)?)?;
     }
     stage.copy(

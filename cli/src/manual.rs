@@ -1,0 +1,210 @@
+//! What manual pages say that the definition of the command line does not.
+
+/// Command lines by the command that they are examples of, each with what it does.
+pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
+    (
+        "device show",
+        &[
+            (
+                "barlease device",
+                "All PCI devices, their drivers and IOMMU groups.",
+            ),
+            (
+                "barlease device show 01:00.0 --features",
+                "What the driver can do with one.",
+            ),
+        ],
+    ),
+    (
+        "device bind",
+        &[(
+            "barlease device bind 01:00.0 01:00.1",
+            "Both functions of a card, or neither.",
+        )],
+    ),
+    (
+        "device alias",
+        &[(
+            "barlease device alias 01:00.0 --bar 2",
+            "Where to map BAR 2 write-combining.",
+        )],
+    ),
+    (
+        "device reset",
+        &[(
+            "barlease device reset 01:00.0",
+            "Fails while a program has it open.",
+        )],
+    ),
+    (
+        "device unbind",
+        &[(
+            "barlease device unbind 01:00.0",
+            "Back to the driver that the kernel chooses.",
+        )],
+    ),
+    (
+        "lease show",
+        &[(
+            "barlease lease show 01:00.0 --pretty",
+            "The leases of a device, as JSON to read.",
+        )],
+    ),
+    (
+        "lease grant",
+        &[
+            (
+                "barlease lease grant 01:00.0 --bar 2 --range 1M+64K --user root --socket /run/lease",
+                "64 KiB for processes of one user, until the command is interrupted.",
+            ),
+            (
+                "barlease lease grant 01:00.0 --bar 2 --term 2h \
+                 --lease range=0+1M,user=root,socket=/run/a --lease range=1M+1M,socket=/run/b",
+                "Two leases for two hours, each at a socket of its own.",
+            ),
+        ],
+    ),
+    (
+        "lease revoke",
+        &[(
+            "barlease lease revoke /run/lease",
+            "Takes away what was granted at that socket.",
+        )],
+    ),
+    (
+        "lease holders",
+        &[
+            (
+                "barlease lease holders",
+                "Each process with a lease or a VFIO device.",
+            ),
+            (
+                "barlease lease holders 01:00.0",
+                "The processes that have this device open.",
+            ),
+        ],
+    ),
+    (
+        "lease take",
+        &[(
+            "barlease lease take /run/lease -- sh -c 'barlease lease read fd:$BARLEASE_FD 0'",
+            "A program that inherits the lease.",
+        )],
+    ),
+    (
+        "lease dump",
+        &[(
+            "barlease lease dump /run/lease --range 0+256",
+            "The first 256 bytes.",
+        )],
+    ),
+    (
+        "lease read",
+        &[(
+            "barlease lease read /run/lease 0x10 --width 8",
+            "One access of 8 bytes.",
+        )],
+    ),
+    (
+        "lease fill",
+        &[(
+            "barlease lease fill /run/lease 0 --range 0+4K",
+            "Clears a page.",
+        )],
+    ),
+    (
+        "lease write",
+        &[(
+            "barlease lease write /run/lease 0x10 1",
+            "One access of 4 bytes.",
+        )],
+    ),
+    (
+        "doctor",
+        &[(
+            "barlease doctor 01:00.0",
+            "What is wrong with the host, and with a device.",
+        )],
+    ),
+];
+
+/// Exit codes and what they mean.
+pub const EXIT_STATUS: &[(&str, &str)] = &[
+    ("0", "Success."),
+    ("1", "Failure; of doctor: something does not work."),
+    ("2", "Wrong usage."),
+    (
+        "3",
+        "The driver, kernel or device does not have what is asked for.",
+    ),
+    ("141", "Nobody reads the output any more."),
+];
+
+/// Variables of the environment that the command sets or heeds.
+pub const ENVIRONMENT: &[(&str, &str)] = &[(
+    "BARLEASE_FD",
+    "Set by lease take for the program that it runs: the number of the descriptor of the lease.",
+)];
+
+/// Files and folders that the command uses.
+pub const FILES: &[(&str, &str)] = &[
+    (
+        "SOCKET.control",
+        "Beside the socket of each lease that is granted: for lease revoke, for the user that grants \
+         it and root.",
+    ),
+    ("/dev/vfio", "Devices of VFIO."),
+    (
+        "/sys/kernel/debug/barlease",
+        "What lease show reads: for root.",
+    ),
+    (
+        "/sys/kernel/debug/dma_buf/bufinfo",
+        "Where lease holders learns of leases that are only mapped: for root.",
+    ),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    /// Words of a line; one in quotes is one.
+    fn words(line: &str) -> Vec<String> {
+        let pieces = line.split('\'').enumerate();
+        let split = pieces.flat_map(|(n, piece)| match n % 2 {
+            0 => piece.split_whitespace().map(str::to_owned).collect(),
+            _ => vec![piece.to_owned()],
+        });
+        split.collect()
+    }
+
+    #[test]
+    fn each_command_has_examples_and_they_are_understood() {
+        let mut commands = Vec::new();
+        for object in crate::command().get_subcommands() {
+            let name = object.get_name();
+            commands.extend(
+                object
+                    .get_subcommands()
+                    .map(|command| format!("{name} {}", command.get_name())),
+            );
+            if !object.has_subcommands() {
+                commands.push(name.to_owned());
+            }
+        }
+        commands.sort();
+        let mut documented: Vec<_> = EXAMPLES
+            .iter()
+            .map(|(name, _)| (*name).to_owned())
+            .collect();
+        documented.sort();
+        assert_eq!(commands, documented);
+        for (name, examples) in EXAMPLES {
+            assert!(!examples.is_empty(), "{name}");
+            for (line, _) in *examples {
+                crate::args::Args::try_parse_from(words(line)).unwrap();
+            }
+        }
+    }
+}

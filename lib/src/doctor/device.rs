@@ -1,0 +1,157 @@
+//! Whether the memory of a device can be reached.
+
+use std::fs;
+
+use super::Check;
+use super::Doctor;
+use super::ok;
+use super::skip;
+use super::warn;
+use crate::Bdf;
+use crate::pci::Pci;
+
+// Flags of resources (`include/linux/ioport.h`).
+const MEMORY: u64 = 0x200;
+const UNSET: u64 = 0x2000_0000;
+
+impl Doctor {
+    pub(super) fn memory(&self, pci: &Pci, bdf: Bdf) -> Vec<Check> {
+        let open = pci.is_enabled(bdf) == Some(true);
+        vec![
+            self.decoding(bdf, open),
+            self.power(bdf, open),
+            self.bars(bdf),
+        ]
+    }
+
+    /// Bit 1 of the command register.
+    fn decoding(&self, bdf: Bdf, open: bool) -> Check {
+        const NAME: &str = "memory-decoding";
+        let config = fs::read(self.device_file(bdf, "config")).unwrap_or_default();
+        match config.get(4) {
+            None => skip(NAME, "the config space cannot be read"),
+            // What a device reads as that does not answer.
+            Some(0xff) => warn(
+                NAME,
+                "the device does not answer",
+                "it may have no power, or have failed: see dmesg, and remove and rescan it",
+            ),
+            Some(command) if command & 2 != 0 => ok(NAME, "on"),
+            Some(_) if open => warn(
+                NAME,
+                "off, and the device is in use: nothing of its memory can be reached",
+                "the program that has it open must set bit 1 of the command register",
+            ),
+            Some(_) => ok(NAME, "off until the device is opened"),
+        }
+    }
+
+    fn power(&self, bdf: Bdf, open: bool) -> Check {
+        const NAME: &str = "power";
+        let state = fs::read_to_string(self.device_file(bdf, "power_state"));
+        match state.as_deref().map(str::trim) {
+            Err(_) | Ok("" | "unknown" | "error") => skip(NAME, "its state is not known"),
+            Ok("D0") => ok(NAME, "D0"),
+            Ok(state) if open => warn(
+                NAME,
+                format!("{state}, and the device is in use: nothing of its memory can be reached"),
+                "the program that has it open must bring it back to D0",
+            ),
+            Ok(state) => ok(NAME, format!("{state} until the device is opened")),
+        }
+    }
+
+    /// BARs that neither the firmware nor the kernel found a place for.
+    fn bars(&self, bdf: Bdf) -> Check {
+        const NAME: &str = "bars";
+        let Ok(text) = fs::read_to_string(self.device_file(bdf, "resource")) else {
+            return skip(NAME, "they cannot be read");
+        };
+        let bars: Vec<(usize, u64, bool)> = text
+            .lines()
+            .take(6)
+            .enumerate()
+            .filter_map(|(number, line)| {
+                let (size, placed) = memory_bar(line)?;
+                Some((number, size, placed))
+            })
+            .collect();
+        let lost: Vec<String> = bars
+            .iter()
+            .filter(|(.., placed)| !placed)
+            .map(|(number, size, _)| format!("BAR {number} ({size:#x} bytes)"))
+            .collect();
+        match (bars.len(), lost.len()) {
+            (0, _) => warn(
+                NAME,
+                "no memory",
+                "there is nothing to lease: is it the right device?",
+            ),
+            (count, 0) => ok(NAME, format!("{count} of memory, all with an address")),
+            _ => warn(
+                NAME,
+                format!("without an address: {}", lost.join(", ")),
+                "turn on Above 4G Decoding in the firmware, or boot with pci=realloc",
+            ),
+        }
+    }
+}
+
+/// Size of a BAR of memory, and whether it has an address, from a line of `resource`.
+fn memory_bar(line: &str) -> Option<(u64, bool)> {
+    let mut numbers = line
+        .split_whitespace()
+        .map(|text| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok());
+    let (begin, end, flags) = (numbers.next()??, numbers.next()??, numbers.next()??);
+    let size = end.checked_sub(begin)?.checked_add(1)?;
+    let placed = begin != 0 && flags & UNSET == 0;
+    (flags & MEMORY != 0 && end > begin).then_some((size, placed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+
+    #[test]
+    fn memory_that_cannot_be_reached_is_told_with_the_reason() {
+        let root = tempfile::tempdir().unwrap();
+        let bdf: Bdf = "00:05.0".parse().unwrap();
+        let doctor = Doctor::at(root.path());
+        let folder = root.path().join("sys/bus/pci/devices/0000:00:05.0");
+        fs::create_dir_all(&folder).unwrap();
+        let pci = Pci::at(root.path().join("sys"));
+        let put = |file: &str, bytes: &[u8]| fs::write(folder.join(file), bytes).unwrap();
+        let verdicts = || {
+            let checks = doctor.memory(&pci, bdf);
+            checks.iter().map(|it| it.verdict).collect::<Vec<_>>()
+        };
+        assert_eq!(verdicts(), [Verdict::Skip; 3]);
+
+        put("config", &[0, 0, 0, 0, 6, 0]);
+        put("power_state", b"D0\n");
+        put(
+            "resource",
+            b"0x00000000fe000000 0x00000000fe000fff 0x0000000000040200\n",
+        );
+        put("enable", b"1\n");
+        assert_eq!(verdicts(), [Verdict::Ok; 3]);
+
+        put("config", &[0, 0, 0, 0, 4, 0]);
+        put("power_state", b"D3hot\n");
+        put(
+            "resource",
+            b"0x00000000fe000000 0x00000000fe000fff 0x0000000000040200\n\
+              0x0000000000000000 0x0000000003ffffff 0x000000002014220c\n",
+        );
+        assert_eq!(verdicts(), [Verdict::Warn; 3]);
+        let found = doctor.bars(bdf).found;
+        assert_eq!(found, "without an address: BAR 1 (0x4000000 bytes)");
+
+        // As it must be while nobody uses it.
+        put("enable", b"0\n");
+        assert_eq!(verdicts(), [Verdict::Ok, Verdict::Ok, Verdict::Warn]);
+        put("config", &[0xff; 64]);
+        assert_eq!(verdicts()[0], Verdict::Warn);
+    }
+}

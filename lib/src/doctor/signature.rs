@@ -1,0 +1,143 @@
+//! Whether the kernel takes the module as it is signed, or not signed.
+
+use std::fs;
+use std::io::Read;
+use std::io::Seek;
+use std::io::SeekFrom;
+use std::path::Path;
+use std::path::PathBuf;
+
+use barlease_abi as abi;
+
+use super::Check;
+use super::Doctor;
+use super::fail;
+use super::ok;
+use super::skip;
+use super::warn;
+use crate::pci::Pci;
+
+const NAME: &str = "signature";
+/// What the kernel's build puts at the end of a module that is signed.
+const MARK: &[u8] = b"~Module signature appended~\n";
+/// The variable of the firmware; four bytes of attributes come first.
+const SECURE_BOOT: &str = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c";
+
+impl Doctor {
+    pub(super) fn signature(&self, pci: &Pci) -> Check {
+        let secure = fs::read(self.sysfs.join(SECURE_BOOT));
+        let secure = secure.is_ok_and(|bytes| bytes.get(4) == Some(&1));
+        let boot = if secure {
+            "Secure Boot is on"
+        } else {
+            "Secure Boot is off"
+        };
+        if pci.module().is_some() {
+            return ok(NAME, format!("{boot}; the module was accepted"));
+        }
+        if !self.demands_signatures() {
+            return ok(NAME, format!("{boot}; the kernel demands none"));
+        }
+        let remedy = "sign it, and enroll the key: mokutil --import (see Secure Boot in \
+                      docs/install.md)";
+        match self.module_file().map(|path| (is_signed(&path), path)) {
+            None => skip(NAME, format!("{boot}; signatures are demanded")),
+            Some((Some(true), _)) => ok(
+                NAME,
+                format!("{boot}; signed: the key must be enrolled (mokutil --list-enrolled)"),
+            ),
+            Some((Some(false), path)) => fail(
+                NAME,
+                format!("{boot}; the kernel refuses {}: not signed", path.display()),
+                remedy,
+            ),
+            Some((None, path)) => warn(
+                NAME,
+                format!(
+                    "{boot}; signatures are demanded, and it cannot be told whether {} has one",
+                    path.display()
+                ),
+                "modinfo -F signer barlease_vfio_pci",
+            ),
+        }
+    }
+
+    /// As the kernel does for its parameter, its configuration, and while it is locked down.
+    fn demands_signatures(&self) -> bool {
+        let text = |path: &str| fs::read_to_string(self.sysfs.join(path)).unwrap_or_default();
+        let lockdown = text("kernel/security/lockdown");
+        text("module/module/parameters/sig_enforce").starts_with('Y')
+            || lockdown.contains("[integrity]")
+            || lockdown.contains("[confidentiality]")
+    }
+
+    /// The file of the module, from the list that depmod has made.
+    fn module_file(&self) -> Option<PathBuf> {
+        let list = fs::read_to_string(self.modules.join("modules.dep")).ok()?;
+        let name = format!("/{}.ko", abi::MODULE_NAME);
+        let line = list.lines().find(|line| {
+            line.split(':')
+                .next()
+                .is_some_and(|path| path.contains(&name))
+        })?;
+        Some(self.modules.join(line.split(':').next()?))
+    }
+}
+
+/// `None`: it is compressed, or cannot be read.
+fn is_signed(path: &Path) -> Option<bool> {
+    if path.extension()? != "ko" {
+        return None;
+    }
+    let mut file = fs::File::open(path).ok()?;
+    let mut end = [0; MARK.len()];
+    let back = i64::try_from(MARK.len()).ok()?;
+    if file.seek(SeekFrom::End(-back)).is_err() {
+        return Some(false);
+    }
+    file.read_exact(&mut end).ok()?;
+    Some(end == MARK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+
+    #[test]
+    fn a_module_without_a_signature_fails_where_one_is_demanded() {
+        let root = tempfile::tempdir().unwrap();
+        let doctor = Doctor::at(root.path());
+        let sys = root.path().join("sys");
+        let put = |path: PathBuf, bytes: &[u8]| {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        };
+        let check = || doctor.signature(&Pci::at(&sys));
+        assert_eq!(check().found, "Secure Boot is off; the kernel demands none");
+        put(sys.join(SECURE_BOOT), &[6, 0, 0, 0, 1]);
+        put(
+            sys.join("kernel/security/lockdown"),
+            b"none [integrity] confidentiality\n",
+        );
+        assert_eq!(check().verdict, Verdict::Skip);
+        let list = doctor.modules.join("modules.dep");
+        put(
+            list.clone(),
+            b"extra/barlease_vfio_pci.ko: kernel/vfio.ko\n",
+        );
+        let module = doctor.modules.join("extra/barlease_vfio_pci.ko");
+        put(module.clone(), b"\x7fELF");
+        assert_eq!(check().verdict, Verdict::Fail);
+        put(module.clone(), &[0; 100]);
+        let check_fails = check();
+        assert_eq!(check_fails.verdict, Verdict::Fail);
+        assert!(check_fails.found.starts_with("Secure Boot is on; "));
+        put(module, &[&[0; 100], MARK].concat());
+        assert_eq!(check().verdict, Verdict::Ok);
+        put(list, b"updates/barlease_vfio_pci.ko.xz:\n");
+        assert_eq!(check().verdict, Verdict::Warn);
+        put(sys.join("module/barlease_vfio_pci/version"), b"1\n");
+        assert!(check().found.ends_with("the module was accepted"));
+    }
+}
