@@ -45,6 +45,7 @@ pub mod lease;
 pub mod map;
 #[expect(unsafe_code, reason = "getrusage")]
 pub mod observe;
+pub mod parity;
 #[expect(unsafe_code, reason = "delete_module")]
 pub mod pci;
 pub mod probe;

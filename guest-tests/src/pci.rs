@@ -376,10 +376,21 @@ pub fn rescan() {
 ///
 /// When that does not work.
 pub fn load_module(parameters: &str) {
-    let file = format!("/lib/modules/{}.ko", barlease_abi::MODULE_NAME);
+    assert!(insert(barlease_abi::MODULE_NAME, parameters));
+}
+
+/// Loads the module in the file `name` of the guest with these parameters: whether that works.
+///
+/// # Panics
+///
+/// When there is no `insmod`.
+#[must_use]
+pub fn insert(name: &str, parameters: &str) -> bool {
     let mut command = Command::new("insmod");
-    command.arg(file).args(parameters.split_whitespace());
-    assert!(command.status().expect("insmod").success());
+    command
+        .arg(format!("/lib/modules/{name}.ko"))
+        .args(parameters.split_whitespace());
+    command.status().expect("insmod").success()
 }
 
 /// Unloads our module.
@@ -388,7 +399,20 @@ pub fn load_module(parameters: &str) {
 ///
 /// That of `delete_module`.
 pub fn unload_module() -> Answer<()> {
-    let name = std::ffi::CString::new(barlease_abi::MODULE_NAME).expect("a name");
+    unload(barlease_abi::MODULE_NAME)
+}
+
+/// Unloads the module `name`.
+///
+/// # Errors
+///
+/// That of `delete_module`.
+///
+/// # Panics
+///
+/// When the name has a zero in it.
+pub fn unload(name: &str) -> Answer<()> {
+    let name = std::ffi::CString::new(name).expect("a name");
     // SAFETY: The name is a C string; what the kernel does with the module is its own.
     let result = unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) };
     crate::errno::answer(result).map(drop)

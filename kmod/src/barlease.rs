@@ -56,14 +56,24 @@ const PAGE_SIZE: u64 = kernel::page::PAGE_SIZE as u64;
 /// Shift from bytes to pages.
 const PAGE_SHIFT: u32 = kernel::page::PAGE_SHIFT as u32;
 
-module! {
-    type: Module,
-    name: "barlease_vfio_pci",
-    authors: ["The Barlease authors"],
-    description: "VFIO PCI driver that leases ranges of BARs as revocable dma-bufs",
-    license: "GPL",
-    imports_ns: ["DMA_BUF"],
+macro_rules! this_module {
+    ($name:tt) => {
+        module! {
+            type: Module,
+            name: $name,
+            authors: ["The Barlease authors"],
+            description: "VFIO PCI driver that leases ranges of BARs as revocable dma-bufs",
+            license: "GPL",
+            imports_ns: ["DMA_BUF"],
+        }
+    };
 }
+
+#[cfg(not(BARLEASE_AS_STOCK))]
+this_module!("barlease_vfio_pci");
+// `make NAME=vfio-pci`: in the place of the kernel's own.
+#[cfg(BARLEASE_AS_STOCK)]
+this_module!("vfio_pci");
 
 /// The loaded module.
 #[pin_data]

@@ -33,7 +33,11 @@ use crate::{
 use kernel::{prelude::*, sync::Arc};
 
 impl Driver for Barlease {
-    const NAME: &'static CStr = c"barlease-vfio-pci";
+    const NAME: &'static CStr = if cfg!(BARLEASE_AS_STOCK) {
+        c"vfio-pci"
+    } else {
+        c"barlease-vfio-pci"
+    };
 
     fn accepts(function: &Function<'_>) -> bool {
         crate::denylist::accepts(function)

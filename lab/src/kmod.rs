@@ -21,6 +21,9 @@ use crate::report::Step;
 /// The module's file.
 pub const MODULE: &str = "barlease_vfio_pci.ko";
 
+/// The file of the same sources built as [`Task::BuildAsStock`].
+const AS_STOCK: &str = "vfio-pci.ko";
+
 /// The name that its driver has on the PCI bus.
 pub const DRIVER: &str = "barlease-vfio-pci";
 
@@ -33,9 +36,13 @@ const PRODUCTS: &[&str] = &[
 ];
 
 /// The modules in their order: importers are linked against the first one's symbols.
+const MODULES: &str = ". importer probe canary examples";
+
+/// Takes the modules, and then arguments for each make.
 const RECIPE: &str = r#"
 exec 2>&1
-for module in . importer probe canary examples; do
+modules=$1; shift
+for module in $modules; do
     make -C "/work/kmod/$module" "$@" || exit
 done
 "#;
@@ -45,6 +52,8 @@ done
 pub enum Task {
     /// Build the module.
     Build,
+    /// Build it under the name of the stock module, whose place it then takes; no other module.
+    BuildAsStock,
     /// Check it with the kernel's clippy settings.
     Clippy,
 }
@@ -88,7 +97,11 @@ pub fn build(prepared: &Prepared, checkout: &Path, task: Task) -> Result<Built> 
     let place = format!(
         "{id}-{}{}",
         prepared.kernel.name,
-        if task == Task::Clippy { "-clippy" } else { "" }
+        match task {
+            Task::Build => "",
+            Task::BuildAsStock => "-as-stock",
+            Task::Clippy => "-clippy",
+        }
     );
     fs::create_dir_all(prepared.cache.path("work")).context("make the work folder")?;
     let _turn = prepared
@@ -139,13 +152,20 @@ impl Work<'_> {
     }
 
     fn module(&self) -> PathBuf {
-        self.tree().join("kmod").join(MODULE)
+        self.tree().join("kmod").join(self.file())
+    }
+
+    fn file(&self) -> &'static str {
+        match self.task {
+            Task::BuildAsStock => AS_STOCK,
+            Task::Build | Task::Clippy => MODULE,
+        }
     }
 
     fn result(&self, warnings: Vec<String>) -> Result<Built> {
         let module = self.module();
-        if self.task == Task::Build && !module.exists() {
-            bail!("the build has made no kmod/{MODULE}");
+        if self.task != Task::Clippy && !module.exists() {
+            bail!("the build has made no kmod/{}", self.file());
         }
         let mut others = Vec::new();
         for file in walk(&self.tree().join("kmod"))? {
@@ -168,6 +188,7 @@ impl Work<'_> {
             stamp,
             sysroot.as_os_str().as_bytes().to_vec(),
             RECIPE.as_bytes().to_vec(),
+            MODULES.as_bytes().to_vec(),
         ];
         for (path, content) in files {
             parts.push(path.as_os_str().as_bytes().to_vec());
@@ -202,10 +223,11 @@ impl Work<'_> {
     fn make(&self) -> Result<Vec<String>> {
         let kernel = &self.prepared.kernel;
         let what = match self.task {
-            Task::Build => "building",
-            Task::Clippy => "checking with clippy",
+            Task::Build => "building the module",
+            Task::BuildAsStock => "building the module in the stock one's name",
+            Task::Clippy => "checking the module with clippy",
         };
-        let step = Step::start(format!("{what} the module for {}", kernel.name));
+        let step = Step::start(format!("{what} for {}", kernel.name));
         let mut binds = vec![(self.tree(), "/work")];
         binds.extend(kernel.build_bind());
         let binds: Vec<_> = binds
@@ -214,11 +236,15 @@ impl Work<'_> {
             .collect();
         let mut make = self.prepared.sysroot.enter(&binds)?;
         let jobs = std::thread::available_parallelism().map_or(2, usize::from);
-        make.args(["sh", "-c", RECIPE, "make", &format!("-j{jobs}")]);
+        let as_stock = self.task == Task::BuildAsStock;
+        let modules = if as_stock { "." } else { MODULES };
+        make.args(["sh", "-c", RECIPE, "make", modules, &format!("-j{jobs}")]);
         make.arg(format!("KDIR={}", kernel.build_folder()))
             .args(kernel.make_arguments());
-        if self.task == Task::Clippy {
-            make.arg("CLIPPY=1");
+        match self.task {
+            Task::Build => {}
+            Task::BuildAsStock => drop(make.arg("NAME=vfio-pci")),
+            Task::Clippy => drop(make.arg("CLIPPY=1")),
         }
         let log = self.folder.join("make.log");
         let text = self.follow(&mut make, &step, &log)?;

@@ -11,10 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::apt::{Package, Record};
 use crate::debug::Watch;
+use crate::flavour::Flavour;
 use crate::version;
-
-/// The flavour of Debian's kernels that is used.
-const FLAVOUR: &str = "amd64";
 
 /// What the tool chain is made of. `dwarves` and the `-dev` packages are what the kernel's `modules_prepare` needs.
 const TOOLS: &[&str] = &[
@@ -149,23 +147,24 @@ fn matches(release: &str, prefix: &str) -> bool {
         .is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_digit()))
 }
 
-/// The releases among the names of header packages.
-pub(crate) fn releases(names: &[String]) -> BTreeSet<String> {
+/// The releases of a flavour among the names of header packages.
+pub(crate) fn releases(names: &[String], flavour: Flavour) -> BTreeSet<String> {
+    let has_flavour = |release: &&str| {
+        release.split_once('-').is_some_and(|(base, rest)| {
+            base.starts_with(|c: char| c.is_ascii_digit()) && rest == flavour.suffix()
+        })
+    };
     names
         .iter()
-        .filter_map(|name| {
-            name.strip_prefix("linux-headers-")?
-                .strip_suffix(&format!("-{FLAVOUR}"))
-        })
-        .filter(|base| base.starts_with(|c: char| c.is_ascii_digit()) && !base.contains('-'))
-        .map(|base| format!("{base}-{FLAVOUR}"))
+        .filter_map(|name| name.strip_prefix("linux-headers-"))
+        .filter(has_flavour)
+        .map(str::to_owned)
         .collect()
 }
 
+/// A release without its flavour.
 fn base(release: &str) -> &str {
-    release
-        .strip_suffix(&format!("-{FLAVOUR}"))
-        .unwrap_or(release)
+    release.split_once('-').map_or(release, |(base, _)| base)
 }
 
 /// `7.2.13+deb14` has its source in `linux-source-7.2`.
@@ -361,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn other_flavours_and_meta_packages_are_no_releases() {
+    fn releases_are_of_a_flavour_and_meta_packages_are_none() {
         let names = [
             "linux-headers-7.3-amd64",
             "linux-headers-7.3-rt-amd64",
@@ -371,11 +370,10 @@ mod tests {
             "linux-headers-7.2.13+deb14-amd64",
         ]
         .map(str::to_owned);
-        let found = releases(&names);
-        assert_eq!(
-            found.iter().collect::<Vec<_>>(),
-            ["7.2.13+deb14-amd64", "7.3-amd64"]
-        );
+        let found = |flavour| releases(&names, flavour).into_iter().collect::<Vec<_>>();
+        assert_eq!(found(Flavour::Plain), ["7.2.13+deb14-amd64", "7.3-amd64"]);
+        assert_eq!(found(Flavour::RealTime), ["7.3-rt-amd64"]);
+        assert_eq!(found(Flavour::Cloud), ["7.3-cloud-amd64"]);
     }
 
     #[test]
@@ -385,6 +383,7 @@ mod tests {
         assert!(names.contains(&"linux-modules-7.2.13+deb14-amd64".to_owned()));
         assert!(names.contains(&"linux-source-7.2".to_owned()));
         assert_eq!(source_name("7.3-amd64"), "linux-source-7.3");
+        assert_eq!(source_name("7.3-rt-amd64"), "linux-source-7.3");
         assert_eq!(mirror()[0].debug_name(Watch::Memory), "debug-7.3");
         assert_eq!(mirror()[0].debug_name(Watch::Races), "kcsan-7.3");
     }

@@ -10,10 +10,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use crate::apt::{Apt, Package};
+use crate::apt::{Apt, Package, Record};
 use crate::cache::{self, Cache, Lock, Stamp, fingerprint, unfinished};
 use crate::command;
 use crate::debug::{self, Debug, Watch};
+use crate::flavour::{Flavour, Found};
 use crate::kernel::Kernel;
 use crate::overlay;
 use crate::plan::{self, KernelPlan, Plan};
@@ -22,8 +23,8 @@ use crate::sysroot::Sysroot;
 /// What is asked for.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
-    /// The beginning of a kernel release, or `debug` or `kcsan`, or such as `debug-` and such a beginning; `BARLEASE_KERNEL`, and then the
-    /// newest of Debian's, when absent.
+    /// The beginning of a kernel release, or `rt`, `cloud`, `debug` or `kcsan`, or such as `debug-` and such a beginning;
+    /// `BARLEASE_KERNEL`, and then the newest of Debian's, when absent.
     pub kernel: Option<String>,
     /// Whether to look again at what the mirror has.
     pub update: bool,
@@ -85,6 +86,25 @@ pub fn plan(cache: &Cache) -> Option<Plan> {
     cache::read_json(&cache.path("plan.json")).filter(|plan: &Plan| plan.asked == plan::asked())
 }
 
+/// The same with the kernels of a flavour.
+#[must_use]
+pub fn plan_of(cache: &Cache, flavour: Flavour) -> Option<Plan> {
+    let plan = plan(cache)?;
+    if flavour == Flavour::Plain {
+        return Some(plan);
+    }
+    let found = cache::read_json(&found_file(cache, flavour));
+    let found = found.filter(|found: &Found| found.rustc == plan.rustc)?;
+    Some(Plan {
+        kernels: found.kernels,
+        ..plan
+    })
+}
+
+fn found_file(cache: &Cache, flavour: Flavour) -> PathBuf {
+    cache.path(format!("kernels-{}.json", flavour.name()))
+}
+
 /// Whether image, modules, headers and overlay of a kernel are there.
 #[must_use]
 pub fn is_ready(cache: &Cache, plan: &Plan, kernel: &KernelPlan) -> bool {
@@ -109,6 +129,7 @@ pub fn is_debug_ready(cache: &Cache, plan: &Plan, kernel: &KernelPlan, watch: Wa
 struct Wanted {
     /// None for a kernel of Debian's.
     watch: Option<Watch>,
+    flavour: Flavour,
     /// The beginning of the release of a kernel of Debian's: of itself, or of that whose source is built.
     release: Option<String>,
 }
@@ -118,12 +139,18 @@ impl Wanted {
         match kernel.as_deref().and_then(debug::asked_for) {
             Some((watch, release)) => Self {
                 watch: Some(watch),
+                flavour: Flavour::Plain,
                 release: release.map(str::to_owned),
             },
-            None => Self {
-                watch: None,
-                release: kernel,
-            },
+            None => {
+                let asked = kernel.as_deref().map(Flavour::asked_for);
+                let (flavour, release) = asked.unwrap_or_default();
+                Self {
+                    watch: None,
+                    flavour,
+                    release: release.map(str::to_owned),
+                }
+            }
         }
     }
 }
@@ -151,7 +178,7 @@ impl Ready {
 }
 
 fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
-    let plan = plan(cache)?;
+    let plan = plan_of(cache, wanted.flavour)?;
     let kernel = plan.kernel(wanted.release.as_deref()).ok()?;
     let folders = Folders::of(cache, &plan, kernel);
     let sysroot = Sysroot::at(folders.sysroot.clone());
@@ -231,6 +258,17 @@ fn overlay_stamp(plan: &Plan, kernel: &KernelPlan) -> Stamp {
     Stamp::of(packages.chain([plan.rustc.clone()]))
 }
 
+/// The kernels of a flavour that the mirror has, and what it says of their packages.
+fn kernels(apt: &Apt, flavour: Flavour) -> Result<(Vec<KernelPlan>, Vec<Record>)> {
+    let releases = plan::releases(&apt.names("linux-headers-")?, flavour);
+    let names: Vec<_> = releases
+        .iter()
+        .flat_map(|release| plan::kernel_packages(release))
+        .collect();
+    let records = apt.show(&names)?;
+    Ok((plan::kernels(&releases, &records), records))
+}
+
 struct Maker {
     cache: Cache,
     wanted: Wanted,
@@ -245,8 +283,16 @@ impl Maker {
         };
         let sysroot = self.tools(&apt, &plan)?;
         if plan.rustc.is_empty() {
-            self.judge(&apt, &sysroot, &mut plan)?;
+            let text = command::output(
+                sysroot.program("usr/bin/rustc").arg("--version"),
+                "ask rustc for its version",
+            )?;
+            plan.rustc = text.trim().to_owned();
+            self.judge(&apt, &mut plan)?;
             cache::write_json(&self.cache.path("plan.json"), &plan)?;
+        }
+        if self.wanted.flavour != Flavour::Plain {
+            plan = self.flavoured(&apt, plan, update)?;
         }
         let kernel = plan.kernel(self.wanted.release.as_deref())?.clone();
         if let Some(watch) = self.wanted.watch {
@@ -274,14 +320,8 @@ impl Maker {
             self.cache.path("").display()
         );
         apt.update()?;
-        let releases = plan::releases(&apt.names("linux-headers-")?);
-        let names: Vec<_> = releases
-            .iter()
-            .flat_map(|release| plan::kernel_packages(release))
-            .collect();
-        let records = apt.show(&names)?;
+        let (kernels, records) = kernels(&apt, Flavour::Plain)?;
         let tools = apt.closure(&plan::tools(&records))?;
-        let kernels = plan::kernels(&releases, &records);
         Ok((
             apt,
             Plan {
@@ -311,13 +351,25 @@ impl Maker {
         Ok(Sysroot::at(path))
     }
 
+    /// The plan with the kernels of the flavour that is wanted, which are looked for once.
+    fn flavoured(&self, apt: &Apt, plan: Plan, update: bool) -> Result<Plan> {
+        let flavour = self.wanted.flavour;
+        if let Some(known) = plan_of(&self.cache, flavour).filter(|_| !update) {
+            return Ok(known);
+        }
+        let (kernels, _) = kernels(apt, flavour)?;
+        let mut plan = Plan { kernels, ..plan };
+        self.judge(apt, &mut plan)?;
+        let found = Found {
+            rustc: plan.rustc.clone(),
+            kernels: plan.kernels.clone(),
+        };
+        cache::write_json(&found_file(&self.cache, flavour), &found)?;
+        Ok(plan)
+    }
+
     /// Compares each kernel with the compiler.
-    fn judge(&self, apt: &Apt, sysroot: &Sysroot, plan: &mut Plan) -> Result<()> {
-        let text = command::output(
-            sysroot.program("usr/bin/rustc").arg("--version"),
-            "ask rustc for its version",
-        )?;
-        plan.rustc = text.trim().to_owned();
+    fn judge(&self, apt: &Apt, plan: &mut Plan) -> Result<()> {
         let possible = plan
             .kernels
             .iter()

@@ -62,7 +62,14 @@ pub struct PciDevice {
     pub numa_node: Option<u32>,
     /// Name of its VFIO device (`vfio0`), if its driver is a vfio driver.
     pub vfio: Option<String>,
+    /// Whether its driver is Barlease's.
+    #[serde(skip)]
+    barlease: bool,
 }
+
+/// The parameter by which our module is known under the name of the stock one
+/// (`make -C kmod NAME=vfio-pci`).
+const OWN_PARAMETER: &str = "parameters/msix_export";
 
 impl PciDevice {
     /// Whether its driver is a vfio driver.
@@ -76,10 +83,10 @@ impl PciDevice {
         self.vfio.is_some() || self.driver.as_deref().is_some_and(is_its_name)
     }
 
-    /// Whether its driver is Barlease's.
+    /// Whether its driver is Barlease's, also when that has taken the place of stock vfio-pci.
     #[must_use]
     pub fn is_barlease(&self) -> bool {
-        self.driver.as_deref() == Some(abi::DRIVER_NAME)
+        self.barlease
     }
 }
 
@@ -149,12 +156,15 @@ impl Pci {
             let id = hex(&path.join(file)).and_then(|id| u16::try_from(id).ok());
             id.ok_or(Error::NoDevice { bdf })
         };
+        let driver = link_name(&path.join("driver"));
         Ok(PciDevice {
             bdf,
             vendor: id("vendor")?,
             device: id("device")?,
             class: hex(&path.join("class")).unwrap_or_default(),
-            driver: link_name(&path.join("driver")),
+            barlease: driver.as_deref() == Some(abi::DRIVER_NAME)
+                || path.join("driver/module").join(OWN_PARAMETER).exists(),
+            driver,
             driver_override: self.driver_override(bdf),
             iommu_group: link_name(&path.join("iommu_group")).and_then(|name| name.parse().ok()),
             numa_node: text(&path.join("numa_node")).and_then(|text| text.parse().ok()),
@@ -208,11 +218,20 @@ impl Pci {
         first_entry(&self.root.join("kernel/iommu_groups")).is_some()
     }
 
-    /// Barlease's kernel module, if it is loaded.
+    /// Barlease's kernel module, if it is loaded, also in the place of stock vfio-pci.
     #[must_use]
     pub fn module(&self) -> Option<Module> {
-        let path = self.root.join("module").join(abi::MODULE_NAME);
-        path.is_dir().then(|| Module {
+        let modules = self.root.join("module");
+        let own = modules.join(abi::MODULE_NAME);
+        let as_stock = modules.join("vfio_pci");
+        let path = if own.is_dir() {
+            own
+        } else if as_stock.join(OWN_PARAMETER).exists() {
+            as_stock
+        } else {
+            return None;
+        };
+        Some(Module {
             version: text(&path.join("version")),
         })
     }

@@ -289,3 +289,20 @@ fn reset_methods_are_those_of_sysfs() {
         Err(Error::Unsupported { .. })
     ));
 }
+
+#[test]
+fn barlease_is_known_by_its_parameter_in_the_place_of_stock_vfio_pci() {
+    let fake = Fake::new(false);
+    let module = fake.path("module/vfio_pci");
+    fs::create_dir_all(module.join("parameters")).unwrap();
+    symlink(&module, fake.driver("vfio-pci").join("module")).unwrap();
+    fake.pci().bind(fake.bdf, "vfio-pci").unwrap();
+    assert!(!fake.pci().device(fake.bdf).unwrap().is_barlease());
+    assert_eq!(fake.pci().module(), None);
+
+    fs::write(module.join("parameters/msix_export"), "auto\n").unwrap();
+    fs::write(module.join("version"), "0.1.0\n").unwrap();
+    assert!(fake.pci().device(fake.bdf).unwrap().is_barlease());
+    let module = fake.pci().module().expect("a module");
+    assert_eq!(module.version.as_deref(), Some("0.1.0"));
+}

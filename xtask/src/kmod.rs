@@ -27,6 +27,8 @@ pub(crate) struct Options {
 enum What {
     /// Build it (the default)
     Build,
+    /// Build it under the name of the stock module, vfio-pci, whose place it then takes
+    AsStock,
     /// Check it with clippy, with the kernel's own settings
     Clippy,
     /// Format it
@@ -48,6 +50,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })?;
     match options.what {
         Some(What::Clippy) => clippy(&prepared, options.deny_warnings)?,
+        Some(What::AsStock) => {
+            println!(
+                "{}",
+                build_as_stock(&prepared, options.deny_warnings)?.display()
+            );
+        }
         _ => println!("{}", build(&prepared, options.deny_warnings)?.display()),
     }
     Ok(ExitCode::SUCCESS)
@@ -57,8 +65,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 pub(crate) fn build(prepared: &Prepared, deny_warnings: bool) -> Result<PathBuf> {
     let built = kmod::build(prepared, &checkout::top(), Task::Build)?;
     refuse_warnings(&built, deny_warnings)?;
-    let folder = checkout::target().join("kmod").join(&prepared.kernel.name);
-    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    let folder = products(prepared)?;
     let mut copies = Vec::new();
     for module in [&built.module].into_iter().chain(&built.others) {
         let to = folder.join(module.file_name().unwrap_or_default());
@@ -66,6 +73,22 @@ pub(crate) fn build(prepared: &Prepared, deny_warnings: bool) -> Result<PathBuf>
         copies.push(to);
     }
     Ok(copies.swap_remove(0))
+}
+
+/// The same for the module that takes the stock one's place. Its file has a name of its own there: a guest has the stock one, too.
+pub(crate) fn build_as_stock(prepared: &Prepared, deny_warnings: bool) -> Result<PathBuf> {
+    let built = kmod::build(prepared, &checkout::top(), Task::BuildAsStock)?;
+    refuse_warnings(&built, deny_warnings)?;
+    let to = products(prepared)?.join("barlease_as_vfio_pci.ko");
+    place(&built.module, &to).with_context(|| format!("copy the module to {}", to.display()))?;
+    Ok(to)
+}
+
+/// The folder of the modules for a kernel.
+fn products(prepared: &Prepared) -> Result<PathBuf> {
+    let folder = checkout::target().join("kmod").join(&prepared.kernel.name);
+    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    Ok(folder)
 }
 
 /// Copies a file unless it is there: another guest may be about to load it.

@@ -14,7 +14,7 @@ use barlease_lab::prepare::{self, Request, prepare};
 use barlease_lab::report::seconds;
 use clap::Args;
 
-use crate::{bench, canary, checkout, checks, kmod, pool, selftests};
+use crate::{bench, canary, checkout, checks, kmod, litmus, pool, selftests};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -138,9 +138,17 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
             update: false,
         })?;
         let kernel = prepared.kernel.name.clone();
+        // Once: their rules are those of one source, and hold for every kernel.
+        if place == 0 && options.has("litmus") {
+            steps.step("litmus tests", || litmus::judge(&prepared));
+        }
         let mut module = PathBuf::new();
         let built = steps.make(&format!("module for {kernel}"), || {
             module = kmod::build(&prepared, true)?;
+            // Kernels that we build have the stock driver built in, which keeps its place.
+            if prepared.kernel.watches().is_none() {
+                kmod::build_as_stock(&prepared, true)?;
+            }
             Ok(())
         });
         steps.make(&format!("clippy on the module for {kernel}"), || {

@@ -31,6 +31,11 @@ struct module *bl_this_module(void)
 	return THIS_MODULE;
 }
 
+const char *bl_module_name(void)
+{
+	return KBUILD_MODNAME;
+}
+
 void bl_init_rwsem(struct rw_semaphore *sem)
 {
 	init_rwsem(sem);

@@ -57,6 +57,8 @@ enum {
 };
 
 struct module *bl_this_module(void);
+const char *bl_module_name(void);
+void bl_add_ids(struct pci_driver *driver);
 void bl_init_rwsem(struct rw_semaphore *sem);
 void bl_ratelimit_init(struct ratelimit_state *state);
 const char *bl_pci_name(const struct pci_dev *pdev);

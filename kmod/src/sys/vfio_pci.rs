@@ -1364,15 +1364,16 @@ impl<D: Driver> Registration<D> {
                 };
                 // SAFETY: `slot` is valid for writes.
                 unsafe { slot.write(driver) };
+                // SAFETY: Always allowed; the name is a C string that lives as long as the module.
+                let name = unsafe { bindings::bl_module_name() };
                 // SAFETY: The driver is filled in, stays where it is, and is unregistered when this
                 // is dropped.
                 to_result(unsafe {
-                    bindings::__pci_register_driver(
-                        slot,
-                        module.as_ptr(),
-                        c"barlease_vfio_pci".as_char_ptr(),
-                    )
-                })
+                    bindings::__pci_register_driver(slot, module.as_ptr(), name)
+                })?;
+                // SAFETY: The driver was just registered.
+                unsafe { bindings::bl_add_ids(slot) };
+                Ok::<_, Error>(())
             }),
             _driver: PhantomData,
         })
