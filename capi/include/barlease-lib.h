@@ -233,6 +233,35 @@ int barlease_status(const struct barlease_device *device, const struct barlease_
 int barlease_set_memory_type(const struct barlease_device *device,
 			     const struct barlease_lease *lease, uint32_t memory_type);
 
+/*
+ * barlease_set_steering_tags - the TPH steering tags of peer-to-peer writes to a lease
+ *
+ * `tag` has 8 bits and `extended_tag` 16; they are separate, 0 is a tag of
+ * either, and -1 is none. `hint` is the processing hint, 0 to 3. They take the
+ * place of the ones before.
+ *
+ * -EOPNOTSUPP: the device does not complete TPH, or its driver has no tags;
+ * -ESTALE; -EXDEV; -EMEDIUMTYPE; -EINVAL: no such tag or hint.
+ */
+int barlease_set_steering_tags(const struct barlease_device *device,
+			       const struct barlease_lease *lease, int tag, int extended_tag,
+			       uint32_t hint);
+
+/*
+ * barlease_alias_region - a further region of the device that maps BAR `bar`
+ * with another memory type; its index goes to `region`
+ *
+ * The same request gives the same index. Ask for its offset and size with
+ * VFIO_DEVICE_GET_REGION_INFO, as for any region, and mmap it there through
+ * barlease_device_fd(). It lives until the device is closed.
+ *
+ * -EOPNOTSUPP: write-combining would not be real here, or the driver has no
+ * aliases; -EINVAL: uncached, or the alias of an alias; -ENODEV: no BAR that can
+ * be mapped; -ENOSPC.
+ */
+int barlease_alias_region(const struct barlease_device *device, uint32_t bar, uint32_t memory_type,
+			  uint32_t *region);
+
 /* ---- Leases ----------------------------------------------------------------------------- */
 
 /*

@@ -250,6 +250,41 @@ mod functions {
         })())
     }
 
+    #[unsafe(no_mangle)]
+    pub unsafe extern "C" fn barlease_set_steering_tags(
+        device: *const Device,
+        lease: *const Lease,
+        tag: c_int,
+        extended_tag: c_int,
+        hint: u32,
+    ) -> c_int {
+        answer((|| {
+            // SAFETY: C promises a handle.
+            let device = unsafe { raw::borrow(device, "device") }?;
+            // SAFETY: As above.
+            let lease = unsafe { raw::borrow(lease, "lease") }?;
+            device.set_tph(lease, types::steering_tags(tag, extended_tag, hint)?)?;
+            Ok(0)
+        })())
+    }
+
+    #[unsafe(no_mangle)]
+    pub unsafe extern "C" fn barlease_alias_region(
+        device: *const Device,
+        bar: u32,
+        memory_type: u32,
+        region: *mut u32,
+    ) -> c_int {
+        answer((|| {
+            // SAFETY: C promises a handle.
+            let device = unsafe { raw::borrow(device, "device") }?;
+            // SAFETY: C promises a place for it.
+            let region = unsafe { Output::new(region, "region") }?;
+            region.put(device.alias_region(bar, types::memory_type(memory_type)?)?);
+            Ok(0)
+        })())
+    }
+
     // ---- Leases ------
 
     #[unsafe(no_mangle)]

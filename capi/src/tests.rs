@@ -693,6 +693,50 @@ fn null_and_nonsense_are_refused_and_null_can_be_freed() {
 }
 
 #[test]
+fn steering_tags_are_set_or_refused() {
+    let owner = Owner::new();
+    let lease = owner.export(0);
+    // SAFETY: Handles that live.
+    let set = |tag, extended, hint| unsafe {
+        barlease_set_steering_tags(owner.device, lease, tag, extended, hint)
+    };
+    for (tag, extended, hint) in [(-1, -1, 0), (0, -1, 0), (255, 65535, 3)] {
+        assert_eq!(set(tag, extended, hint), 0, "{}", message());
+    }
+    refused(set(256, -1, 0), error::EINVAL, "8-bit tag 256");
+    refused(set(-2, -1, 0), error::EINVAL, "8-bit tag -2");
+    refused(set(-1, 65536, 0), error::EINVAL, "16-bit tag 65536");
+    refused(set(-1, -1, 4), error::EINVAL, "hint 4");
+    refused(set(-1, -1, 256), error::EINVAL, "hint 256");
+    let tags = |tag, extended| super::types::steering_tags(tag, extended, 2).ok();
+    let hint = barlease::Tph::new().processing_hint(2);
+    assert_eq!(tags(-1, -1), Some(hint));
+    assert_eq!(tags(7, -1), Some(hint.steering_tag(7)));
+    assert_eq!(tags(-1, 9), Some(hint.steering_tag_ext(9)));
+    // SAFETY: It was made here and is not used after.
+    unsafe { barlease_lease_close(lease) };
+}
+
+#[test]
+fn a_bar_gets_an_alias() {
+    let owner = Owner::new();
+    let alias = |bar, memory_type, region: *mut u32| {
+        // SAFETY: A handle that lives, and a place or NULL.
+        unsafe { barlease_alias_region(owner.device, bar, memory_type, region) }
+    };
+    let (mut first, mut again) = (0, 0);
+    assert_eq!(alias(0, 1, &mut first), 0, "{}", message());
+    assert_eq!(alias(0, 1, &mut again), 0, "{}", message());
+    assert!(first > 8 && first == again, "{first} {again}");
+    let mut none = 77;
+    refused(alias(0, 0, &mut none), error::EINVAL, "alias");
+    refused(alias(0, 2, &mut none), error::EINVAL, "no memory type 2");
+    refused(alias(1, 1, &mut none), error::ENODEV, "alias");
+    refused(alias(0, 1, null_mut()), error::EFAULT, "region is NULL");
+    assert_eq!(none, 77);
+}
+
+#[test]
 fn each_thread_has_its_own_text() {
     // SAFETY: Null.
     unsafe { refused(barlease_device_fd(null()), error::EFAULT, "device") };

@@ -1,8 +1,8 @@
 //! The structures of the header.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_int};
 
-use barlease::{LeaseRecord, MemoryType, State, Status};
+use barlease::{LeaseRecord, MemoryType, State, Status, Tph};
 
 use super::error::{EINVAL, EPROTO, Failure};
 
@@ -84,6 +84,24 @@ pub(super) fn memory_type(number: u32) -> Result<MemoryType, Failure> {
             format!("there is no memory type {number}"),
         )),
     }
+}
+
+/// Steering tags; -1 is no tag.
+pub(super) fn steering_tags(tag: c_int, extended_tag: c_int, hint: u32) -> Result<Tph, Failure> {
+    let invalid = |what, value: i64| Failure::new(EINVAL, format!("there is no {what} {value}"));
+    let mut tags = Tph::new();
+    if tag != -1 {
+        let tag = u8::try_from(tag).map_err(|_| invalid("8-bit tag", tag.into()))?;
+        tags = tags.steering_tag(tag);
+    }
+    if extended_tag != -1 {
+        let tag =
+            u16::try_from(extended_tag).map_err(|_| invalid("16-bit tag", extended_tag.into()))?;
+        tags = tags.steering_tag_ext(tag);
+    }
+    // The library refuses what is over 3.
+    let hint = u8::try_from(hint).map_err(|_| invalid("processing hint", hint.into()))?;
+    Ok(tags.processing_hint(hint))
 }
 
 fn number_of_type(memory_type: MemoryType) -> Result<u32, Failure> {

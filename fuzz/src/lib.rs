@@ -34,6 +34,15 @@ pub fn capabilities(input: &[u8]) {
     barlease::fuzzing::capabilities(answer, u32::from_le_bytes(*first));
 }
 
+/// The answer of the driver that lists leases. The first eight bytes are the id that it was asked to
+/// begin behind.
+pub fn list(input: &[u8]) {
+    let Some((after, answer)) = input.split_first_chunk() else {
+        return;
+    };
+    barlease::fuzzing::list(answer, u64::from_le_bytes(*after));
+}
+
 /// A connection. The first byte says where descriptors come along; the rest is sent in pieces whose
 /// lengths follow from it. Whatever comes, the receiver answers a lease or an error, and keeps no
 /// descriptor beyond.
@@ -124,6 +133,7 @@ pub fn corpus(target: &str) -> Vec<Vec<u8>> {
             })
             .collect(),
         "capabilities" => chains(),
+        "list" => lists(),
         _ => Vec::new(),
     }
 }
@@ -175,6 +185,25 @@ fn chains() -> Vec<Vec<u8>> {
         input.extend(1u16.to_ne_bytes());
         input.extend(next.to_ne_bytes());
         input.extend(payload.iter().flat_map(|word| word.to_ne_bytes()));
+    }
+    vec![input]
+}
+
+/// `struct vfio_device_feature`, `struct dma_buf_list` of the contract, and two records of 96 bytes.
+fn lists() -> Vec<Vec<u8>> {
+    let mut input = vec![0; 8 + 8];
+    input.extend(2u64.to_ne_bytes());
+    input.extend(2u32.to_ne_bytes());
+    input.extend(96u32.to_ne_bytes());
+    for id in [1u64, 2] {
+        input.extend(id.to_ne_bytes());
+        input.extend(SIZE.to_ne_bytes());
+        // BAR, ranges, memory type, state, reasons, flags, counts, access.
+        for word in [0u32, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0] {
+            input.extend(word.to_ne_bytes());
+        }
+        input.extend(b"lease");
+        input.extend([0; 27]);
     }
     vec![input]
 }

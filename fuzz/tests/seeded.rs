@@ -94,6 +94,11 @@ fn capabilities() {
     run("capabilities", barlease_fuzz::capabilities);
 }
 
+#[test]
+fn list() {
+    run("list", barlease_fuzz::list);
+}
+
 /// The right ones are understood: else the changed ones would test nothing.
 #[test]
 fn the_corpus_is_right() {
@@ -103,5 +108,8 @@ fn the_corpus_is_right() {
     for input in barlease_fuzz::corpus("capabilities") {
         let first = u32::from_le_bytes([input[0], input[1], input[2], input[3]]);
         assert_eq!(barlease::fuzzing::capabilities(&input[4..], first), Some(5));
+    }
+    for input in barlease_fuzz::corpus("list") {
+        assert_eq!(barlease::fuzzing::list(&input[8..], 0), Some(2));
     }
 }

@@ -128,6 +128,42 @@ fn a_device_is_opened_by_what_the_kernel_has() {
 }
 
 #[test]
+fn each_backend_is_used_when_it_is_asked_for() {
+    let bdf = display().bdf();
+    let open = |backend| barlease::OpenOptions::new().backend(backend).open(bdf);
+    let links = |device: &Device| {
+        // A descriptor of the device says by what it was opened.
+        let held = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let paths = held.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+        let held: Vec<String> = paths.map(|path| path.display().to_string()).collect();
+        assert_eq!(device.bdf(), bdf);
+        held
+    };
+    let group = open(Backend::Group).unwrap();
+    assert_eq!(group.backend(), Some(Backend::Group));
+    let held = links(&group);
+    assert!(held.iter().any(|path| path == "/dev/vfio/vfio"), "{held:?}");
+    assert!(!held.iter().any(|path| path == "/dev/iommu"), "{held:?}");
+    let dma = barlease::DmaBuffer::new(group.require_iommu().unwrap(), 4096).unwrap();
+    dma.write(0, 1_u32).unwrap();
+    drop((dma, group));
+    if !Path::new("/dev/iommu").exists() {
+        assert_error!(open(Backend::Cdev), Unsupported);
+        return;
+    }
+    let cdev = open(Backend::Cdev).unwrap();
+    assert_eq!(cdev.backend(), Some(Backend::Cdev));
+    let held = links(&cdev);
+    assert!(held.iter().any(|path| path == "/dev/iommu"), "{held:?}");
+    assert!(
+        !held.iter().any(|path| path == "/dev/vfio/vfio"),
+        "{held:?}"
+    );
+    let dma = barlease::DmaBuffer::new(cdev.require_iommu().unwrap(), 4096).unwrap();
+    dma.write(0, 1_u32).unwrap();
+}
+
+#[test]
 fn regions_are_those_of_the_device() {
     let device = open("memory");
     let regions = device.regions().unwrap();

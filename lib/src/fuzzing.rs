@@ -19,3 +19,15 @@ pub fn record(bytes: &[u8]) -> bool {
 pub fn capabilities(answer: &[u8], first: u32) -> Option<usize> {
     crate::device::parse_capabilities(answer, first)
 }
+
+/// Parses the answer to LIST behind the id `after`, and panics if a walk that goes on from it could
+/// go back or stand still. Number of leases, if it is one.
+pub fn list(answer: &[u8], after: u64) -> Option<usize> {
+    let (ids, next) = crate::leases::parse_list(answer, after)?;
+    assert!(ids.is_sorted_by(|a, b| a < b));
+    assert!(ids.iter().all(|id| *id > after));
+    if let Some(next) = next {
+        assert!(ids.last().is_some_and(|last| next >= *last));
+    }
+    Some(ids.len())
+}

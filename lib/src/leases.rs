@@ -540,31 +540,58 @@ impl List<'_> {
             .map_err(|errno| self.handle.unsupported_or("list", self.object(), errno))?;
 
         let handle = self.handle;
-        let malformed = |reason: &'static str| Error::malformed("list", handle.object(), reason);
-        let count = words.u32(AT + offset_of!(abi::DmaBufList, nr_records)) as usize;
-        let next = words.u64(AT + offset_of!(abi::DmaBufList, after));
-        if count > PAGE {
-            return Err(malformed("there are more records than were asked for"));
-        }
-        let mut page = VecDeque::with_capacity(count);
-        let mut after = self.after;
-        for n in 0..count {
-            let record = record(&words, HEADER + FIXED + n * RECORD, || handle.object())?;
-            if record.id.0 <= after {
-                return Err(malformed("the ids do not ascend"));
-            }
-            after = record.id.0;
-            page.push_back(record);
-        }
-        // Ends after an empty page as well, so that no answer makes this go on for ever.
-        self.last = next == 0 || count == 0;
-        if !self.last && next < after {
-            return Err(malformed("the list goes back"));
-        }
-        self.after = next.max(after);
+        let (page, next) = page(&words, self.after, || handle.object())?;
         self.page = page;
+        self.after = next.unwrap_or_default();
+        self.last = next.is_none();
         Ok(())
     }
+}
+
+/// The records of an answer that begins behind the id `after`, and the id that the next page begins
+/// behind.
+fn page(
+    words: &Words,
+    after: u64,
+    object: impl Fn() -> Object,
+) -> Result<(VecDeque<LeaseRecord>, Option<u64>)> {
+    let malformed = |reason: &'static str| Error::malformed("list", object(), reason);
+    let count = words.u32(HEADER + offset_of!(abi::DmaBufList, nr_records)) as usize;
+    let next = words.u64(HEADER + offset_of!(abi::DmaBufList, after));
+    if count > PAGE {
+        return Err(malformed("there are more records than were asked for"));
+    }
+    let mut page = VecDeque::with_capacity(count);
+    let mut last = after;
+    for n in 0..count {
+        let record = record(words, HEADER + FIXED + n * RECORD, &object)?;
+        if record.id.0 <= last {
+            return Err(malformed("the ids do not ascend"));
+        }
+        last = record.id.0;
+        page.push_back(record);
+    }
+    // Ends after an empty page as well, so that no answer makes the list go on for ever.
+    if next == 0 || count == 0 {
+        return Ok((page, None));
+    }
+    if next < last {
+        return Err(malformed("the list goes back"));
+    }
+    Ok((page, Some(next)))
+}
+
+/// For [`crate::fuzzing`]: the ids of an answer, if it is one, and where the next page begins.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn parse_list(answer: &[u8], after: u64) -> Option<(Vec<u64>, Option<u64>)> {
+    let mut words = Words::zeroed(HEADER + FIXED + PAGE * RECORD);
+    let places = (0..HEADER + FIXED + PAGE * RECORD).step_by(4);
+    for (place, word) in places.zip(answer.chunks_exact(4)) {
+        let word = word.try_into().unwrap_or_default();
+        words.put_u32(place, u32::from_ne_bytes(word));
+    }
+    let (page, next) = page(&words, after, || Object::Process).ok()?;
+    Some((page.iter().map(|record| record.id.0).collect(), next))
 }
 
 impl Iterator for List<'_> {

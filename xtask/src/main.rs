@@ -6,6 +6,7 @@ mod batch;
 mod bench;
 mod canary;
 mod checkout;
+mod checks;
 mod demo;
 mod dist;
 mod kmod;

@@ -14,7 +14,7 @@ use barlease_lab::prepare::{self, Request, prepare};
 use barlease_lab::report::seconds;
 use clap::Args;
 
-use crate::{bench, canary, checkout, kmod, litmus, pool, selftests};
+use crate::{bench, canary, checkout, checks, kmod, litmus, pool, selftests};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -85,7 +85,7 @@ enum Verdict {
 }
 
 #[derive(Debug, Default)]
-struct Steps {
+pub(crate) struct Steps {
     done: Vec<Done>,
 }
 
@@ -123,33 +123,7 @@ fn host(steps: &mut Steps) {
     let test: Vec<_> = [&["test", "--no-fail-fast"], HOST].concat();
     steps.cargo("host tests", "", &test);
     steps.cargo("fuzz targets, a short run", "fuzz", &["test", "--quiet"]);
-    if has_deny() {
-        steps.cargo(
-            "dependencies (cargo deny)",
-            "",
-            // Advisories need the network, and change without us: `cargo deny check` by hand.
-            &[
-                "deny",
-                "--log-level",
-                "error",
-                "check",
-                "bans",
-                "licenses",
-                "sources",
-            ],
-        );
-    } else {
-        steps.skip("dependencies (cargo deny)", "cargo-deny is not installed");
-    }
-}
-
-fn has_deny() -> bool {
-    let version = checkout::cargo("")
-        .args(["deny", "--version"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    version.is_ok_and(|status| status.success())
+    checks::host(steps);
 }
 
 fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
@@ -246,9 +220,11 @@ fn stock() -> Result<Vec<String>> {
 
 impl Steps {
     fn cargo(&mut self, name: &str, folder: &str, arguments: &[&str]) {
-        self.step(name, || {
-            counted(checkout::cargo(folder).args(arguments), &mut io::stdout())
-        });
+        self.command(name, checkout::cargo(folder).args(arguments));
+    }
+
+    pub(crate) fn command(&mut self, name: &str, command: &mut Command) {
+        self.step(name, || counted(command, &mut io::stdout()));
     }
 
     fn make<T>(&mut self, name: &str, work: impl FnOnce() -> Result<T>) -> bool {
@@ -292,7 +268,7 @@ impl Steps {
         passed
     }
 
-    fn skip(&mut self, name: &str, reason: &str) {
+    pub(crate) fn skip(&mut self, name: &str, reason: &str) {
         println!("\n=== {name}\nskipped: {reason}");
         let verdict = Verdict::Skipped(reason.to_owned());
         self.note(name, Duration::ZERO, Count::default(), verdict);

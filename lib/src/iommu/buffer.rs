@@ -19,7 +19,7 @@ use crate::Result;
 use crate::error::Object;
 
 /// Size of a huge page.
-const HUGE: u64 = 2 << 20;
+const HUGE: u64 = crate::sys::memory::HUGE as u64;
 
 /// Options of a [`DmaBuffer`].
 ///

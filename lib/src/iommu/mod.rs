@@ -34,7 +34,7 @@ pub use buffer::DmaOptions;
 use iova::Iovas;
 
 /// Size of a large page of most IOMMUs.
-const HUGE: u64 = 2 << 20;
+const HUGE: u64 = crate::sys::memory::HUGE as u64;
 
 /// Longest answer about an IOMMU that is believed.
 const MAX_INFO: u32 = 1 << 20;

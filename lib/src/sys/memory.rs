@@ -16,7 +16,8 @@ use rustix::mm::MapFlags;
 use rustix::mm::MremapFlags;
 use rustix::mm::ProtFlags;
 
-/// Size of a huge page-table entry: 2 MiB, one level above a 4 KiB page.
+/// Size of a huge page-table entry: 2 MiB, one level above a 4 KiB page. It is the size of a large
+/// page of most IOMMUs too.
 pub(crate) const HUGE: usize = 2 << 20;
 
 /// What of a file to map, and how.

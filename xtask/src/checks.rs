@@ -1,0 +1,147 @@
+//! Checks of the crates by tools that are not part of every tool chain.
+//!
+//! A tool is built once, at a version that is written here, into the cache folder. Where it cannot
+//! be had the check is skipped, and the summary says why.
+
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{Context, Result, bail};
+use barlease_lab::cache::Cache;
+
+use crate::checkout;
+use crate::test::Steps;
+
+/// The oldest compiler that the crates promise to build with: `rust-version` in Cargo.toml.
+const OLDEST: &str = "1.85.0";
+
+pub(crate) fn host(steps: &mut Steps) {
+    dependencies(steps);
+    oldest(steps);
+    interface(steps);
+    miri(steps);
+}
+
+fn dependencies(steps: &mut Steps) {
+    let name = "dependencies (cargo deny)";
+    match tool("cargo-deny", "0.20.2") {
+        Ok(program) => steps.command(
+            name,
+            Command::new(program)
+                .current_dir(checkout::top())
+                // Advisories need the network, and change without us: `cargo deny check` by hand.
+                .args(["deny", "--log-level", "error", "check"])
+                .args(["bans", "licenses", "sources"]),
+        ),
+        Err(error) => steps.skip(name, &format!("{error:#}")),
+    }
+}
+
+fn oldest(steps: &mut Steps) {
+    let name = format!("library and C interface with Rust {OLDEST}");
+    let cargo = || {
+        let mut command = Command::new("rustup");
+        command
+            .args(["run", OLDEST, "cargo"])
+            .current_dir(checkout::top())
+            .env_remove("CARGO")
+            .env_remove("RUSTC")
+            .env_remove("RUSTUP_TOOLCHAIN");
+        command
+    };
+    if !answers(cargo().arg("--version")) {
+        steps.skip(
+            &name,
+            &format!("that tool chain is not here: rustup toolchain install {OLDEST}"),
+        );
+        return;
+    }
+    steps.command(
+        &name,
+        cargo()
+            .args(["check", "--quiet", "--all-targets", "--target-dir"])
+            .arg(checkout::target().join("oldest"))
+            .args(["-p", "barlease", "-p", "barlease-capi"])
+            .args(["--features", "barlease/fake,barlease/tokio"]),
+    );
+}
+
+fn interface(steps: &mut Steps) {
+    let name = "the library's interface (cargo semver-checks)";
+    match tag() {
+        None => steps.skip(name, "no version has been tagged yet"),
+        Some(tag) => match tool("cargo-semver-checks", "0.51.0") {
+            Ok(program) => steps.command(
+                name,
+                Command::new(program)
+                    .current_dir(checkout::top())
+                    .args(["semver-checks", "--package", "barlease"])
+                    .args(["--baseline-rev", &tag]),
+            ),
+            Err(error) => steps.skip(name, &format!("{error:#}")),
+        },
+    }
+}
+
+fn miri(steps: &mut Steps) {
+    let name = "the library's parsers under Miri";
+    if !answers(Command::new("cargo").args(["+nightly", "miri", "--version"])) {
+        steps.skip(
+            name,
+            "nightly has no Miri here: rustup +nightly component add miri rust-src",
+        );
+        return;
+    }
+    // The modules that make no system calls: Miri has none of VFIO's.
+    steps.command(
+        name,
+        Command::new("cargo")
+            .current_dir(checkout::top())
+            .env_remove("CARGO")
+            .env_remove("RUSTUP_TOOLCHAIN")
+            .env("PROPTEST_CASES", "16")
+            .args(["+nightly", "miri", "test", "--quiet", "-p", "barlease"])
+            .args(["--lib", "--", "bdf::", "types::", "iommu::iova::"]),
+    );
+}
+
+/// The last tag that is a version.
+fn tag() -> Option<String> {
+    let described = Command::new("git")
+        .current_dir(checkout::top())
+        .args(["describe", "--tags", "--abbrev=0", "--match", "v[0-9]*"])
+        .stderr(Stdio::null())
+        .output();
+    let Output { status, stdout, .. } = described.ok()?;
+    let tag = String::from_utf8(stdout).ok()?;
+    status.success().then(|| tag.trim().to_owned())
+}
+
+fn answers(command: &mut Command) -> bool {
+    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// A program of that crate, built on its first use. Unoptimized: that takes a third of the time.
+fn tool(name: &str, version: &str) -> Result<PathBuf> {
+    let cache = Cache::open()?;
+    let _lock = cache.lock(name, "install it")?;
+    let root = cache.path(format!("tools/{name}-{version}"));
+    let program = root.join("bin").join(name);
+    if program.exists() {
+        return Ok(program);
+    }
+    println!("installing {name} {version} into the cache");
+    let status = checkout::cargo("")
+        .args(["install", "--quiet", "--locked", "--debug", "--version"])
+        .args([version, "--root"])
+        .arg(&root)
+        .arg(name)
+        .env_remove("CARGO_TARGET_DIR")
+        .status()
+        .context("start cargo")?;
+    if !status.success() {
+        bail!("{name} {version} cannot be installed here");
+    }
+    Ok(program)
+}
