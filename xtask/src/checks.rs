@@ -19,7 +19,6 @@ pub(crate) fn host(steps: &mut Steps) {
     dependencies(steps);
     oldest(steps);
     interface(steps);
-    miri(steps);
 }
 
 fn dependencies(steps: &mut Steps) {
@@ -81,28 +80,6 @@ fn interface(steps: &mut Steps) {
             Err(error) => steps.skip(name, &format!("{error:#}")),
         },
     }
-}
-
-fn miri(steps: &mut Steps) {
-    let name = "the library's parsers under Miri";
-    if !answers(Command::new("cargo").args(["+nightly", "miri", "--version"])) {
-        steps.skip(
-            name,
-            "nightly has no Miri here: rustup +nightly component add miri rust-src",
-        );
-        return;
-    }
-    // The modules that make no system calls: Miri has none of VFIO's.
-    steps.command(
-        name,
-        Command::new("cargo")
-            .current_dir(checkout::top())
-            .env_remove("CARGO")
-            .env_remove("RUSTUP_TOOLCHAIN")
-            .env("PROPTEST_CASES", "16")
-            .args(["+nightly", "miri", "test", "--quiet", "-p", "barlease"])
-            .args(["--lib", "--", "bdf::", "types::", "iommu::iova::"]),
-    );
 }
 
 /// The last tag that is a version.
