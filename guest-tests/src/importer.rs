@@ -16,8 +16,10 @@ use std::{
 };
 
 use crate::{
+    PAGE,
     errno::{Answer, Errno, answer},
     lease::{self, Request},
+    map::{How, Map},
     observe,
     pci::{self, Function},
     vfio::{Device, GET},
@@ -195,6 +197,15 @@ impl Attachment {
     /// That of the ioctl.
     pub fn map(&self) -> Answer<()> {
         self.map_for(abi::BIDIRECTIONAL)
+    }
+
+    /// Maps the dma-buf into this process, through the file of the importer.
+    ///
+    /// # Errors
+    ///
+    /// That of mmap.
+    pub fn mmap(&self, how: How, length: u64) -> Answer<Map> {
+        how.map(&*self.importer.0, u64::from(self.id) * PAGE, length)
     }
 
     /// Maps in a direction of the uAPI.

@@ -5,13 +5,14 @@ use std::{collections::HashMap, os::fd::OwnedFd};
 
 use barlease_guest_tests::{
     PAGE,
-    errno::{EBUSY, EINVAL, ENODEV, ENXIO, EOPNOTSUPP},
+    errno::{EACCES, EBUSY, EINVAL, ENODEV, ENXIO, EOPNOTSUPP},
     importer::{
         Attachment, Domain, EDU, Importer,
         abi::{self, Entry},
         check_that_nothing_is_left,
     },
-    map::Map,
+    lease::Request,
+    map::{How, Map, READ, READ_WRITE, Sigbus},
     observe,
     pci::{self, Function},
     vfio::Device,
@@ -270,6 +271,28 @@ fn a_buffer_can_be_mapped_in_each_direction_and_by_several_importers() {
     first.unmap().unwrap();
     assert_eq!(first.unmap(), Err(ENXIO));
     assert_eq!(first.translate(0), None);
+}
+
+/// The file of the importer can be written to; that of the lease decides.
+#[test]
+fn a_read_only_lease_is_not_mapped_for_writing_through_a_file_of_its_importer() {
+    let device = memory();
+    let request = Request::new(BAR, &[(0, PAGE)]).open_flags(libc::O_RDONLY);
+    let read_only = device.request(&request).unwrap();
+    let attachment = Importer::open().attach(&read_only).unwrap();
+    assert_eq!(attachment.mmap(How::shared(), PAGE).err(), Some(EACCES));
+    let map = attachment
+        .mmap(How::shared().protection(READ), PAGE)
+        .unwrap();
+    assert_eq!(map.protect(0, PAGE, READ_WRITE), Err(EACCES));
+
+    let (_fd, attachment) = attached(&device, &[(0, PAGE)]);
+    let writable = attachment.mmap(How::shared(), PAGE).unwrap();
+    writable.write(0, 77).unwrap();
+    assert_eq!(map.read(0), Ok(77));
+    device.revoke(&read_only).unwrap();
+    assert_eq!(map.read(0), Err(Sigbus));
+    assert_eq!(writable.read(0), Ok(77));
 }
 
 /// A mapping for reading only: what edu writes must not land.

@@ -5,6 +5,8 @@
 //! Each request is one ioctl on one structure, which goes in and comes back. Attachments belong to
 //! the open file that made them and go with it. Errors of all requests on an attachment: `ENOENT`
 //! there is none of that number, `ENODEV` it was detached because edu was unbound, `EFAULT`.
+//!
+//! The page of that number in the file is the dma-buf of an attachment, for `mmap`.
 
 /// The misc device.
 pub const DEVICE: &str = "/dev/barlease_importer";

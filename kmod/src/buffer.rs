@@ -16,7 +16,7 @@ use crate::{
         bar::Bar,
         dma_buf::{DmaBuf, Exporter, Live, MappedInode, NAME_LEN, Operations},
         errno,
-        fence::{Fence, FenceWatch},
+        fence::{Fence, FenceWatch, Found},
         flag::{Flag, peek},
         idle::Outstanding,
         items::Items,
@@ -36,7 +36,7 @@ use kernel::{
     str::BStr,
     sync::{
         Arc, ArcBorrow,
-        atomic::{Acquire, Atomic, Full, Relaxed},
+        atomic::{Atomic, Full, Relaxed},
     },
     time::{Delta, delay::fsleep},
 };
@@ -44,13 +44,23 @@ use kernel::{
 /// What a buffer holds.
 pub(crate) struct Contents {
     /// The BAR.
-    pub(crate) bar: u32,
-    /// Its memory.
     pub(crate) memory: Bar,
-    /// Bytes: the sum of the segments.
-    pub(crate) size: u64,
     /// Where its pages are.
     pub(crate) segments: Items<Segment>,
+}
+
+impl Contents {
+    /// Which BAR it is.
+    fn bar(&self) -> u32 {
+        self.memory.index()
+    }
+
+    /// Bytes.
+    fn size(&self) -> u64 {
+        self.segments
+            .last()
+            .map_or(0, |last| last.end << PAGE_SHIFT)
+    }
 }
 
 /// Ranges of one BAR, exported as a dma-buf.
@@ -80,10 +90,10 @@ pub(crate) struct Buffer {
     gate: RwSem<()>,
     /// `MEMATTR_*` that the next mapping gets.
     memattr: Atomic<u32>,
-    /// VMAs that map it.
-    vmas: Atomic<i64>,
+    /// VMAs that map it. So many that this wraps do not fit into the memory of a machine.
+    vmas: Atomic<i32>,
     /// Those of them that are write-combining: each keeps the type that it was made with.
-    wc_vmas: Atomic<i64>,
+    wc_vmas: Atomic<i32>,
     /// Importers attached.
     attachments: Atomic<i32>,
     /// Mappings that importers have. Changed with the reservation lock held.
@@ -91,12 +101,9 @@ pub(crate) struct Buffer {
     inode: MappedInode,
     /// Its place in the table of its [`Leases`].
     links: Links<Buffer>,
-    /// The fences that it had when it was revoked.
-    #[pin]
-    revocation: FenceWatch,
-    /// 1 once its importers have been told that it was revoked, and `revocation` has its fences;
-    /// else 0: no mapping of it can be in the making after that.
-    told: Atomic<u32>,
+    /// The fences that it had when it was revoked. Known once its importers have been told of that:
+    /// no mapping of it can be in the making after that.
+    revocation: Found,
     /// Whether nobody waits for the importers that it had when it was revoked.
     left: Flag,
     /// Locked by what looks at the dma-buf; its release locks it first.
@@ -112,6 +119,17 @@ pub(crate) struct Guarded {
 
 /// How long to wait for an importer before it is named in the log, and again each time after that.
 pub(crate) const PATIENCE_MS: u32 = 10_000;
+
+/// With the count of its [`Arc`] it is to fit into an allocation of 256 bytes: a function may have
+/// many. Locks that are debugged, or may sleep as those of a real-time kernel do, are larger.
+#[cfg(not(any(
+    CONFIG_DEBUG_LOCK_ALLOC,
+    CONFIG_DEBUG_MUTEXES,
+    CONFIG_DEBUG_RWSEMS,
+    CONFIG_DEBUG_SPINLOCK,
+    CONFIG_PREEMPT_RT
+)))]
+const _: () = assert!(core::mem::size_of::<Buffer>() <= 248);
 
 static OPERATIONS: Operations<Buffer> = Operations::new();
 
@@ -131,7 +149,7 @@ impl Buffer {
         first_page: u64,
         vma: NewVma<'_>,
     ) -> Result {
-        let bar = contents.bar;
+        let bar = contents.bar();
         let mut maps = leases.bar_maps().lock();
         let place = maps.place(bar, memory_type).ok_or(EINVAL)?;
         if place.is_none() {
@@ -167,8 +185,8 @@ impl Buffer {
         internal: Option<u64>,
     ) -> Result<DmaBuf> {
         let epoch = leases.epoch()?;
-        let name = leases.names().of(contents.bar, memory_type);
-        let dmabuf = DmaBuf::export(contents.size, flags, &name, |dmabuf| {
+        let name = leases.names().of(contents.bar(), memory_type);
+        let dmabuf = DmaBuf::export(contents.size(), flags, &name, |dmabuf| {
             Arc::pin_init(
                 pin_init!(Self {
                     leases: leases.clone(),
@@ -186,8 +204,7 @@ impl Buffer {
                     mappings: Outstanding::none(),
                     inode: dmabuf.inode(),
                     links: Links::new(),
-                    revocation <- FenceWatch::new(Some(leases.events().clone())),
-                    told: Atomic::new(0),
+                    revocation: Found::unknown(),
                     left: Flag::new(),
                     live <- dmabuf.live(Guarded { tph: Tph::NONE }),
                 }),
@@ -230,25 +247,39 @@ impl Buffer {
         if !first {
             return Err(errno::EBADFD.into());
         }
-        if self.is_attached() {
-            if let Some(fence) = self.tell_and_look() {
-                self.revocation.arm(fence);
-            }
-        }
-        self.told.xchg(1, Full);
+        let fence = if self.is_attached() {
+            self.tell_and_look()
+        } else {
+            None
+        };
+        self.revocation
+            .publish(fence.map(|fence| self.watch(fence)));
+        // Without the full barrier of that, this could find no eventfd for an owner that has set
+        // one and then seen the old state.
         self.leases.notify();
         Ok(())
+    }
+
+    /// Begins to watch `fence`, of whose end the owner is to hear.
+    #[cold]
+    fn watch(&self, fence: Fence) -> Pin<KBox<FenceWatch>> {
+        let watch = until_there_is_memory(|| {
+            let events = Some(self.leases.events().clone());
+            KBox::pin_init(FenceWatch::new(events), GFP_KERNEL)
+        });
+        watch.arm(fence);
+        watch
     }
 
     /// Whether it was revoked for good, and what it drains is counted. Until then an importer may
     /// be about to count a mapping that it has made.
     pub(crate) fn is_told(&self) -> bool {
-        self.told.load(Acquire) != 0
+        self.revocation.is_known()
     }
 
     /// Waits until it drains no more. `EINTR` when a fatal signal comes meanwhile.
     pub(crate) fn wait_killable(&self) -> Result {
-        for outstanding in [self.revocation.pending(), &self.mappings] {
+        for outstanding in self.outstanding() {
             while !outstanding.wait_killable(PATIENCE_MS)? {
                 self.complain();
             }
@@ -270,8 +301,18 @@ impl Buffer {
     /// undo its mapping, or nobody has looked yet whether one has.
     pub(crate) fn is_draining(&self) -> bool {
         let unknown = self.is_revoked() && !self.is_told();
-        let any = || self.revocation.pending().any() || self.mappings.any();
-        self.state() == State::Dead && (unknown || any())
+        self.state() == State::Dead && (unknown || self.is_in_use())
+    }
+
+    /// What its importers do with it.
+    fn outstanding(&self) -> impl Iterator<Item = &Outstanding> {
+        let all = [self.revocation.pending(), Some(&self.mappings)];
+        all.into_iter().flatten()
+    }
+
+    /// Whether there is any of that.
+    fn is_in_use(&self) -> bool {
+        self.outstanding().any(Outstanding::any)
     }
 
     /// Whether it was revoked for good.
@@ -317,8 +358,8 @@ impl Buffer {
             state,
             reasons,
             memattr: self.memattr.load(Relaxed),
-            region_index: self.contents.bar,
-            size: self.contents.size,
+            region_index: self.contents.bar(),
+            size: self.contents.size(),
             nr_ranges: self.contents.segments.len() as u32,
             nr_attachments: self.attachments.load(Relaxed) as u32,
         }
@@ -351,12 +392,12 @@ impl Buffer {
     }
 
     /// VMAs that map it.
-    pub(crate) fn vmas(&self) -> i64 {
+    pub(crate) fn vmas(&self) -> i32 {
         peek(&self.vmas)
     }
 
     /// Those of them that are write-combining.
-    pub(crate) fn wc_vmas(&self) -> i64 {
+    pub(crate) fn wc_vmas(&self) -> i32 {
         self.wc_vmas.load(Relaxed)
     }
 
@@ -416,7 +457,7 @@ impl Buffer {
     pub(crate) fn wait(&self) {
         // `live` is not locked meanwhile: an event has other importers to tell, and must not wait
         // for this one before it does.
-        for outstanding in [self.revocation.pending(), &self.mappings] {
+        for outstanding in self.outstanding() {
             while !outstanding.wait(PATIENCE_MS) {
                 self.complain();
             }
@@ -425,7 +466,7 @@ impl Buffer {
 
     /// Whether there is something to wait for, once its importers have been told.
     pub(crate) fn is_waited_for(&self) -> bool {
-        self.is_attached() && (self.mappings.any() || self.revocation.pending().any())
+        self.is_attached() && self.is_in_use()
     }
 
     /// Says in the log which importers are waited for, a line, not too often.
@@ -437,7 +478,7 @@ impl Buffer {
             return;
         }
         let name = BStr::from_bytes(name.split(|&byte| byte == 0).next().unwrap_or(&[]));
-        let (bdf, bar, size) = (self.leases.bdf(), self.contents.bar, self.contents.size);
+        let (bdf, bar, size) = (self.leases.bdf(), self.contents.bar(), self.contents.size());
         let what = if self.mappings.any() {
             "to undo its mapping"
         } else {
@@ -566,7 +607,7 @@ impl BarMaps {
     /// Takes out the mappings of `buffer`, if there are none any more. VMAs are added with the maps
     /// locked, or made of others.
     fn take_unused(&mut self, buffer: &Buffer, memory_type: MemoryType) -> Option<BarMap> {
-        let place = self.place(buffer.contents.bar, memory_type)?;
+        let place = self.place(buffer.contents.bar(), memory_type)?;
         let is_its = |map: &mut BarMap| {
             let found = map.dmabuf.exported::<Buffer>();
             found.is_some_and(|found| core::ptr::eq(&*found, buffer))
@@ -679,7 +720,7 @@ unsafe impl Exporter for Buffer {
     fn attach(&self) -> Result {
         self.attachments.fetch_add(1, Relaxed);
         self.leases.attached();
-        let provider = self.leases.providers().check(self.contents.bar);
+        let provider = self.leases.providers().check(self.contents.bar());
         if self.is_reachable() && provider.is_ok() {
             return Ok(());
         }
@@ -700,15 +741,15 @@ unsafe impl Exporter for Buffer {
         if !self.is_reachable() {
             return Err(ENODEV);
         }
-        let Contents {
-            bar, memory, size, ..
-        } = &self.contents;
+        let memory = &self.contents.memory;
+        let size = self.contents.size();
         // The IOMMU's page tables are charged to nobody.
         if size.div_ceil(2) > memory.length() {
             return refuse!(
                 &self.leases,
                 EINVAL,
-                "map: {size:#x} bytes are more than twice BAR {bar}, which has {:#x}",
+                "map: {size:#x} bytes are more than twice BAR {}, which has {:#x}",
+                memory.index(),
                 memory.length()
             );
         }

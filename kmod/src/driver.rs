@@ -94,9 +94,10 @@ impl Driver for Barlease {
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
         let region = door::region_of(*position);
-        let further = region > CONFIG_REGION
-            || region == CONFIG_REGION && takes_away(device, buffer, *position);
-        if further || device.driver().leases().is_shut() {
+        if region == CONFIG_REGION && takes_away(device, buffer, *position) {
+            return write_taking(*device, buffer, position);
+        }
+        if region > CONFIG_REGION || device.driver().leases().is_shut() {
             return write_further(*device, buffer, position);
         }
         device.core_write(buffer, position)
@@ -257,15 +258,10 @@ fn read_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut
     answer
 }
 
-/// Writes to config space, to what lies behind it, and to a device whose memory must not be
-/// touched.
+/// Writes behind config space, and writes to a device whose memory must not be touched.
 #[inline(never)]
 fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
-    let answer = if door::region_of(*position) == CONFIG_REGION {
-        write_config(&device, buffer, position)
-    } else {
-        regions::access(device, buffer, position, Way::Write)
-    };
+    let answer = regions::access(device, buffer, position, Way::Write);
     notice_wake_up(&device);
     answer
 }
@@ -281,17 +277,18 @@ fn takes_away(device: &Device<'_, Barlease>, buffer: UserBuffer, position: i64) 
             || config::covers_power_state(device.config_map(), begin, len))
 }
 
-fn write_config(device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
-    if !takes_away(device, buffer, *position) {
-        return device.core_write(buffer, position);
-    }
+/// A write to config space by which memory can be taken away.
+#[inline(never)]
+fn write_taking(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
     let begin = *position as u64 - CONFIG_START;
     let power = config::covers_power_state(device.config_map(), begin, buffer.len() as u64);
-    bracketed(device, Event::ConfigWrite, || {
+    let answer = bracketed(&device, Event::ConfigWrite, || {
         let answer = device.core_write(buffer, position);
         if power {
             device.wake_if_unnoticed(&device.memory().write());
         }
         answer
-    })
+    });
+    notice_wake_up(&device);
+    answer
 }

@@ -62,8 +62,8 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
     };
 
     let placed = place(device.driver(), &bar, &mut reader, count);
-    let (size, segments) = match placed {
-        Ok(placed) => placed,
+    let segments = match placed {
+        Ok(segments) => segments,
         Err(Refused::Error(error)) => return Err(error),
         Err(Refused::Range(reason)) => {
             return refuse!(
@@ -76,9 +76,7 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
         Err(Refused::Protected(hit)) => return refuse_protected(leases, bar_index, hit),
     };
     let contents = Contents {
-        bar: bar_index,
         memory: bar,
-        size,
         segments,
     };
     Buffer::export(leases, contents, head.open_flags)?.into_fd(head.open_flags)
@@ -139,7 +137,7 @@ impl From<Error> for Refused {
 /// Ranges that are read from user memory at a time.
 const CHUNK: usize = 32;
 
-/// Reads `count` ranges of a BAR: the size of a buffer of them, and where its pages are.
+/// Reads `count` ranges of a BAR: where the pages of a buffer of them are.
 ///
 /// All of them are read, whatever is wrong with one: that memory is not there comes first, then
 /// what is wrong with a range, and then that one overlaps what must not be exported.
@@ -149,7 +147,7 @@ fn place(
     bar: &Bar,
     reader: &mut PayloadReader,
     count: usize,
-) -> core::result::Result<(u64, Items<Segment>), Refused> {
+) -> core::result::Result<Items<Segment>, Refused> {
     let index = bar.index();
     let protected = protected_of(driver, index);
     let mut placement = Placement::new(bar.extent(), PAGE_SHIFT);
@@ -177,10 +175,10 @@ fn place(
         wrong?;
         Items::Many(segments)
     };
-    let size = placement.finish()?;
+    placement.finish()?;
     match hit {
         Some(hit) => Err(Refused::Protected(hit)),
-        None => Ok((size, segments)),
+        None => Ok(segments),
     }
 }
 

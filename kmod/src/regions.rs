@@ -188,9 +188,7 @@ pub(crate) fn mmap(device: &Device<'_, Barlease>, vma: NewVma<'_>) -> Result {
         page: 0,
     };
     let contents = Contents {
-        bar: number,
         memory,
-        size,
         segments: Items::One(whole),
     };
     let leases = device.driver().leases();

@@ -7,7 +7,7 @@ use crate::{
     attachments::{self, Owner},
     edu::EDU,
     sys::{
-        dma_buf::{Attachment, DmaBuf, Kind},
+        dma_buf::{self, Attachment, DmaBuf, Kind},
         fence::Wait,
         module::ModuleReference,
         user,
@@ -15,6 +15,7 @@ use crate::{
 };
 use kernel::{
     fs::File,
+    mm::virt::VmaNew,
     miscdevice::{MiscDevice, MiscDeviceOptions, MiscDeviceRegistration},
     prelude::*,
 };
@@ -46,6 +47,11 @@ impl MiscDevice for Opened {
             _module: ModuleReference::new()?,
         };
         Ok(KBox::new(opened, GFP_KERNEL)?)
+    }
+
+    fn mmap(this: &Self, _file: &File, vma: &VmaNew) -> Result {
+        let number = u32::try_from(dma_buf::page_offset(vma))?;
+        attachments::get(this.owner, number)?.mmap(vma)
     }
 
     fn ioctl(this: &Self, _file: &File, command: u32, argument: usize) -> Result<isize> {

@@ -16,15 +16,14 @@ use kernel::page::{PAGE_SHIFT, PAGE_SIZE};
 ///
 /// # Invariants
 ///
-/// The first `pages` pages from `start` on are memory of a BAR that the core has claimed, and of
-/// nothing else. A BAR that is smaller than a page has one if it is alone in it, and otherwise
-/// none.
+/// The first [`Self::pages`] pages from `start` on are memory of a BAR that the core has claimed,
+/// and of nothing else.
 #[derive(Clone, Copy)]
 pub(crate) struct Bar {
-    index: u32,
+    index: u8,
+    alone: bool,
     start: u64,
     length: u64,
-    pages: u64,
 }
 
 impl Bar {
@@ -33,26 +32,19 @@ impl Bar {
     /// The bytes must be those of BAR `index`, which the core has claimed. Where that is less than
     /// a page, `alone` must say whether nothing else is in that page.
     pub(super) unsafe fn new(index: u32, start: u64, length: u64, alone: bool) -> Self {
-        let page = PAGE_SIZE as u64;
-        let pages = if start & (page - 1) != 0 {
-            0
-        } else if length < page {
-            u64::from(alone)
-        } else {
-            length >> PAGE_SHIFT
-        };
-        // INVARIANT: By the caller; a part of a page at the end is left out.
+        // INVARIANT: By the caller.
         Self {
-            index,
+            // CAST: A function has six BARs and a ROM.
+            index: index as u8,
+            alone,
             start,
             length,
-            pages,
         }
     }
 
     /// Which BAR it is.
     pub(crate) fn index(&self) -> u32 {
-        self.index
+        self.index.into()
     }
 
     /// Bytes.
@@ -73,10 +65,24 @@ impl Bar {
         self.start >> PAGE_SHIFT
     }
 
+    /// How many pages may be mapped. A part of a page at the end is left out; a BAR that is smaller
+    /// than a page has one if it is alone in it.
+    #[inline]
+    fn pages(&self) -> u64 {
+        let page = PAGE_SIZE as u64;
+        if self.start & (page - 1) != 0 {
+            0
+        } else if self.length < page {
+            self.alone.into()
+        } else {
+            self.length >> PAGE_SHIFT
+        }
+    }
+
     /// The frame number of `page`, if it and those after it, `pages` in all and at least one, are
     /// in the BAR.
     #[inline]
     pub(super) fn frame_of(&self, page: u64, pages: u64) -> Option<u64> {
-        ranges::holds(self.pages, page, pages).then(|| self.first_frame().wrapping_add(page))
+        ranges::holds(self.pages(), page, pages).then(|| self.first_frame().wrapping_add(page))
     }
 }

@@ -14,7 +14,7 @@ use kernel::{
     prelude::*,
     sync::{
         Arc,
-        atomic::{Atomic, Relaxed},
+        atomic::{Acquire, Atomic, Full, Relaxed},
     },
     types::Opaque,
 };
@@ -145,5 +145,64 @@ impl PinnedDrop for FenceWatch {
         // SAFETY: The callback was given to this fence, or refused by it, which makes an empty list
         // of it. A callback that runs holds the lock that is taken here.
         unsafe { bindings::dma_fence_remove_callback(fence.0.as_ptr(), self.callback.get()) };
+    }
+}
+
+/// What one look has found under way: written once, and read at any time.
+///
+/// # Invariants
+///
+/// `watch` is written once, by the thread that made `state` [`CLAIMED`], and is read by others only
+/// when `state` is [`FOUND`], after which it does not change.
+pub(crate) struct Found {
+    watch: UnsafeCell<Option<Pin<KBox<FenceWatch>>>>,
+    state: Atomic<u32>,
+}
+
+/// Nobody has looked.
+const UNKNOWN: u32 = 0;
+/// A thread writes what it has found.
+const CLAIMED: u32 = 1;
+/// That is there.
+const FOUND: u32 = 2;
+
+// SAFETY: By the type invariant no two threads touch `watch` at a time while it changes; a watch
+// may be sent and shared.
+unsafe impl Sync for Found {}
+
+impl Found {
+    /// Nobody has looked.
+    pub(crate) fn unknown() -> Self {
+        Self {
+            watch: UnsafeCell::new(None),
+            state: Atomic::new(UNKNOWN),
+        }
+    }
+
+    /// Publishes what the look has found: a watch that is armed, or nothing. A full barrier. Only
+    /// the first look counts.
+    pub(crate) fn publish(&self, watch: Option<Pin<KBox<FenceWatch>>>) {
+        if self.state.cmpxchg(UNKNOWN, CLAIMED, Relaxed).is_err() {
+            return;
+        }
+        // INVARIANT: This thread made it `CLAIMED`.
+        // SAFETY: By the type invariant nobody else touches it now.
+        unsafe { *self.watch.get() = watch };
+        self.state.xchg(FOUND, Full);
+    }
+
+    /// Whether somebody has looked.
+    pub(crate) fn is_known(&self) -> bool {
+        self.state.load(Acquire) == FOUND
+    }
+
+    /// What of that is still under way, if anything was.
+    pub(crate) fn pending(&self) -> Option<&Outstanding> {
+        if !self.is_known() {
+            return None;
+        }
+        // SAFETY: By the type invariant nobody writes it any more.
+        let watch = unsafe { &*self.watch.get() };
+        watch.as_ref().map(|watch| watch.pending())
     }
 }

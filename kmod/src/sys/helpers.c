@@ -444,6 +444,27 @@ struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar)
 	return pcim_p2pdma_provider(pdev, bar);
 }
 
+/*
+ * How a device reaches the memory of a provider, as far as the topology says.
+ * Addresses of the bus lead there by a bridge that is above both (or of a
+ * function to itself). Where there is none, the way is a host bridge or there
+ * is no way: 1, or -EINVAL. Where there is one: 0, it depends on its ACS.
+ */
+int bl_p2p_through_host(struct p2pdma_provider *provider, struct device *dev)
+{
+	struct pci_dev *owner = to_pci_dev(provider->owner), *up, *other;
+
+	if (!dev_is_pci(dev))
+		return -EINVAL;
+	for (up = owner; up; up = pci_upstream_bridge(up)) {
+		other = to_pci_dev(dev);
+		for (; other; other = pci_upstream_bridge(other))
+			if (up == other)
+				return 0;
+	}
+	return pci_p2pdma_distance(owner, dev, false) < 0 ? -EINVAL : 1;
+}
+
 bool bl_uses_dma_iommu(struct device *dev)
 {
 	return use_dma_iommu(dev);

@@ -120,6 +120,7 @@ void bl_delayed_cancel(struct delayed_work *work);
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar);
 bool bl_uses_dma_iommu(struct device *dev);
 bool bl_iommu_has_pages(struct device *dev);
+int bl_p2p_through_host(struct p2pdma_provider *provider, struct device *dev);
 bool bl_iommu_leads(struct device *dev, dma_addr_t address, phys_addr_t phys);
 u64 bl_dma_reach(struct device *dev);
 void bl_cond_resched(void);

@@ -8,7 +8,8 @@
 //! usual kind, for 10 ms: DMA that is under way still lands. Here a mapping that was undone is
 //! blocked.
 //!
-//! How a pair of devices reaches each other only the stock helper can tell (its
+//! Two devices with no PCI bridge above both reach each other through a host bridge or not at all:
+//! `pci_p2pdma_distance()` says which. Where there is a bridge, only the stock helper can tell (its
 //! `pci_p2pdma_map_type()` is not exported): one page is mapped by it. What came out is an I/O
 //! virtual address if the IOMMU leads it to that page, and an address of the bus if it does not.
 //! The number itself says nothing: behind another host bridge the addresses of a BAR are free for
@@ -412,6 +413,14 @@ impl<'a> Importer<'a> {
         }
         let provider = providers.get(bar.index())?;
         let bus_offset = provider.bus_offset()?;
+        let owner = provider.get()?.as_ptr();
+        // SAFETY: The provider is valid while it is held, and the device of an attachment is valid.
+        match unsafe { bindings::bl_p2p_through_host(owner, self.device()) } {
+            ..0 => return Err(EINVAL),
+            0 => {}
+            1.. if translated => return Ok(Route::Iova),
+            1.. => return Ok(Route::Direct),
+        }
         let page = Piece::of(bar, Run { page, pages: 1 })?;
         let entries = self.map_stock(provider.get()?, &page)?;
         // SAFETY: The table has an entry.

@@ -8,13 +8,13 @@
 //!
 //! C header: [`include/linux/rbtree.h`](srctree/include/linux/rbtree.h)
 
-use super::bindings;
-use core::{cell::UnsafeCell, marker::PhantomData, mem::size_of, ptr};
+use super::{bindings, flag::peek};
+use core::{marker::PhantomData, mem::size_of, ptr};
 use kernel::{
     prelude::*,
     sync::{
         Arc, ArcBorrow,
-        atomic::{Atomic, Relaxed},
+        atomic::{Acquire, Atomic, Relaxed, Release},
     },
     types::{ForeignOwnable, Opaque},
 };
@@ -33,18 +33,17 @@ pub(crate) trait Item: Send + Sync + Sized + 'static {
 /// # Invariants
 ///
 /// While the item is in a tree, `item` is the reference that the tree owns, from
-/// [`Arc::into_foreign`], and `node` is linked into that tree; otherwise `item` is null. Both
-/// change only with exclusive access to the tree.
+/// [`Arc::into_foreign`], and `node` is linked into that tree. Otherwise `item` is null, or dangling
+/// while a tree is about to take the item, which then alone may change both.
 #[repr(C)]
 pub(crate) struct Links<T> {
     // First, so that a pointer to it is one to the whole.
     node: Opaque<bindings::rb_node>,
-    item: UnsafeCell<*mut c_void>,
-    taken: Atomic<u32>,
+    item: Atomic<*mut c_void>,
     _item: PhantomData<fn() -> T>,
 }
 
-// SAFETY: By the type invariant the tree guards the links, but for `taken`, which is atomic.
+// SAFETY: By the type invariant the tree guards `node`; `item` is atomic.
 unsafe impl<T> Send for Links<T> {}
 // SAFETY: As above.
 unsafe impl<T> Sync for Links<T> {}
@@ -55,8 +54,7 @@ impl<T> Links<T> {
         Self {
             node: Opaque::zeroed(),
             // INVARIANT: In no tree.
-            item: UnsafeCell::new(ptr::null_mut()),
-            taken: Atomic::new(0),
+            item: Atomic::new(ptr::null_mut()),
             _item: PhantomData,
         }
     }
@@ -95,7 +93,7 @@ impl<T: Item> Tree<T> {
         let links = node.cast::<Links<T>>();
         // SAFETY: By the type invariants the node is the first field of the links of an item that
         // the tree keeps alive, and nobody changes them while the tree is borrowed.
-        let item = unsafe { *(*links).item.get() };
+        let item = peek(unsafe { &(*links).item });
         // SAFETY: The tree owns this reference for as long as it is borrowed.
         unsafe { Arc::borrow(item) }
     }
@@ -109,7 +107,12 @@ impl<T: Item> Tree<T> {
         let inside = offset <= size_of::<T>().wrapping_sub(size_of::<Links<T>>())
             && size_of::<T>() >= size_of::<Links<T>>();
         // Links that are not of the item could go away before it.
-        if !inside || links.taken.xchg(1, Relaxed) != 0 {
+        if !inside {
+            return Err(item);
+        }
+        // Whatever the tree that had it before did with `node` is over.
+        let taken = ptr::dangling_mut();
+        if links.item.cmpxchg(ptr::null_mut(), taken, Acquire).is_err() {
             return Err(item);
         }
         let key = item.key();
@@ -131,16 +134,16 @@ impl<T: Item> Tree<T> {
                 // SAFETY: As above.
                 unsafe { &raw mut (*node).rb_right }
             } else {
-                links.taken.store(0, Relaxed);
+                links.item.store(ptr::null_mut(), Relaxed);
                 return Err(item);
             };
         }
         let node = links.node.get();
-        let slot = links.item.get();
+        let slot = &raw const links.item;
+        let item = item.into_foreign();
         // INVARIANT: The tree owns this reference from here on.
-        // SAFETY: `taken` was 0, so the item was in no tree, and is in this one now, which is
-        // borrowed exclusively.
-        unsafe { *slot = item.into_foreign() };
+        // SAFETY: The reference keeps the item alive, and so its links.
+        unsafe { &*slot }.store(item, Relaxed);
         // SAFETY: `place` is where a child of `parent` belongs; the node is in no tree.
         unsafe { bindings::rb_link_node(node, parent, place) };
         // SAFETY: The node was just linked into this tree.
@@ -161,14 +164,13 @@ impl<T: Item> Tree<T> {
         // SAFETY: As above.
         unsafe { bindings::rb_erase(node, &mut self.root) };
         let links = node.cast::<Links<T>>();
-        // INVARIANT: In no tree from here on.
-        // SAFETY: The item is alive, and its links belong to this tree, which is borrowed
-        // exclusively.
-        let item = unsafe { core::mem::replace(&mut *(*links).item.get(), ptr::null_mut()) };
+        // SAFETY: The item is alive, and nobody else changes its links.
+        let place = unsafe { &(*links).item };
+        let item = peek(place);
+        // INVARIANT: In no tree from here on: `node` was linked into none before.
+        place.store(ptr::null_mut(), Release);
         // SAFETY: By the type invariant the tree owned this reference, and gives it up.
-        let item: Arc<T> = unsafe { Arc::from_foreign(item) };
-        item.links().taken.store(0, Relaxed);
-        Some(item)
+        Some(unsafe { Arc::from_foreign(item) })
     }
 
     /// The first node whose key is `key` or more; null when there is none.

@@ -13,6 +13,7 @@ use core::{cell::UnsafeCell, ptr::NonNull};
 use kernel::{
     bindings,
     error::{from_err_ptr, to_result},
+    mm::virt::VmaNew,
     prelude::*,
     sync::{
         Arc,
@@ -91,6 +92,12 @@ impl Drop for ReservationLock<'_> {
         // SAFETY: `new` locked it.
         unsafe { bindings::dma_resv_unlock(self.resv()) };
     }
+}
+
+/// The page offset that a process has passed to mmap.
+pub(crate) fn page_offset(vma: &VmaNew) -> u64 {
+    // SAFETY: The VMA is being made, and nobody else changes it.
+    unsafe { (*vma.as_ptr()).vm_pgoff as u64 }
 }
 
 /// A kind of importer.
@@ -207,6 +214,12 @@ impl Attachment {
         // INVARIANT: Of this dma-buf, and with this as private data where anybody looks at that.
         this.lock().inner().attachment = attachment;
         Ok(this)
+    }
+
+    /// Makes `vma`, a mapping of a file of ours, one of the dma-buf, from its first page on.
+    pub(crate) fn mmap(&self, vma: &VmaNew) -> Result {
+        // SAFETY: The dma-buf is valid, and the VMA is being made.
+        to_result(unsafe { bindings::dma_buf_mmap(self.dmabuf.0.as_ptr(), vma.as_ptr(), 0) })
     }
 
     /// Locks the reservation lock of the dma-buf.
