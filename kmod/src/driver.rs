@@ -94,11 +94,10 @@ impl Driver for Barlease {
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
         let region = door::region_of(*position);
-        if region == CONFIG_REGION && takes_away(device, buffer, *position) {
-            return write_taking(*device, buffer, position);
-        }
-        if region > CONFIG_REGION || device.driver().leases().is_shut() {
-            return write_further(*device, buffer, position);
+        let taking = region == CONFIG_REGION && takes_away(device, buffer, *position);
+        let further = taking || region > CONFIG_REGION;
+        if further || device.driver().leases().is_shut() {
+            return write_further(*device, buffer, position, taking);
         }
         device.core_write(buffer, position)
     }
@@ -258,10 +257,20 @@ fn read_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut
     answer
 }
 
-/// Writes behind config space, and writes to a device whose memory must not be touched.
+/// Writes by which memory can be taken away (`taking`), writes behind config space, and writes to a
+/// device whose memory must not be touched.
 #[inline(never)]
-fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
-    let answer = regions::access(device, buffer, position, Way::Write);
+fn write_further(
+    device: Device<'_, Barlease>,
+    buffer: UserBuffer,
+    position: &mut i64,
+    taking: bool,
+) -> Answer {
+    let answer = if taking {
+        write_config(&device, buffer, position)
+    } else {
+        regions::access(device, buffer, position, Way::Write)
+    };
     notice_wake_up(&device);
     answer
 }
@@ -278,17 +287,14 @@ fn takes_away(device: &Device<'_, Barlease>, buffer: UserBuffer, position: i64) 
 }
 
 /// A write to config space by which memory can be taken away.
-#[inline(never)]
-fn write_taking(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
+fn write_config(device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
     let begin = *position as u64 - CONFIG_START;
     let power = config::covers_power_state(device.config_map(), begin, buffer.len() as u64);
-    let answer = bracketed(&device, Event::ConfigWrite, || {
+    bracketed(device, Event::ConfigWrite, || {
         let answer = device.core_write(buffer, position);
         if power {
             device.wake_if_unnoticed(&device.memory().write());
         }
         answer
-    });
-    notice_wake_up(&device);
-    answer
+    })
 }
