@@ -94,10 +94,10 @@ impl Driver for Barlease {
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
         let region = door::region_of(*position);
-        let taking = region == CONFIG_REGION && takes_away(device, buffer, *position);
-        let further = taking || region > CONFIG_REGION;
+        let further = region > CONFIG_REGION
+            || region == CONFIG_REGION && takes_away(device, buffer, *position);
         if further || device.driver().leases().is_shut() {
-            return write_further(*device, buffer, position, taking);
+            return write_further(*device, buffer, position);
         }
         device.core_write(buffer, position)
     }
@@ -257,16 +257,11 @@ fn read_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut
     answer
 }
 
-/// Writes by which memory can be taken away (`taking`), writes behind config space, and writes to a
-/// device whose memory must not be touched.
+/// Writes to config space, to what lies behind it, and to a device whose memory must not be
+/// touched.
 #[inline(never)]
-fn write_further(
-    device: Device<'_, Barlease>,
-    buffer: UserBuffer,
-    position: &mut i64,
-    taking: bool,
-) -> Answer {
-    let answer = if taking {
+fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
+    let answer = if door::region_of(*position) == CONFIG_REGION {
         write_config(&device, buffer, position)
     } else {
         regions::access(device, buffer, position, Way::Write)
@@ -286,8 +281,10 @@ fn takes_away(device: &Device<'_, Barlease>, buffer: UserBuffer, position: i64) 
             || config::covers_power_state(device.config_map(), begin, len))
 }
 
-/// A write to config space by which memory can be taken away.
 fn write_config(device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
+    if !takes_away(device, buffer, *position) {
+        return device.core_write(buffer, position);
+    }
     let begin = *position as u64 - CONFIG_START;
     let power = config::covers_power_state(device.config_map(), begin, buffer.len() as u64);
     bracketed(device, Event::ConfigWrite, || {
