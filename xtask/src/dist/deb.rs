@@ -7,8 +7,9 @@ use anyhow::Result;
 use barlease_lab::cache;
 use barlease_lab::report::Step;
 
+use super::command::gzip;
 use super::stage::Stage;
-use super::{Maker, fill, output};
+use super::{Maker, date, fill, output};
 
 /// A package: the name of its templates in `dist/debian/`, and how the file is called.
 pub(super) struct Deb<'a> {
@@ -32,6 +33,7 @@ impl Deb<'_> {
             .out
             .join(format!("{}_{}_{}.deb", self.name, self.version, self.arch));
         let step = Step::start(format!("packing {}", self.name));
+        self.changelog(maker, stage)?;
         let size = stage.kib()?.to_string();
         let words = [words, &[("SIZE", size.as_str())]].concat();
         stage.write("DEBIAN/control", self.fill("control", &words)?)?;
@@ -54,6 +56,22 @@ impl Deb<'_> {
         cache::remove(stage.root())?;
         step.done();
         Ok(file)
+    }
+
+    /// What Debian's tools read; the changes themselves are in `CHANGELOG.md`.
+    fn changelog(&self, maker: &Maker, stage: &Stage) -> Result<()> {
+        let words = [
+            ("SOURCE", self.template),
+            ("FULL_VERSION", self.version),
+            ("DATE", &date(maker.epoch, "--rfc-email")?),
+        ];
+        let text = fill(Path::new("debian/changelog"), &words)?;
+        let place = format!("usr/share/doc/{}/changelog", self.name);
+        stage.write(&place, text)?;
+        let path = stage.root().join(&place);
+        let content = gzip(&path)?;
+        stage.write(format!("{place}.gz"), content)?;
+        cache::remove(&path)
     }
 
     fn template(&self, kind: &str) -> PathBuf {
