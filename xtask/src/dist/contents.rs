@@ -108,6 +108,18 @@ pub(super) fn dkms(maker: &Maker) -> Result<PathBuf> {
     let stage = Stage::new(maker.out.join("stage-dkms"))?;
     let sources = format!("usr/src/barlease-{}", maker.version);
     module(maker, &stage, Path::new(&sources))?;
+    // After DKMS's own hooks, `dkms`.
+    let hook = fill(
+        Path::new("debian/kernel-hook"),
+        &[("VERSION", &maker.version)],
+    )?;
+    let mut conffiles = String::new();
+    for when in ["postinst.d", "header_postinst.d"] {
+        let place = format!("etc/kernel/{when}/zz-barlease");
+        stage.program(&place, &hook)?;
+        conffiles += &format!("/{place}\n");
+    }
+    stage.write("DEBIAN/conffiles", conffiles)?;
     let doc = Path::new("usr/share/doc/barlease-dkms");
     documents(&stage, doc)?;
     stage.write(doc.join("copyright"), copyright("")?)?;
@@ -279,6 +291,45 @@ fn rustc_range(version: &str) -> Result<(String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What the hook says of a kernel, on a host whose root is a folder.
+    fn hook(root: &Path) -> String {
+        let text = fill(Path::new("debian/kernel-hook"), &[("VERSION", "1")]).unwrap();
+        let mut hook = Command::new("sh");
+        hook.args(["-c", &text, "hook", "9.9"])
+            .env("DPKG_ROOT", root);
+        let done = hook.output().unwrap();
+        assert!(done.status.success());
+        String::from_utf8(done.stderr).unwrap()
+    }
+
+    #[test]
+    fn a_kernel_without_our_module_is_warned_of() {
+        let root = checkout::target().join(format!("hook-{}", std::process::id()));
+        let (sources, modules) = (
+            root.join("usr/src/barlease-1"),
+            root.join("lib/modules/9.9"),
+        );
+        fs::create_dir_all(modules.join("kernel")).unwrap();
+        assert_eq!(hook(&root), "", "the package was removed");
+
+        fs::create_dir_all(&sources).unwrap();
+        let check = checkout::top().join("dist/dkms/check-kernel");
+        fs::copy(check, sources.join("check-kernel")).unwrap();
+        let said = hook(&root);
+        assert!(said.contains("9.9 has no module"), "{said}");
+        assert!(said.contains("install linux-headers-9.9"), "{said}");
+
+        fs::create_dir_all(modules.join("build")).unwrap();
+        let said = hook(&root);
+        assert!(said.contains("there is no configured kernel"), "{said}");
+        assert!(said.contains("dkms install barlease/1 -k 9.9"), "{said}");
+
+        fs::create_dir_all(modules.join("updates/dkms")).unwrap();
+        fs::write(modules.join("updates/dkms/barlease_vfio_pci.ko.xz"), "").unwrap();
+        assert_eq!(hook(&root), "", "the module is there");
+        fs::remove_dir_all(&root).unwrap();
+    }
 
     #[test]
     fn products_and_modules_for_tests_are_not_packaged() {
