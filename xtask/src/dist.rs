@@ -127,6 +127,8 @@ struct Maker {
     out: PathBuf,
     /// Seconds since 1970 that every file in a package carries.
     epoch: u64,
+    /// The version of the packages.
+    version: String,
     command: Option<command::Built>,
     /// Tool chain, kernel and overlay; only the overlay's package needs them.
     prepared: Option<Prepared>,
@@ -152,8 +154,10 @@ impl Maker {
         } else {
             None
         };
+        let epoch = epoch()?;
         Ok(Self {
-            epoch: epoch()?,
+            version: package_version(epoch)?,
+            epoch,
             out,
             command,
             prepared,
@@ -195,6 +199,55 @@ fn epoch() -> Result<u64> {
     text.trim()
         .parse()
         .context("git prints the time of a commit in seconds")
+}
+
+/// A version that grows with each commit, and is less than that of the release that it leads to.
+///
+/// The time of the commit makes it grow: unlike the number of commits it is known in a shallow clone.
+/// Outside of git it is `SOURCE_DATE_EPOCH`. Sources with changes that are not committed say so.
+fn package_version(epoch: u64) -> Result<String> {
+    let commit = commit();
+    let seconds = match &commit {
+        Some((seconds, _)) => *seconds,
+        None => epoch,
+    };
+    let time = date(seconds, "+%Y%m%d.%H%M%S")?;
+    Ok(version_of(&time, commit.as_ref().map(|(_, name)| &**name)))
+}
+
+fn version_of(time: &str, commit: Option<&str>) -> String {
+    let commit = commit.map(|name| format!(".{name}")).unwrap_or_default();
+    format!("{VERSION}~git{time}{commit}")
+}
+
+/// The time of the last commit and its short name, when this is a git checkout of Barlease itself.
+fn commit() -> Option<(u64, String)> {
+    let top = checkout::top();
+    if !top.join(".git").exists() {
+        return None;
+    }
+    let git = |arguments: &[&str]| {
+        let mut git = Command::new("git");
+        git.current_dir(&top).args(arguments);
+        output(&mut git, "ask git for the last commit").ok()
+    };
+    let time = git(&["log", "-1", "--format=%ct"])?;
+    let name = git(&[
+        "describe",
+        "--always",
+        "--abbrev=10",
+        "--exclude=*",
+        "--dirty=.changed",
+    ])?;
+    Some((time.trim().parse().ok()?, name.trim().to_owned()))
+}
+
+/// A time in UTC, as `date` formats it.
+fn date(seconds: u64, format: &str) -> Result<String> {
+    let mut date = Command::new("date");
+    date.env("LC_ALL", "C")
+        .args(["--utc", &format!("--date=@{seconds}"), format]);
+    Ok(output(&mut date, "format a time")?.trim().to_owned())
 }
 
 /// Fails with the remedy when a program is missing.
@@ -249,6 +302,23 @@ mod tests {
         assert_eq!(unfilled("Version: @VERSION@\n"), Some("VERSION"));
         assert_eq!(unfilled("@leases soft\n@leases hard\n"), None);
         assert_eq!(unfilled("Version: 1\n"), None);
+    }
+
+    #[test]
+    fn versions_grow_up_to_the_release() {
+        let at = |seconds, commit| version_of(&date(seconds, "+%Y%m%d.%H%M%S").unwrap(), commit);
+        assert_eq!(at(0, None), format!("{VERSION}~git19700101.000000"));
+        let growing = [
+            at(1_796_000_000, Some("f000000000")),
+            at(1_796_000_001, Some("0000000000")),
+            at(1_796_000_001, Some("0000000000.changed")),
+            VERSION.to_owned(),
+        ];
+        for pair in growing.windows(2) {
+            let mut compare = Command::new("dpkg");
+            compare.args(["--compare-versions", &pair[0], "lt", &pair[1]]);
+            assert!(compare.status().unwrap().success(), "{pair:?}");
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use barlease_lab::report::Step;
 
 use super::deb::Deb;
 use super::stage::Stage;
-use super::{Maker, VERSION, command, fill, manuals, output};
+use super::{Maker, command, fill, manuals, output};
 use crate::checkout;
 
 /// What the module is made of. Modules for tests (`kmod/importer`, `kmod/probe`) are not among it.
@@ -28,7 +28,7 @@ fn is_source(path: &Path) -> bool {
 }
 
 /// The module's sources and how DKMS builds them.
-fn module(stage: &Stage, place: &Path) -> Result<()> {
+fn module(maker: &Maker, stage: &Stage, place: &Path) -> Result<()> {
     let top = checkout::top();
     for folder in MODULE {
         stage.copy_tree(&top.join(folder), &place.join(folder), &is_source)?;
@@ -36,7 +36,7 @@ fn module(stage: &Stage, place: &Path) -> Result<()> {
     for file in MODULE_FILES {
         stage.copy(&top.join(file), place.join(file))?;
     }
-    let conf = fill(Path::new("dkms/dkms.conf"), &[("VERSION", VERSION)])?;
+    let conf = fill(Path::new("dkms/dkms.conf"), &[("VERSION", &maker.version)])?;
     stage.write(place.join("dkms.conf"), conf)?;
     let check = fill(Path::new("dkms/check-kernel"), &[])?;
     stage.program(place.join("check-kernel"), check)
@@ -97,33 +97,46 @@ pub(super) fn command(maker: &Maker) -> Result<PathBuf> {
     let deb = Deb {
         template: "barlease",
         name: "barlease",
-        version: VERSION,
+        version: &maker.version,
         arch: "amd64",
         compression: "xz",
     };
-    deb.pack(maker, &stage, &[("VERSION", VERSION)])
+    deb.pack(maker, &stage, &[("VERSION", &maker.version)])
 }
 
 pub(super) fn dkms(maker: &Maker) -> Result<PathBuf> {
     let stage = Stage::new(maker.out.join("stage-dkms"))?;
-    module(&stage, Path::new(&format!("usr/src/barlease-{VERSION}")))?;
+    let sources = format!("usr/src/barlease-{}", maker.version);
+    module(maker, &stage, Path::new(&sources))?;
+    // After DKMS's own hooks, `dkms`.
+    let hook = fill(
+        Path::new("debian/kernel-hook"),
+        &[("VERSION", &maker.version)],
+    )?;
+    let mut conffiles = String::new();
+    for when in ["postinst.d", "header_postinst.d"] {
+        let place = format!("etc/kernel/{when}/zz-barlease");
+        stage.program(&place, &hook)?;
+        conffiles += &format!("/{place}\n");
+    }
+    stage.write("DEBIAN/conffiles", conffiles)?;
     let doc = Path::new("usr/share/doc/barlease-dkms");
     documents(&stage, doc)?;
     stage.write(doc.join("copyright"), copyright("")?)?;
     let deb = Deb {
         template: "barlease-dkms",
         name: "barlease-dkms",
-        version: VERSION,
+        version: &maker.version,
         arch: "all",
         compression: "xz",
     };
-    deb.pack(maker, &stage, &[("VERSION", VERSION)])
+    deb.pack(maker, &stage, &[("VERSION", &maker.version)])
 }
 
 pub(super) fn overlay(maker: &Maker) -> Result<PathBuf> {
     let prepared = maker.prepared()?;
     let kernel = plan_of(prepared)?;
-    let version = overlay_version(&kernel);
+    let version = overlay_version(maker, &kernel);
     let name = format!("barlease-rust-overlay-{}", kernel.release);
     let stage = Stage::new(maker.out.join("stage-overlay"))?;
     stage.unpack(&prepared.overlay)?;
@@ -166,14 +179,14 @@ pub(super) fn overlay(maker: &Maker) -> Result<PathBuf> {
 }
 
 /// That of the kernel first: what is in the package follows from that, and changes with it.
-fn overlay_version(kernel: &KernelPlan) -> String {
-    format!("{}+barlease{VERSION}", kernel.version)
+fn overlay_version(maker: &Maker, kernel: &KernelPlan) -> String {
+    format!("{}+barlease{}", kernel.version, maker.version)
 }
 
 /// The file name of the overlay's package.
-pub(super) fn overlay_file(prepared: &prepare::Prepared) -> Result<String> {
+pub(super) fn overlay_file(maker: &Maker, prepared: &prepare::Prepared) -> Result<String> {
     let kernel = plan_of(prepared)?;
-    let version = overlay_version(&kernel);
+    let version = overlay_version(maker, &kernel);
     Ok(format!(
         "barlease-rust-overlay-{}_{version}_amd64.deb",
         kernel.release
@@ -182,7 +195,7 @@ pub(super) fn overlay_file(prepared: &prepare::Prepared) -> Result<String> {
 
 pub(super) fn tarball(maker: &Maker) -> Result<PathBuf> {
     let built = maker.command()?;
-    let name = format!("barlease-{VERSION}");
+    let name = format!("barlease-{}", maker.version);
     let stage = Stage::new(maker.out.join("stage-tarball"))?;
     let top = Path::new(&name);
     stage.program(top.join("bin/barlease"), fs::read(&built.program)?)?;
@@ -198,10 +211,13 @@ pub(super) fn tarball(maker: &Maker) -> Result<PathBuf> {
     }
     let header = checkout::top().join("abi/include/barlease.h");
     stage.copy(&header, top.join("include/barlease.h"))?;
-    module(&stage, &top.join("module"))?;
+    module(maker, &stage, &top.join("module"))?;
     documents(&stage, &top.join("doc"))?;
     stage.write(top.join("doc/third-party-licences.txt"), &built.licences)?;
-    let makefile = fill(Path::new("tarball/Makefile"), &[("VERSION", VERSION)])?;
+    let makefile = fill(
+        Path::new("tarball/Makefile"),
+        &[("VERSION", &maker.version)],
+    )?;
     stage.write(top.join("Makefile"), makefile)?;
     pack(maker, &stage, &name)
 }
@@ -275,6 +291,45 @@ fn rustc_range(version: &str) -> Result<(String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What the hook says of a kernel, on a host whose root is a folder.
+    fn hook(root: &Path) -> String {
+        let text = fill(Path::new("debian/kernel-hook"), &[("VERSION", "1")]).unwrap();
+        let mut hook = Command::new("sh");
+        hook.args(["-c", &text, "hook", "9.9"])
+            .env("DPKG_ROOT", root);
+        let done = hook.output().unwrap();
+        assert!(done.status.success());
+        String::from_utf8(done.stderr).unwrap()
+    }
+
+    #[test]
+    fn a_kernel_without_our_module_is_warned_of() {
+        let root = checkout::target().join(format!("hook-{}", std::process::id()));
+        let (sources, modules) = (
+            root.join("usr/src/barlease-1"),
+            root.join("lib/modules/9.9"),
+        );
+        fs::create_dir_all(modules.join("kernel")).unwrap();
+        assert_eq!(hook(&root), "", "the package was removed");
+
+        fs::create_dir_all(&sources).unwrap();
+        let check = checkout::top().join("dist/dkms/check-kernel");
+        fs::copy(check, sources.join("check-kernel")).unwrap();
+        let said = hook(&root);
+        assert!(said.contains("9.9 has no module"), "{said}");
+        assert!(said.contains("install linux-headers-9.9"), "{said}");
+
+        fs::create_dir_all(modules.join("build")).unwrap();
+        let said = hook(&root);
+        assert!(said.contains("there is no configured kernel"), "{said}");
+        assert!(said.contains("dkms install barlease/1 -k 9.9"), "{said}");
+
+        fs::create_dir_all(modules.join("updates/dkms")).unwrap();
+        fs::write(modules.join("updates/dkms/barlease_vfio_pci.ko.xz"), "").unwrap();
+        assert_eq!(hook(&root), "", "the module is there");
+        fs::remove_dir_all(&root).unwrap();
+    }
 
     #[test]
     fn products_and_modules_for_tests_are_not_packaged() {

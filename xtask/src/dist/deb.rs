@@ -7,8 +7,21 @@ use anyhow::Result;
 use barlease_lab::cache;
 use barlease_lab::report::Step;
 
+use super::command::gzip;
 use super::stage::Stage;
-use super::{Maker, fill, output};
+use super::{Maker, date, fill, output};
+
+/// The maintainer when nobody says otherwise.
+const NOBODY: &str = "The Barlease authors <barlease@localhost>";
+
+/// Whoever makes the packages, as Debian's tools have it: `DEBFULLNAME` and `DEBEMAIL`.
+fn maintainer() -> String {
+    let Ok(email) = std::env::var("DEBEMAIL") else {
+        return NOBODY.to_owned();
+    };
+    let name = std::env::var("DEBFULLNAME").unwrap_or_else(|_| "The Barlease authors".to_owned());
+    format!("{name} <{email}>")
+}
 
 /// A package: the name of its templates in `dist/debian/`, and how the file is called.
 pub(super) struct Deb<'a> {
@@ -32,8 +45,14 @@ impl Deb<'_> {
             .out
             .join(format!("{}_{}_{}.deb", self.name, self.version, self.arch));
         let step = Step::start(format!("packing {}", self.name));
+        let maintainer = maintainer();
+        self.changelog(maker, stage, &maintainer)?;
         let size = stage.kib()?.to_string();
-        let words = [words, &[("SIZE", size.as_str())]].concat();
+        let words = [
+            words,
+            &[("SIZE", size.as_str()), ("MAINTAINER", &maintainer)],
+        ]
+        .concat();
         stage.write("DEBIAN/control", self.fill("control", &words)?)?;
         for script in ["postinst", "prerm"] {
             if self.has(script) {
@@ -54,6 +73,27 @@ impl Deb<'_> {
         cache::remove(stage.root())?;
         step.done();
         Ok(file)
+    }
+
+    /// What Debian's tools read; the changes themselves are in `CHANGELOG.md`.
+    fn changelog(&self, maker: &Maker, stage: &Stage, maintainer: &str) -> Result<()> {
+        let words = [
+            ("SOURCE", self.template),
+            ("FULL_VERSION", self.version),
+            ("MAINTAINER", maintainer),
+            ("DATE", &date(maker.epoch, "--rfc-email")?),
+        ];
+        let text = fill(Path::new("debian/changelog"), &words)?;
+        let place = format!("usr/share/doc/{}/changelog", self.name);
+        stage.write(&place, text)?;
+        if maintainer == NOBODY {
+            let place = format!("usr/share/lintian/overrides/{}", self.name);
+            stage.write(place, fill(Path::new("debian/lintian-overrides"), &[])?)?;
+        }
+        let path = stage.root().join(&place);
+        let content = gzip(&path)?;
+        stage.write(format!("{place}.gz"), content)?;
+        cache::remove(&path)
     }
 
     fn template(&self, kind: &str) -> PathBuf {

@@ -46,10 +46,11 @@ pub(super) fn run(maker: &Maker) -> Result<()> {
     let folder = maker.out.join("verify");
     cache::remove(&folder)?;
     let release = &prepared.kernel.release;
-    let dkms = extract(maker, &folder, &format!("barlease-dkms_{VERSION}_all.deb"))?;
-    let command = extract(maker, &folder, &format!("barlease_{VERSION}_amd64.deb"))?;
+    let version = &maker.version;
+    let dkms = extract(maker, &folder, &format!("barlease-dkms_{version}_all.deb"))?;
+    let command = extract(maker, &folder, &format!("barlease_{version}_amd64.deb"))?;
     compare(maker, prepared)?;
-    let module = build(prepared, &dkms.join(format!("usr/src/barlease-{VERSION}")))?;
+    let module = build(prepared, &dkms.join(format!("usr/src/barlease-{version}")))?;
 
     let step = Step::start(format!("leasing in a guest with {release}"));
     let outcome = Run::new(prepared, Preset::Full.machine())
@@ -90,7 +91,7 @@ fn extract(maker: &Maker, folder: &Path, name: &str) -> Result<PathBuf> {
 
 /// The lab's headers have the overlay laid over them: what is in the package must be exactly that.
 fn compare(maker: &Maker, prepared: &Prepared) -> Result<()> {
-    let name = super::contents::overlay_file(prepared)?;
+    let name = super::contents::overlay_file(maker, prepared)?;
     let step = Step::start(format!("comparing {name} with the headers"));
     let mut files = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
