@@ -1,0 +1,10 @@
+//! Parts of the daemon `barleased` that touch the operating system. The daemon itself is not there
+//! yet.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`store`] | the file of the ledger: append, compact, read back after a kill |
+
+#![forbid(unsafe_code)]
+
+pub mod store;
