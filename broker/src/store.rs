@@ -17,6 +17,9 @@ use barlease_ledger::record::decode;
 use rustix::fs::FallocateFlags;
 use rustix::fs::MemfdFlags;
 
+/// Bytes that no record begins with: a length of 0.
+const GAP: usize = 8;
+
 /// The ledger's file.
 #[derive(Debug)]
 pub struct Store {
@@ -86,8 +89,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// Those of writing. What was written of the record counts for nothing: the next one takes its
-    /// place.
+    /// Those of writing. What was written of the record is cut off.
     pub fn append(&mut self, record: &Record) -> io::Result<()> {
         self.append_all(std::slice::from_ref(record))
     }
@@ -100,15 +102,16 @@ impl Store {
     /// Those of writing: then the old ones still count.
     pub fn compact(&mut self, records: &[Record]) -> io::Result<()> {
         let (old, end) = (self.header, self.end);
-        self.header = Header {
-            generation: old.generation + 1,
-            start: end,
-        };
-        let written = self.append_all(records).and_then(|()| self.write_header());
+        let written = self.append_apart(records).and_then(|start| {
+            self.header = Header {
+                generation: old.generation + 1,
+                start,
+            };
+            self.write_header()
+        });
         if let Err(error) = written {
             self.header = old;
             self.end = end;
-            // What stands behind the old records would count as more of them.
             self.file.set_len(end)?;
             return Err(error);
         }
@@ -120,12 +123,26 @@ impl Store {
         Ok(())
     }
 
+    /// Appends records that do not count until a header says so, and tells where they begin. A gap
+    /// of zeros, which are no record, ends the old ones: a part of the new ones read after them
+    /// would take the buffers from leases that have theirs.
+    fn append_apart(&mut self, records: &[Record]) -> io::Result<u64> {
+        self.file.write_all_at(&[0; GAP], self.end)?;
+        self.end += GAP as u64;
+        let start = self.end;
+        self.append_all(records)?;
+        Ok(start)
+    }
+
     fn append_all(&mut self, records: &[Record]) -> io::Result<()> {
         self.bytes.clear();
         for record in records {
             record.encode(&mut self.bytes);
         }
-        self.file.write_all_at(&self.bytes, self.end)?;
+        if let Err(error) = self.file.write_all_at(&self.bytes, self.end) {
+            self.file.set_len(self.end)?;
+            return Err(error);
+        }
         self.end += self.bytes.len() as u64;
         Ok(())
     }
@@ -198,6 +215,18 @@ mod tests {
         assert_eq!(records, [ended(7), ended(8)]);
         next.compact(&[]).unwrap();
         assert_eq!(Store::open(fd(&next)).unwrap().1, []);
+    }
+
+    #[test]
+    fn a_kill_before_the_new_header_leaves_the_old_records_alone() {
+        let mut store = Store::create().unwrap();
+        store.append(&ended(1)).unwrap();
+        store.append_apart(&[ended(2)]).unwrap();
+        let (mut next, records) = Store::open(fd(&store)).unwrap();
+        assert_eq!(records, [ended(1)]);
+        next.append(&ended(3)).unwrap();
+        let (_, records) = Store::open(fd(&next)).unwrap();
+        assert_eq!(records, [ended(1), ended(3)]);
     }
 
     #[test]
