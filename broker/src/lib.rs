@@ -1,10 +1,10 @@
-//! Parts of the daemon `barleased` that touch the operating system. The daemon itself is not there
-//! yet.
+//! Parts of the daemon `barleased`: the file of its ledger, and its words. The daemon itself is not
+//! there yet.
 //!
 //! | module | what |
 //! |---|---|
 //! | [`store`] | the file of the ledger: append, compact, read back after a kill |
-//! | [`words`] | the words of the protocol and those of the core
+//! | [`words`] | the words of the protocol and those of the core |
 
 #![forbid(unsafe_code)]
 
