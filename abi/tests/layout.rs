@@ -258,7 +258,7 @@ fn print_struct(source: &mut String, layout: &Layout) {
     }
 }
 
-/// What `print_struct` prints when both sides agree.
+/// The output of `print_struct` when both sides agree.
 fn expect_struct(expected: &mut BTreeMap<String, String>, layout: &Layout) {
     let c = layout.c;
     let mut put = |name: String, value: usize| expected.insert(name, value.to_string());

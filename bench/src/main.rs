@@ -1,4 +1,4 @@
-//! What `cargo xtask bench` runs in a guest, as root; and, with `native`, on the host.
+//! The program that `cargo xtask bench` runs in a guest, as root; and, with `native`, on the host.
 //!
 //! Says on standard output what it is doing, and in the last line, as JSON, what came out.
 
@@ -71,7 +71,7 @@ fn take(options: &Options) -> Vec<Measure> {
         measures::ALL
     };
     if !options.native {
-        // Who waits for another process of its own processor need not wake one that is idle.
+        // A process that waits for another on its own processor need not wake an idle one.
         measures::pin(0);
     }
     let mut all = Vec::new();

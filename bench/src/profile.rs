@@ -16,7 +16,7 @@ use perf_event::data::Record;
 use perf_event::events::Software;
 use perf_event::{Builder, SampleFlag, Sampler};
 
-/// The shortest time between two samples: several times as long as it takes to make one. What is still on its
+/// The shortest time between two samples: several times as long as it takes to make one. A sample that is still on its
 /// way when the next is due would be seen twice.
 const PERIOD: Duration = Duration::from_micros(50);
 
@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Pages for samples that have not been read: a power of two.
 const PAGES: usize = 1 << 8;
 
-/// What is above this in a call chain is a mark (`PERF_CONTEXT_*`), not an address.
+/// A value above this in a call chain is a mark (`PERF_CONTEXT_*`), not an address.
 const MARKS: u64 = -4095_i64 as u64;
 
 /// Functions that a table shows.
@@ -167,7 +167,7 @@ fn symbol(line: &str) -> Option<(u64, String)> {
     Some((address, name + &module.unwrap_or_default()))
 }
 
-/// What a function takes of a call, in the unit of the whole.
+/// The share of a function in a call, in the unit of the whole.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Cost {
     alone: f64,
@@ -179,7 +179,7 @@ fn costs(samples: &Samples, whole: f64, symbols: &Symbols) -> HashMap<String, Co
     let mut costs: HashMap<String, Cost> = HashMap::new();
     for (chain, &count) in &samples.0 {
         let cost = each * count as f64;
-        // What calls itself counts once.
+        // A function that calls itself counts once.
         let mut names: Vec<_> = chain.iter().map(|&at| symbols.name(at)).collect();
         if let Some(&innermost) = names.first() {
             costs.entry(innermost.to_owned()).or_default().alone += cost;

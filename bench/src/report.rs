@@ -1,4 +1,4 @@
-//! What a run says, as JSON.
+//! The results of a run, as JSON.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,13 +7,13 @@ use crate::statistics::{Summary, exponent};
 /// A run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
-    /// What it ran on.
+    /// The machine that it ran on.
     pub system: System,
-    /// What was measured.
+    /// The measures, in the order of their run.
     pub measures: Vec<Measure>,
 }
 
-/// What a run was made on.
+/// The machine of a run.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct System {
     /// Release of the guest's kernel.
@@ -22,7 +22,7 @@ pub struct System {
     pub module: String,
     /// How the guest's processors are made, such as `tcg`; filled in by the host.
     pub acceleration: String,
-    /// What a nanosecond of the guest's clock is; filled in by the host.
+    /// The meaning of a nanosecond of the guest's clock; filled in by the host.
     pub clock: Clock,
     /// Processors of the guest.
     pub processors: usize,
@@ -30,7 +30,7 @@ pub struct System {
     pub quick: bool,
 }
 
-/// What the guest's clock counts.
+/// The unit that the guest's clock counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Clock {
@@ -41,7 +41,7 @@ pub enum Clock {
     Instructions,
 }
 
-/// What the values of a measure are.
+/// The kind of the values of a measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Unit {
@@ -68,15 +68,15 @@ impl Unit {
 /// One measure: one or more curves, or single values.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Measure {
-    /// What `--only` calls it.
+    /// Its name for `--only`.
     pub name: String,
-    /// What is measured.
+    /// The operation that is measured, in words.
     pub title: String,
-    /// What it is measured against.
+    /// The operation that it is compared with, in words.
     pub baseline: String,
-    /// What the values are.
+    /// The kind of its values.
     pub unit: Unit,
-    /// What the horizontal axis of its curves is.
+    /// The label of the horizontal axis of its curves.
     pub axis: Option<String>,
     /// The values.
     pub points: Vec<Point>,
@@ -95,11 +95,11 @@ pub struct Point {
     pub theirs: Option<Summary>,
     /// Ours divided by theirs, of each round.
     pub ratio: Option<Summary>,
-    /// What the ratio is to be.
+    /// The goal of the ratio.
     pub goal: Option<Goal>,
 }
 
-/// What a ratio, or a difference, is to be.
+/// The goal of a ratio, or of a difference.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Goal {

@@ -10,16 +10,16 @@ use crate::profile::{self, Samples, Symbols};
 use crate::report::{Goal, Measure, Point, Unit};
 use crate::statistics::{Summary, median};
 
-/// Who is measured.
+/// The side that is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     /// Barlease.
     Ours,
-    /// What it is measured against.
+    /// The side that it is compared with.
     Theirs,
 }
 
-/// What is measured in a turn of one side.
+/// The operation that is measured in a turn of one side.
 #[derive(Debug, Default)]
 pub struct Batch {
     values: Vec<(Place, Vec<f64>)>,
@@ -64,7 +64,7 @@ impl Batch {
     }
 }
 
-/// What `f` takes, in nanoseconds.
+/// The time that `f` takes, in nanoseconds.
 pub fn nanoseconds(f: impl FnOnce()) -> f64 {
     let start = Instant::now();
     f();

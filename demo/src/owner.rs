@@ -26,7 +26,7 @@ const STATUS: Range<usize> = 448..480;
 /// The rows of the second lease: three ranges, with a gap between each.
 const BANDS: [Range<usize>; 3] = [496..560, 592..656, 688..752];
 
-/// What the owner fills revoked rows with.
+/// The colour that the owner fills revoked rows with.
 const BLANK: u8 = 0x38;
 /// How long it then watches that they stay so.
 const WATCH: Duration = Duration::from_millis(300);

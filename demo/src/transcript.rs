@@ -1,4 +1,4 @@
-//! What a person reads while the demo runs.
+//! The lines that a person reads while the demo runs.
 
 use std::time::{Duration, Instant};
 

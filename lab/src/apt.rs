@@ -125,6 +125,15 @@ impl Apt {
         Ok(())
     }
 
+    /// Whether package lists were fetched.
+    pub(crate) fn has_lists(&self) -> bool {
+        let lists = self.conf.with_file_name("state/lists");
+        fs::read_dir(lists).is_ok_and(|entries| {
+            let mut names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+            names.any(|name| name.ends_with("_Packages"))
+        })
+    }
+
     /// All packages that an empty system needs so that `wanted` are installed.
     pub(crate) fn closure(&self, wanted: &[String]) -> Result<Vec<Package>> {
         let mut command = self.tool("apt-get");
@@ -139,11 +148,11 @@ impl Apt {
                 SUITE,
             ])
             .args(wanted);
-        let text = command::output(&mut command, "resolve the packages of the tool chain")?;
+        let text = command::output(&mut command, "resolve packages")?;
         let packages: Vec<_> = text.lines().filter_map(parse_inst).collect();
         if packages.is_empty() {
             bail!(
-                "apt resolved the tool chain to no package at all:\n{}",
+                "apt resolved what was asked for to no package at all:\n{}",
                 command::tail(&text, 10)
             );
         }

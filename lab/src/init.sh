@@ -7,6 +7,7 @@
 #   driver    the driver to bind all endpoints to, if any
 #   command   a shell script to run; without it, an interactive shell
 #   patience  seconds after which blocked tasks are listed in the log
+#   agent     with a system on a disk: what that runs once it is up; command and banner are for it then
 #   terminal  rows and columns of the host's terminal, for that shell
 #
 # Serial ports: ttyS0 the kernel's console, ttyS1 the command's terminal, ttyS2 the control channel (JSON lines).
@@ -54,6 +55,7 @@ bind_all() {
         case "$class $bdf" in
         0x06*) continue ;;          # bridges
         *' '0000:00:1f.*) continue ;; # the chipset's own
+        *' '0000:00:1e.0) [ -e /lab/agent ] && continue ;; # the system's disk
         esac
         echo "$1" >"$device/driver_override"
         [ -e "$device/driver" ] && echo "$bdf" >"$device/driver/unbind"
@@ -89,6 +91,30 @@ if [ -s /lab/driver ]; then
     read -r driver </lab/driver
     echo "bound to $driver:" >&8
     bind_all "$driver"
+fi
+
+# The system on the disk goes on, with what is in /lab and the files that were put into the guest.
+if [ -e /lab/agent ]; then
+    root=/system
+    mkdir -p $root
+    waits=0
+    until [ -e /dev/vda ]; do
+        [ "$waits" -lt 100 ] || { echo 'there is no disk with a system' >&8; finish 125; }
+        waits=$((waits + 1))
+        sleep 0.1
+    done
+    mount -t ext4 -o noatime /dev/vda $root || { echo 'the disk cannot be mounted' >&8; finish 125; }
+    mount -t tmpfs -o mode=755 tmpfs $root/run
+    cp -a /lab $root/run/lab
+    while read -r number place; do
+        mkdir -p "$root/${place%/*}"
+        cp "/files/$number" "$root/$place" || { echo "cannot put $place onto the disk" >&8; finish 125; }
+    done </files/places
+    umount -l /sys/kernel/debug /dev/pts /dev/shm /tmp /run
+    for place in dev proc sys; do mount --move /$place $root/$place; done
+    # Ports are set again by the agent.
+    exec 8>&- 9>&-
+    exec switch_root $root /sbin/init
 fi
 
 if [ -e /lab/command ]; then

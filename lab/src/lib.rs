@@ -14,6 +14,7 @@
 //! | [`kmod`] | builds the module of a checkout |
 //! | [`machine`] | what devices a guest has |
 //! | [`vm`] | boots a guest, runs a command in it, judges the result |
+//! | [`system`] | a guest whose root is a Debian system, with systemd |
 //! | [`series`] | several commands in one guest |
 //! | [`emulator`] | KVM or not |
 //! | [`selftests`] | the kernel's own tests of VFIO and IOMMUFD |
@@ -34,7 +35,7 @@
 //! - it needs no Python, no root, and no daemon beside the emulator;
 //! - output, control and kernel log have a serial port each, so kernel messages cannot tear a verdict.
 //!
-//! What we do without: a comfortable userland in the guest, and files shared while it runs.
+//! What we do without: files shared while it runs. A comfortable userland there is where it is needed: [`system`].
 
 pub mod guest;
 
@@ -56,6 +57,8 @@ mod initramfs;
 pub mod kernel;
 #[cfg(feature = "host")]
 pub mod kmod;
+#[cfg(feature = "host")]
+pub mod litmus;
 #[cfg(feature = "host")]
 pub mod machine;
 #[cfg(feature = "host")]
@@ -80,6 +83,8 @@ mod source;
 pub mod splat;
 #[cfg(feature = "host")]
 pub mod sysroot;
+#[cfg(feature = "host")]
+pub mod system;
 #[cfg(feature = "host")]
 mod terminal;
 #[cfg(feature = "host")]

@@ -46,6 +46,7 @@ use crate::report::seconds;
 use crate::series::{self, Part};
 use crate::served::{self, Served};
 use crate::splat::{self, INIT_STARTED, Splat};
+use crate::system::{self, Disk};
 use crate::terminal::RawTerminal;
 
 /// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it is five times that.
@@ -212,6 +213,7 @@ pub struct Run<'a> {
     module: Option<PathBuf>,
     module_parameters: String,
     with_modules: bool,
+    system: Option<Disk>,
     driver: Option<String>,
     files: Vec<(PathBuf, String)>,
     environment: Vec<(String, String)>,
@@ -232,6 +234,7 @@ impl<'a> Run<'a> {
             module: None,
             module_parameters: String::new(),
             with_modules: true,
+            system: None,
             driver: None,
             files: Vec::new(),
             environment: Vec::new(),
@@ -261,6 +264,17 @@ impl<'a> Run<'a> {
     #[must_use]
     pub fn without_modules(mut self) -> Self {
         self.with_modules = false;
+        self
+    }
+
+    /// Boots the Debian system on that disk, instead of the small one in memory. Modules are loaded and endpoints bound
+    /// before systemd starts; the command starts when that has no job left. Files are put onto the disk, where `/lab`
+    /// is a folder in memory.
+    #[must_use]
+    pub fn system(mut self, disk: &Disk) -> Self {
+        self.machine.memory = self.machine.memory.max(system::MEMORY);
+        self.machine.arguments.extend(disk.arguments());
+        self.system = Some(disk.clone());
         self
     }
 
@@ -403,11 +417,24 @@ impl<'a> Run<'a> {
         if let Some(driver) = &self.driver {
             archive.file("lab/driver", format!("{driver}\n"), 0o644)?;
         }
-        for (from, to) in &self.files {
-            archive.copy(to, from)?;
+        let mut places = String::new();
+        for (number, (from, to)) in self.files.iter().enumerate() {
+            if self.system.is_some() {
+                archive.copy(&format!("files/{number}"), from)?;
+                places.push_str(&format!("{number} {to}\n"));
+            } else {
+                archive.copy(to, from)?;
+            }
+        }
+        if self.system.is_some() {
+            archive.file("files/places", places, 0o644)?;
+            archive.file("lab/agent", system::AGENT, 0o644)?;
         }
         match &self.payload {
             Payload::Command(words) => archive.file("lab/command", self.script(words), 0o644)?,
+            Payload::Series(_) if self.system.is_some() => {
+                bail!("a series of commands runs in the small guest only")
+            }
             Payload::Series(parts) => {
                 let module = self.module.as_deref().map(file_name).transpose()?;
                 let module = module.map(|name| format!("/lib/modules/{name}"));
@@ -434,9 +461,15 @@ impl<'a> Run<'a> {
 
     fn add_modules<W: Write>(&self, archive: &mut Initramfs<W>) -> Result<()> {
         let mut list = String::new();
+        let mut names: Vec<&str> = Vec::new();
+        if self.system.is_some() {
+            names.extend(system::MODULES);
+        }
         if self.with_modules {
-            let extra = self.machine.modules.iter().map(String::as_str);
-            let names: Vec<_> = STOCK.iter().copied().chain(extra).collect();
+            names.extend(STOCK);
+            names.extend(self.machine.modules.iter().map(String::as_str));
+        }
+        if !names.is_empty() {
             for file in self
                 .prepared
                 .kernel
@@ -991,7 +1024,7 @@ fn command_line(machine: &Machine) -> String {
 }
 
 /// QEMU takes a doubled comma for one that separates nothing.
-fn comma_safe(path: &Path) -> String {
+pub(crate) fn comma_safe(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
 

@@ -7,7 +7,7 @@
 //! telling at the same time what the device says now ([`Sampled`]). Reasons that have a beginning
 //! and an end are counted, so concurrent events nest; there are no booleans to re-arm.
 //!
-//! # What is sampled
+//! # Samples of the device
 //!
 //! COMMAND and PMCSR decide, and each is kept in two places that may differ:
 //!
@@ -128,7 +128,7 @@ impl Event {
     }
 }
 
-/// What the device itself says about its memory, sampled at one moment.
+/// The device's own statement about its memory, sampled at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Sampled {
     /// The memory bit of COMMAND, as the user reads it, is clear, and counts (it does not for a
@@ -309,12 +309,12 @@ impl Access {
         self.lenders != 0
     }
 
-    /// What the device says now.
+    /// The device says this now.
     pub fn set_sampled(&mut self, sampled: Sampled) {
         self.sampled = sampled;
     }
 
-    /// What the device said last.
+    /// The device said this last.
     pub fn sampled(&self) -> Sampled {
         self.sampled
     }
@@ -323,7 +323,7 @@ impl Access {
     /// had an access through the device fd then asks it.
     ///
     /// - Resets set D0, and LOW_POWER_EXIT ends low power, without a callback.
-    /// - What was `undecoded` may have been half awake, or not to be believed.
+    /// - A device that was `undecoded` may have been half awake, or not to be believed.
     pub fn is_stale(&self) -> bool {
         let Sampled {
             memory_off,

@@ -5,7 +5,7 @@
 /// Most aliases of one open device.
 pub const MAX_ALIASES: usize = 16;
 
-/// What an alias is.
+/// The description of an alias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Alias {
     /// The BAR that it maps.

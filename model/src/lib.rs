@@ -10,7 +10,7 @@
 //! - [`tph`]: steering tags;
 //! - [`config`]: which part of a config-space write may take memory away.
 //!
-//! What may not be here: allocation, locks, I/O, panics, `unsafe`. The module compiles this file as
+//! Nothing here allocates, locks, does I/O, panics or is `unsafe`. The module compiles this file as
 //! one of its own (`cfg(MODULE)`); the tests beside it run on the host.
 
 #![cfg_attr(not(MODULE), no_std)]

@@ -79,7 +79,7 @@ pub struct Segment {
 
 /// Ranges of a BAR, one after the other, as they become the segments of a buffer.
 ///
-/// What is wrong with the shape of any range, then with the sum, comes before what is wrong with
+/// Mistakes in the shape of any range, then in the sum, come before mistakes in
 /// the place of one: the stock exporter looks at all shapes first. One pass does both, since a
 /// range that is out of place is only remembered.
 #[derive(Clone, Copy, Debug)]

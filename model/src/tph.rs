@@ -2,7 +2,7 @@
 
 //! TLP processing hints: what a device completes, and what a buffer asks its importers to send.
 
-/// What a function completes (PCIe Base 6.2, 7.5.3.15: Device Capabilities 2, bits 13:12).
+/// The kinds of request that a function completes (PCIe Base 6.2, 7.5.3.15: Device Capabilities 2, bits 13:12).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Completer {
     /// No TPH; the reserved value counts as that.
@@ -31,7 +31,7 @@ const ST_EXT: u32 = 1 << 1;
 /// Largest processing hint.
 const PH_MAX: u8 = 3;
 
-/// What user space asks for.
+/// The setting that user space asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Request {
     /// Which tags are valid.

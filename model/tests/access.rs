@@ -5,7 +5,7 @@
 use barlease_model::access::{Access, Epoch, Event, NOTHING, Reasons, Sampled, State};
 use proptest::{collection::vec, prelude::*, sample::select};
 
-/// What can happen to a device.
+/// An event of a device.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Step {
     Open(Sampled),

@@ -9,9 +9,11 @@ mod checkout;
 mod demo;
 mod dist;
 mod kmod;
+mod litmus;
 mod pool;
 mod random;
 mod selftests;
+mod system;
 mod test;
 mod vm;
 
@@ -40,6 +42,8 @@ enum Task {
     Random(random::Options),
     /// The kernel's own tests of VFIO and IOMMUFD, with the stock driver and with ours, side by side
     Selftests(selftests::Options),
+    /// Judge the order of memory that the module relies on by the kernel's memory model
+    Litmus,
     /// Build, check or format the kernel module.
     Kmod(kmod::Options),
     /// Make packages: the command, the module for DKMS, what Debian's kernel headers lack
@@ -81,6 +85,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Bench(options) => bench::run(&options),
         Task::Random(options) => random::run(&options),
         Task::Selftests(options) => selftests::run(&options),
+        Task::Litmus => litmus::run(),
         Task::Kmod(options) => kmod::run(&options),
         Task::Dist(options) => dist::run(&options),
         Task::Vm(task) => vm::run(task),

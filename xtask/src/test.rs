@@ -14,7 +14,7 @@ use barlease_lab::prepare::{self, Request, prepare};
 use barlease_lab::report::seconds;
 use clap::Args;
 
-use crate::{bench, canary, checkout, kmod, pool, selftests};
+use crate::{bench, canary, checkout, kmod, litmus, pool, selftests};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -164,6 +164,10 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
             update: false,
         })?;
         let kernel = prepared.kernel.name.clone();
+        // Once: their rules are those of one source, and hold for every kernel.
+        if place == 0 && options.has("litmus") {
+            steps.step("litmus tests", || litmus::judge(&prepared));
+        }
         let mut module = PathBuf::new();
         let built = steps.make(&format!("module for {kernel}"), || {
             module = kmod::build(&prepared, true)?;

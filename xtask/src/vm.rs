@@ -21,7 +21,7 @@ use barlease_lab::vm::{Outcome, Run};
 use clap::{Args, Subcommand};
 
 use crate::batch::Batch;
-use crate::{KernelChoice, checkout, kmod, pool};
+use crate::{KernelChoice, checkout, kmod, pool, system};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Task {
@@ -50,6 +50,8 @@ pub(crate) enum Task {
         #[command(flatten)]
         machine: MachineChoice,
     },
+    /// A shell, or a command, in a guest whose root is a fresh Debian sid with systemd; the module is loaded
+    System(system::Options),
     /// What machines there are, and what kernels the cache has
     List {
         /// As JSON
@@ -71,7 +73,7 @@ pub(crate) struct MachineChoice {
         env = "BARLEASE_PRESET",
         hide_env_values = true
     )]
-    preset: Preset,
+    pub(crate) preset: Preset,
 }
 
 #[derive(Args, Debug)]
@@ -112,9 +114,9 @@ pub(crate) struct Test {
 
 /// A file and its place in the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Placed {
-    file: PathBuf,
-    place: String,
+pub(crate) struct Placed {
+    pub(crate) file: PathBuf,
+    pub(crate) place: String,
 }
 
 impl FromStr for Placed {
@@ -162,6 +164,7 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
         Task::Test(options) => test(&options),
         Task::Together { kernel, names } => together(kernel, names),
         Task::Shell { machine } => shell(&machine),
+        Task::System(options) => system::run(&options),
         Task::List { json } => list(json),
         Task::Clean => {
             Cache::open()?.clean()?;
@@ -171,7 +174,7 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
 }
 
 impl MachineChoice {
-    fn prepare(&self) -> Result<Prepared> {
+    pub(crate) fn prepare(&self) -> Result<Prepared> {
         prepare(&Request {
             kernel: self.kernel.kernel.clone(),
             update: false,
@@ -225,7 +228,7 @@ fn program_to_copy(word: &str) -> Result<Option<PathBuf>> {
 }
 
 /// Our module, and those of the same build beside it without loading them.
-fn with_module<'a>(run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
+pub(crate) fn with_module<'a>(run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
     with_modules_of(run, &kmod::build(prepared, false)?)
 }
 
@@ -243,7 +246,7 @@ fn with_modules_of<'a>(mut run: Run<'a>, module: &Path) -> Result<Run<'a>> {
 }
 
 /// Variables that mean the same in the guest.
-fn with_environment(mut run: Run<'_>) -> Run<'_> {
+pub(crate) fn with_environment(mut run: Run<'_>) -> Run<'_> {
     for (name, value) in std::env::vars() {
         if name.starts_with("BARLEASE_TEST_")
             || ["CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_NOCAPTURE"].contains(&name.as_str())
@@ -254,7 +257,7 @@ fn with_environment(mut run: Run<'_>) -> Run<'_> {
     run
 }
 
-fn finish(outcome: &Outcome) -> Result<ExitCode> {
+pub(crate) fn finish(outcome: &Outcome) -> Result<ExitCode> {
     eprint!("{}", remarks(outcome));
     Ok(ExitCode::from(
         u8::try_from(outcome.code).unwrap_or(u8::MAX),

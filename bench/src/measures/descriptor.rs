@@ -1,4 +1,4 @@
-//! What every user of a VFIO device does: open and close, config space, BARs by read and write.
+//! The calls of every user of a VFIO device: open and close, config space, BARs by read and write.
 
 use barlease_guest_tests::pci::Function;
 use barlease_guest_tests::vfio::{CONFIG_REGION, Group};

@@ -1,4 +1,4 @@
-//! What an importer does with a buffer: attach, map, unmap, detach, by the number of ranges.
+//! The calls of an importer: attach, map, unmap, detach, by the number of ranges.
 //!
 //! The importer is that of the tests, QEMU's `edu` behind an IOMMU. Stock buffers of several ranges cannot be mapped
 //! through an IOVA on Linux 7.3-rc7, so there is nothing to compare with.

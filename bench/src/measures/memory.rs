@@ -87,7 +87,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
 /// How much more memory the kernel has with so many leases.
 fn grown(device: &Device, count: u64) -> f64 {
     let payload = Payload::new(1);
-    // What the kernel keeps when all are gone again is not theirs.
+    // Memory that the kernel keeps when all are gone again is not theirs.
     let all = || {
         (0..count)
             .map(|_| payload.export(device))

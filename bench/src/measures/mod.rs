@@ -31,7 +31,7 @@ pub struct Context {
 /// Measures that are taken together.
 #[derive(Clone, Copy, Debug)]
 pub struct Set {
-    /// What `--only` calls it; the names of its measures begin with it.
+    /// Its name for `--only`; the names of its measures begin with it.
     pub name: &'static str,
     /// Takes them.
     pub take: fn(&Context) -> Vec<Measure>,
@@ -82,7 +82,7 @@ impl Context {
     }
 }
 
-/// What the values of a side are measured with.
+/// The clock that the values of a side are measured with.
 fn driver(side: Side) -> &'static str {
     match side {
         Side::Ours => BARLEASE,

@@ -79,7 +79,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
     vec![time, faults]
 }
 
-/// What is mapped.
+/// The memory that is mapped.
 enum Target<'a> {
     /// The BAR, through the device fd.
     Bar(&'a Device),

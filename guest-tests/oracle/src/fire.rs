@@ -1,4 +1,4 @@
-//! What touches may give while a step is being made.
+//! The results that touches may have while a step is being made.
 
 use crate::{Op, Oracle, PAGE, Protection, Severity, Target};
 
@@ -13,11 +13,11 @@ pub struct Shot {
     pub during: During,
     /// Whether it works from the moment on at which the step is done.
     pub after: bool,
-    /// What must be read if it works, if that is known.
+    /// The value that must be read if it works, if that is known.
     pub word: Option<u32>,
 }
 
-/// What a touch may give while a step is being made.
+/// The results that a touch may have while a step is being made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum During {
     /// It works, or gives SIGBUS.
@@ -36,7 +36,7 @@ impl Oracle {
     /// gives a number below its argument.
     pub fn shots(&self, op: &Op, mut pick: impl FnMut(u64) -> u64) -> Vec<Shot> {
         let mut after = self.clone();
-        // What comes of it is of no interest here.
+        // Its outcome is of no interest here.
         let _ = after.step(op, &self.predict(op));
         let mut mappings: Vec<_> = self.mappings.keys().copied().collect();
         let mut shots = Vec::new();

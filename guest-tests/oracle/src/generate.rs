@@ -47,7 +47,7 @@ impl Generator {
             .iter()
             .filter_map(|&kind| self.candidate(kind, oracle))
             .collect();
-        // Whatever it is that was done least, now and then: nothing is left out for long.
+        // The operation that was done least, now and then: nothing is left out for long.
         let mend = self.mend(oracle).filter(|_| self.rng.u8(..) < 48);
         // Few devices have these, and most of the time nobody would notice.
         let rare = match self.rng.u8(..) {

@@ -1,4 +1,4 @@
-//! What a step changes, and what must come of it.
+//! The changes that a step makes, and the outcome that it must have.
 
 use std::{fmt, ops::RangeInclusive};
 
@@ -9,12 +9,12 @@ use crate::{
     Record, Seen, Severity, State, TRANSFER, Target, WrongMap,
 };
 
-/// What must come of a step.
+/// The outcome that a step must have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Expected {
     /// This.
     Exactly(Outcome),
-    /// What is in the memory of a device from an offset on, so many words.
+    /// The contents of a device's memory from an offset on, so many words.
     Words(usize, u64, u64),
     /// An open device.
     Opened(usize),
@@ -69,7 +69,7 @@ impl Oracle {
         }
     }
 
-    /// What must come of a step; 0 for what is not known.
+    /// The outcome that a step must have; 0 where it is not known.
     #[must_use]
     pub fn predict(&self, op: &Op) -> Outcome {
         let mut after = self.clone();
@@ -782,7 +782,7 @@ impl Oracle {
         }
     }
 
-    /// What STATUS must say of a buffer.
+    /// The answer that STATUS must give for a buffer.
     #[must_use]
     pub fn status(&self, buffer: usize) -> Seen {
         let state = self.state(buffer);

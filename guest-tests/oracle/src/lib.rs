@@ -1,4 +1,4 @@
-//! What the contract says must come of each step of the random test.
+//! The outcome that the contract demands of each step of the random test.
 //!
 //! [`Generator`] draws [steps](Step) from a seed; the guest test (`guest-tests/src/random/`) makes them on the real
 //! kernel; [`Oracle`] knows by the contract alone what may be seen then, and objects to anything else.

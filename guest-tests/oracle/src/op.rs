@@ -5,13 +5,13 @@ use crate::{Protection, world::State};
 /// A step of the random test.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// What is done.
+    /// The operation.
     pub op: Op,
     /// Whether all processes touch their mappings of the device while it is done.
     pub under_fire: bool,
 }
 
-/// What is done. Devices, buffers, mappings, attachments and processes are meant by number; new ones get the next.
+/// An operation. It names devices, buffers, mappings, attachments and processes by number; new ones get the next.
 /// Offsets and lengths are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are what they are called")]
@@ -194,7 +194,7 @@ pub enum Severity {
     NonFatal,
 }
 
-/// What is wrong with an export.
+/// The mistake in an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "named after what is wrong")]
 pub enum Spoil {
@@ -242,7 +242,7 @@ impl Spoil {
     }
 }
 
-/// What is no buffer.
+/// Descriptors that are no buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoBuffer {
     /// No open fd.
@@ -251,7 +251,7 @@ pub enum NoBuffer {
     Other,
 }
 
-/// What is wrong with an mmap.
+/// The mistake in an mmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WrongMap {
     /// `MAP_PRIVATE`.
@@ -262,7 +262,7 @@ pub enum WrongMap {
     Writable,
 }
 
-/// What came of a step.
+/// The outcome of a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It was done.
@@ -288,7 +288,7 @@ pub enum Outcome {
 pub struct Record {
     /// The buffer; `None` for an internal one.
     pub buffer: Option<usize>,
-    /// What STATUS says, too.
+    /// With the answer of STATUS.
     pub seen: Seen,
     /// Whether it is draining.
     pub draining: bool,
@@ -302,7 +302,7 @@ pub struct Record {
     pub writable: bool,
 }
 
-/// What STATUS says.
+/// The answer of STATUS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields of the contract")]
 pub struct Seen {

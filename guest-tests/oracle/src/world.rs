@@ -1,4 +1,4 @@
-//! What there is, as far as the contract goes.
+//! The state of devices, buffers and mappings, as far as the contract goes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,12 +6,12 @@ use barlease_abi::{MEMATTR_WC, REASON_LOW_POWER, REASON_MEMORY_OFF};
 
 use crate::{Op, PAGE, Severity};
 
-/// What a device of the machine is like.
+/// The properties of a device of the machine.
 #[derive(Clone, Debug)]
 pub struct Spec {
     /// Its name.
     pub name: &'static str,
-    /// The BAR that is leased. What is written to it survives resets.
+    /// The BAR that is leased. Its contents survive resets.
     pub bar: u32,
     /// Whether it is registers that keep what they have as long as nobody writes them, and not memory.
     pub registers: bool,
@@ -53,7 +53,7 @@ pub enum LowPower {
 /// A device.
 #[derive(Clone, Debug)]
 pub struct Device {
-    /// What it is like.
+    /// Its properties.
     pub spec: Spec,
     /// Whether it was pulled out. Its users may still have it open.
     pub gone: bool,
@@ -75,7 +75,7 @@ pub struct Device {
     pub alias: bool,
     /// Whether it has an eventfd for changes.
     pub armed: bool,
-    /// What is in its memory, by offset of the word, as far as is known.
+    /// The contents of its memory, by offset of the word, as far as is known.
     pub words: BTreeMap<u64, u32>,
 }
 
@@ -122,7 +122,7 @@ impl Buffer {
     }
 }
 
-/// What is mapped.
+/// The memory that a mapping maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// A buffer.
@@ -131,7 +131,7 @@ pub enum Target {
     Bar(usize),
 }
 
-/// What may be done to a page of a mapping.
+/// The accesses that a page of a mapping allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protection {
     /// Nothing.
@@ -148,9 +148,9 @@ pub type Page = Option<Protection>;
 /// A mapping.
 #[derive(Clone, Debug)]
 pub struct Mapping {
-    /// Whose it is.
+    /// The process that has it.
     pub process: usize,
-    /// What is mapped.
+    /// The memory that it maps.
     pub target: Target,
     /// Offset in the buffer or BAR.
     pub offset: u64,
@@ -265,7 +265,7 @@ impl Oracle {
     #[must_use]
     pub fn let_go_by(&self, op: &Op) -> Vec<usize> {
         let mut after = self.clone();
-        // What comes of it is of no interest here.
+        // Its outcome is of no interest here.
         let _ = after.step(op, &self.predict(op));
         let is_empty = |of: &Self, device: usize| {
             let device = &of.devices[device];
@@ -335,7 +335,7 @@ impl Oracle {
         }
     }
 
-    /// What must be read at an offset of a mapping, if that is known.
+    /// The value that must be read at an offset of a mapping, if that is known.
     #[must_use]
     pub fn word(&self, mapping: usize, at: u64) -> Option<u32> {
         let device = &self.devices[self.device_of(mapping)];

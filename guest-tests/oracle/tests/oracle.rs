@@ -49,7 +49,7 @@ fn specs() -> Vec<Spec> {
     vec![all, pair.clone(), pair, registers]
 }
 
-/// What is done in a course, step by step; each must come out as said.
+/// The steps of a course; each must have the outcome beside it.
 struct Course(Oracle);
 
 impl Course {
@@ -141,7 +141,7 @@ fn words_are_those_of_the_bar_wherever_they_are_written() {
         at: 4 * PAGE + 8,
     };
     course.is(there, Outcome::Words(vec![5]));
-    // What is not known is learnt.
+    // The oracle learns what it did not know.
     course.is(read(PAGE), Outcome::Words(vec![77]));
     assert!(
         course
@@ -301,7 +301,7 @@ fn an_error_takes_from_the_whole_set_and_recovery_gives_back() {
     assert_eq!(mapped(&course), [true; 3]);
     course.done(error(Severity::NonFatal));
     assert_eq!(mapped(&course), [false, false, true]);
-    // Who does not let go is told, and not waited for.
+    // REVOKE tells the importer that does not let go, and does not wait for it.
     let (_, _, slow) = leases[0];
     course.done(Op::MapDma { attachment: slow });
     course.done(Op::Hold {

@@ -85,7 +85,7 @@ pub(crate) enum Instr {
     Await(Cond),
 }
 
-/// What a step changes.
+/// The state that a step changes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Act {
     /// A change of `Access`, with its lock held for writing.
@@ -174,7 +174,7 @@ pub(crate) enum Act {
     Saw(Sight),
 }
 
-/// What a thread knows that samples.
+/// The knowledge of a thread that samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Look {
     /// It holds `memory_lock`.
@@ -187,7 +187,7 @@ pub(crate) enum Look {
     Always,
 }
 
-/// What comes of a recovery that has failed.
+/// The outcome of a recovery that has failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
     UntilOpened,
@@ -214,7 +214,7 @@ pub(crate) enum Change {
     EndAndResample(Event, Look),
     /// The same, with no look whether the device decodes (a planted bug).
     EndAndForget(Event),
-    /// What `woken` does: samples the hardware, and sets whether low power was noted to go on.
+    /// The work of `woken`: samples the hardware, and sets whether low power was noted to go on.
     Woken,
     /// Takes the device for awake, whatever it says (a planted bug).
     WokenForGood,
@@ -258,7 +258,7 @@ pub(crate) enum Change2 {
     WakeUp,
     /// D3hot.
     FallAsleep,
-    /// D0. What has slept decodes nothing yet.
+    /// D0. A device that has slept decodes nothing yet.
     HalfAwake,
     /// It has back what it lost by its sleep.
     Restored,
@@ -272,7 +272,7 @@ pub(crate) enum Change2 {
     Held(bool),
     /// It was pulled out.
     Gone,
-    /// What was pulled out was taken away from everybody.
+    /// The memory of a device that was pulled out was taken away from everybody.
     Removed,
 }
 
@@ -392,9 +392,9 @@ struct Thread {
     waits: bool,
     /// The fences that it waits for, a bit each: those of importers, those added to buffers.
     snapshot: u8,
-    /// What it sampled.
+    /// The state that it sampled.
     levels: Sampled,
-    /// What it noted.
+    /// The state that it noted.
     reachable: u64,
     stale: bool,
 }
@@ -408,7 +408,7 @@ pub(crate) struct Device {
     hardware: bool,
     /// It is lent.
     lent: bool,
-    /// What D3hot has left of it.
+    /// The part that D3hot has left of it.
     saved: bool,
     in_reset: bool,
     link_reset: bool,
@@ -424,9 +424,9 @@ pub(crate) struct Device {
     half_awake: bool,
     /// `RPM_SUSPENDED`.
     suspended: bool,
-    /// Who keeps it awake, but for the core as long as it is not in low power.
+    /// The threads that keep it awake, but for the core as long as it is not in low power.
     holds: u8,
-    /// What is saved of config space is what a reset has left of it.
+    /// The saved config space is the one that a reset has left.
     saved_nothing: bool,
     /// And that was restored.
     lost: bool,
@@ -505,7 +505,7 @@ impl Device {
     }
 }
 
-/// What a thread does with the fd of the device, which is closed when nobody uses it any more.
+/// The use that a thread makes of the device fd, which is closed when nobody uses it any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Uses {
     /// Nothing.
@@ -547,9 +547,9 @@ pub(crate) struct World {
 pub(crate) struct Program {
     /// The name, for traces.
     pub(crate) name: String,
-    /// What it does, one step after the other.
+    /// Its program, one step after the other.
     pub(crate) steps: Vec<(Instr, &'static str)>,
-    /// What it does with the fd of the device.
+    /// Its use of the device fd.
     pub(crate) uses: Uses,
 }
 
@@ -1077,7 +1077,7 @@ impl Protocol {
         world.threads[thread].at = next as u8;
     }
 
-    /// What a thread does next, in words.
+    /// The next step of a thread, in words.
     pub(crate) fn describe(&self, world: &World, thread: usize) -> String {
         let at = usize::from(world.threads[thread].at);
         let (instr, of) = &self.programs[thread].steps[at];
@@ -1099,7 +1099,7 @@ pub(crate) const NOT_DANGLING: &str = "no look at a dma-buf after its release";
 pub(crate) const NOT_ASKED: &str = "no read of the config space of a function in reset";
 /// Nobody waits for an importer with `pci_bus_sem` held, nor for an allocation in a gate.
 pub(crate) const NOT_TIED: &str = "nobody makes others wait who must not";
-/// Whoever adds fences does not keep REVOKE from returning.
+/// A process that adds fences does not keep REVOKE from returning.
 pub(crate) const ENDS: &str = "no wait for fences that were added after it had begun";
 
 impl Model for Protocol {
@@ -1143,7 +1143,7 @@ impl Model for Protocol {
                     || (0..BUFFERS).all(|buffer| {
                         let this = &world.buffers[buffer];
                         let current = this.epoch.is_some() && this.epoch == world.access.epoch();
-                        // What was restored wrongly is stuck, though the state says so.
+                        // A wrongly restored register is stuck, though the state says so.
                         let may = (world.usable() || world.device.lost) && current && !this.revoked;
                         may == (world.state(buffer) == State::Ok)
                     })

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 OR MIT
 
-//! What the module does, step by step, in the order of its code. Each function here has the name of the one in `kmod/src`
-//! that it mirrors, and is to be changed with it. What decides is the real `barlease_model::access`.
+//! The steps of the module, in the order of its code. Each function here has the name of the one in `kmod/src`
+//! that it mirrors, and is to be changed with it. The real `barlease_model::access` decides.
 //!
-//! What one lock guards alone and nobody can see half of is one step: a look into the table of buffers, a count.
+//! An action under one lock that nobody can see half of is one step: a look into the table of buffers, a count.
 
 use barlease_model::access::Event;
 
@@ -39,7 +39,7 @@ pub(crate) enum Bug {
     NoNesting,
     /// The device is sampled before the lock is taken.
     SampleBeforeTheLock,
-    /// Who had an access does not notice that the device was woken.
+    /// A thread that had an access does not notice that the device was woken.
     NoNotice,
     /// Nobody hears that run-time power management has woken the device.
     WakeUpUnheard,
@@ -49,9 +49,9 @@ pub(crate) enum Bug {
     HalfAwakeIsAwake,
     /// That a device was seen half awake is not remembered.
     HalfAwakeIsForgotten,
-    /// Who cannot have `memory_lock` believes a bit that is lent.
+    /// A thread that cannot have `memory_lock` believes a bit that is lent.
     LentIsBelieved,
-    /// Who had an access asks without `memory_lock`.
+    /// A thread that had an access asks without `memory_lock`.
     AskDoesNotLock,
     /// The end of a bracket asks without it.
     BracketDoesNotLock,
@@ -85,19 +85,19 @@ pub(crate) enum Bug {
     ResetDoesNotHold,
     /// It does, but does not wait for a sleep that has begun.
     HoldDoesNotWait,
-    /// What was pulled out is left to its owner.
+    /// A device that was pulled out is left to its owner.
     UnbindingLeavesIt,
-    /// What was pulled out is said to have memory off, which whoever asks the device takes back.
+    /// A device that was pulled out is noted as having memory off, which the next sample takes back.
     UnbindingSaysMemoryOff,
-    /// Who opens the device does not look whether it was pulled out.
+    /// An open does not look whether the device was pulled out.
     OpenedDoesNotLook,
     /// Whether the device sleeps is written down when others may have changed it.
     AsleepStoredLate,
     /// Access is locked during a drain, and while an importer maps.
     DrainLocksAccess,
-    /// Who takes memory away does not wait for faults that have begun.
+    /// The thread that takes memory away does not wait for faults that have begun.
     ZapPassesNoGate,
-    /// What may be touched is written down when others may have changed it.
+    /// The word of access is written when others may have changed it.
     PublishedLate,
     /// It is written down when all is drained.
     PublishedAfterTheDrain,
@@ -115,7 +115,7 @@ pub(crate) enum Bug {
     ReleaseDoesNotLock,
 }
 
-/// What all programs have in common.
+/// The state that all programs share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Setting {
     /// The bug that is planted.
@@ -189,7 +189,7 @@ impl Builder {
         Later(self.here() - 1)
     }
 
-    /// What was not known is here.
+    /// Resolves a jump: its target is here.
     fn land(&mut self, later: Later) {
         let here = self.here();
         match &mut self.steps[later.0].0 {
@@ -949,7 +949,7 @@ fn export_and_touch(this: &mut Builder, buffer: usize, vma: usize) {
     this.act(Act::Done(buffer));
 }
 
-/// What an importer does with its mapping before it undoes it.
+/// The use that an importer makes of its mapping before it undoes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Undoes it when it is told.
@@ -1254,7 +1254,7 @@ pub(crate) fn close(setting: Setting, and_then: Next) -> Program {
     this.end("close", Uses::Open)
 }
 
-/// What happens after a close.
+/// The event after a close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
     /// Nothing.
