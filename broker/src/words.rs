@@ -171,14 +171,50 @@ fn held_by(held: &ledger::HeldBy) -> proto::HeldBy {
     proto::HeldBy {
         lease: held.lease.0,
         holder: holder(&held.peer),
-        range: proto::Range {
-            offset: held.range.offset,
-            length: held.range.length,
-        },
+        range: range(&held.range),
         size: held.bytes,
         since: held.since.0,
         expires: time(held.expires),
         revoked: held.revoked,
+    }
+}
+
+/// A range.
+#[must_use]
+pub fn range(range: &types::Range) -> proto::Range {
+    proto::Range {
+        offset: range.offset,
+        length: range.length,
+    }
+}
+
+/// Rights.
+#[must_use]
+pub fn access(access: types::Access) -> proto::Access {
+    match access {
+        types::Access::Read => proto::Access::Read,
+        types::Access::ReadWrite => proto::Access::ReadWrite,
+    }
+}
+
+/// A memory type.
+#[must_use]
+pub fn memory_type(memory_type: types::MemoryType) -> proto::MemoryType {
+    match memory_type {
+        types::MemoryType::Uncached => proto::MemoryType::Nc,
+        types::MemoryType::WriteCombining => proto::MemoryType::Wc,
+    }
+}
+
+/// What ends a lease by itself.
+#[must_use]
+pub fn lifetime(lifetime: types::Lifetime) -> proto::Lifetime {
+    match lifetime {
+        types::Lifetime::Connection => proto::Lifetime::Connection,
+        types::Lifetime::Process => proto::Lifetime::Process,
+        types::Lifetime::Cgroup => proto::Lifetime::Cgroup,
+        types::Lifetime::Claim => proto::Lifetime::Claim,
+        types::Lifetime::Holders => proto::Lifetime::Holders,
     }
 }
 
