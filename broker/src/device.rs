@@ -97,11 +97,11 @@ fn find(pci: &Pci, wanted: &policy::Device) -> Result<Bdf, String> {
     let found = pci
         .device(bdf)
         .map_err(|error| error.report().to_string())?;
-    if let Some(driver) = &wanted.driver {
-        if found.driver.as_ref() != Some(driver) {
-            let bound = found.driver.as_deref().unwrap_or("no driver");
-            return Err(format!("{bdf} is bound to {bound}, not to {driver}"));
-        }
+    if let Some(driver) = &wanted.driver
+        && found.driver.as_ref() != Some(driver)
+    {
+        let bound = found.driver.as_deref().unwrap_or("no driver");
+        return Err(format!("{bdf} is bound to {bound}, not to {driver}"));
     }
     Ok(bdf)
 }

@@ -202,10 +202,10 @@ impl<'a> Server<'a> {
                 .map(|event| (event.data.u64(), event.flags))
                 .collect();
             for (number, flags) in happened {
-                if let Some(source) = self.sources.get(&number).cloned() {
-                    if !self.happened(number, source, flags)? {
-                        return Ok(());
-                    }
+                if let Some(source) = self.sources.get(&number).cloned()
+                    && !self.happened(number, source, flags)?
+                {
+                    return Ok(());
                 }
             }
             self.service.tick()?;
@@ -285,7 +285,8 @@ impl<'a> Server<'a> {
     fn stop(&mut self) -> io::Result<()> {
         self.stopping = true;
         if let Some(listener) = self.listener.take() {
-            epoll::delete(&self.epoll, &listener)?;
+            // It is not there while descriptors are short.
+            let _ = epoll::delete(&self.epoll, &listener);
         }
         for name in self.service.devices() {
             self.let_go(&name, None)?;
@@ -352,6 +353,7 @@ impl<'a> Server<'a> {
             return Ok(());
         }
         *connections += 1;
+        // The number that it gets in the epoll.
         let id = ConnectionId(self.last_source + 1);
         let event = Event::Connected {
             connection: id,
@@ -408,10 +410,10 @@ impl<'a> Server<'a> {
             return self.gone(id);
         };
         let sending = connection.is_sending();
-        if any || !sending {
-            if let Some(time) = connection.give_up.take() {
-                self.give_ups.remove(&(time, id));
-            }
+        if (any || !sending)
+            && let Some(time) = connection.give_up.take()
+        {
+            self.give_ups.remove(&(time, id));
         }
         if sending && connection.give_up.is_none() {
             let time = Time(now().0 + PATIENCE);
