@@ -16,9 +16,11 @@
 //! All numbers are little-endian, checksums CRC-32, payloads postcard. Variants are added to
 //! [`Record`] at its end, fields never: a newer service reads what an older one has left.
 //!
-//! To compact it, append the records that are still of use, then write the other header with their
-//! place as its start, then give the space before it back (the file is sparse). Nothing is lost by
-//! a kill in between.
+//! To compact it, append 8 bytes of 0, which end the records of before, and the records that are
+//! still of use; then write the other header with their place as its start; then give the space
+//! before it back (the file is sparse). Nothing is lost by a kill in between. Without the zeros a
+//! part of the new records would be read after the old ones, and an intent among them would take
+//! the buffer from a lease that is granted.
 
 use std::sync::Arc;
 

@@ -101,7 +101,7 @@ impl Client {
     pub fn list(&mut self, pool: Option<String>) -> Result<Vec<LeaseInfo>> {
         let stream = self.stream(&List { pool })?;
         stream
-            .map(|listed| listed.map(|listed| listed.lease))
+            .filter_map(|listed| listed.map(|listed| listed.lease).transpose())
             .collect()
     }
 

@@ -267,7 +267,12 @@ fn the_idl_and_the_types_have_the_same_fields() {
         ),
         ("Resume", value(&Resumed { leases: vec![1] })),
         ("Watch", value(&notice)),
-        ("List", value(&Listed { lease: info() })),
+        (
+            "List",
+            value(&Listed {
+                lease: Some(info()),
+            }),
+        ),
         ("Explain", value(&explained)),
         ("Revoke", value(&Revoked { leases: 1 })),
         ("Drain", value(&Nothing {})),
@@ -515,7 +520,10 @@ fn a_list_has_as_many_replies_as_leases() {
         let call: Call = serde_json::from_slice(&call.json).unwrap();
         assert!(call.more);
         for continues in [true, true, false] {
-            let parameters = serde_json::to_value(Listed { lease: info() }).unwrap();
+            let parameters = serde_json::to_value(Listed {
+                lease: Some(info()),
+            })
+            .unwrap();
             wire.send(
                 &Reply {
                     parameters,

@@ -128,7 +128,8 @@ types! {
         reasons: Option<u32>,
     }
     structure List { pool: Option<String>, }
-    structure Listed { lease: LeaseInfo, }
+    /// A reply of List; the last has no lease.
+    structure Listed { lease: Option<LeaseInfo>, }
     structure Explain {
         pool: Option<String>, size: Option<u64>, device: Option<String>, bar: Option<u8>,
         ranges: Option<Vec<Range>>, access: Access, memory_type: Option<MemoryType>,

@@ -1,0 +1,598 @@
+//! The methods of the interface, as events of the core and its answers as messages.
+
+use std::collections::BTreeSet;
+use std::ffi::CString;
+use std::io;
+
+use barlease_ledger::core::Event;
+use barlease_ledger::core::LeaseView;
+use barlease_ledger::core::News;
+use barlease_ledger::core::Refusal as CoreRefusal;
+use barlease_ledger::core::Reply as CoreReply;
+use barlease_ledger::core::Selector;
+use barlease_ledger::core::State;
+use barlease_ledger::policy::Match;
+use barlease_ledger::policy::Outcome;
+use barlease_ledger::types;
+use barlease_ledger::types::ConnectionId;
+use barlease_ledger::types::LeaseId;
+use barlease_ledger::types::Millis;
+use barlease_ledger::types::Peer;
+use barlease_ledger::types::RequestId;
+use barlease_ledger::types::Time;
+use barlease_proto as proto;
+use barlease_proto::Call;
+use barlease_proto::IDL;
+use barlease_proto::INTERFACE;
+use barlease_proto::Refusal;
+use nix::unistd::Gid;
+use nix::unistd::Uid;
+use nix::unistd::User;
+use nix::unistd::getgrouplist;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use serde_json::json;
+
+use crate::connection::Busy;
+use crate::server::Server;
+use crate::words;
+
+/// Leases of a List that are written at a time.
+const LISTED: usize = 256;
+/// The interface that each varlink service has.
+const VARLINK: &str = "org.varlink.service";
+
+/// Why a call is not carried out.
+enum Failure {
+    Refused(Refusal),
+    /// An error of varlink's own.
+    Varlink(&'static str, Value),
+    Fatal(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Fatal(error)
+    }
+}
+
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+/// What comes of a call.
+enum Then {
+    /// This answer.
+    Answer(Value),
+    /// One that comes later.
+    Later,
+}
+
+/// Whether a user may do what is for administrators.
+pub(crate) fn is_administrator(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
+}
+
+/// A message without an error.
+fn message(parameters: &impl Serialize, continues: bool) -> Vec<u8> {
+    bytes(&proto::Reply {
+        parameters: json!(parameters),
+        continues,
+        error: None,
+    })
+}
+
+fn bytes(reply: &proto::Reply) -> Vec<u8> {
+    let mut bytes = json!(reply).to_string().into_bytes();
+    bytes.push(0);
+    bytes
+}
+
+/// The answer without anything in it.
+pub(crate) fn done() -> Vec<u8> {
+    message(&proto::Nothing {}, false)
+}
+
+/// An answer of the core.
+pub(crate) fn reply(answer: Result<CoreReply, Box<CoreRefusal>>) -> Vec<u8> {
+    match answer {
+        Ok(CoreReply::Granted(grant)) => {
+            let ranges = grant.ranges.as_slice();
+            message(
+                &proto::Acquired {
+                    lease: grant.lease.0,
+                    file_descriptor: 0,
+                    device: grant.device.to_string(),
+                    bar: grant.bar,
+                    ranges: ranges.iter().map(words::range).collect(),
+                    size: grant.ranges.size(),
+                    access: words::access(grant.access),
+                    memory_type: words::memory_type(grant.memory_type),
+                    expires: words::time(grant.expires),
+                    grace: grant.grace.0,
+                },
+                false,
+            )
+        }
+        Ok(CoreReply::Released) => done(),
+        Ok(CoreReply::Renewed(time)) => message(
+            &proto::Renewed {
+                expires: words::time(time),
+            },
+            false,
+        ),
+        Ok(CoreReply::Resumed(leases)) => message(
+            &proto::Resumed {
+                leases: leases.iter().map(|lease| lease.0).collect(),
+            },
+            false,
+        ),
+        Ok(CoreReply::Revoking(leases)) => message(
+            &proto::Revoked {
+                leases: leases as u64,
+            },
+            false,
+        ),
+        Err(refusal) => refused(words::refusal(*refusal)),
+    }
+}
+
+fn refused(refusal: Refusal) -> Vec<u8> {
+    let mut written = json!(refusal);
+    let name = written["error"].as_str().unwrap_or_default();
+    let error = Some(format!("{INTERFACE}.{name}"));
+    bytes(&proto::Reply {
+        parameters: written["parameters"].take(),
+        continues: false,
+        error,
+    })
+}
+
+/// News for a watch.
+pub(crate) fn notice(lease: LeaseId, news: News) -> Vec<u8> {
+    message(&words::notice(lease, news), true)
+}
+
+impl Server<'_> {
+    /// Carries out a call, or begins to.
+    pub(crate) fn call(&mut self, id: ConnectionId, json: &[u8]) -> io::Result<()> {
+        let Ok(call) = serde_json::from_slice::<Call>(json) else {
+            // There is nothing that an answer would be for.
+            return self.gone(id);
+        };
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return Ok(());
+        };
+        connection.busy = Some(Busy::Call {
+            oneway: call.oneway,
+        });
+        let peer = connection.identity.peer.clone();
+        let request = self.request_of(id);
+        let answer = match self.dispatch(id, request, &peer, call) {
+            Ok(Then::Later) => return Ok(()),
+            Ok(Then::Answer(value)) => message(&value, false),
+            Err(Failure::Refused(refusal)) => refused(refusal),
+            Err(Failure::Varlink(name, parameters)) => bytes(&proto::Reply {
+                parameters,
+                continues: false,
+                error: Some(format!("{VARLINK}.{name}")),
+            }),
+            Err(Failure::Fatal(error)) => return Err(error),
+        };
+        self.answer(request, answer, None)
+    }
+
+    fn dispatch(
+        &mut self,
+        id: ConnectionId,
+        request: RequestId,
+        peer: &Peer,
+        call: Call,
+    ) -> Result<Then, Failure> {
+        let (interface, method) = call.method.rsplit_once('.').unwrap_or_default();
+        if interface == VARLINK {
+            return service(method, call.parameters);
+        }
+        if interface != INTERFACE {
+            return Err(Failure::Varlink(
+                "InterfaceNotFound",
+                json!({"interface": interface}),
+            ));
+        }
+        let admin = is_administrator(peer.uid);
+        let for_admins = matches!(method, "Revoke" | "Drain" | "Reload" | "Devices");
+        if for_admins && !admin {
+            return Err(Refusal::NotAdministrator {}.into());
+        }
+        if matches!(method, "Watch" | "List") && !call.more {
+            return Err(Failure::Varlink("ExpectedMore", json!({})));
+        }
+        let given = call.parameters;
+        match method {
+            "Acquire" => {
+                let ask = words::ask(parameters(given)?)?;
+                self.service.give(Event::Acquire {
+                    connection: id,
+                    request,
+                    ask,
+                })?;
+            }
+            "Release" => {
+                let release: proto::Release = parameters(given)?;
+                self.service.give(Event::Release {
+                    connection: id,
+                    request,
+                    lease: LeaseId(release.lease),
+                })?;
+            }
+            "Renew" => {
+                let renew: proto::Renew = parameters(given)?;
+                self.service.give(Event::Renew {
+                    connection: id,
+                    request,
+                    lease: LeaseId(renew.lease),
+                    ttl: renew.ttl.map(Millis),
+                })?;
+            }
+            "Watch" => {
+                let watch: proto::Watch = parameters(given)?;
+                let all = watch.all.unwrap_or(false);
+                if all && !admin {
+                    return Err(Refusal::NotAdministrator {}.into());
+                }
+                self.is_at(id, Busy::Watch);
+                self.service.give(Event::Watch {
+                    connection: id,
+                    request,
+                    all,
+                })?;
+            }
+            "List" => {
+                let list: proto::List = parameters(given)?;
+                self.requests.remove(&request);
+                let after = LeaseId(0);
+                self.is_at(
+                    id,
+                    Busy::List {
+                        after,
+                        pool: list.pool,
+                    },
+                );
+            }
+            "Explain" => return self.explain(peer, admin, parameters(given)?),
+            "Revoke" => {
+                let revoke: proto::Revoke = parameters(given)?;
+                let grace = revoke.grace.map(Millis);
+                self.service.give(Event::Revoke {
+                    request,
+                    selector: selector(revoke)?,
+                    grace,
+                })?;
+            }
+            "Drain" => return self.drain(request, parameters(given)?),
+            "Reload" => {
+                self.reload()?
+                    .map_err(|errors| Refusal::PolicyInvalid { errors })?;
+                return Ok(Then::Answer(json!(proto::Nothing {})));
+            }
+            "Devices" => {
+                let devices = self.device_list();
+                return Ok(Then::Answer(json!(proto::DeviceList { devices })));
+            }
+            // Token, Resume and Adopt are declared, and not there yet.
+            "Token" | "Resume" | "Adopt" => {
+                return Err(Failure::Varlink(
+                    "MethodNotImplemented",
+                    json!({"method": call.method}),
+                ));
+            }
+            _ => {
+                return Err(Failure::Varlink(
+                    "MethodNotFound",
+                    json!({"method": call.method}),
+                ));
+            }
+        }
+        Ok(Then::Later)
+    }
+
+    fn is_at(&mut self, id: ConnectionId, busy: Busy) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.busy = Some(busy);
+        }
+    }
+
+    /// Writes the next leases of a List: so many at a time that a client that reads slowly costs
+    /// no memory.
+    pub(crate) fn list_on(&mut self, id: ConnectionId) -> io::Result<()> {
+        let Some(connection) = self.connections.get(&id) else {
+            return Ok(());
+        };
+        let Some(Busy::List { after, pool }) = connection.busy.clone() else {
+            return Ok(());
+        };
+        let peer = &connection.identity.peer;
+        let admin = is_administrator(peer.uid);
+        let shown = |lease: &LeaseView<'_>| {
+            lease.lease > after
+                && pool.as_ref().is_none_or(|pool| pool == lease.pool)
+                && (admin || lease.peer.uid == peer.uid)
+        };
+        let mut last = None;
+        let mut messages = Vec::new();
+        for lease in self.service.core().leases().filter(shown).take(LISTED) {
+            last = Some(lease.lease);
+            let listed = proto::Listed {
+                lease: Some(info(&lease)),
+            };
+            messages.push(message(&listed, true));
+        }
+        let busy = match last {
+            Some(after) => Some(Busy::List { after, pool }),
+            None => {
+                messages.push(message(&proto::Listed { lease: None }, false));
+                None
+            }
+        };
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.busy = busy;
+        }
+        for message in messages {
+            self.push(id, message, None)?;
+        }
+        Ok(())
+    }
+
+    fn explain(&self, peer: &Peer, admin: bool, call: proto::Explain) -> Result<Then, Failure> {
+        let mut peer = peer.clone();
+        if let Some(uid) = call.as_uid {
+            if !admin && uid != peer.uid {
+                return Err(Refusal::NotAdministrator {}.into());
+            }
+            become_user(&mut peer, uid);
+        }
+        let ask = words::ask(proto::Acquire {
+            pool: call.pool,
+            size: call.size,
+            device: call.device,
+            bar: call.bar,
+            ranges: call.ranges,
+            access: call.access,
+            memory_type: call.memory_type,
+            steering_tag: call.steering_tag,
+            lifetime: call.lifetime,
+            ttl: None,
+            wait: None,
+        })?;
+        let core = self.service.core();
+        let told = core.explain(&peer, &ask);
+        let rules = told.rules.iter().map(|(place, outcome)| proto::Rule {
+            file: place.file.to_string(),
+            line: place.line,
+            allows: *outcome == Outcome::Allows,
+            why: why(outcome),
+        });
+        let waiting = told.pool.as_ref().map_or(0, |pool| core.waiting(pool));
+        let verdict = told.verdict.map_err(words::refusal);
+        let held_by = match &verdict {
+            Err(Refusal::Busy { held_by, .. }) => held_by.clone(),
+            _ => Vec::new(),
+        };
+        Ok(Then::Answer(json!(proto::Explained {
+            granted: verdict.is_ok(),
+            why: verdict.err().map(|refusal| refusal.to_string()),
+            pool: told.pool.map(|pool| pool.to_string()),
+            rules: rules.collect(),
+            held_by,
+            waiting: waiting as u64,
+        })))
+    }
+
+    fn drain(&mut self, request: RequestId, drain: proto::Drain) -> Result<Then, Failure> {
+        let open = self.service.devices();
+        let chosen: BTreeSet<_> = match &drain.device {
+            None => open.into_iter().chain(self.closing.clone()).collect(),
+            Some(name) => {
+                let known = open.into_iter().chain(self.closing.clone());
+                let found: BTreeSet<_> = known.filter(|one| **one == **name).collect();
+                if found.is_empty() {
+                    return Err(Refusal::NoSuchDevice {
+                        device: name.clone(),
+                    }
+                    .into());
+                }
+                found
+            }
+        };
+        if chosen.is_empty() {
+            return Ok(Then::Answer(json!(proto::Nothing {})));
+        }
+        self.drains.push((request, chosen.clone()));
+        for name in chosen {
+            if !self.closing.contains(&name) {
+                self.let_go(&name, drain.grace)?;
+            }
+        }
+        Ok(Then::Later)
+    }
+
+    fn device_list(&self) -> Vec<proto::DeviceInfo> {
+        let core = self.service.core();
+        let of = |wanted: &barlease_ledger::policy::Device| {
+            let device = self.service.device(&wanted.name);
+            let is_going = self.going.contains(&wanted.name) || self.closing.contains(&wanted.name);
+            let state = match device {
+                _ if is_going => "going",
+                Some(_) => "open",
+                None => "absent",
+            };
+            let written = match &wanted.matches {
+                Match::Address(address) => Some(address.clone()),
+                _ => None,
+            };
+            let pools = core.policy().pools().iter();
+            let pools = pools.filter(|pool| pool.device == wanted.name).map(|pool| {
+                let (free, size) = core.room(&pool.name).unwrap_or_default();
+                proto::PoolInfo {
+                    name: pool.name.to_string(),
+                    size,
+                    free,
+                    waiting: core.waiting(&pool.name) as u64,
+                }
+            });
+            proto::DeviceInfo {
+                name: wanted.name.to_string(),
+                address: device
+                    .map(|device| device.address().to_string())
+                    .or(written),
+                state: state.to_owned(),
+                pools: pools.collect(),
+            }
+        };
+        core.policy().devices().iter().map(of).collect()
+    }
+}
+
+fn parameters<T: DeserializeOwned>(value: Value) -> Result<T, Failure> {
+    let value = match value {
+        Value::Null => json!({}),
+        value => value,
+    };
+    serde_json::from_value(value).map_err(|error| {
+        Failure::Refused(Refusal::Invalid {
+            reason: error.to_string(),
+        })
+    })
+}
+
+/// The methods of each varlink service.
+fn service(method: &str, given: Value) -> Result<Then, Failure> {
+    #[derive(serde::Deserialize)]
+    struct Wanted {
+        interface: String,
+    }
+    match method {
+        "GetInfo" => Ok(Then::Answer(json!({
+            "vendor": "Barlease",
+            "product": "barleased",
+            "version": env!("CARGO_PKG_VERSION"),
+            "url": "",
+            "interfaces": [VARLINK, INTERFACE],
+        }))),
+        "GetInterfaceDescription" => {
+            let wanted: Wanted = parameters(given)?;
+            if wanted.interface != INTERFACE {
+                return Err(Failure::Varlink(
+                    "InterfaceNotFound",
+                    json!({"interface": wanted.interface}),
+                ));
+            }
+            Ok(Then::Answer(json!({"description": IDL})))
+        }
+        _ => Err(Failure::Varlink(
+            "MethodNotFound",
+            json!({"method": format!("{VARLINK}.{method}")}),
+        )),
+    }
+}
+
+fn selector(revoke: proto::Revoke) -> Result<Selector, Refusal> {
+    let all = revoke.all.unwrap_or(false).then_some(Selector::All);
+    let mut given = [
+        revoke.lease.map(|lease| Selector::Lease(LeaseId(lease))),
+        revoke.uid.map(Selector::User),
+        revoke.pid.map(Selector::Pid),
+        revoke.unit.map(|unit| Selector::Unit(unit.into())),
+        revoke.claim.map(|claim| Selector::Claim(claim.into())),
+        revoke.pool.map(|pool| Selector::Pool(pool.into())),
+        all,
+    ]
+    .into_iter()
+    .flatten();
+    match (given.next(), given.next()) {
+        (Some(one), None) => Ok(one),
+        _ => Err(Refusal::Invalid {
+            reason: "say exactly one of lease, uid, pid, unit, claim, pool, all".to_owned(),
+        }),
+    }
+}
+
+/// Has a question asked as if by a user: by no process, from no unit.
+fn become_user(peer: &mut Peer, uid: u32) {
+    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+    let groups = user.as_ref().and_then(|user| {
+        let name = CString::new(user.name.as_str()).ok()?;
+        getgrouplist(&name, user.gid).ok()
+    });
+    peer.uid = uid;
+    peer.gid = user.map_or(u32::MAX, |user| user.gid.as_raw());
+    peer.groups = groups
+        .unwrap_or_default()
+        .into_iter()
+        .map(Gid::as_raw)
+        .collect();
+    peer.unit = "".into();
+    peer.cgroup_path = "".into();
+}
+
+fn why(outcome: &Outcome) -> Option<String> {
+    Some(match outcome {
+        Outcome::Allows => return None,
+        Outcome::Others(key) => format!("it is for others: `{key}` does not fit"),
+        Outcome::Access => "it allows reading only".to_owned(),
+        Outcome::Lifetime => "it does not allow this lifetime".to_owned(),
+        Outcome::SteeringTags => "it does not allow steering tags".to_owned(),
+    })
+}
+
+fn info(lease: &LeaseView<'_>) -> proto::LeaseInfo {
+    let (state, reasons, reason, deadline) = match *lease.state {
+        State::Scrubbing { .. } | State::Exporting { .. } => {
+            (proto::State::Preparing, 0, None, None)
+        }
+        State::Cancelled { reason } => (proto::State::Revoking, 0, Some(reason), None),
+        State::Granted {
+            reasons, resume_by, ..
+        } => {
+            let state = match (resume_by, reasons) {
+                (Time::NEVER, 0) => proto::State::Granted,
+                (Time::NEVER, _) => proto::State::Suspended,
+                _ => proto::State::Orphaned,
+            };
+            (state, reasons, None, words::time(resume_by))
+        }
+        State::Reclaiming {
+            deadline, reason, ..
+        } => (
+            proto::State::Reclaiming,
+            0,
+            Some(reason),
+            words::time(deadline),
+        ),
+        State::Revoking { reason, .. } => (proto::State::Revoking, 0, Some(reason), None),
+    };
+    proto::LeaseInfo {
+        lease: lease.lease.0,
+        pool: lease.pool.to_owned(),
+        device: lease.device.to_owned(),
+        bar: lease.bar,
+        ranges: lease.ranges.iter().map(words::range).collect(),
+        size: lease
+            .ranges
+            .iter()
+            .fold(0, |sum, range: &types::Range| sum + range.length),
+        access: words::access(lease.access),
+        memory_type: words::memory_type(lease.memory_type),
+        lifetime: words::lifetime(lease.lifetime),
+        holder: words::holder(lease.peer),
+        state,
+        reasons,
+        reason: reason.map(words::reason),
+        since: lease.since.0,
+        expires: words::time(lease.expires),
+        deadline,
+    }
+}

@@ -1,0 +1,266 @@
+//! A device that the service owns: found, opened, and everything that the core has done with it.
+//!
+//! There is one implementation, over the library's `Device`. Tests give it a device of the
+//! library's feature `fake`, which answers the same ioctls.
+
+use std::os::fd::OwnedFd;
+
+use barlease::BarRange;
+use barlease::Bdf;
+use barlease::Error;
+use barlease::EventFd;
+use barlease::InterruptKind;
+use barlease::LeaseId;
+use barlease::OpenOptions;
+use barlease::RegionKind;
+use barlease::Revoked;
+use barlease::Tph;
+use barlease::config::Command;
+use barlease::pci::Pci;
+use barlease_ledger::core::Buffer;
+use barlease_ledger::core::Errno;
+use barlease_ledger::core::Export;
+use barlease_ledger::core::Facts;
+use barlease_ledger::core::RevokeAnswer;
+use barlease_ledger::policy;
+use barlease_ledger::policy::Backend;
+use barlease_ledger::policy::Match;
+use barlease_ledger::types::Access;
+use barlease_ledger::types::BufferId;
+use barlease_ledger::types::MemoryType;
+use barlease_ledger::types::Range;
+
+/// The errno of what is not an errno of the kernel's.
+const EIO: Errno = 5;
+const ENOENT: Errno = 2;
+
+/// An open device.
+#[derive(Debug)]
+pub struct Device {
+    device: barlease::Device,
+    /// Signalled when a buffer changes, drains or goes.
+    pub events: EventFd,
+    /// Signalled when the kernel wants the device back, if it can say so.
+    pub request: Option<EventFd>,
+}
+
+/// Finds and opens the device that a policy means.
+///
+/// # Errors
+///
+/// Text for the administrator.
+pub fn open(wanted: &policy::Device) -> Result<barlease::Device, String> {
+    let bdf = find(&Pci::system(), wanted)?;
+    let backend = match wanted.backend {
+        Backend::Auto => None,
+        Backend::Group => Some(barlease::Backend::Group),
+        Backend::Cdev => Some(barlease::Backend::Cdev),
+    };
+    OpenOptions::new()
+        .backend(backend)
+        .open(bdf)
+        .and_then(|device| {
+            device.config()?.update_command(|mut command| {
+                command.set(Command::MEMORY, wanted.memory);
+                command.set(Command::MASTER, wanted.bus_master);
+                command
+            })?;
+            Ok(device)
+        })
+        .map_err(|error| error.report().to_string())
+}
+
+fn find(pci: &Pci, wanted: &policy::Device) -> Result<Bdf, String> {
+    let bdf = match &wanted.matches {
+        Match::Address(address) => address
+            .parse()
+            .map_err(|error| format!("{address}: {error}"))?,
+        Match::Ids(vendor, device) => {
+            let all = pci.devices().map_err(|error| error.report().to_string())?;
+            let mut fit = all
+                .into_iter()
+                .filter(|one| (one.vendor, one.device) == (*vendor, *device));
+            match (fit.next(), fit.next()) {
+                (Some(one), None) => one.bdf,
+                (None, _) => return Err(format!("there is no {vendor:04x}:{device:04x}")),
+                (Some(_), Some(_)) => {
+                    return Err(format!(
+                        "there are several {vendor:04x}:{device:04x}: name an address"
+                    ));
+                }
+            }
+        }
+        Match::Slot(_) | Match::Serial(_) => {
+            return Err("devices are found by address or vendor:device so far".to_owned());
+        }
+    };
+    let found = pci
+        .device(bdf)
+        .map_err(|error| error.report().to_string())?;
+    if let Some(driver) = &wanted.driver
+        && found.driver.as_ref() != Some(driver)
+    {
+        let bound = found.driver.as_deref().unwrap_or("no driver");
+        return Err(format!("{bdf} is bound to {bound}, not to {driver}"));
+    }
+    Ok(bdf)
+}
+
+impl Device {
+    /// Takes over an open device, with its events.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library: the driver is not Barlease's, or an older one.
+    pub fn new(device: barlease::Device) -> barlease::Result<Self> {
+        let events = device.leases().events()?;
+        let request = match device.enable_interrupt(InterruptKind::Request) {
+            Ok(request) => Some(request),
+            Err(Error::Unsupported { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        Ok(Self {
+            device,
+            events,
+            request,
+        })
+    }
+
+    /// Its address.
+    #[must_use]
+    pub fn address(&self) -> Bdf {
+        self.device.bdf()
+    }
+
+    /// Its BARs, and what of them is never leased.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library.
+    pub fn facts(&self) -> barlease::Result<Facts> {
+        let mut facts = Facts::default();
+        for region in self.device.regions()? {
+            let RegionKind::Bar(bar) = region.kind else {
+                continue;
+            };
+            if let Some(size) = facts.bars.get_mut(usize::from(bar)) {
+                *size = region.size;
+            }
+        }
+        if let Some(msix) = self.device.config()?.msix()? {
+            for (bar, range) in [msix.table, msix.pending] {
+                facts.reserved.push((
+                    bar,
+                    Range {
+                        offset: range.offset,
+                        length: range.length,
+                    },
+                ));
+            }
+        }
+        Ok(facts)
+    }
+
+    /// LIST.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library.
+    pub fn list(&self) -> barlease::Result<Vec<Buffer>> {
+        self.device
+            .leases()
+            .list()
+            .map(|record| {
+                let record = record?;
+                Ok(Buffer {
+                    id: BufferId(record.id.get()),
+                    bar: u8::try_from(record.bar).unwrap_or(u8::MAX),
+                    size: record.size,
+                    nr_ranges: record.ranges,
+                    dead: record.state == barlease::State::Dead,
+                    draining: record.draining,
+                    reasons: record.reasons.bits(),
+                    internal: record.internal,
+                })
+            })
+            .collect()
+    }
+
+    /// Exports a buffer.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's errno. Nothing is left of the buffer then.
+    pub fn export(&self, export: &Export) -> Result<(BufferId, OwnedFd), Errno> {
+        self.try_export(export).map_err(|error| errno(&error))
+    }
+
+    fn try_export(&self, export: &Export) -> barlease::Result<(BufferId, OwnedFd)> {
+        let leases = self.device.leases();
+        let ranges = export.ranges.as_slice().iter().map(|range| BarRange {
+            offset: range.offset,
+            length: range.length,
+        });
+        let builder = leases.export(export.bar.into()).ranges(ranges);
+        let lease = match export.access {
+            Access::Read => builder.read_only(),
+            Access::ReadWrite => builder.writable(),
+        }
+        .export()?;
+        if export.memory_type == MemoryType::WriteCombining {
+            leases.set_memory_type(&lease, barlease::MemoryType::Wc)?;
+        }
+        if let Some(tags) = export.tph {
+            let mut tph = Tph::new().processing_hint(tags.hint);
+            if let Some(tag) = tags.tag {
+                tph = tph.steering_tag(tag);
+            }
+            if let Some(tag) = tags.extended {
+                tph = tph.steering_tag_ext(tag);
+            }
+            leases.set_tph(&lease, tph)?;
+        }
+        let id = LeaseId::of(&lease)?;
+        Ok((BufferId(id.get()), lease.into()))
+    }
+
+    /// Revokes a buffer for good, without waiting for importers.
+    #[must_use]
+    pub fn revoke(&self, buffer: BufferId) -> RevokeAnswer {
+        let id = LeaseId::new(buffer.0);
+        match self.device.leases().revoke_id_nowait(id) {
+            Ok(Revoked::Done) => RevokeAnswer::Done,
+            Ok(Revoked::Draining) => RevokeAnswer::InProgress,
+            Err(Error::Dead { .. }) => RevokeAnswer::Before,
+            Err(error) => match errno(&error) {
+                ENOENT => RevokeAnswer::Unknown,
+                errno => RevokeAnswer::Failed(errno),
+            },
+        }
+    }
+
+    /// Fills ranges with 8 bytes, little-endian, again and again.
+    ///
+    /// # Errors
+    ///
+    /// The errno of mapping or writing.
+    pub fn scrub(&self, bar: u8, ranges: &[Range], pattern: u64) -> Result<(), Errno> {
+        let word = pattern.to_le();
+        for range in ranges {
+            let bytes = range.offset..range.end();
+            let mapping = self
+                .device
+                .map_region(bar.into(), bytes)
+                .map_err(|error| errno(&error))?;
+            let length = usize::try_from(range.length).map_err(|_| EIO)?;
+            for offset in (0..length).step_by(8) {
+                mapping.write(offset, word).map_err(|error| errno(&error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn errno(error: &Error) -> Errno {
+    error.errno().unwrap_or(EIO)
+}

@@ -1,0 +1,298 @@
+//! The core, with what it decides about: ledger, devices and time. An event goes in, and all that
+//! comes of it is carried out before the next one.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use barlease_ledger::core::Action;
+use barlease_ledger::core::Core;
+use barlease_ledger::core::Event;
+use barlease_ledger::core::News;
+use barlease_ledger::core::Refusal;
+use barlease_ledger::core::Reply;
+use barlease_ledger::core::RevokeAnswer;
+use barlease_ledger::policy::Policy;
+use barlease_ledger::types::CgroupId;
+use barlease_ledger::types::LeaseId;
+use barlease_ledger::types::ProcessId;
+use barlease_ledger::types::RequestId;
+use barlease_ledger::types::Time;
+use rustix::time::ClockId;
+
+use crate::device::Device;
+use crate::store::Store;
+
+/// Shortest time between two LISTs of a device that are asked for by its events.
+const LIST_PAUSE: u64 = 10;
+/// And as a multiple of the time that the last one took.
+const LIST_SHARE: u64 = 4;
+/// `ENODEV`: an export from a device that is closed.
+const ENODEV: i32 = 19;
+
+/// Something to do outside of the service.
+#[derive(Debug)]
+pub(crate) enum Effect {
+    /// The answer of a request, with the descriptor of its lease if it is granted.
+    Answer {
+        request: RequestId,
+        answer: Result<Reply, Box<Refusal>>,
+        fd: Option<OwnedFd>,
+    },
+    /// News for a watch.
+    Notice {
+        watch: RequestId,
+        lease: LeaseId,
+        news: News,
+    },
+    WatchProcess(ProcessId),
+    UnwatchProcess(ProcessId),
+    /// There is no watch of control groups yet: no peer has one that is known to the core.
+    NoCgroup(CgroupId),
+    /// To be dropped where that may take long; then [`Event::DeviceClosed`].
+    Close(Arc<str>, Option<Box<Device>>),
+}
+
+struct Open {
+    device: Device,
+    /// When its events were last answered by a LIST, which may be repeated from then on.
+    list_from: Time,
+    list_wanted: bool,
+}
+
+/// The service, without its clients.
+pub(crate) struct Service {
+    core: Core,
+    store: Store,
+    devices: BTreeMap<Arc<str>, Open>,
+    /// Descriptors of leases whose requests are not answered.
+    exported: BTreeMap<LeaseId, OwnedFd>,
+    timer: Option<Time>,
+    effects: VecDeque<Effect>,
+}
+
+/// Now.
+pub(crate) fn now() -> Time {
+    let now = rustix::time::clock_gettime(ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or(0);
+    Time(seconds * 1000 + nanoseconds / 1_000_000)
+}
+
+impl Service {
+    pub(crate) fn new(policy: Policy) -> io::Result<Self> {
+        Ok(Self {
+            core: Core::new(Arc::new(policy), now()),
+            store: Store::create()?,
+            devices: BTreeMap::new(),
+            exported: BTreeMap::new(),
+            timer: None,
+            effects: VecDeque::new(),
+        })
+    }
+
+    pub(crate) fn core(&self) -> &Core {
+        &self.core
+    }
+
+    /// An open device.
+    pub(crate) fn device(&self, name: &str) -> Option<&Device> {
+        self.devices.get(name).map(|open| &open.device)
+    }
+
+    /// Names of the open devices.
+    pub(crate) fn devices(&self) -> Vec<Arc<str>> {
+        self.devices.keys().cloned().collect()
+    }
+
+    /// Leases from a device from now on.
+    pub(crate) fn open(&mut self, name: &Arc<str>, device: Device) -> io::Result<()> {
+        let facts = device
+            .facts()
+            .map_err(|error| io::Error::other(error.report().to_string()))?;
+        let open = Open {
+            device,
+            list_from: Time(0),
+            list_wanted: false,
+        };
+        self.devices.insert(name.clone(), open);
+        self.give(Event::DeviceOpened {
+            device: name.clone(),
+            facts,
+        })
+    }
+
+    /// A device has signalled that its list has changed.
+    pub(crate) fn changed(&mut self, name: &str) {
+        if let Some(open) = self.devices.get_mut(name) {
+            // One that cannot be read is asked for LIST, which does no harm.
+            let _ = open.device.events.take();
+            open.list_wanted = true;
+        }
+    }
+
+    /// When [`Service::tick`] is due.
+    pub(crate) fn due(&self) -> Option<Time> {
+        let wanted = self.devices.values().filter(|open| open.list_wanted);
+        wanted.map(|open| open.list_from).chain(self.timer).min()
+    }
+
+    /// Does what is due.
+    pub(crate) fn tick(&mut self) -> io::Result<()> {
+        let time = now();
+        let due = |open: &Open| open.list_wanted && open.list_from <= time;
+        let devices: Vec<_> = self
+            .devices
+            .iter()
+            .filter(|(_, open)| due(open))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in devices {
+            self.list(name)?;
+        }
+        if self.timer.is_some_and(|timer| timer <= time) {
+            self.give(Event::Tick)?;
+        }
+        Ok(())
+    }
+
+    /// What is to be done outside, in its order.
+    pub(crate) fn next_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// Gives an event to the core, and carries out all that comes of it.
+    ///
+    /// # Errors
+    ///
+    /// The ledger cannot be written to: nothing may go on, since a lease that is not in it would
+    /// outlive the service unknown.
+    pub(crate) fn give(&mut self, event: Event) -> io::Result<()> {
+        let mut lists = BTreeSet::new();
+        let mut actions: VecDeque<Action> = self.core.handle(now(), event).into();
+        loop {
+            let answer = match actions.pop_front() {
+                Some(action) => self.carry_out(action, &mut lists)?,
+                None => match lists.pop_first() {
+                    Some(device) => self.ask_list(device),
+                    None => break,
+                },
+            };
+            if let Some(answer) = answer {
+                actions.extend(self.core.handle(now(), answer));
+            }
+        }
+        // Those of leases that ended before they were granted.
+        self.exported.clear();
+        Ok(())
+    }
+
+    fn list(&mut self, device: Arc<str>) -> io::Result<()> {
+        match self.ask_list(device) {
+            Some(listed) => self.give(listed),
+            None => Ok(()),
+        }
+    }
+
+    fn ask_list(&mut self, device: Arc<str>) -> Option<Event> {
+        let open = self.devices.get_mut(&device)?;
+        open.list_wanted = false;
+        let began = now();
+        let listed = open.device.list();
+        let took = now().0.saturating_sub(began.0);
+        open.list_from = Time(now().0 + LIST_PAUSE.max(took * LIST_SHARE));
+        match listed {
+            Ok(buffers) => Some(Event::Listed { device, buffers }),
+            Err(error) => {
+                // The device is going away, or memory is short: its next event asks again.
+                eprintln!("barleased: {device}: {}", error.report());
+                None
+            }
+        }
+    }
+
+    /// Carries out an action, and gives its answer.
+    fn carry_out(
+        &mut self,
+        action: Action,
+        lists: &mut BTreeSet<Arc<str>>,
+    ) -> io::Result<Option<Event>> {
+        match action {
+            Action::Append(record) => self.store.append(&record)?,
+            Action::Compact(records) => self.store.compact(&records)?,
+            Action::Scrub {
+                lease,
+                device,
+                bar,
+                ranges,
+                pattern,
+            } => {
+                let result = match self.device(&device) {
+                    Some(device) => device.scrub(bar, ranges.as_slice(), pattern),
+                    None => Err(ENODEV),
+                };
+                return Ok(Some(Event::Scrubbed { lease, result }));
+            }
+            Action::Export(export) => {
+                let lease = export.lease;
+                let exported = match self.device(&export.device) {
+                    Some(device) => device.export(&export),
+                    None => Err(ENODEV),
+                };
+                let result = exported.map(|(buffer, fd)| {
+                    self.exported.insert(lease, fd);
+                    buffer
+                });
+                return Ok(Some(Event::Exported { lease, result }));
+            }
+            Action::Revoke { device, buffer } => {
+                let answer = match self.device(&device) {
+                    Some(device) => device.revoke(buffer),
+                    None => RevokeAnswer::Unknown,
+                };
+                return Ok(Some(Event::Revoked { buffer, answer }));
+            }
+            Action::List(device) => {
+                lists.insert(device);
+            }
+            Action::Reply { request, reply } => {
+                let fd = match &reply {
+                    Reply::Granted(grant) => self.exported.remove(&grant.lease),
+                    _ => None,
+                };
+                self.effects.push_back(Effect::Answer {
+                    request,
+                    answer: Ok(reply),
+                    fd,
+                });
+            }
+            Action::Refuse { request, refusal } => self.effects.push_back(Effect::Answer {
+                request,
+                answer: Err(refusal),
+                fd: None,
+            }),
+            Action::Notify { watch, lease, news } => {
+                self.effects
+                    .push_back(Effect::Notice { watch, lease, news });
+            }
+            Action::WatchProcess(process) => {
+                self.effects.push_back(Effect::WatchProcess(process));
+            }
+            Action::UnwatchProcess(process) => {
+                self.effects.push_back(Effect::UnwatchProcess(process));
+            }
+            Action::WatchCgroup(cgroup, _) => self.effects.push_back(Effect::NoCgroup(cgroup)),
+            Action::UnwatchCgroup(_) => {}
+            Action::CloseDevice(name) => {
+                let open = self.devices.remove(&name);
+                let device = open.map(|open| Box::new(open.device));
+                self.effects.push_back(Effect::Close(name, device));
+            }
+            Action::SetTimer(time) => self.timer = time,
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,484 @@
+//! The daemon as a process of its own, on a device of the library's feature `fake`, and clients.
+
+use std::fs;
+use std::io::Read;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Child;
+use std::process::Command;
+use std::process::ExitStatus;
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+
+use barlease::Lease;
+use barlease::fake::FakeDevice;
+use barlease_proto as proto;
+use barlease_proto::Access;
+use barlease_proto::Acquire;
+use barlease_proto::Client;
+use barlease_proto::Error;
+use barlease_proto::Lifetime;
+use barlease_proto::Reason;
+use barlease_proto::Refusal;
+use rustix::process::Pid;
+use rustix::process::Signal;
+
+const PAGE: u64 = 4096;
+/// Four units, of which one may have three.
+const POLICY: &str = r#"
+[device.card]
+match = "0000:00:01.0"
+
+[pool.rows]
+device = "card"
+bar = 2
+unit = "4K"
+contents = "memory"
+
+[[allow]]
+pools = ["rows"]
+who = { user = "*" }
+access = "read-write"
+max-bytes = "16K"
+max-leases = 3
+lifetime = ["connection", "process", "holders"]
+queue = "30s"
+"#;
+
+/// Long enough for anything on a loaded machine: whoever waits for it has failed.
+const A_WHILE: Duration = Duration::from_secs(30);
+const DIRECTORY: &str = "BARLEASED_TEST_DIRECTORY";
+
+/// Not a test: the process that the tests start as the daemon.
+#[test]
+#[ignore = "the daemon of the other tests"]
+fn daemon() {
+    let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else {
+        return;
+    };
+    let card = FakeDevice::builder().bar(2, 4 * PAGE).build().unwrap();
+    let [policy, socket] = ["policy", "socket"].map(|name| directory.join(name));
+    let args = [
+        "barleased".as_ref(),
+        "--policy".as_ref(),
+        policy.as_os_str(),
+        "--socket".as_ref(),
+        socket.as_os_str(),
+    ];
+    let code = barleased::run(args, &|wanted| {
+        assert_eq!(&*wanted.name, "card");
+        card.device().map_err(|error| error.to_string())
+    });
+    std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));
+}
+
+/// Not a test: a process that has a lease for as long as it lives, and no connection.
+#[test]
+#[ignore = "a client of the other tests"]
+fn holder() {
+    let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else {
+        return;
+    };
+    let mut client = Client::connect(directory.join("socket/leases.sock")).unwrap();
+    let acquire = Acquire {
+        lifetime: Some(Lifetime::Process),
+        ..rows(PAGE)
+    };
+    let (_, _fd) = client.acquire(&acquire).unwrap();
+    drop(client);
+    println!("has it");
+    thread::sleep(A_WHILE);
+}
+
+fn start(name: &str, directory: &Path) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--ignored", "--nocapture"])
+        .env(DIRECTORY, directory)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+struct Daemon {
+    directory: tempfile::TempDir,
+    child: Child,
+}
+
+impl Daemon {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("policy")).unwrap();
+        fs::write(directory.path().join("policy/a.toml"), POLICY).unwrap();
+        let child = start("daemon", directory.path());
+        let daemon = Self { directory, child };
+        until("it serves", || UnixStream::connect(daemon.socket()).is_ok());
+        daemon
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("socket/leases.sock")
+    }
+
+    fn client(&self) -> Client {
+        let client = Client::connect(self.socket()).unwrap();
+        client.set_timeout(Some(A_WHILE)).unwrap();
+        client
+    }
+
+    fn raw(&self) -> UnixStream {
+        let socket = UnixStream::connect(self.socket()).unwrap();
+        socket.set_read_timeout(Some(A_WHILE)).unwrap();
+        socket
+    }
+
+    fn signal(&self, signal: Signal) {
+        rustix::process::kill_process(pid(&self.child), signal).unwrap();
+    }
+
+    fn end(&mut self) -> ExitStatus {
+        self.child.wait().unwrap()
+    }
+
+    fn leases(&self) -> Vec<u64> {
+        let leases = self.client().list(None).unwrap();
+        leases.iter().map(|lease| lease.lease).collect()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            let mut said = String::new();
+            let _ = self.child.stderr.take().unwrap().read_to_string(&mut said);
+            println!("the daemon said: {said}");
+        }
+    }
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_child(child)
+}
+
+fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !so() {
+        assert!(began.elapsed() < A_WHILE, "never: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn rows(size: u64) -> Acquire {
+    Acquire::of_pool("rows", size, Access::ReadWrite)
+}
+
+fn refusal<T: std::fmt::Debug>(result: Result<T, Error>) -> Refusal {
+    match result {
+        Err(Error::Refused(refusal)) => *refusal,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn a_lease_is_mapped_and_given_back() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (acquired, fd) = client.acquire(&rows(2 * PAGE)).unwrap();
+    assert_eq!(acquired.size, 2 * PAGE);
+    let lease = Lease::from_fd(fd).unwrap();
+    let mapping = lease.map().unwrap();
+    mapping.write(PAGE as usize, 7_u32).unwrap();
+    assert_eq!(mapping.read::<u32>(PAGE as usize).unwrap(), 7);
+    let listed = client.list(Some("rows".into())).unwrap();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(
+        (listed[0].lease, listed[0].holder.pid, listed[0].state),
+        (acquired.lease, std::process::id(), proto::State::Granted)
+    );
+    client.release(acquired.lease).unwrap();
+    assert_eq!(client.list(None).unwrap(), []);
+    let again = refusal(client.release(acquired.lease));
+    assert_eq!(again, Refusal::NoSuchLease { lease: 1 });
+}
+
+#[test]
+fn a_refusal_names_the_holder_or_the_limit() {
+    let daemon = Daemon::start();
+    let (mut one, mut other) = (daemon.client(), daemon.client());
+    let (all, _fd) = one.acquire(&rows(4 * PAGE)).unwrap();
+    match refusal(other.acquire(&rows(PAGE))) {
+        Refusal::LimitReached { bytes, have, .. } => {
+            assert_eq!((bytes, have), (Some(4 * PAGE), 4 * PAGE));
+        }
+        other => panic!("{other}"),
+    }
+    one.release(all.lease).unwrap();
+    let ranges = |offset| {
+        let range = proto::Range {
+            offset,
+            length: PAGE,
+        };
+        Acquire::of_ranges("card", 2, vec![range], Access::ReadWrite)
+    };
+    let (first, _fd) = one.acquire(&ranges(0)).unwrap();
+    match refusal(other.acquire(&ranges(0))) {
+        Refusal::Busy { held_by, .. } => {
+            assert_eq!(held_by.len(), 1);
+            assert_eq!(held_by[0].lease, first.lease);
+            assert_eq!(held_by[0].holder.pid, std::process::id());
+        }
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn whoever_waits_in_line_gets_what_a_connection_leaves() {
+    let daemon = Daemon::start();
+    let mut one = daemon.client();
+    let range = proto::Range {
+        offset: 0,
+        length: PAGE,
+    };
+    let acquire = Acquire {
+        wait: Some(60_000),
+        ..Acquire::of_ranges("card", 2, vec![range], Access::Read)
+    };
+    let (_, _fd) = one.acquire(&acquire).unwrap();
+    let mut other = daemon.client();
+    let waiter = thread::spawn(move || other.acquire(&acquire).map(|(acquired, _)| acquired));
+    until("somebody waits", || {
+        let devices = daemon.client().call(&proto::Devices {}).unwrap().devices;
+        devices[0].pools[0].waiting == 1
+    });
+    drop(one);
+    assert_eq!(waiter.join().unwrap().unwrap().ranges, [range_at(0)]);
+}
+
+fn range_at(offset: u64) -> proto::Range {
+    proto::Range {
+        offset,
+        length: PAGE,
+    }
+}
+
+#[test]
+fn the_death_of_a_process_ends_its_lease() {
+    let daemon = Daemon::start();
+    let mut holder = start("holder", daemon.directory.path());
+    until("it has a lease", || daemon.leases().len() == 1);
+    // Its connection is closed, or about to be: its lease does not end with that.
+    until("its connection is closed", || {
+        let mut said = vec![0; 4096];
+        let read = holder.stdout.as_mut().unwrap().read(&mut said).unwrap();
+        String::from_utf8_lossy(&said[..read]).contains("has it")
+    });
+    let mut watch = daemon.client().watch(true).unwrap();
+    assert_eq!(daemon.leases().len(), 1);
+    rustix::process::kill_process(pid(&holder), Signal::KILL).unwrap();
+    let notice = watch.next().unwrap().unwrap();
+    assert_eq!(notice.reason, Some(Reason::HolderGone));
+    until("it is gone", || daemon.leases().is_empty());
+    assert_eq!(holder.wait().unwrap().signal(), Some(9));
+}
+
+#[test]
+fn silence_garbage_and_halves_hold_nobody_up() {
+    let daemon = Daemon::start();
+    let _silent = daemon.raw();
+    let mut half = daemon.raw();
+    half.write_all(br#"{"method":"io.barlease.Le"#).unwrap();
+    for garbage in [&b"\0"[..], b"no JSON\0", b"[1]\0", b"\xff\xfe\0"] {
+        let mut socket = daemon.raw();
+        socket.write_all(garbage).unwrap();
+        let mut nothing = Vec::new();
+        // The end may come as a reset, for what it did not read.
+        let _ = socket.read_to_end(&mut nothing);
+        assert_eq!(nothing, b"");
+    }
+    // Calls without end, by somebody that never reads.
+    let mut deaf = daemon.raw();
+    deaf.set_write_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
+    let call = br#"{"method":"org.varlink.service.GetInterfaceDescription","parameters":{"interface":"io.barlease.Leases"}}"#;
+    let calls = [&call[..], b"\0"].concat().repeat(1000);
+    while deaf.write_all(&calls).is_ok() {}
+    let (_, _fd) = daemon.client().acquire(&rows(PAGE)).unwrap();
+    // The half becomes a whole.
+    half.write_all(b"ases.List\",\"more\":true}\0").unwrap();
+    let mut answer = [0; 32];
+    assert!(half.read(&mut answer).unwrap() > 0);
+}
+
+#[test]
+fn more_bytes_than_a_call_has_end_the_connection() {
+    let daemon = Daemon::start();
+    let mut socket = daemon.raw();
+    let chunk = vec![b' '; 1 << 20];
+    let sent = (0..64).take_while(|_| socket.write_all(&chunk).is_ok());
+    assert!(sent.count() < 64);
+}
+
+#[test]
+fn a_lease_that_nobody_wants_is_taken_back() {
+    let daemon = Daemon::start();
+    let mut socket = daemon.raw();
+    let call = r#"{"method":"io.barlease.Leases.Acquire","oneway":true,"parameters":
+        {"pool":"rows","size":4096,"access":"read","lifetime":"holders"}}"#;
+    socket.write_all(call.as_bytes()).unwrap();
+    socket
+        .write_all(b"\0{\"method\":\"org.varlink.service.GetInfo\"}\0")
+        .unwrap();
+    let mut answer = [0; 4096];
+    let read = socket.read(&mut answer).unwrap();
+    let answer = String::from_utf8_lossy(&answer[..read]);
+    assert!(answer.contains("barleased"), "{answer}");
+    assert!(daemon.leases().is_empty());
+}
+
+#[test]
+fn unknown_methods_are_errors_of_varlink() {
+    let daemon = Daemon::start();
+    for (method, error) in [
+        ("io.barlease.Leases.Lend", "MethodNotFound"),
+        ("io.barlease.Leases.Token", "MethodNotImplemented"),
+        ("io.barlease.Leases.List", "ExpectedMore"),
+        ("io.example.Leases.List", "InterfaceNotFound"),
+        ("nonsense", "InterfaceNotFound"),
+        ("io.barlease.Leases.Release", "io.barlease.Leases.Invalid"),
+    ] {
+        let mut socket = daemon.raw();
+        write!(socket, "{{\"method\":\"{method}\"}}\0").unwrap();
+        let mut answer = [0; 4096];
+        let read = socket.read(&mut answer).unwrap();
+        let answer = String::from_utf8_lossy(&answer[..read]);
+        assert!(answer.contains(error), "{method}: {answer}");
+    }
+}
+
+#[test]
+fn administrators_explain_renew_revoke_and_drain() {
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let explain = proto::Explain {
+        pool: Some("rows".into()),
+        size: Some(8 * PAGE),
+        device: None,
+        bar: None,
+        ranges: None,
+        access: Access::Read,
+        memory_type: None,
+        steering_tag: None,
+        lifetime: None,
+        as_uid: Some(4_000_000),
+    };
+    let told = client.call(&explain).unwrap();
+    assert!(!told.granted && told.rules[0].allows, "{told:?}");
+    assert!(told.rules[0].file.ends_with("policy/a.toml"));
+    let (one, _fd) = client.acquire(&rows(PAGE)).unwrap();
+    let renewed = client.call(&proto::Renew {
+        lease: one.lease,
+        ttl: Some(60_000),
+    });
+    assert!(renewed.unwrap().expires.is_some());
+    let mut revoke = proto::Revoke {
+        lease: None,
+        uid: None,
+        pid: Some(std::process::id()),
+        unit: None,
+        claim: None,
+        pool: None,
+        all: None,
+        grace: Some(0),
+    };
+    let other = &mut daemon.client();
+    assert_eq!(other.call(&revoke).unwrap().leases, 1);
+    assert!(daemon.leases().is_empty());
+    revoke.all = Some(true);
+    assert!(matches!(
+        refusal(other.call(&revoke)),
+        Refusal::Invalid { .. }
+    ));
+    let (_, _fd) = client.acquire(&rows(PAGE)).unwrap();
+    let mut drain = proto::Drain {
+        device: Some("disk".into()),
+        grace: None,
+    };
+    let unknown = refusal(other.call(&drain));
+    let disk = "disk".to_owned();
+    assert_eq!(unknown, Refusal::NoSuchDevice { device: disk });
+    drain.device = Some("card".into());
+    other.call(&drain).unwrap();
+    let state = |client: &mut Client| client.call(&proto::Devices {}).unwrap().devices[0].clone();
+    assert_eq!(state(other).state, "absent");
+    assert!(daemon.leases().is_empty());
+    assert!(client.acquire(&rows(PAGE)).is_err());
+    other.call(&proto::Reload {}).unwrap();
+    assert_eq!(state(other).state, "open");
+    client.acquire(&rows(PAGE)).unwrap();
+}
+
+#[test]
+fn a_policy_that_is_wrong_leaves_the_old_one_in_force() {
+    let daemon = Daemon::start();
+    let file = daemon.directory.path().join("policy/a.toml");
+    fs::write(&file, "[pool.rows]\ndevice = 7\n").unwrap();
+    match refusal(daemon.client().call(&proto::Reload {})) {
+        Refusal::PolicyInvalid { errors } => assert!(errors[0].contains("a.toml"), "{errors:?}"),
+        other => panic!("{other}"),
+    }
+    daemon.signal(Signal::HUP);
+    daemon.client().acquire(&rows(PAGE)).unwrap();
+    // Now to one that allows nothing.
+    let (nothing, _) = POLICY.split_once("[[allow]]").unwrap();
+    fs::write(&file, nothing).unwrap();
+    daemon.signal(Signal::HUP);
+    until("the new policy is in force", || {
+        matches!(
+            daemon.client().acquire(&rows(PAGE)),
+            Err(Error::Refused(refusal)) if matches!(*refusal, Refusal::NotAllowed { .. })
+        )
+    });
+}
+
+#[test]
+fn one_daemon_serves_and_what_a_dead_one_left_is_replaced() {
+    let mut daemon = Daemon::start();
+    let second = start("daemon", daemon.directory.path());
+    let output = second.wait_with_output().unwrap();
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("another barleased serves there"), "{said}");
+    daemon.client().acquire(&rows(PAGE)).unwrap();
+    daemon.signal(Signal::KILL);
+    daemon.end();
+    assert!(daemon.socket().exists());
+    daemon.child = start("daemon", daemon.directory.path());
+    until("it serves", || UnixStream::connect(daemon.socket()).is_ok());
+    daemon.client().acquire(&rows(PAGE)).unwrap();
+}
+
+#[test]
+fn the_end_is_told_to_holders() {
+    let mut daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (acquired, _fd) = client.acquire(&rows(PAGE)).unwrap();
+    let watch = daemon.client().watch(false).unwrap();
+    // Its answer is that of the watch, too.
+    daemon.client().list(None).unwrap();
+    daemon.signal(Signal::TERM);
+    assert!(daemon.end().success());
+    assert!(!daemon.socket().exists());
+    let told: Vec<_> = watch.map_while(Result::ok).collect();
+    let is_told = |notice: &proto::Notice| {
+        notice.lease == acquired.lease && notice.reason == Some(Reason::DeviceGoing)
+    };
+    assert!(told.iter().any(is_told), "{told:?}");
+}
