@@ -108,11 +108,12 @@ pub(crate) fn script(
         let name = &part.name;
         let words: Vec<_> = part.words.iter().map(|word| quoted(word)).collect();
         let words = words.join(" ");
+        // A `sleep` that the signal meets before it runs goes on: the reader of the output must not wait for it.
         let watch = patience.map_or_else(String::new, |seconds| {
             format!(
                 "(\n\
                  trap 'kill $!; exit' TERM\n\
-                 sleep {seconds} & wait $!\n\
+                 sleep {seconds} >/dev/null 2>&1 & wait $!\n\
                  echo 'barlease-lab: time is nearly up; blocked tasks:' >/dev/kmsg\n\
                  echo w >/proc/sysrq-trigger\n\
                  ) & watch=$!\n"

@@ -40,6 +40,7 @@ pub(crate) fn bind(pci: &Pci, bdfs: &[Bdf], driver: &str, force: bool) -> Result
     }
     let mut done: Vec<&PciDevice> = Vec::new();
     for device in others {
+        Host::default().end_functions(device.bdf);
         if let Err(error) = patiently("bind", device.bdf, || pci.bind(device.bdf, driver)) {
             undo(pci, &done);
             return Err(error.into());

@@ -47,12 +47,25 @@ impl Host {
             }
         }
         let vfs = text(&path.join("sriov_numvfs"));
-        if !vfs.is_empty() && vfs != "0" {
+        if !matches!(&*vfs, "" | "0") {
             uses.push(format!("it has {vfs} virtual functions"));
         }
         uses.sort();
         uses.dedup();
         uses
+    }
+
+    /// Ends its virtual functions, if it has any, as far as its driver lets that be.
+    ///
+    /// A vfio driver that is unbound ends them too, but without the kernel's lock of rescans
+    /// (`vfio_pci_core_unregister_device`, Linux 7.3), of which lockdep warns.
+    pub(crate) fn end_functions(&self, bdf: Bdf) {
+        let path = self.sysfs.join("bus/pci/devices").join(bdf.to_string());
+        let number = path.join("sriov_numvfs");
+        if !matches!(&*text(&number), "" | "0") {
+            // Whatever is left then ends with the driver.
+            let _ = fs::write(number, "0");
+        }
     }
 
     /// The entries of a class that are of the device.
@@ -168,6 +181,8 @@ mod tests {
                 "the network interface eth0 is up",
             ]
         );
+        host.end_functions(bdf);
+        assert_eq!(text(&at(device).join("sriov_numvfs")), "0");
         assert!(host.uses("00:06.0".parse().unwrap()).is_empty());
     }
 }

@@ -15,8 +15,8 @@ use crate::{
 };
 use kernel::{
     fs::File,
-    mm::virt::VmaNew,
     miscdevice::{MiscDevice, MiscDeviceOptions, MiscDeviceRegistration},
+    mm::virt::VmaNew,
     prelude::*,
 };
 
