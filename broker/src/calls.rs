@@ -63,7 +63,7 @@ impl From<Refusal> for Failure {
     }
 }
 
-/// What comes of a call.
+/// The outcome of a call.
 enum Then {
     /// This answer.
     Answer(Value),

@@ -56,7 +56,7 @@ pub(crate) struct Signals {
     pub(crate) reload: UnixStream,
 }
 
-/// What a descriptor in the epoll is.
+/// The kind of a descriptor in the epoll.
 #[derive(Clone, Debug)]
 enum Source {
     Listener,

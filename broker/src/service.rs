@@ -159,7 +159,7 @@ impl Service {
         Ok(())
     }
 
-    /// What is to be done outside, in its order.
+    /// Actions to carry out outside, in their order.
     pub(crate) fn next_effect(&mut self) -> Option<Effect> {
         self.effects.pop_front()
     }

@@ -53,7 +53,7 @@ impl Socket {
             }
         }
         let listener = UnixListener::bind(&path).map_err(said)?;
-        // Whoever may have what is for the policy to say.
+        // Policy says which user may have which range.
         fs::set_permissions(&path, Permissions::from_mode(0o666)).map_err(said)?;
         Ok(Self {
             path,

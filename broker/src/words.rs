@@ -206,7 +206,7 @@ pub fn memory_type(memory_type: types::MemoryType) -> proto::MemoryType {
     }
 }
 
-/// What ends a lease by itself.
+/// The end that a lease has by itself.
 #[must_use]
 pub fn lifetime(lifetime: types::Lifetime) -> proto::Lifetime {
     match lifetime {

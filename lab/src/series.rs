@@ -108,7 +108,8 @@ pub(crate) fn script(
         let name = &part.name;
         let words: Vec<_> = part.words.iter().map(|word| quoted(word)).collect();
         let words = words.join(" ");
-        // A `sleep` that the signal meets before it runs goes on: the reader of the output must not wait for it.
+        // A `sleep` that the signal meets before it runs goes on: a reader of the output must not
+        // wait for it.
         let watch = patience.map_or_else(String::new, |seconds| {
             format!(
                 "(\n\

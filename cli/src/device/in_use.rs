@@ -1,4 +1,4 @@
-//! What the host does with a device: what would be lost if its driver were taken away.
+//! The host's uses of a device, which would be lost if its driver were taken away.
 
 use std::fs;
 use std::path::Path;
