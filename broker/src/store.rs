@@ -89,7 +89,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// Those of writing. What was written of the record is cut off.
+    /// Those of writing. A record that was written in part is cut off.
     pub fn append(&mut self, record: &Record) -> io::Result<()> {
         self.append_all(std::slice::from_ref(record))
     }

@@ -263,7 +263,7 @@ pub(crate) struct GrantArgs {
     #[arg(long, value_name = "TIME", value_parser = names::duration)]
     pub(crate) term: Option<Duration>,
     /// One of several leases: KEY=VALUE,... of device, bar, range, user, group, socket, name, term,
-    /// memory-type, and the words read-only and once. What it does not say is as the other options
+    /// memory-type, and the words read-only and once. Keys that it leaves out are as the other options
     /// do. May be repeated
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub(crate) lease: Vec<String>,

@@ -1,6 +1,6 @@
-//! To a program that uses nothing of ours every answer is stock's: each ioctl of a device, read, write and mmap, with right
-//! and wrong arguments, of the same device bound to stock vfio-pci and then to ours. All bytes that come back, sizes and
-//! error numbers are compared.
+//! To a program that uses nothing of ours every answer is stock's: each ioctl of a device, read,
+//! write and mmap, with right and wrong arguments, of the same device bound to stock vfio-pci and
+//! then to ours. All bytes that come back, sizes and error numbers are compared.
 //!
 //! What may differ is in `ALLOWED`, with the reason.
 

@@ -93,10 +93,7 @@ impl Herd {
             name: &name,
             left_out: &left_out,
         };
-        let sources = std::slice::from_ref(source);
-        apt.download(sources, "for the kernel's memory model")?;
-        build.unpack(&apt.file(source))?;
-        apt.forget(sources)?;
+        build.fetch(&apt, source, "for the kernel's memory model")?;
         let model = build.folder.join("src/tools/memory-model");
         cache::write_json(&model.join(STAMP), &stamp(source))?;
         cache::remove(&herd.model)?;

@@ -132,12 +132,7 @@ fn build(prepared: &Prepared) -> Result<PathBuf> {
         name: &name,
         left_out: &left_out,
     };
-    if !build.is_unpacked(&source.file_name()) {
-        let sources = std::slice::from_ref(source);
-        apt.download(sources, "to build the kernel's own tests")?;
-        build.unpack(&apt.file(source))?;
-        apt.forget(sources)?;
-    }
+    build.fetch(&apt, source, "to build the kernel's own tests")?;
     let step = Step::start(format!(
         "building the kernel's own tests from {}",
         source.name

@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::apt::{Apt, Package};
 use crate::cache::{self, fingerprint};
 use crate::command;
 use crate::report::Step;
@@ -49,6 +50,17 @@ impl SourceBuild<'_> {
     pub(crate) fn is_unpacked(&self, package: &str) -> bool {
         fs::read_to_string(self.stamp()).is_ok_and(|text| text == self.made_from(package))
             && self.unpacked().exists()
+    }
+
+    /// Downloads the source package and begins anew with it, unless that was done before.
+    pub(crate) fn fetch(&self, apt: &Apt, source: &Package, purpose: &str) -> Result<()> {
+        if self.is_unpacked(&source.file_name()) {
+            return Ok(());
+        }
+        let sources = std::slice::from_ref(source);
+        apt.download(sources, purpose)?;
+        self.unpack(&apt.file(source))?;
+        apt.forget(sources)
     }
 
     /// Begins anew, with the source package in the file `package`.

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 const COMMAND: u64 = 0x04;
 const SIZE: u64 = 256;
-/// The core's numbers for the header, for bytes of no capability, and for a capability of another kind.
+/// The core's numbers for the header, for bytes of no capability, and for another capability.
 const HEADER: u8 = 0x00;
 const NONE: u8 = 0xff;
 const EXPRESS: u8 = 0x10;

@@ -111,7 +111,7 @@ fn print_devices(devices: &[PciDevice]) -> Result<(), Failure> {
     Ok(print(&table)?)
 }
 
-/// What only the open device says.
+/// Properties that only the open device tells.
 struct Opened {
     backend: Option<barlease::Backend>,
     regions: Vec<Region>,

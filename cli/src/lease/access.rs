@@ -16,7 +16,7 @@ use crate::failure::Failure;
 use crate::output::Output;
 
 const ROW: usize = 16;
-/// What is mapped at a time, so that a lease of any size takes the same memory.
+/// Bytes that are mapped at a time, so that a lease of any size takes the same memory.
 const WINDOW: u64 = 1 << 20;
 
 pub(crate) fn dump(
@@ -46,7 +46,7 @@ pub(crate) fn dump(
     Ok(out.flush()?)
 }
 
-/// Reads a range in accesses of one width, and hands it over in pieces. What is not aligned is read
+/// Reads a range in accesses of one width, and hands it over in pieces. An unaligned end is read
 /// with the bytes around it.
 fn each_window(
     lease: &Lease,

@@ -20,14 +20,14 @@ use serde::Serialize;
 
 use super::Socket;
 
-/// What is asked.
+/// The request.
 pub(crate) const REVOKE: &str = "revoke";
 /// How long somebody may take to ask.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Connections at a time; they are of the same user.
 pub(crate) const MOST: usize = 32;
 
-/// What came of it.
+/// The answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(crate) enum Answer {

@@ -1,4 +1,4 @@
-//! What is said, by a thread of its own, and what is typed.
+//! Lines of output, which a thread of its own writes, and lines that are typed.
 //!
 //! Nobody may stop the loop that revokes by not reading what it says, and no terminal may stop the
 //! process because it reads in the background.
