@@ -140,9 +140,15 @@ fn what_is_pulled_out_while_it_is_wanted_back_is_dead_too() {
         scene.is_wanted();
         assert_eq!(scene.device.state(&scene.fd), State::Ok);
         slot.pull();
+        // The state says it first, then the thread that found the device gone takes away what
+        // processes have, and then tells importers.
         wait::until("the kernel to notice", || {
             scene.device.state(&scene.fd) == State::Dead
         });
+        for map in &scene.maps {
+            wait::until("SIGBUS", || map.read(0) == Err(Sigbus));
+        }
+        scene.attachment.wait_for_interruption();
         scene.is_dead();
         drop(scene);
     });

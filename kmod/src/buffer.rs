@@ -30,7 +30,6 @@ use crate::{
         },
     },
 };
-use core::mem::size_of;
 use kernel::{
     bindings,
     prelude::*,
@@ -130,7 +129,7 @@ pub(crate) const PATIENCE_MS: u32 = 10_000;
     CONFIG_DEBUG_SPINLOCK,
     CONFIG_PREEMPT_RT
 )))]
-const _: () = assert!(size_of::<Buffer>() <= 248);
+const _: () = assert!(core::mem::size_of::<Buffer>() <= 248);
 
 static OPERATIONS: Operations<Buffer> = Operations::new();
 
