@@ -42,9 +42,11 @@ pub(crate) struct Binary {
     path: PathBuf,
 }
 
-/// As many guests as there are processors, and as fit into memory.
+/// Guests that run at a time: two for each processor, since most tests wait more than they compute
+/// (a guest of `hostile_fences` or `witness` uses a processor for a third of its time), and no more
+/// than fit into memory.
 pub(crate) fn jobs() -> usize {
-    guests_of(MEMORY)
+    2 * guests_of(2 * MEMORY)
 }
 
 /// How many guests can run at a time, each of which takes so many MiB.
