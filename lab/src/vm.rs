@@ -128,7 +128,7 @@ pub enum Failure {
     },
     /// The guest took too long.
     Timeout {
-        /// The time it had.
+        /// The time it had, for its work or to power off.
         limit: Duration,
         /// The end of the kernel's log.
         tail: String,
@@ -387,6 +387,8 @@ impl<'a> Run<'a> {
                 screenshots: &screenshots,
                 interactive: matches!(self.payload, Payload::Shell { .. }),
                 timeout: self.timeout,
+                // A system stops its services first.
+                power_off: Duration::from_secs(if self.system.is_some() { 120 } else { 20 }),
                 can_retry: retries > 0,
             };
             let result = guest.boot(&mut output);
@@ -589,6 +591,8 @@ struct Guest<'a> {
     screenshots: &'a Path,
     interactive: bool,
     timeout: Option<Duration>,
+    /// The time that it has to power off, on a kernel that does not watch itself.
+    power_off: Duration,
     /// Whether it is booted again when its init does not start.
     can_retry: bool,
 }
@@ -598,8 +602,8 @@ struct Guest<'a> {
 enum End {
     /// By itself.
     Itself,
-    /// We stopped it, since its time was up.
-    Late,
+    /// We stopped it, since this time was up: that for its work, or that to power off.
+    Late(Duration),
     /// We stopped it, since its init had not started.
     NoInit,
 }
@@ -760,7 +764,7 @@ impl Guest<'_> {
     /// Waits for the guest's end, or brings it about.
     fn wait(&self, child: &mut Child, progress: &Mutex<Progress>, started: Instant) -> Result<End> {
         // After its verdict a guest only has to power off.
-        let grace = Duration::from_secs(20) * self.prepared.kernel.slowness();
+        let grace = self.power_off * self.prepared.kernel.slowness();
         let mut verdict_at = None;
         let mut is_up = false;
         let mut said = (0, Instant::now());
@@ -789,10 +793,10 @@ impl Guest<'_> {
             if late || stuck || still {
                 child.kill().context("stop QEMU")?;
                 child.wait().context("wait for QEMU")?;
-                return Ok(if still && !late {
-                    End::NoInit
-                } else {
-                    End::Late
+                return Ok(match (late, stuck) {
+                    (true, _) => End::Late(self.timeout.unwrap_or_default()),
+                    (_, true) => End::Late(grace),
+                    _ => End::NoInit,
                 });
             }
             thread::sleep(Duration::from_millis(10));
@@ -821,8 +825,7 @@ impl Guest<'_> {
         let tail = command::tail(since_init(&text), TAIL);
         match end {
             End::Itself => {}
-            End::Late => {
-                let limit = self.timeout.unwrap_or_default();
+            End::Late(limit) => {
                 return Err(Failure::Timeout { limit, tail, log }.into());
             }
             End::NoInit => {

@@ -7,6 +7,7 @@ mod bench;
 mod canary;
 mod checkout;
 mod checks;
+mod clients;
 mod demo;
 mod dist;
 mod kmod;
@@ -44,6 +45,8 @@ enum Task {
     /// The kernel's own tests of VFIO and IOMMUFD, with the stock driver and with ours, side by
     /// side
     Selftests(selftests::Options),
+    /// Programs that others wrote, with stock vfio-pci and with ours, side by side
+    Clients(clients::Options),
     /// Judge the order of memory that the module relies on by the kernel's memory model
     Litmus,
     /// Build, check or format the kernel module.
@@ -87,6 +90,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Random(options) => random::run(&options),
+        Task::Clients(options) => clients::run(&options),
         Task::Selftests(options) => selftests::run(&options),
         Task::Litmus => litmus::run(),
         Task::Kmod(options) => kmod::run(&options),
