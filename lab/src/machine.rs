@@ -21,6 +21,8 @@ pub struct Machine {
     /// QEMU's arguments for the machine itself.
     #[serde(skip)]
     pub arguments: Vec<String>,
+    /// Whether the guest's kernel itself looks after slots, and not its firmware.
+    pub native_ports: bool,
     /// The devices.
     pub devices: Vec<Device>,
 }
@@ -126,6 +128,7 @@ impl Machine {
             append: Vec::new(),
             modules: Vec::new(),
             arguments: Vec::new(),
+            native_ports: false,
             devices,
         }
     }
@@ -135,13 +138,7 @@ impl Machine {
         Self {
             // A kernel without ASPM does not ask the firmware for ports.
             append: vec!["pcie_ports=native".to_owned()],
-            // Else QEMU has ACPI look after slots, which takes a device away in order only.
-            arguments: [
-                "-global",
-                "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
-            ]
-            .map(str::to_owned)
-            .into(),
+            native_ports: true,
             ..Self::new(devices)
         }
     }

@@ -59,6 +59,44 @@ const TOOLS: &[&str] = &[
 /// What the guest is made of.
 const MACHINE: &[&str] = &["busybox-static", "qemu-system-x86"];
 
+/// The package with Rust's standard library for an architecture; the compiler is of the same version.
+const RUST_LIBRARY: &str = "libstd-rust-dev";
+
+/// The packages of another architecture that its guests and programs are made of, at versions that fit the tool chain.
+///
+/// # Errors
+///
+/// When the mirror has none that fit.
+pub(crate) fn userland(records: &[Record], tools: &[Package]) -> Result<Vec<Package>> {
+    let rust = tools.iter().find(|package| package.name == RUST_LIBRARY);
+    let Some(rust) = rust else {
+        bail!("the tool chain has no {RUST_LIBRARY}");
+    };
+    let newest = |name: &str| {
+        let named = records.iter().filter(|record| record.package.name == name);
+        named.max_by(|a, b| version::compare(&a.package.version, &b.package.version))
+    };
+    let library = records.iter().find(|record| {
+        record.package.name == RUST_LIBRARY && record.package.version == rust.version
+    });
+    match (library, newest("busybox-static")) {
+        (Some(library), Some(busybox)) => {
+            Ok(vec![library.package.clone(), busybox.package.clone()])
+        }
+        (None, _) => bail!(
+            "the mirror no longer has {RUST_LIBRARY} {} for that architecture, the version of the tool chain's compiler: \
+             run `cargo xtask vm prepare --update`",
+            rust.version
+        ),
+        (_, None) => bail!("the mirror has no busybox-static for that architecture"),
+    }
+}
+
+/// What [`userland`] chooses from.
+pub(crate) fn userland_packages() -> Vec<String> {
+    [RUST_LIBRARY, "busybox-static"].map(str::to_owned).into()
+}
+
 /// The plan, as it is kept in the cache.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
@@ -87,6 +125,9 @@ pub struct KernelPlan {
     pub image: Vec<Package>,
     /// `linux-source-…`.
     pub source: Package,
+    /// For another architecture: what its guests and programs have besides the kernel.
+    #[serde(default)]
+    pub userland: Vec<Package>,
     /// Why it cannot be used; `None` when it can.
     pub refusal: Option<String>,
 }
@@ -251,6 +292,7 @@ fn kernel(release: &str, records: &BTreeMap<&str, Vec<&Record>>) -> Option<Kerne
         headers,
         image,
         source,
+        userland: Vec::new(),
         refusal,
     })
 }

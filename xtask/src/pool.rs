@@ -63,19 +63,14 @@ fn available(info: &str) -> Option<u64> {
     Some(kibibytes << 10)
 }
 
-/// Builds the guest tests.
+/// Builds the guest tests for guests with that kernel.
 ///
 /// # Errors
 ///
 /// When they do not build; the compiler's messages have been shown.
-pub(crate) fn binaries() -> Result<Vec<Binary>> {
-    let output = checkout::cargo("guest-tests")
-        .args([
-            "test",
-            "--no-run",
-            "--message-format",
-            "json-render-diagnostics",
-        ])
+pub(crate) fn binaries(prepared: &Prepared) -> Result<Vec<Binary>> {
+    let output = checkout::guest_cargo(prepared, "test")?
+        .args(["--no-run", "--message-format", "json-render-diagnostics"])
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
@@ -84,7 +79,10 @@ pub(crate) fn binaries() -> Result<Vec<Binary>> {
         bail!("cargo ended with {}", output.status);
     }
     let messages = String::from_utf8(output.stdout).context("read what cargo says")?;
-    let binaries: Vec<_> = messages.lines().filter_map(binary).collect();
+    let mut binaries: Vec<_> = messages.lines().filter_map(binary).collect();
+    for binary in &mut binaries {
+        binary.path = checkout::outside(prepared, &binary.path)?;
+    }
     if binaries.is_empty() {
         bail!("cargo has built no guest test");
     }

@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use barlease_lab::arch::Arch;
 use barlease_lab::debug::Watch;
 use barlease_lab::kmod as lab_kmod;
 use barlease_lab::prepare::{self, Request, prepare};
@@ -127,17 +128,24 @@ fn host(steps: &mut Steps) {
 }
 
 fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
-    let mut binaries = Vec::new();
-    steps.make("guest tests: build", || {
-        binaries = pool::binaries()?;
-        Ok(())
-    });
+    let mut built_for: Vec<(Arch, Vec<pool::Binary>)> = Vec::new();
     for (place, wanted) in kernels(&options.kernel)?.into_iter().enumerate() {
         let prepared = prepare(&Request {
             kernel: wanted,
             update: false,
         })?;
         let kernel = prepared.kernel.name.clone();
+        let arch = prepared.kernel.arch();
+        if built_for.iter().all(|(built, _)| *built != arch) {
+            let mut binaries = Vec::new();
+            steps.make(&format!("guest tests: build for {}", arch.name()), || {
+                binaries = pool::binaries(&prepared)?;
+                Ok(())
+            });
+            built_for.push((arch, binaries));
+        }
+        let binaries = built_for.iter().find(|(built, _)| *built == arch);
+        let binaries = binaries.map_or(&[][..], |(_, binaries)| binaries);
         // Once: their rules are those of one source, and hold for every kernel.
         if place == 0 && options.has("litmus") {
             steps.step("litmus tests", || litmus::judge(&prepared));
@@ -169,7 +177,7 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
         if built {
             steps.step(&name, || {
                 pool::Pool {
-                    binaries: &binaries,
+                    binaries,
                     prepared: &prepared,
                     module: &module,
                     filter: options.filter.as_deref(),
@@ -181,8 +189,8 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
             steps.skip(&name, "the module does not build");
         }
         // Once: the published results are those of one kernel.
-        if built && place == 0 && options.has("instructions") && prepared.kernel.watches().is_none()
-        {
+        let is_published = arch.is_native() && prepared.kernel.watches().is_none();
+        if built && place == 0 && options.has("instructions") && is_published {
             steps.report(&format!("instructions on {kernel}"), || {
                 bench::regressions(&prepared)
             });

@@ -323,7 +323,7 @@ fn together(kernel: KernelChoice, names: Vec<String>) -> Result<ExitCode> {
         kernel: kernel.kernel,
         update: false,
     })?;
-    let binaries = pool::binaries()?;
+    let binaries = pool::binaries(&prepared)?;
     let pool = pool::Pool {
         binaries: &binaries,
         prepared: &prepared,
@@ -391,7 +391,7 @@ fn shell(choice: &MachineChoice) -> Result<ExitCode> {
     let prepared = choice.prepare()?;
     let machine = choice.preset.machine();
     let banner = banner(&prepared);
-    let command = checkout::guest_program("barlease-cli", "barlease")?;
+    let command = checkout::guest_program(&prepared, "barlease-cli", "barlease")?;
     let run = with_module(Run::new(&prepared, machine), &prepared)?
         .file(command, "/lab/bin/barlease")
         .bind(DRIVER)
