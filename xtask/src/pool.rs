@@ -1,4 +1,5 @@
-//! Guests side by side, each of which runs some test binaries; what a binary says is shown in one piece.
+//! Guests side by side, each of which runs some test binaries; what a binary says is shown in one
+//! piece.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -17,7 +18,8 @@ use crate::batch::{Batch, End, Outcome, Speed, judge, plan};
 use crate::test::Count;
 use crate::{checkout, vm};
 
-/// What the guest of a test takes of this machine's memory, in MiB: 1 GiB of its own, and what QEMU needs.
+/// The memory of this machine that the guest of a test takes, in MiB: 1 GiB of its own, and what
+/// QEMU needs.
 const MEMORY: u32 = 2048;
 
 /// The test binaries of `guest-tests/` and the guest tests to run on a kernel.
@@ -34,7 +36,8 @@ pub(crate) struct Pool<'a> {
 /// A test binary that runs in a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Binary {
-    /// The file in `guest-tests/tests/` without `.rs`, or the name of the package for its unit tests.
+    /// The file in `guest-tests/tests/` without `.rs`, or the name of the package for its unit
+    /// tests.
     name: String,
     path: PathBuf,
 }
