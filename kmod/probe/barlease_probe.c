@@ -20,7 +20,11 @@
 #include <linux/module.h>
 #include <linux/uaccess.h>
 
+#if defined(CONFIG_X86)
 #include <asm/msr.h>
+#elif defined(CONFIG_ARM64)
+#include <asm/sysreg.h>
+#endif
 
 /* guest-tests/src/probe.rs has the same. */
 struct probe_entry {
@@ -28,17 +32,30 @@ struct probe_entry {
 	__u64 pgprot;
 	/* Bytes that the entry maps. */
 	__u64 size;
-	/* As in the PAT register: 0 UC, 1 WC, 4 WT, 5 WP, 6 WB, 7 UC-. */
+	/* Of enum probe_memory, or another one: by its number there, plus 256. */
 	__u32 memory_type;
 	/* Bit 0: can be written to. Bit 1: special. */
 	__u32 flags;
 };
 
-/* What the CPU makes of the three bits of an entry, by the CPU's own table. */
+/* What the CPU makes of an entry, by the CPU's own table. */
+enum probe_memory {
+	/* x86: UC, which no range register overrides. */
+	PROBE_STRONG_UNCACHED,
+	/* x86: WC. arm64: Normal, non-cacheable. */
+	PROBE_WRITE_COMBINING,
+	/* x86: WB. arm64: Normal, write-back. */
+	PROBE_WRITE_BACK,
+	/* x86: UC-. arm64: Device-nGnRnE. */
+	PROBE_UNCACHED,
+	PROBE_OTHER = 256,
+};
+
+#if defined(CONFIG_X86)
 static u32 memory_type(u64 prot, bool large)
 {
 	u64 pat;
-	u32 index = 0;
+	u32 index = 0, type;
 
 	rdmsrq(MSR_IA32_CR_PAT, pat);
 	if (prot & _PAGE_PWT)
@@ -47,8 +64,40 @@ static u32 memory_type(u64 prot, bool large)
 		index |= 2;
 	if (prot & (large ? _PAGE_PAT_LARGE : _PAGE_PAT))
 		index |= 4;
-	return (pat >> (8 * index)) & 7;
+	type = (pat >> (8 * index)) & 7;
+	switch (type) {
+	case 0:
+		return PROBE_STRONG_UNCACHED;
+	case 1:
+		return PROBE_WRITE_COMBINING;
+	case 6:
+		return PROBE_WRITE_BACK;
+	case 7:
+		return PROBE_UNCACHED;
+	default:
+		return PROBE_OTHER + type;
+	}
 }
+#elif defined(CONFIG_ARM64)
+static u32 memory_type(u64 prot, bool large)
+{
+	u32 index = (prot & PTE_ATTRINDX_MASK) >> 2;
+	u32 type = (read_sysreg(mair_el1) >> (8 * index)) & 0xff;
+
+	switch (type) {
+	case MAIR_ATTR_DEVICE_nGnRnE:
+		return PROBE_UNCACHED;
+	case MAIR_ATTR_NORMAL_NC:
+		return PROBE_WRITE_COMBINING;
+	case MAIR_ATTR_NORMAL:
+		return PROBE_WRITE_BACK;
+	default:
+		return PROBE_OTHER + type;
+	}
+}
+#else
+#error "How does this architecture say the memory type of an entry?"
+#endif
 
 static int look(unsigned long address, struct probe_entry *entry)
 {
