@@ -11,6 +11,11 @@
  * With the parameter no_p2p=1 no BAR has a P2P provider, as if the kernel were
  * built without CONFIG_PCI_P2PDMA: for devices that are opened from then on, until
  * the module is unloaded. EOPNOTSUPP where the kernel has no kretprobes.
+ *
+ * With shares_group=DRIVER the PCI driver of that name lets others have the IOMMU
+ * group of the functions that it is bound to from then on: a device behind a switch
+ * without ACS is in one group with its neighbours, and VFIO takes none that a driver
+ * uses. It must not be bound to any meanwhile.
  */
 
 #include <linux/fs.h>
@@ -18,6 +23,7 @@
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/pci.h>
 #include <linux/uaccess.h>
 
 #if defined(CONFIG_X86)
@@ -189,10 +195,28 @@ static void give_providers_back(void)
 }
 #endif
 
+static char *shares_group;
+module_param(shares_group, charp, 0444);
+MODULE_PARM_DESC(shares_group, "A PCI driver that lets others have its groups");
+
+static int share_groups(void)
+{
+	struct device_driver *driver = driver_find(shares_group, &pci_bus_type);
+
+	if (!driver)
+		return -ENODEV;
+	container_of(driver, struct pci_driver, driver)->driver_managed_dma = true;
+	return 0;
+}
+
 static int __init probe_init(void)
 {
 	int ret = 0;
 
+	if (shares_group)
+		ret = share_groups();
+	if (ret)
+		return ret;
 	if (no_p2p)
 		ret = take_providers();
 	if (ret)

@@ -160,6 +160,14 @@ impl Arch {
         }
     }
 
+    /// The emulator's arguments for BARs below 4 GiB. The firmware of amd64 places small ones there.
+    pub(crate) fn low_memory(self) -> &'static [&'static str] {
+        match self {
+            Self::Amd64 => &[],
+            Self::Arm64 => &["-machine", "highmem-mmio=off"],
+        }
+    }
+
     /// The emulator's arguments for slots that the guest's kernel itself looks after, not its firmware.
     pub(crate) fn native_ports(self) -> &'static [&'static str] {
         match self {

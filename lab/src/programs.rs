@@ -49,6 +49,11 @@ pub fn cargo(prepared: &Prepared, folders: Folders<'_>, inside: &str) -> Result<
         .arg(Path::new(CHECKOUT).join(inside))
         .arg(format!("CARGO_HOME={CARGO_HOME}"))
         .arg(format!("CARGO_TARGET_DIR={TARGET}"))
+        // Nobody has chosen which compiler `cc` is.
+        .args([
+            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER=gcc",
+            "HOST_CC=gcc",
+        ])
         .args(["CARGO_NET_OFFLINE=true", "cargo"]);
     Ok(command)
 }

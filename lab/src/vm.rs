@@ -731,6 +731,9 @@ impl Guest<'_> {
         }
         command.args(["-object", "monitor-qmp,id=qmp,chardev=monitor"]);
         command.args(arch.serial_ports());
+        if machine.low_memory {
+            command.args(arch.low_memory());
+        }
         if machine.native_ports {
             command.args(arch.native_ports());
         }

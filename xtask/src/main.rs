@@ -2,6 +2,7 @@
 //!
 //! Only the command line is here; the work is done by the crate `barlease-lab`.
 
+mod applies;
 mod batch;
 mod bench;
 mod canary;
