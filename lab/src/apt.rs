@@ -64,7 +64,8 @@ pub(crate) struct Apt {
 }
 
 impl Apt {
-    /// Writes the configuration (again) and says which mirror it uses. It has the packages of `arch` only.
+    /// Writes the configuration (again) and says which mirror it uses. It has the packages of
+    /// `arch` only.
     pub(crate) fn set_up(cache: &Cache, arch: Arch) -> Result<(Self, String)> {
         need("apt-get", "apt")?;
         need("dpkg-deb", "dpkg")?;

@@ -1,7 +1,8 @@
-//! Architectures: all that differs between a guest of this machine's own and one of another machine's.
+//! Architectures: all that differs between a guest of this machine's own and one of another
+//! machine's.
 //!
-//! The tool chain and the emulator run on amd64. A guest of another architecture gets its kernel from Debian, its
-//! modules and programs from cross compilers, and is always emulated.
+//! The tool chain and the emulator run on amd64. A guest of another architecture gets its kernel
+//! from Debian, its modules and programs from cross compilers, and is always emulated.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +17,8 @@ pub enum Arch {
     Arm64,
 }
 
-/// What the serial ports of a guest are called: `/dev/lab-payload` and `/dev/lab-control` are links to them.
+/// What the serial ports of a guest are called: `/dev/lab-payload` and `/dev/lab-control` are links
+/// to them.
 pub(crate) struct Ports {
     pub(crate) console: &'static str,
     pub(crate) payload: &'static str,
@@ -117,8 +119,8 @@ impl Arch {
                 "-device",
                 "isa-serial,chardev=control,index=2,irq=5",
             ],
-            // The machine has two of its own. A guest that sleeps is woken by what comes from the control channel, which a port
-            // on the PCI bus cannot do.
+            // The machine has two of its own. A guest that sleeps is woken by what comes from the
+            // control channel, which a port on the PCI bus cannot do.
             Self::Arm64 => &[
                 "-serial",
                 "chardev:console",
@@ -146,21 +148,23 @@ impl Arch {
         }
     }
 
-    /// Words of the kernel's command line: devices see memory through the IOMMU only, and what was unmapped is gone at once.
+    /// Words of the kernel's command line: devices see memory through the IOMMU only, and what was
+    /// unmapped is gone at once.
     pub(crate) fn command_line(self) -> &'static [&'static str] {
         match self {
             Self::Amd64 => &[
                 "intel_iommu=on",
                 "iommu=nopt",
-                // At boot the kernel waits ten ticks for the timer and panics when none came; an emulator
-                // that does not get the processor for so long fails that.
+                // At boot the kernel waits ten ticks for the timer and panics when none came; an
+                // emulator that does not get the processor for so long fails that.
                 "no_timer_check",
             ],
             Self::Arm64 => &["iommu.passthrough=0", "iommu.strict=1"],
         }
     }
 
-    /// The emulator's arguments for BARs below 4 GiB. The firmware of amd64 places small ones there.
+    /// The emulator's arguments for BARs below 4 GiB. The firmware of amd64 places small ones
+    /// there.
     pub(crate) fn low_memory(self) -> &'static [&'static str] {
         match self {
             Self::Amd64 => &[],
@@ -168,7 +172,8 @@ impl Arch {
         }
     }
 
-    /// The emulator's arguments for slots that the guest's kernel itself looks after, not its firmware.
+    /// The emulator's arguments for slots that the guest's kernel itself looks after, not its
+    /// firmware.
     pub(crate) fn native_ports(self) -> &'static [&'static str] {
         match self {
             // Else QEMU has ACPI look after slots, which takes a device away in order only.

@@ -1,8 +1,9 @@
 //! Debian's kernels for another architecture, made ready on this one.
 //!
-//! Their headers cannot be used here: the programs in them (`modpost`, the procedural macros) are the other machine's. So what
-//! modules are built against is made from `linux-source`, with the configuration and the symbols of the headers package.
-//! The guard of the [overlay](crate::overlay) holds here, too: what the rebuilt `rust/` exports is what the kernel does.
+//! Their headers cannot be used here: the programs in them (`modpost`, the procedural macros) are
+//! the other machine's. So what modules are built against is made from `linux-source`, with the
+//! configuration and the symbols of the headers package. The guard of the [overlay](crate::overlay)
+//! holds here, too: what the rebuilt `rust/` exports is what the kernel does.
 //!
 //! | path | what |
 //! |---|---|
@@ -29,8 +30,8 @@ use crate::report::Step;
 use crate::source::SourceBuild;
 use crate::sysroot::{Sysroot, logged};
 
-/// `$1` the release, then what make is told. The compat vDSO needs a compiler for 32 bits, and no module needs it:
-/// without that compiler its option goes off.
+/// `$1` the release, then what make is told. The compat vDSO needs a compiler for 32 bits, and no
+/// module needs it: without that compiler its option goes off.
 const COMPILE: &str = r#"
 set -eu
 release=$1; shift

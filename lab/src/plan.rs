@@ -61,10 +61,12 @@ const TOOLS: &[&str] = &[
 /// The packages of the guest.
 const MACHINE: &[&str] = &["busybox-static", "qemu-system-x86"];
 
-/// The package with Rust's standard library for an architecture; the compiler is of the same version.
+/// The package with Rust's standard library for an architecture; the compiler is of the same
+/// version.
 const RUST_LIBRARY: &str = "libstd-rust-dev";
 
-/// The packages of another architecture that its guests and programs are made of, at versions that fit the tool chain.
+/// The packages of another architecture that its guests and programs are made of, at versions that
+/// fit the tool chain.
 ///
 /// # Errors
 ///

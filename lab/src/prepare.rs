@@ -278,7 +278,8 @@ fn overlay_stamp(plan: &Plan, kernel: &KernelPlan) -> Stamp {
     Stamp::of(packages.chain([plan.rustc.clone()]))
 }
 
-/// The kernels of a flavour that the mirror has, and what it says of their packages; `apt` has those of its architecture.
+/// The kernels of a flavour that the mirror has, and what it says of their packages; `apt` has
+/// those of its architecture.
 fn kernels(apt: &Apt, flavour: Flavour) -> Result<(Vec<KernelPlan>, Vec<Record>)> {
     let releases = plan::releases(&apt.names("linux-headers-")?, flavour);
     let names: Vec<_> = releases

@@ -1,7 +1,7 @@
 //! Programs for guests of another architecture: cargo and a cross compiler, both in the tool chain.
 //!
-//! The checkout, cargo's home and the folder for build products are bound into the tool chain. What crates need is fetched by the
-//! machine's own cargo before: inside, nothing is downloaded.
+//! The checkout, cargo's home and the folder for build products are bound into the tool chain. What
+//! crates need is fetched by the machine's own cargo before: inside, nothing is downloaded.
 
 use std::path::Path;
 use std::process::Command;
@@ -26,8 +26,8 @@ pub struct Folders<'a> {
     pub target: &'a Path,
 }
 
-/// Cargo in the tool chain, in a folder of the checkout, for the architecture of a kernel. Its subcommand is to be added first,
-/// then `--target` as [`crate::arch::Arch::rust_target`] says it.
+/// Cargo in the tool chain, in a folder of the checkout, for the architecture of a kernel. Its
+/// subcommand is to be added first, then `--target` as [`crate::arch::Arch::rust_target`] says it.
 ///
 /// # Errors
 ///

@@ -13,8 +13,8 @@ pub(crate) struct LeftOut {
     pub(crate) why: &'static str,
 }
 
-/// The kernel has no peer-to-peer DMA through the host bridge of QEMU's machine, which is on none of
-/// its lists (`pci_p2pdma_distance`); with the stock driver, too. `p2p_switch` does without.
+/// The kernel has no peer-to-peer DMA through the host bridge of QEMU's machine, which is on none
+/// of its lists (`pci_p2pdma_distance`); with the stock driver, too. `p2p_switch` does without.
 const NO_PEER: &str = "the kernel does not know that machine's host bridge as one that passes \
                        peer-to-peer DMA on; `p2p_switch` has devices below one switch";
 

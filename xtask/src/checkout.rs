@@ -40,8 +40,8 @@ pub(crate) fn cargo(folder: &str) -> Command {
     command
 }
 
-/// Cargo in `guest-tests/`, whose settings link statically, for guests with that kernel: this machine's own, or, for another
-/// architecture, that of the tool chain.
+/// Cargo in `guest-tests/`, whose settings link statically, for guests with that kernel: this
+/// machine's own, or, for another architecture, that of the tool chain.
 ///
 /// # Errors
 ///
@@ -102,7 +102,8 @@ fn executable(messages: &str) -> Option<PathBuf> {
     messages.lines().rev().find_map(named)
 }
 
-/// Builds a program of the workspace so that it runs in a guest with that kernel, and returns its path.
+/// Builds a program of the workspace so that it runs in a guest with that kernel, and returns its
+/// path.
 pub(crate) fn guest_program(prepared: &Prepared, package: &str, program: &str) -> Result<PathBuf> {
     let mut build = guest_cargo(prepared, "build")?;
     build.args([
