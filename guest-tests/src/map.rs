@@ -529,6 +529,7 @@ impl Edge {
 
 // One load or store each, at a known address, so that the handler can tell them from any other
 // instruction and go on behind them.
+#[cfg(target_arch = "x86_64")]
 global_asm!(
     ".text",
     ".p2align 4",
@@ -549,13 +550,34 @@ global_asm!(
     "barlease_touch_fault:",
     "ret",
 );
+#[cfg(target_arch = "aarch64")]
+global_asm!(
+    ".text",
+    ".p2align 4",
+    ".globl barlease_touch_read",
+    "barlease_touch_read:",
+    "ldr w2, [x0]",
+    "str w2, [x1]",
+    "mov w0, wzr",
+    "ret",
+    ".p2align 4",
+    ".globl barlease_touch_write",
+    "barlease_touch_write:",
+    "str w1, [x0]",
+    "mov w0, wzr",
+    "ret",
+    ".p2align 4",
+    ".globl barlease_touch_fault",
+    "barlease_touch_fault:",
+    "ret",
+);
 
 unsafe extern "C" {
     /// Loads from `address` into `value`: 0, or the code of the SIGBUS.
     fn barlease_touch_read(address: usize, value: &mut u32) -> i32;
     /// Stores `value` to `address`: 0, or the code of the SIGBUS.
     fn barlease_touch_write(address: usize, value: u32) -> i32;
-    /// Where the handler goes on, with the code in `eax`.
+    /// Where the handler goes on, with the code as the result.
     fn barlease_touch_fault();
 }
 
@@ -586,19 +608,44 @@ fn install() {
     });
 }
 
+/// The instruction that a thread was stopped at.
+#[cfg(target_arch = "x86_64")]
+fn place_of(registers: &libc::mcontext_t) -> usize {
+    registers.gregs[libc::REG_RIP as usize] as usize
+}
+
+/// Has it go on at a place where a function returns `result`.
+#[cfg(target_arch = "x86_64")]
+fn go_on(registers: &mut libc::mcontext_t, place: usize, result: i32) {
+    registers.gregs[libc::REG_RAX as usize] = i64::from(result);
+    registers.gregs[libc::REG_RIP as usize] = place as i64;
+}
+
+/// The instruction that a thread was stopped at.
+#[cfg(target_arch = "aarch64")]
+fn place_of(registers: &libc::mcontext_t) -> usize {
+    registers.pc as usize
+}
+
+/// Has it go on at a place where a function returns `result`.
+#[cfg(target_arch = "aarch64")]
+fn go_on(registers: &mut libc::mcontext_t, place: usize, result: i32) {
+    registers.regs[0] = result as u64;
+    registers.pc = place as u64;
+}
+
 extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let context_of_thread = context.cast::<libc::ucontext_t>();
+    let thread = context.cast::<libc::ucontext_t>();
     // SAFETY: The kernel passes a context, valid during the handler.
-    let registers = unsafe { &mut (*context_of_thread).uc_mcontext.gregs };
+    let registers = unsafe { &mut (*thread).uc_mcontext };
     let touches: [usize; 2] = [
         barlease_touch_read as *const () as usize,
         barlease_touch_write as *const () as usize,
     ];
-    if touches.contains(&(registers[libc::REG_RIP as usize] as usize)) {
+    if touches.contains(&place_of(registers)) {
         // SAFETY: The kernel passes the information, valid during the handler.
         let code = unsafe { (*info).si_code };
-        registers[libc::REG_RAX as usize] = i64::from(code);
-        registers[libc::REG_RIP as usize] = barlease_touch_fault as *const () as i64;
+        go_on(registers, barlease_touch_fault as *const () as usize, code);
         return;
     }
     let previous = (&raw const PREVIOUS).cast::<libc::sigaction>();

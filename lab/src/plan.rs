@@ -406,6 +406,30 @@ mod tests {
     }
 
     #[test]
+    fn the_library_for_another_architecture_is_of_the_compilers_version() {
+        let tools = [record(RUST_LIBRARY, "1.97.1-1").package];
+        let busybox = [
+            record("busybox-static", "1:1.37-1"),
+            record("busybox-static", "1:1.38-3"),
+        ];
+        let with = |library: &str| {
+            let mut records = busybox.to_vec();
+            records.push(record(RUST_LIBRARY, "1.98.0-1"));
+            records.push(record(RUST_LIBRARY, library));
+            userland(&records, &tools)
+        };
+        let found = with("1.97.1-1").unwrap();
+        let versions: Vec<_> = found.iter().map(|it| it.version.as_str()).collect();
+        assert_eq!(versions, ["1.97.1-1", "1:1.38-3"]);
+        let text = with("1.96.0-1").unwrap_err().to_string();
+        assert!(
+            text.contains("1.97.1-1") && text.contains("--update"),
+            "{text}"
+        );
+        assert!(userland(&busybox[..0], &tools).is_err());
+    }
+
+    #[test]
     fn releases_are_of_a_flavour_and_meta_packages_are_none() {
         let names = [
             "linux-headers-7.3-amd64",
@@ -414,12 +438,16 @@ mod tests {
             "linux-headers-7.3-common",
             "linux-headers-amd64",
             "linux-headers-7.2.13+deb14-amd64",
+            "linux-headers-7.3-arm64",
+            "linux-headers-7.3-arm64-16k",
         ]
         .map(str::to_owned);
         let found = |flavour| releases(&names, flavour).into_iter().collect::<Vec<_>>();
         assert_eq!(found(Flavour::Plain), ["7.2.13+deb14-amd64", "7.3-amd64"]);
         assert_eq!(found(Flavour::RealTime), ["7.3-rt-amd64"]);
         assert_eq!(found(Flavour::Cloud), ["7.3-cloud-amd64"]);
+        assert_eq!(found(Flavour::Arm64), ["7.3-arm64"]);
+        assert_eq!(found(Flavour::Arm64Of16K), ["7.3-arm64-16k"]);
     }
 
     #[test]
