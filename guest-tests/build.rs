@@ -2,7 +2,6 @@
 
 use std::env;
 use std::path::PathBuf;
-use std::process::Command;
 
 fn main() {
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").unwrap());
@@ -11,27 +10,17 @@ fn main() {
     let header = here.join("../capi/include");
     println!("cargo::rerun-if-changed={}", source.display());
     println!("cargo::rerun-if-changed={}", header.display());
-    let object = out.join("lease.o");
-    let status = Command::new("cc")
-        .args(["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-c"])
+    cc::Build::new()
+        .file(&source)
+        .include(&header)
+        .std("c11")
+        .opt_level(2)
+        .extra_warnings(true)
+        .warnings_into_errors(true)
         // The test has a `main` of its own.
-        .arg("-Dmain=barlease_example_main")
-        .arg("-I")
-        .arg(&header)
-        .arg("-o")
-        .arg(&object)
-        .arg(&source)
-        .status()
-        .expect("a C compiler");
-    assert!(status.success(), "{} does not compile", source.display());
-    let archive = out.join("libbarlease_example.a");
-    let status = Command::new("ar")
-        .arg("crs")
-        .arg(&archive)
-        .arg(&object)
-        .status()
-        .expect("ar, of the C compiler");
-    assert!(status.success(), "{} is not made", archive.display());
-    // Only what refers to it gets it: the test names the library.
+        .define("main", "barlease_example_main")
+        // Only what refers to it gets it: the test names the library.
+        .cargo_metadata(false)
+        .compile("barlease_example");
     println!("cargo::rustc-link-search=native={}", out.display());
 }

@@ -3,10 +3,11 @@
 use std::{fs::File, os::fd::AsFd, os::fd::OwnedFd, sync::atomic::Ordering};
 
 use crate::{
-    HUGE, PAGE,
     cgroup::Cgroup,
     errno::EFAULT,
+    huge_size,
     map::{How, Map, shared_words},
+    page_size,
     process::{self, Child},
 };
 
@@ -46,15 +47,15 @@ pub fn meanwhile<R>(
         group.enter();
         // More than the limit that comes, and not to be reclaimed: there is no swap.
         let ballast = Map::anonymous(48 << 20);
-        for at in (0..ballast.len()).step_by(PAGE as usize) {
+        for at in (0..ballast.len()).step_by(page_size() as usize) {
             ballast.write(at, 1).expect("memory");
         }
         link.send(1);
         link.expect(2);
         while stop.load(Ordering::Relaxed) == 0 {
-            let how = How::shared().align(HUGE).skew(slow.skew);
+            let how = How::shared().align(huge_size()).skew(slow.skew);
             let map = how.map(fd, 0, len).expect("a mapping");
-            let all = (0..len / HUGE).map(|index| index * HUGE + PAGE);
+            let all = (0..len / huge_size()).map(|index| index * huge_size() + page_size());
             match map.receive_zeros_at(&zeros, all) {
                 // Ended early where memory was taken away.
                 Ok(_) | Err(EFAULT) => {}

@@ -16,11 +16,10 @@ use std::{
 };
 
 use crate::{
-    PAGE,
     errno::{Answer, Errno, answer},
     lease::{self, Request},
     map::{How, Map},
-    observe,
+    observe, page_size,
     pci::{self, Function},
     vfio::{Device, GET},
     wait,
@@ -205,7 +204,7 @@ impl Attachment {
     ///
     /// That of mmap.
     pub fn mmap(&self, how: How, length: u64) -> Answer<Map> {
-        how.map(&*self.importer.0, u64::from(self.id) * PAGE, length)
+        how.map(&*self.importer.0, u64::from(self.id) * page_size(), length)
     }
 
     /// Maps in a direction of the uAPI.

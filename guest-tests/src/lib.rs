@@ -62,7 +62,4 @@ pub mod vfio;
 pub mod wait;
 pub mod witness;
 
-/// Bytes of a page.
-pub const PAGE: u64 = 4096;
-/// Bytes of a page-table entry of one level above pages.
-pub const HUGE: u64 = 2 << 20;
+pub use barlease_oracle::{huge_size, page_size};

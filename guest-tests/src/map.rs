@@ -9,8 +9,8 @@ use std::{
 };
 
 use crate::{
-    PAGE,
     errno::{Answer, Errno},
+    page_size,
 };
 
 /// Read-only.
@@ -48,7 +48,7 @@ impl How {
         Self {
             protection: READ_WRITE,
             flags: libc::MAP_SHARED,
-            align: PAGE,
+            align: page_size(),
             skew: 0,
         }
     }
@@ -88,7 +88,7 @@ impl How {
     /// That of mmap.
     pub fn map(self, fd: impl AsFd, offset: u64, len: u64) -> Answer<Map> {
         install();
-        let anywhere = self.align == PAGE && self.skew == 0;
+        let anywhere = self.align == page_size() && self.skew == 0;
         let place = if anywhere {
             0
         } else {
@@ -169,7 +169,7 @@ fn reserve(len: u64, align: u64, skew: u64) -> usize {
     assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
     let start = address.addr();
     let place = start.next_multiple_of(align as usize) + skew as usize;
-    let end = place + len.next_multiple_of(PAGE) as usize;
+    let end = place + len.next_multiple_of(page_size()) as usize;
     for (from, to) in [(start, place), (end, start + all)] {
         if from < to {
             // SAFETY: Parts of what was just mapped, known to nobody.
@@ -274,7 +274,7 @@ impl Map {
     ///
     /// When one of them gives SIGBUS.
     pub fn touch(&self, offset: u64, len: u64) -> Result<(), Sigbus> {
-        for at in (offset..offset + len).step_by(PAGE as usize) {
+        for at in (offset..offset + len).step_by(page_size() as usize) {
             self.read(at)?;
         }
         Ok(())
@@ -416,7 +416,7 @@ impl Map {
     /// Addresses to move it to.
     #[must_use]
     pub fn place(&self) -> Place {
-        Place(reserve(self.len as u64, PAGE, 0))
+        Place(reserve(self.len as u64, page_size(), 0))
     }
 
     /// Moves it to a place that nothing has been moved to.
@@ -477,10 +477,19 @@ impl Drop for Map {
 /// When there is no memory left, or `number` is more than a page has.
 #[must_use]
 pub fn shared_words(number: usize) -> &'static [AtomicU32] {
-    assert!(number * size_of::<AtomicU32>() <= PAGE as usize);
+    assert!(number * size_of::<AtomicU32>() <= page_size() as usize);
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
     // SAFETY: A new mapping replaces nothing.
-    let address = unsafe { libc::mmap(ptr::null_mut(), PAGE as usize, READ_WRITE, flags, -1, 0) };
+    let address = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            page_size() as usize,
+            READ_WRITE,
+            flags,
+            -1,
+            0,
+        )
+    };
     assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
     // SAFETY: A page of zeroes that nobody unmaps, and that is used as atomic words only.
     unsafe { std::slice::from_raw_parts(address.cast::<AtomicU32>(), number) }
@@ -496,19 +505,21 @@ pub(crate) struct Edge(Map);
 
 impl Edge {
     pub(crate) fn new() -> Self {
-        let mut map = Map::anonymous(2 * PAGE);
-        map.unmap(PAGE, PAGE);
+        let mut map = Map::anonymous(2 * page_size());
+        map.unmap(page_size(), page_size());
         Self(map)
     }
 
     pub(crate) fn make_read_only(&self) {
-        self.0.protect(0, PAGE, READ).expect("protect a page");
+        self.0
+            .protect(0, page_size(), READ)
+            .expect("protect a page");
     }
 
     /// Puts bytes so that the page ends with them; says where.
     pub(crate) fn put(&self, bytes: &[u8]) -> *mut u8 {
-        assert!(bytes.len() as u64 <= PAGE);
-        let address = self.0.address + PAGE as usize - bytes.len();
+        assert!(bytes.len() as u64 <= page_size());
+        let address = self.0.address + page_size() as usize - bytes.len();
         let place = ptr::with_exposed_provenance_mut::<u8>(address);
         // SAFETY: The page is ours, and the bytes fit.
         unsafe { place.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
@@ -518,6 +529,7 @@ impl Edge {
 
 // One load or store each, at a known address, so that the handler can tell them from any other
 // instruction and go on behind them.
+#[cfg(target_arch = "x86_64")]
 global_asm!(
     ".text",
     ".p2align 4",
@@ -538,13 +550,34 @@ global_asm!(
     "barlease_touch_fault:",
     "ret",
 );
+#[cfg(target_arch = "aarch64")]
+global_asm!(
+    ".text",
+    ".p2align 4",
+    ".globl barlease_touch_read",
+    "barlease_touch_read:",
+    "ldr w2, [x0]",
+    "str w2, [x1]",
+    "mov w0, wzr",
+    "ret",
+    ".p2align 4",
+    ".globl barlease_touch_write",
+    "barlease_touch_write:",
+    "str w1, [x0]",
+    "mov w0, wzr",
+    "ret",
+    ".p2align 4",
+    ".globl barlease_touch_fault",
+    "barlease_touch_fault:",
+    "ret",
+);
 
 unsafe extern "C" {
     /// Loads from `address` into `value`: 0, or the code of the SIGBUS.
     fn barlease_touch_read(address: usize, value: &mut u32) -> i32;
     /// Stores `value` to `address`: 0, or the code of the SIGBUS.
     fn barlease_touch_write(address: usize, value: u32) -> i32;
-    /// Where the handler goes on, with the code in `eax`.
+    /// Where the handler goes on, with the code as the result.
     fn barlease_touch_fault();
 }
 
@@ -575,19 +608,44 @@ fn install() {
     });
 }
 
+/// The instruction that a thread was stopped at.
+#[cfg(target_arch = "x86_64")]
+fn place_of(registers: &libc::mcontext_t) -> usize {
+    registers.gregs[libc::REG_RIP as usize] as usize
+}
+
+/// Has it go on at a place where a function returns `result`.
+#[cfg(target_arch = "x86_64")]
+fn go_on(registers: &mut libc::mcontext_t, place: usize, result: i32) {
+    registers.gregs[libc::REG_RAX as usize] = i64::from(result);
+    registers.gregs[libc::REG_RIP as usize] = place as i64;
+}
+
+/// The instruction that a thread was stopped at.
+#[cfg(target_arch = "aarch64")]
+fn place_of(registers: &libc::mcontext_t) -> usize {
+    registers.pc as usize
+}
+
+/// Has it go on at a place where a function returns `result`.
+#[cfg(target_arch = "aarch64")]
+fn go_on(registers: &mut libc::mcontext_t, place: usize, result: i32) {
+    registers.regs[0] = result as u64;
+    registers.pc = place as u64;
+}
+
 extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let context_of_thread = context.cast::<libc::ucontext_t>();
+    let thread = context.cast::<libc::ucontext_t>();
     // SAFETY: The kernel passes a context, valid during the handler.
-    let registers = unsafe { &mut (*context_of_thread).uc_mcontext.gregs };
+    let registers = unsafe { &mut (*thread).uc_mcontext };
     let touches: [usize; 2] = [
         barlease_touch_read as *const () as usize,
         barlease_touch_write as *const () as usize,
     ];
-    if touches.contains(&(registers[libc::REG_RIP as usize] as usize)) {
+    if touches.contains(&place_of(registers)) {
         // SAFETY: The kernel passes the information, valid during the handler.
         let code = unsafe { (*info).si_code };
-        registers[libc::REG_RAX as usize] = i64::from(code);
-        registers[libc::REG_RIP as usize] = barlease_touch_fault as *const () as i64;
+        go_on(registers, barlease_touch_fault as *const () as usize, code);
         return;
     }
     let previous = (&raw const PREVIOUS).cast::<libc::sigaction>();

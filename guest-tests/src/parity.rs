@@ -11,11 +11,10 @@ use std::{
 };
 
 use crate::{
-    PAGE,
     errno::Answer,
     lease::Request,
     map::{How, READ},
-    process,
+    page_size, process,
     vfio::{CONFIG_REGION, Device, GET, LOW_POWER_EXIT, PROBE, SET},
 };
 
@@ -169,18 +168,18 @@ impl Asker<'_> {
         ];
         let wrong = [libc::O_APPEND, libc::O_NONBLOCK, 1 << 30, 3, -1];
         let ranges: [&[(u64, u64)]; 12] = [
-            &[(0, PAGE)],
-            &[(PAGE, PAGE)],
-            &[(0, PAGE), (PAGE, PAGE)],
-            &[(0, PAGE), (0, PAGE)],
+            &[(0, page_size())],
+            &[(page_size(), page_size())],
+            &[(0, page_size()), (page_size(), page_size())],
+            &[(0, page_size()), (0, page_size())],
             &[(0, 0)],
-            &[(1, PAGE)],
+            &[(1, page_size())],
             &[(0, 1)],
             &[(0, 1 << 40)],
-            &[(1 << 40, PAGE)],
-            &[(u64::MAX - PAGE + 1, PAGE)],
-            &[(0, u64::MAX - PAGE + 1)],
-            &[(0, PAGE), (0, 0)],
+            &[(1 << 40, page_size())],
+            &[(u64::MAX - page_size() + 1, page_size())],
+            &[(0, u64::MAX - page_size() + 1)],
+            &[(0, page_size()), (0, 0)],
         ];
         let known = libc::O_ACCMODE | libc::O_CLOEXEC;
         for region in (0..=10).chain([u32::MAX]) {
@@ -198,7 +197,7 @@ impl Asker<'_> {
                             "feature 11 with unknown open_flags"
                         } else if short {
                             "feature 11 with argsz too small"
-                        } else if region < 6 && (1..PAGE).contains(&size) {
+                        } else if region < 6 && (1..page_size()).contains(&size) {
                             "feature 11 of a part of a page"
                         } else {
                             "feature 11 with a request"
@@ -333,17 +332,20 @@ impl Asker<'_> {
             let size = self.device.region_info(region).map_or(0, |info| info.size);
             let start = u64::from(region) << 40;
             for (offset, len) in [
-                (0, PAGE),
+                (0, page_size()),
                 (0, size),
-                (0, size + PAGE),
-                (PAGE, PAGE),
-                (PAGE / 2, PAGE),
-                (size.saturating_sub(PAGE) & !(PAGE - 1), PAGE),
-                (size, PAGE),
+                (0, size + page_size()),
+                (page_size(), page_size()),
+                (page_size() / 2, page_size()),
+                (
+                    size.saturating_sub(page_size()) & !(page_size() - 1),
+                    page_size(),
+                ),
+                (size, page_size()),
                 (0, 100),
                 (0, 0),
-                (1 << 39, PAGE),
-                ((1 << 40) - PAGE, 2 * PAGE),
+                (1 << 39, page_size()),
+                ((1 << 40) - page_size(), 2 * page_size()),
             ] {
                 for how in [
                     How::shared(),

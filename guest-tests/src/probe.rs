@@ -46,18 +46,31 @@ impl Drop for NoProviders {
     }
 }
 
+/// Has a driver let others have the IOMMU group of the functions that it is bound to from now on.
+///
+/// # Panics
+///
+/// When there is no such driver, or the probe is loaded already.
+pub fn share_groups_of(driver: &str) {
+    let mut insmod = Command::new("insmod");
+    let status = insmod
+        .args([MODULE, &format!("shares_group={driver}")])
+        .status();
+    assert!(status.expect("insmod").success());
+}
+
 /// How the CPU treats memory behind an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryType {
-    /// UC.
+    /// x86: UC, which no range register overrides.
     StrongUncached,
-    /// UC-: what an uncached mapping has.
+    /// What an uncached mapping has. x86: UC-. arm64: Device-nGnRnE.
     Uncached,
-    /// WC.
+    /// x86: WC. arm64: Normal, non-cacheable.
     WriteCombining,
-    /// WB.
+    /// Of ordinary memory.
     WriteBack,
-    /// Another one, by its number in the PAT register.
+    /// Another one, by its number in the CPU's table (x86: PAT, arm64: MAIR).
     Other(u32),
 }
 
@@ -122,14 +135,14 @@ fn read(address: usize) -> Answer<Entry> {
     let long = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
     let (memory_type, flags) = (long(24) as u32, (long(24) >> 32) as u32);
     Ok(Entry {
-        physical: long(0) * crate::PAGE,
+        physical: long(0) * crate::page_size(),
         size: long(16),
         memory_type: match memory_type {
             0 => MemoryType::StrongUncached,
             1 => MemoryType::WriteCombining,
-            6 => MemoryType::WriteBack,
-            7 => MemoryType::Uncached,
-            other => MemoryType::Other(other),
+            2 => MemoryType::WriteBack,
+            3 => MemoryType::Uncached,
+            other => MemoryType::Other(other - 256),
         },
         writable: flags & 1 != 0,
         special: flags & 2 != 0,

@@ -9,7 +9,6 @@ use std::{
 
 use barlease_abi::{ALIAS_WC, REASON_ERROR, REASON_MEMORY_OFF};
 use barlease_guest_tests::{
-    PAGE,
     aer::{
         BAR, DEVICE, FATAL, NEIGHBOUR, NON_FATAL, end_of_recovery, inject, report_corrected,
         wait_for_recovery,
@@ -18,7 +17,7 @@ use barlease_guest_tests::{
     importer::{Attachment, Importer, KernelLog, check_that_nothing_is_left},
     lease::State,
     map::{How, Map, Sigbus},
-    observe,
+    observe, page_size,
     pci::{self, BARLEASE, Function},
     process, race,
     vfio::{Device, ERR_IRQ, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, MSIX_IRQ},
@@ -52,14 +51,14 @@ impl Scene {
         let device = Device::open(DEVICE);
         let told = process::eventfd();
         device.trigger(ERR_IRQ, &told).unwrap();
-        let fd = device.export(BAR, &[(0, 2 * PAGE)]).unwrap();
+        let fd = device.export(BAR, &[(0, 2 * page_size())]).unwrap();
         let alias = device.alias(BAR, ALIAS_WC).unwrap();
         let through_fd = |region: u32| {
             let offset = u64::from(region) << 40;
-            How::shared().map(&device, offset, 2 * PAGE).unwrap()
+            How::shared().map(&device, offset, 2 * page_size()).unwrap()
         };
         let maps = [
-            Map::new(&fd, 2 * PAGE).unwrap(),
+            Map::new(&fd, 2 * page_size()).unwrap(),
             through_fd(BAR),
             through_fd(alias),
         ];
@@ -96,7 +95,7 @@ impl Scene {
 
     /// The faults of touching everything: none as long as nothing was taken away.
     fn faults(&self) -> [i64; 3] {
-        Map::anonymous(PAGE).touch_all().unwrap();
+        Map::anonymous(page_size()).touch_all().unwrap();
         [0, 1, 2].map(|n| observe::faults_of(|| assert!(self.maps[n].read(FEATURES).is_ok())))
     }
 
@@ -151,7 +150,7 @@ struct Stall {
 impl Stall {
     fn new(scene: &Scene) -> Self {
         let device = open_beside(&scene.device, NEIGHBOUR);
-        let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+        let fd = device.export(BAR, &[(0, page_size())]).unwrap();
         let attachment = Importer::open().attach(&fd).unwrap();
         attachment.map().unwrap();
         attachment.hold(true);
@@ -183,9 +182,9 @@ fn until_recovery_nobody_reaches_the_device() {
         scene.is(ERROR);
         assert_eq!(scene.attachment.status().mapped, 0);
         // A buffer that is exported now is born REVOKED; an mmap works, an attachment does not.
-        let fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
+        let fd = scene.device.export(BAR, &[(0, page_size())]).unwrap();
         assert_eq!(scene.device.state(&fd), ERROR);
-        let map = Map::new(&fd, PAGE).unwrap();
+        let map = Map::new(&fd, page_size()).unwrap();
         assert_eq!(map.read(FEATURES), Err(Sigbus));
         assert_eq!(Importer::open().attach(&fd).unwrap_err(), ENODEV);
         // Neither a COMMAND write nor a reset gives anything back.
@@ -251,9 +250,9 @@ fn opening_the_device_does_not_end_a_recovery() {
             scene.is_told();
             drop(scene);
             let device = open_beside(&stall.device, DEVICE);
-            let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+            let fd = device.export(BAR, &[(0, page_size())]).unwrap();
             assert_eq!(device.state(&fd), ERROR);
-            let map = Map::new(&fd, PAGE).unwrap();
+            let map = Map::new(&fd, page_size()).unwrap();
             assert_eq!(map.read(FEATURES), Err(Sigbus));
         },
         || stall.attachment.unmap().unwrap(),
@@ -339,8 +338,8 @@ fn what_a_sleep_took_is_not_given_back_by_setting_up_interrupts() {
     let device = Device::open("igb");
     let [control]: [u8; 1] = device.config(device.pmcsr());
     assert_eq!(control & NO_SOFT_RESET, 0, "the device keeps what it has");
-    let fd = device.export(0, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(0, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     device.set_memory(false);
     device.set_power_state(3);
     device.set_memory(true);
@@ -419,8 +418,8 @@ fn an_error_of_one_function_takes_away_from_the_other() {
     let other = open_beside(&scene.device, NEIGHBOUR);
     let told = process::eventfd();
     other.trigger(ERR_IRQ, &told).unwrap();
-    let fd = other.export(BAR, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = other.export(BAR, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();
     attachment.map().unwrap();
     let features = map.read(FEATURES);
@@ -437,8 +436,8 @@ fn an_error_of_one_function_takes_away_from_the_other() {
 fn an_error_leaves_other_devices_alone() {
     let scene = Scene::new();
     let other = Device::open("memory");
-    let fd = other.export(2, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = other.export(2, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();
     attachment.map().unwrap();
     map.read(0).unwrap();

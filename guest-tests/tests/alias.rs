@@ -9,11 +9,11 @@ use barlease_abi::{
     REGION_CAP_VERSION,
 };
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::{EINVAL, ENODEV},
+    huge_size,
     lease::State,
     map::{How, Map, READ, Sigbus},
-    observe,
+    observe, page_size,
     pci::STOCK,
     probe::{self, MemoryType},
     race::meanwhile,
@@ -130,7 +130,7 @@ fn every_bar_that_can_be_mapped_has_one_at_once() {
         for bar in 0..6 {
             let info = device.region_info(bar).unwrap();
             let answer = device.alias(bar, ALIAS_WC);
-            if info.flags & CAN_BE_MAPPED != 0 && info.size >= PAGE {
+            if info.flags & CAN_BE_MAPPED != 0 && info.size >= page_size() {
                 indexes.push(answer.unwrap());
             } else {
                 assert_eq!(answer, Err(ENODEV), "{name} BAR {bar}: {info:?}");
@@ -215,7 +215,7 @@ fn what_is_no_bar_of_a_page_that_can_be_mapped_is_enodev() {
     }
     // 256 bytes.
     let device = Device::open("memory");
-    assert!(device.region_info(0).unwrap().size < PAGE);
+    assert!(device.region_info(0).unwrap().size < page_size());
     assert_eq!(device.alias(0, ALIAS_WC), Err(ENODEV));
 }
 
@@ -390,7 +390,11 @@ fn an_index_that_is_no_alias_is_what_it_is_with_stock() {
                     device.write(index, 0, &bytes).map(drop),
                 ];
                 let offset = u64::from(index) << 40;
-                answers.push(How::shared().map(device.as_fd(), offset, PAGE).map(drop));
+                answers.push(
+                    How::shared()
+                        .map(device.as_fd(), offset, page_size())
+                        .map(drop),
+                );
                 answers
             })
             .collect()
@@ -408,15 +412,15 @@ fn an_index_that_is_no_alias_is_what_it_is_with_stock() {
 fn reads_and_writes_are_those_of_the_bar() {
     let device = display();
     let alias = device.alias(FRAME_BUFFER, ALIAS_WC).unwrap();
-    device.write32(alias, 3 * PAGE, 0x1234_5678);
-    assert_eq!(device.read32(FRAME_BUFFER, 3 * PAGE), 0x1234_5678);
-    device.write32(FRAME_BUFFER, 3 * PAGE + 4, 0x8765_4321);
-    assert_eq!(device.read32(alias, 3 * PAGE + 4), 0x8765_4321);
+    device.write32(alias, 3 * page_size(), 0x1234_5678);
+    assert_eq!(device.read32(FRAME_BUFFER, 3 * page_size()), 0x1234_5678);
+    device.write32(FRAME_BUFFER, 3 * page_size() + 4, 0x8765_4321);
+    assert_eq!(device.read32(alias, 3 * page_size() + 4), 0x8765_4321);
     for offset in [
         0,
         1,
         7,
-        PAGE - 3,
+        page_size() - 3,
         FRAME_BUFFER_LEN - 8,
         FRAME_BUFFER_LEN - 1,
         FRAME_BUFFER_LEN,
@@ -462,7 +466,7 @@ fn reads_fail_as_those_of_the_bar_while_memory_is_off() {
 fn map_region(device: &Device, index: u32) -> Map {
     let info = device.region_info(index).unwrap();
     assert_ne!(info.flags & CAN_BE_MAPPED, 0);
-    let how = How::shared().align(HUGE);
+    let how = How::shared().align(huge_size());
     how.map(device.as_fd(), info.offset, info.size).unwrap()
 }
 
@@ -473,7 +477,12 @@ fn a_program_that_only_maps_regions_gets_write_combining_by_the_index_of_the_ali
     let combining = map_region(&device, alias);
     let uncached = map_region(&device, FRAME_BUFFER);
     for round in 0..2 {
-        for at in [0, 5 * PAGE, HUGE, FRAME_BUFFER_LEN - PAGE] {
+        for at in [
+            0,
+            5 * page_size(),
+            huge_size(),
+            FRAME_BUFFER_LEN - page_size(),
+        ] {
             combining.write(at, round + at as u32).unwrap();
             assert_eq!(uncached.read(at), Ok(round + at as u32));
             let types = [&combining, &uncached].map(|map| probe::memory_type(map, at).unwrap());
@@ -493,17 +502,17 @@ fn parts_of_it_are_mapped_from_any_page() {
     let alias = device.alias(FRAME_BUFFER, ALIAS_WC).unwrap();
     let (start, _) = device.function().bar(FRAME_BUFFER);
     for (offset, len) in [
-        (PAGE, PAGE),
-        (3 * PAGE, 2 * HUGE),
-        (FRAME_BUFFER_LEN - PAGE, PAGE),
-        (HUGE, HUGE),
+        (page_size(), page_size()),
+        (3 * page_size(), 2 * huge_size()),
+        (FRAME_BUFFER_LEN - page_size(), page_size()),
+        (huge_size(), huge_size()),
     ] {
         let at = u64::from(alias) << 40 | offset;
         let map = How::shared()
-            .align(HUGE)
+            .align(huge_size())
             .map(device.as_fd(), at, len)
             .unwrap();
-        for page in [0, len - PAGE] {
+        for page in [0, len - page_size()] {
             map.write(page, 9).unwrap();
             let entry = probe::entry(&map, page).unwrap();
             assert_eq!(entry.physical, start + offset + page);
@@ -517,12 +526,20 @@ fn what_cannot_be_mapped_of_the_bar_cannot_be_mapped_of_the_alias() {
     let device = display();
     let alias = device.alias(FRAME_BUFFER, ALIAS_WC).unwrap();
     for (how, offset, len) in [
-        (How::shared().private(), 0, PAGE),
-        (How::shared(), FRAME_BUFFER_LEN, PAGE),
-        (How::shared(), FRAME_BUFFER_LEN - PAGE, 2 * PAGE),
-        (How::shared(), 0, FRAME_BUFFER_LEN + PAGE),
-        (How::shared(), (1 << 40) - PAGE, PAGE),
-        (How::shared().protection(READ), FRAME_BUFFER_LEN, PAGE),
+        (How::shared().private(), 0, page_size()),
+        (How::shared(), FRAME_BUFFER_LEN, page_size()),
+        (
+            How::shared(),
+            FRAME_BUFFER_LEN - page_size(),
+            2 * page_size(),
+        ),
+        (How::shared(), 0, FRAME_BUFFER_LEN + page_size()),
+        (How::shared(), (1 << 40) - page_size(), page_size()),
+        (
+            How::shared().protection(READ),
+            FRAME_BUFFER_LEN,
+            page_size(),
+        ),
     ] {
         let answer = |region: u32| {
             let at = u64::from(region) << 40 | offset;
@@ -533,14 +550,20 @@ fn what_cannot_be_mapped_of_the_bar_cannot_be_mapped_of_the_alias() {
     }
     let how = How::shared().protection(READ);
     let at = u64::from(alias) << 40;
-    how.map(device.as_fd(), at, PAGE).unwrap().read(0).unwrap();
+    how.map(device.as_fd(), at, page_size())
+        .unwrap()
+        .read(0)
+        .unwrap();
 }
 
 #[test]
 fn an_alias_cannot_be_leased() {
     let device = display();
     let alias = device.alias(FRAME_BUFFER, ALIAS_WC).unwrap();
-    assert_eq!(device.export(alias, &[(0, PAGE)]).unwrap_err(), ENODEV);
+    assert_eq!(
+        device.export(alias, &[(0, page_size())]).unwrap_err(),
+        ENODEV
+    );
 }
 
 // ---- It is taken away
@@ -614,7 +637,7 @@ fn threads_that_touch_bar_and_alias_while_memory_comes_and_goes_see_the_type_of_
         (map_region(&device, FRAME_BUFFER), MemoryType::Uncached),
     ];
     let touch = |(map, wanted): &(Map, MemoryType)| {
-        for at in (0..2 * HUGE).step_by(97 * PAGE as usize) {
+        for at in (0..2 * huge_size()).step_by(97 * page_size() as usize) {
             let _ = map.write(at, 1);
             if let Some(found) = probe::memory_type(map, at) {
                 assert_eq!(found, *wanted, "{at:#x}");
@@ -640,7 +663,7 @@ fn revoking_leases_leaves_a_mapping_of_an_alias() {
     let alias = device.alias(FRAME_BUFFER, ALIAS_WC).unwrap();
     let map = map_region(&device, alias);
     map.write(0, 5).unwrap();
-    let lease = device.export(FRAME_BUFFER, &[(0, HUGE)]).unwrap();
+    let lease = device.export(FRAME_BUFFER, &[(0, huge_size())]).unwrap();
     device.revoke(&lease).unwrap();
     assert!(probe::entry(&map, 0).is_some());
     assert_eq!(map.read(0), Ok(5));
@@ -663,7 +686,7 @@ fn aliases_end_with_the_device_fd() {
     assert_eq!(device.region_info(index).map(drop), Err(EINVAL));
     assert_eq!(device.read(index, 0, &mut bytes), Err(EINVAL));
     assert_eq!(device.write(index, 0, &bytes), Err(EINVAL));
-    let answer = How::shared().map(device.as_fd(), u64::from(index) << 40, PAGE);
+    let answer = How::shared().map(device.as_fd(), u64::from(index) << 40, page_size());
     assert_eq!(answer.map(drop), Err(EINVAL));
     // A free index is used again, by whoever asks first.
     assert_eq!(device.alias(2, ALIAS_WC), Ok(index));

@@ -6,9 +6,9 @@ use std::{collections::BTreeSet, fs, os::fd::AsFd, path::Path};
 
 use barlease_abi::FEATURE_DMA_BUF_LIST;
 use barlease_guest_tests::{
-    PAGE,
     errno::EBADFD,
     map::{How, READ_WRITE},
+    page_size,
     parity::{Line, answers, compare},
     pci::{BARLEASE, Function, STOCK, insert, is_module_loaded, unload, unload_module},
     vfio::{Device, GET, PROBE},
@@ -84,10 +84,10 @@ fn the_stock_modules_place_is_taken() {
     device
         .feature(PROBE | GET | u32::from(FEATURE_DMA_BUF_LIST), &mut [])
         .expect("a feature of ours");
-    let lease = device.export(0, &[(0, PAGE)]).expect("a lease");
+    let lease = device.export(0, &[(0, page_size())]).expect("a lease");
     let map = How::shared()
         .protection(READ_WRITE)
-        .map(lease.as_fd(), 0, PAGE)
+        .map(lease.as_fd(), 0, page_size())
         .expect("mmap");
     map.write(0, 7).expect("a store");
     device.revoke(&lease).expect("REVOKE");

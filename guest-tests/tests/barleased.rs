@@ -6,9 +6,9 @@ use std::{fs, os::fd::AsFd, path::Path};
 
 use barlease::pci::Pci;
 use barlease_guest_tests::{
-    PAGE,
     importer::Importer,
     map::{How, Sigbus},
+    page_size,
     pci::{BARLEASE, Function},
     process::{Child, End},
     wait::until,
@@ -52,7 +52,7 @@ fn leases() -> Vec<LeaseInfo> {
 fn rows() -> Acquire {
     let range = Range {
         offset: 0,
-        length: 2 * PAGE,
+        length: 2 * page_size(),
     };
     Acquire::of_ranges("card", 2, vec![range], Access::ReadWrite)
 }
@@ -62,9 +62,9 @@ fn a_lease_goes_to_a_client_and_ends_with_it() {
     let mut daemon = daemon();
     let mut one = client().unwrap();
     let (lease, fd) = one.acquire(&rows()).unwrap();
-    let map = How::shared().map(&fd, 0, 2 * PAGE).unwrap();
-    map.write(PAGE, 0x1234).unwrap();
-    assert_eq!(map.read(PAGE), Ok(0x1234));
+    let map = How::shared().map(&fd, 0, 2 * page_size()).unwrap();
+    map.write(page_size(), 0x1234).unwrap();
+    assert_eq!(map.read(page_size()), Ok(0x1234));
     match client().unwrap().acquire(&rows()) {
         Err(Error::Refused(refusal)) => match *refusal {
             Refusal::Busy { held_by, .. } => {
@@ -77,14 +77,14 @@ fn a_lease_goes_to_a_client_and_ends_with_it() {
     }
     drop(one);
     until("it is taken back", || leases().is_empty());
-    assert_eq!(map.read(PAGE), Err(Sigbus));
+    assert_eq!(map.read(page_size()), Err(Sigbus));
     let mut other = client().unwrap();
     let (_, other) = other.acquire(&rows()).unwrap();
-    let again = How::shared().map(&other, 0, 2 * PAGE).unwrap();
-    assert_eq!(again.read(PAGE), Ok(0x1234));
+    let again = How::shared().map(&other, 0, 2 * page_size()).unwrap();
+    assert_eq!(again.read(page_size()), Ok(0x1234));
     daemon.signal(SIGTERM);
     assert_eq!(daemon.wait(), End::Code(0));
-    assert_eq!(again.read(PAGE), Err(Sigbus));
+    assert_eq!(again.read(page_size()), Err(Sigbus));
 }
 
 #[test]
@@ -107,8 +107,8 @@ fn an_importer_that_does_not_let_go_keeps_the_range_only() {
         other => panic!("{other:?}"),
     }
     let elsewhere = Range {
-        offset: 4 * PAGE,
-        length: PAGE,
+        offset: 4 * page_size(),
+        length: page_size(),
     };
     let elsewhere = Acquire::of_ranges("card", 2, vec![elsewhere], Access::Read);
     let (_, _fd) = other.acquire(&elsewhere).unwrap();

@@ -21,9 +21,10 @@ use barlease::{
 };
 use barlease_abi::{ALIAS_WC, MEMATTR_NC, MEMATTR_WC};
 use barlease_guest_tests::{
-    HUGE, PAGE,
+    huge_size,
     importer::Importer,
     map::{How, READ, Sigbus},
+    page_size,
     pci::{self, Function, STOCK},
     probe,
     process::{self, Child},
@@ -122,8 +123,8 @@ fn lease_show_and_the_doctor_tell_which_type_mappings_have() {
         "0 uncached, 0 write-combining",
         "before"
     );
-    let fd = device.export(BAR, &[(0, HUGE)]).unwrap();
-    let map = || How::shared().map(&fd, 0, 2 * PAGE).unwrap();
+    let fd = device.export(BAR, &[(0, huge_size())]).unwrap();
+    let map = || How::shared().map(&fd, 0, 2 * page_size()).unwrap();
     let uncached = map();
     device.memattr(&fd, MEMATTR_WC).unwrap();
     let combining = [map(), map()];
@@ -143,14 +144,14 @@ fn lease_show_and_the_doctor_tell_which_type_mappings_have() {
     assert_eq!(shown(), [json!("nc"), json!(2), json!(2)]);
     // Splits and children have the type of what they were split from.
     let [mut first, second] = combining;
-    first.unmap(PAGE, PAGE);
-    second.protect(PAGE, PAGE, READ).unwrap();
+    first.unmap(page_size(), page_size());
+    second.protect(page_size(), page_size(), READ).unwrap();
     assert_eq!(shown(), [json!("nc"), json!(3), json!(3)]);
     assert_eq!(mappings(function).found, "0 uncached, 3 write-combining");
     drop((first, second));
     let alias = device.alias(BAR, ALIAS_WC).unwrap();
     let offset = |region: u32| u64::from(region) << 40;
-    let map = |region| How::shared().map(device.as_fd(), offset(region), PAGE);
+    let map = |region| How::shared().map(device.as_fd(), offset(region), page_size());
     let (_bar, _alias) = (map(BAR).unwrap(), map(alias).unwrap());
     assert_eq!(mappings(function).found, "1 uncached, 1 write-combining");
 }
@@ -186,9 +187,9 @@ fn a_lease_is_granted_write_combining_and_with_steering_tags() {
         }
     };
     assert_eq!(lease.info().unwrap().memory_type, MemoryType::Wc);
-    let map = How::shared().map(&lease, 0, HUGE).unwrap();
+    let map = How::shared().map(&lease, 0, huge_size()).unwrap();
     map.touch_all().unwrap();
-    for at in [0, HUGE - PAGE] {
+    for at in [0, huge_size() - page_size()] {
         assert_eq!(
             probe::memory_type(&map, at),
             Some(probe::MemoryType::WriteCombining)
@@ -235,7 +236,7 @@ fn unbinding_ends_a_grant_of_two_leases_at_once() {
             stream.is_ok()
         });
         let lease = Lease::receive(stream.unwrap()).unwrap();
-        How::shared().map(&lease, 0, PAGE).unwrap()
+        How::shared().map(&lease, 0, page_size()).unwrap()
     });
     for map in &maps {
         map.read(0).unwrap();
@@ -275,7 +276,7 @@ fn tags_that_a_device_does_not_complete_end_the_grant() {
     assert!(!fs::exists(socket).unwrap());
     // A client that asks for none gets it.
     let device = Device::open("display");
-    device.export(0, &[(0, PAGE)]).unwrap();
+    device.export(0, &[(0, page_size())]).unwrap();
 }
 
 #[test]
@@ -442,7 +443,7 @@ fn a_grant_in_the_background_of_a_shell_goes_on_and_reads_in_the_foreground() {
         job.join();
     });
     let job = shell.link.receive();
-    let map = How::shared().map(take(socket), 0, PAGE).unwrap();
+    let map = How::shared().map(take(socket), 0, page_size()).unwrap();
     // The shell does not read it. Serving again means that the loop came round with the line
     // waiting.
     terminal.keyboard.write_all(b"revoke\n").unwrap();
@@ -475,7 +476,7 @@ fn a_grant_goes_on_when_nobody_reads_what_it_says() {
         let code = barlease_cli::run(grant);
         assert_eq!(code, std::process::ExitCode::SUCCESS);
     });
-    let map = How::shared().map(take(socket), 0, PAGE).unwrap();
+    let map = How::shared().map(take(socket), 0, page_size()).unwrap();
     drop(take(socket));
     map.read(0).unwrap();
     child.link.send_line("revoke");
@@ -502,7 +503,7 @@ fn a_lease_is_revoked_from_another_shell_and_its_holders_are_listed() {
     ];
     let grant = Command::start(&grant);
     let lease = take(socket);
-    let map = How::shared().map(&lease, 0, PAGE).unwrap();
+    let map = How::shared().map(&lease, 0, page_size()).unwrap();
     let id = barlease::LeaseId::of(&lease).unwrap();
     drop(lease);
     map.read(0).unwrap();

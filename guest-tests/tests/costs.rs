@@ -3,10 +3,10 @@
 #![cfg(barlease_guest)]
 
 use barlease_guest_tests::{
-    HUGE, PAGE,
     allocations::{Kept, Trace},
+    huge_size,
     map::How,
-    observe,
+    observe, page_size,
     pci::{BARLEASE, STOCK},
     vfio::Device,
 };
@@ -17,8 +17,8 @@ const BAR: u32 = 2;
 /// The faults that the first touch of every page of a mapping of a BAR or a lease takes.
 fn faults(driver: &str, skew: u64) -> i64 {
     let device = Device::open_with("memory", driver);
-    let how = How::shared().align(HUGE).skew(skew);
-    let size = 8 * HUGE;
+    let how = How::shared().align(huge_size()).skew(skew);
+    let size = 8 * huge_size();
     let map = if driver == STOCK {
         how.map(&device, u64::from(BAR) << 40, size)
     } else {
@@ -37,8 +37,8 @@ fn an_aligned_mapping_takes_no_more_faults_than_with_stock() {
 
 #[test]
 fn a_skewed_mapping_takes_a_fault_for_256_of_stocks() {
-    let [ours, stock] = [BARLEASE, STOCK].map(|driver| faults(driver, PAGE));
-    assert_eq!(stock, (8 * HUGE / PAGE) as i64);
+    let [ours, stock] = [BARLEASE, STOCK].map(|driver| faults(driver, page_size()));
+    assert_eq!(stock, (8 * huge_size() / page_size()) as i64);
     assert!(ours * 256 <= stock, "{ours} and {stock}");
 }
 
@@ -46,7 +46,9 @@ fn a_skewed_mapping_takes_a_fault_for_256_of_stocks() {
 /// `None` on a kernel that cannot say.
 fn kept(driver: &str, ranges: u64) -> Option<Kept> {
     let device = Device::open_with("memory", driver);
-    let ranges: Vec<_> = (0..ranges).map(|range| (range * 2 * PAGE, PAGE)).collect();
+    let ranges: Vec<_> = (0..ranges)
+        .map(|range| (range * 2 * page_size(), page_size()))
+        .collect();
     let trace = Trace::new()?;
     let kept = (0..5).map(|_| trace.of(|| device.export(BAR, &ranges).unwrap()).1);
     kept.min()

@@ -12,9 +12,9 @@ use std::{
 
 use barlease_abi::{ALIAS_WC, REASON_RESET};
 use barlease_guest_tests::{
-    PAGE,
     errno::{EFAULT, EINVAL, EIO},
     lease::State,
+    page_size,
     pci::Function,
     race::meanwhile,
     vfio::{
@@ -111,7 +111,7 @@ fn the_door_is_shut_while_memory_is_off() {
 #[test]
 fn the_door_is_shut_during_a_reset_through_sysfs() {
     let (witness, device, regions) = setup();
-    let lease = device.export(MEMORY, &[(0, PAGE)]).unwrap();
+    let lease = device.export(MEMORY, &[(0, page_size())]).unwrap();
     // The log cannot be asked during the reset: that takes a read of config space, which waits for
     // its end.
     let before = accesses(witness);
@@ -180,7 +180,7 @@ fn sleeps(function: &Function) {
 #[test]
 fn an_access_in_low_power_wakes_the_device_for_its_duration() {
     let (witness, device, regions) = setup();
-    let lease = device.export(MEMORY, &[(0, PAGE)]).unwrap();
+    let lease = device.export(MEMORY, &[(0, page_size())]).unwrap();
     assert_eq!(device.feature(SET | LOW_POWER_ENTRY, &mut []), Ok(0));
     for _ in 0..3 {
         sleeps(device.function());
@@ -199,7 +199,7 @@ fn an_access_in_low_power_wakes_the_device_for_its_duration() {
 #[test]
 fn an_access_in_low_power_with_wake_up_ends_it() {
     let (witness, device, regions) = setup();
-    let lease = device.export(MEMORY, &[(0, PAGE)]).unwrap();
+    let lease = device.export(MEMORY, &[(0, page_size())]).unwrap();
     let event = barlease_guest_tests::process::eventfd();
     let number = std::os::fd::AsRawFd::as_raw_fd(&event);
     let mut payload = [0; 8];

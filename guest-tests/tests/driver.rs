@@ -17,7 +17,7 @@ use barlease::{
     pci::Pci,
 };
 use barlease_guest_tests::{
-    PAGE, observe,
+    observe, page_size,
     pci::{self, BARLEASE, Function},
     vfio,
 };
@@ -167,7 +167,7 @@ fn memory_for_dma_is_shared_with_the_device() {
     };
     assert!(!allowed(interrupts) && allowed(0x10_0000), "{ranges:x?}");
     let options = DmaOptions::new().below(1 << 32);
-    let [from, to] = [(); 2].map(|()| options.allocate(iommu, PAGE).unwrap());
+    let [from, to] = [(); 2].map(|()| options.allocate(iommu, page_size()).unwrap());
     from.copy_from(0, b"by way of the device").unwrap();
     edu.transfer(from.iova(), to.iova() + 0x80, 20);
     let mut back = [0; 20];
@@ -177,27 +177,30 @@ fn memory_for_dma_is_shared_with_the_device() {
     let file = to.as_fd().try_clone_to_owned().unwrap();
     let at = 0x4000_0000;
     let mapping = iommu
-        .map_file(&file, 0..PAGE, at, DmaAccess::ReadWrite)
+        .map_file(&file, 0..page_size(), at, DmaAccess::ReadWrite)
         .unwrap();
     edu.transfer(from.iova(), at + 0x200, 8);
     assert_eq!(
         to.read::<u64>(0x200).unwrap(),
         u64::from_ne_bytes(*b"by way o")
     );
-    assert_error!(iommu.map_file(&file, 0..PAGE, at, DmaAccess::Read), Busy);
+    assert_error!(
+        iommu.map_file(&file, 0..page_size(), at, DmaAccess::Read),
+        Busy
+    );
     mapping.unmap().unwrap();
     iommu
-        .map_file(&file, 0..PAGE, at, DmaAccess::Read)
+        .map_file(&file, 0..page_size(), at, DmaAccess::Read)
         .unwrap()
         .unmap()
         .unwrap();
     assert_error!(
-        iommu.map_file(&file, 0..PAGE, interrupts, DmaAccess::Read),
+        iommu.map_file(&file, 0..page_size(), interrupts, DmaAccess::Read),
         Invalid
     );
     // A container keeps what it has mapped of a lease, so it gets none.
     let display = open("display");
-    let lease = display.export(0).range(..PAGE).export().unwrap();
+    let lease = display.export(0).range(..page_size()).export().unwrap();
     if iommu.ioas().is_none() {
         assert_error!(iommu.map_lease(&lease, None, DmaAccess::Read), Unsupported);
     }
@@ -219,7 +222,7 @@ fn functions_of_one_group_share_an_address_space() {
     let edu = Edu::new(OpenOptions::new().iommu(&iommu).open(bdf("edu")).unwrap());
     let buffer = DmaOptions::new()
         .below(1 << 32)
-        .allocate(&iommu, PAGE)
+        .allocate(&iommu, page_size())
         .unwrap();
     buffer.write(0, 7u32).unwrap();
     edu.transfer(buffer.iova(), buffer.iova() + 64, 4);
@@ -290,12 +293,14 @@ fn what_is_said_to_be_exportable_is_exported_and_nothing_else_is_missing() {
         let (bar, table) = msix.table;
         let size = device.region(bar.into()).unwrap().size;
         let ranges = device.exportable_ranges(bar.into()).unwrap();
-        for page in (0..size / PAGE).map(|number| number * PAGE) {
+        for page in (0..size / page_size()).map(|number| number * page_size()) {
             let free = ranges
                 .iter()
                 .any(|range| range.offset <= page && page < range.offset + range.length);
             let touched = [msix.table, msix.pending].iter().any(|(its, range)| {
-                *its == bar && range.offset < page + PAGE && page < range.offset + range.length
+                *its == bar
+                    && range.offset < page + page_size()
+                    && page < range.offset + range.length
             });
             assert_eq!(free, !touched, "{name} {page:#x}");
         }
@@ -303,8 +308,11 @@ fn what_is_said_to_be_exportable_is_exported_and_nothing_else_is_missing() {
             let lease = device.export(bar.into()).export().unwrap();
             assert_eq!(lease.info().unwrap().ranges, ranges);
         }
-        let page = table.offset & !(PAGE - 1);
-        let export = device.export(bar.into()).range(page..page + PAGE).export();
+        let page = table.offset & !(page_size() - 1);
+        let export = device
+            .export(bar.into())
+            .range(page..page + page_size())
+            .export();
         match pci::module_attribute("parameters/msix_export").as_deref() {
             Ok("auto" | "always") => drop(export),
             _ => assert_error!(export, Denied),
@@ -327,7 +335,7 @@ fn a_hot_reset_takes_leases_away_from_every_function_of_its_set() {
     config
         .update_command(|command| command | Command::MEMORY)
         .unwrap();
-    let lease = leases.export(4).range(..PAGE).export().unwrap();
+    let lease = leases.export(4).range(..page_size()).export().unwrap();
     assert_eq!(leases.status(&lease).unwrap().state, State::Ok);
     let changes = leases.events().unwrap();
     first.hot_reset(&[]).unwrap();
@@ -367,7 +375,7 @@ fn a_descriptor_is_all_that_leases_need() {
     let theirs = vfio::Device::open("display");
     let leases = Leases::new(theirs.as_fd()).unwrap();
     assert_eq!(leases.bdf().to_string(), theirs.function().bdf);
-    let lease = leases.export(0).range(0..2 * PAGE).export().unwrap();
+    let lease = leases.export(0).range(0..2 * page_size()).export().unwrap();
     lease.set_name("of another crate").unwrap();
     let mapping = lease.map_guarded().unwrap();
     mapping.write(0, 0x600du32).unwrap();
@@ -394,14 +402,14 @@ fn a_container_with_devices_in_it_is_taken_over() {
     let edu = Edu::new(device.with_iommu(&iommu));
     let buffer = DmaOptions::new()
         .below(1 << 32)
-        .allocate(&iommu, PAGE)
+        .allocate(&iommu, page_size())
         .unwrap();
     buffer.write(0, 9u32).unwrap();
     edu.transfer(buffer.iova(), buffer.iova() + 64, 4);
     assert_eq!(buffer.read::<u32>(64).unwrap(), 9);
     // The kernel tells the ranges that they have mapped, and the caller that names them keeps them
     // free.
-    assert!(!iommu.reserve(buffer.iova(), PAGE));
+    assert!(!iommu.reserve(buffer.iova(), page_size()));
     let [other, _] = ["virtio", "neighbour"].map(bdf);
     let device = OpenOptions::new().iommu(&iommu).open(other).unwrap();
     assert_eq!(device.bdf(), other);
@@ -431,7 +439,7 @@ fn a_virtual_function_is_opened_with_the_token_of_its_physical_one() {
     let wrong = VfToken::from_bytes([1; 16]);
     assert_error!(OpenOptions::new().vf_token(wrong).open(function), Denied);
     let device = OpenOptions::new().vf_token(token).open(function).unwrap();
-    let lease = device.export(0).range(..PAGE).export().unwrap();
+    let lease = device.export(0).range(..page_size()).export().unwrap();
     assert_eq!(device.status(&lease).unwrap().state, State::Ok);
     drop(device);
     fs::write(attribute("sriov_numvfs"), "0").unwrap();
@@ -458,14 +466,14 @@ fn all_leases_are_listed_and_revoked_by_their_ids() {
         .map(|n| {
             leases
                 .export(0)
-                .range(n * PAGE..(n + 1) * PAGE)
+                .range(n * page_size()..(n + 1) * page_size())
                 .export()
                 .unwrap()
         })
         .collect();
     let named = leases
         .export(0)
-        .range(..2 * PAGE)
+        .range(..2 * page_size())
         .read_only()
         .export()
         .unwrap();
@@ -485,7 +493,7 @@ fn all_leases_are_listed_and_revoked_by_their_ids() {
         .iter()
         .find(|record| record.name.as_deref() == Some("the last"))
         .unwrap();
-    assert_eq!((last.size, last.ranges, last.bar), (2 * PAGE, 1, 0));
+    assert_eq!((last.size, last.ranges, last.bar), (2 * page_size(), 1, 0));
     assert!(
         !last.writable && last.state == State::Ok && last.mappings == 1,
         "{last:?}"
@@ -508,7 +516,7 @@ fn changes_of_leases_are_signalled() {
     let device = open("display");
     let leases = device.leases();
     let event = leases.events().unwrap();
-    let lease = leases.export(0).range(..PAGE).export().unwrap();
+    let lease = leases.export(0).range(..page_size()).export().unwrap();
     let set_memory = |on| {
         let config = device.config().unwrap();
         config
@@ -542,13 +550,13 @@ fn changes_of_leases_are_signalled() {
 fn a_buffer_that_is_dropped_is_out_of_reach() {
     let device = open("edu");
     let iommu = device.require_iommu().unwrap();
-    let buffer = DmaBuffer::new(iommu, 3 * PAGE).unwrap();
+    let buffer = DmaBuffer::new(iommu, 3 * page_size()).unwrap();
     let at = buffer.iova();
     drop(buffer);
     // Its address is free again, and nothing of it is left mapped: the kernel refuses an overlap.
     let again = DmaOptions::new()
         .iova(at)
-        .allocate(iommu, 3 * PAGE)
+        .allocate(iommu, 3 * page_size())
         .unwrap();
     assert_eq!(again.iova(), at);
     assert_eq!(again.read::<u64>(0).unwrap(), 0);

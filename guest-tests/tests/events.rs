@@ -13,11 +13,11 @@ use std::{
 
 use barlease_abi::{REASON_LOW_POWER, REASON_MEMORY_OFF};
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::{EINVAL, EIO},
+    huge_size,
     lease::State,
     map::{How, Map, Sigbus},
-    observe, process, race,
+    observe, page_size, process, race,
     vfio::{
         COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER, COMMAND_MEMORY, CONFIG_REGION, Device,
         IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, LOW_POWER_ENTRY,
@@ -44,11 +44,16 @@ fn leased(name: &str) -> Leased {
     if name == "nvme" {
         enable_cmb(&device);
     }
-    let fd = device.export(bar, &[(0, 2 * HUGE)]).unwrap();
-    let map = How::shared().align(HUGE).map(&fd, 0, 2 * HUGE).unwrap();
+    let fd = device.export(bar, &[(0, 2 * huge_size())]).unwrap();
+    let map = How::shared()
+        .align(huge_size())
+        .map(&fd, 0, 2 * huge_size())
+        .unwrap();
     map.touch_all().unwrap();
-    let page = device.export(bar, &[(2 * HUGE, PAGE)]).unwrap();
-    let page = Map::new(page, PAGE).unwrap();
+    let page = device
+        .export(bar, &[(2 * huge_size(), page_size())])
+        .unwrap();
+    let page = Map::new(page, page_size()).unwrap();
     page.touch_all().unwrap();
     Leased {
         device,
@@ -74,8 +79,8 @@ impl Leased {
         assert_eq!(self.state(), expected);
         let touches = [
             self.map.read(0),
-            self.map.read(2 * HUGE - 4),
-            self.map.write(PAGE, 5).map(|()| 0),
+            self.map.read(2 * huge_size() - 4),
+            self.map.write(page_size(), 5).map(|()| 0),
             self.page.read(0),
         ];
         for touch in touches {
@@ -89,7 +94,7 @@ impl Leased {
 
     /// The page faults that touching everything costs: none as long as nothing was taken away.
     fn faults(&self) -> i64 {
-        let other = Map::anonymous(PAGE);
+        let other = Map::anonymous(page_size());
         other.touch_all().unwrap();
         observe::faults_of(|| {
             self.map.touch_all().unwrap();
@@ -218,9 +223,9 @@ fn a_write_from_unreadable_memory_changes_nothing() {
 fn a_buffer_exported_while_memory_is_off_is_born_revoked() {
     let leased = leased("display");
     leased.device.set_memory(false);
-    let fd = leased.device.export(0, &[(0, HUGE)]).unwrap();
+    let fd = leased.device.export(0, &[(0, huge_size())]).unwrap();
     assert_eq!(leased.device.state(&fd), MEMORY_OFF);
-    let map = Map::new(&fd, HUGE).unwrap();
+    let map = Map::new(&fd, huge_size()).unwrap();
     assert_eq!(map.read(0), Err(Sigbus));
     leased.device.set_memory(true);
     assert_eq!(leased.device.state(&fd), State::Ok);
@@ -231,7 +236,7 @@ fn a_buffer_exported_while_memory_is_off_is_born_revoked() {
 fn a_bar_mapped_while_memory_is_off_is_there_when_it_is_on() {
     let leased = leased("display");
     leased.device.set_memory(false);
-    let bar = How::shared().map(&leased.device, 0, HUGE).unwrap();
+    let bar = How::shared().map(&leased.device, 0, huge_size()).unwrap();
     assert_eq!(bar.read(0), Err(Sigbus));
     leased.device.set_memory(true);
     bar.touch_all().unwrap();
@@ -243,7 +248,7 @@ fn a_device_that_is_opened_has_memory_on() {
     leased.device.set_memory(false);
     drop(leased);
     let device = Device::open("display");
-    let fd = device.export(0, &[(0, PAGE)]).unwrap();
+    let fd = device.export(0, &[(0, page_size())]).unwrap();
     let on = device.command() & COMMAND_MEMORY != 0;
     let expected = if on { State::Ok } else { MEMORY_OFF };
     assert_eq!(device.state(&fd), expected);
@@ -349,7 +354,7 @@ fn reads_and_other_ioctls_leave_buffers_alone() {
         device.set_irqs(MSIX_IRQ, flags, 0, &[]).unwrap();
     });
     leased.is_left_alone_by("features", || {
-        let other = device.export(leased.bar, &[(0, PAGE)]).unwrap();
+        let other = device.export(leased.bar, &[(0, page_size())]).unwrap();
         device.status(&other).unwrap();
         device.revoke(&other).unwrap();
         for feature in 0..14 {
@@ -358,7 +363,7 @@ fn reads_and_other_ioctls_leave_buffers_alone() {
     });
     leased.is_left_alone_by("an mmap of the BAR", || {
         let bar = How::shared()
-            .map(device, u64::from(leased.bar) << 40, HUGE)
+            .map(device, u64::from(leased.bar) << 40, huge_size())
             .unwrap();
         bar.touch_all().unwrap();
     });
@@ -474,8 +479,8 @@ fn d3hot_takes_away_and_d0_gives_back() {
 #[test]
 fn d3hot_of_igb_takes_its_bar_away() {
     let device = Device::open("igb");
-    let fd = device.export(0, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(0, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     let status = map.read(8).unwrap();
     device.set_power_state(3);
     assert_eq!(device.state(&fd), LOW_POWER);
@@ -558,8 +563,8 @@ fn memory_on_in_d3hot_gives_nothing_back() {
 fn a_buffer_exported_in_d3hot_is_born_revoked() {
     let leased = leased("nvme");
     leased.device.set_power_state(3);
-    let fd = leased.device.export(2, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = leased.device.export(2, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     assert_eq!(leased.device.state(&fd), LOW_POWER);
     assert_eq!(map.read(0), Err(Sigbus));
     leased.device.set_power_state(0);
@@ -667,8 +672,8 @@ fn low_power_with_wake_up_ends_at_the_next_access() {
             leased.device.info().unwrap();
         }),
         ("an export", &|| {
-            let fd = leased.device.export(2, &[(0, PAGE)]).unwrap();
-            Map::new(&fd, PAGE).unwrap().read(0).unwrap();
+            let fd = leased.device.export(2, &[(0, page_size())]).unwrap();
+            Map::new(&fd, page_size()).unwrap().read(0).unwrap();
         }),
     ];
     for (what, access) in accesses {
@@ -845,8 +850,8 @@ fn low_power_from_d3hot_and_back() {
 fn a_buffer_exported_in_low_power_is_born_revoked() {
     let leased = leased("nvme");
     enter_low_power(&leased.device);
-    let fd = leased.device.export(2, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = leased.device.export(2, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     assert_eq!(leased.device.state(&fd), LOW_POWER);
     assert_eq!(map.read(0), Err(Sigbus));
     leave_low_power(&leased.device);
@@ -901,8 +906,10 @@ fn leases_by_the_hundred_are_all_taken_away() {
     let device = Device::open("display");
     observe::wait_for_buffers(device.function(), 0);
     let lease = |number: u64| {
-        let fd = device.export(0, &[(number * PAGE, PAGE)]).unwrap();
-        let map = Map::new(&fd, PAGE).unwrap();
+        let fd = device
+            .export(0, &[(number * page_size(), page_size())])
+            .unwrap();
+        let map = Map::new(&fd, page_size()).unwrap();
         map.write(0, number as u32).unwrap();
         (number, fd, map)
     };

@@ -12,12 +12,12 @@ use std::{
 
 use barlease_abi::{FEATURE_EVENTS, REASON_LOW_POWER, REASON_MEMORY_OFF, STATE_OK, STATE_REVOKED};
 use barlease_guest_tests::{
-    PAGE,
     buffers::{Events, id_of},
     errno::{EBADF, EFAULT, EINVAL},
     importer::{Importer, check_that_nothing_is_left},
     lease::{self, State, no_such_fd},
     map::{How, Map},
+    page_size,
     pci::{BARLEASE, Function},
     process::{self, Child},
     race,
@@ -34,7 +34,7 @@ fn open() -> Device {
 }
 
 fn export(device: &Device) -> OwnedFd {
-    device.export(BAR, &[(0, PAGE)]).expect("an export")
+    device.export(BAR, &[(0, page_size())]).expect("an export")
 }
 
 /// Has something happen, and waits for the event.
@@ -229,7 +229,7 @@ fn the_end_of_a_buffer_signals_once_it_has_disappeared() {
     end("close", id, &mut || drop(copy.take()));
     let fd = export(&device);
     let id = id_of(&fd);
-    let mut map = Map::new(fd, PAGE).ok();
+    let mut map = Map::new(fd, page_size()).ok();
     assert!(map.is_some());
     end("munmap", id, &mut || drop(map.take()));
     let fd = export(&device);
@@ -250,7 +250,7 @@ fn the_end_of_a_buffer_signals_once_it_has_disappeared() {
     end("close of a dead one", id, &mut || drop(fd.take()));
     // And a mapping of the BAR.
     let at = u64::from(BAR) << 40;
-    let mut map = How::shared().map(&device, at, PAGE).ok();
+    let mut map = How::shared().map(&device, at, page_size()).ok();
     let id = device.records().first().expect("an internal buffer").id;
     end("munmap of the BAR", id, &mut || drop(map.take()));
 }
@@ -323,7 +323,7 @@ fn nothing_that_changes_is_missed_by_who_looks_after_each_signal_only() {
 fn other_devices_signal_nothing() {
     let device = open();
     let other = Device::open("display");
-    let fd = other.export(0, &[(0, PAGE)]).unwrap();
+    let fd = other.export(0, &[(0, page_size())]).unwrap();
     let events = device.events();
     events.settle();
     other.set_memory(false);

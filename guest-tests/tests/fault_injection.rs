@@ -17,14 +17,15 @@ use std::{
 
 use barlease_abi::{ALIAS_WC, FEATURE_DMA_BUF_STOCK, MEMATTR_WC, REASON_MEMORY_OFF, REVOKE_NOWAIT};
 use barlease_guest_tests::{
-    HUGE, PAGE,
     attributes::no_tags,
     buffers::{List, RECORD, id_of},
     errno::{Answer, EAGAIN, EFAULT, EINVAL, EIO, ENODEV, ENOMEM, Errno},
     faults::{self, Faults, Ledger, Memory, Trial},
+    huge_size,
     importer::{self, Attachment, Domain, Importer, check_that_nothing_is_left},
     lease::{Request, State},
     map::{How, Map, Sigbus},
+    page_size,
     pci::{self, BARLEASE, Function},
     probe, process,
     vfio::{Device, Group},
@@ -72,7 +73,9 @@ impl Bench {
 
 /// Ranges of a page each with a page between them, so that no two are one.
 fn scattered(number: u64) -> Vec<(u64, u64)> {
-    (0..number).map(|at| (2 * at * PAGE, PAGE)).collect()
+    (0..number)
+        .map(|at| (2 * at * page_size(), page_size()))
+        .collect()
 }
 
 /// A request of feature 11 with its header, made ready before an allocation fails.
@@ -101,7 +104,7 @@ fn memory() -> Device {
         BAR_LEN,
     );
     let bar = bar.expect("a mapping");
-    for page in (0..2 * HUGE).step_by(PAGE as usize) {
+    for page in (0..2 * huge_size()).step_by(page_size() as usize) {
         bar.write(page, WORD).expect("a BAR");
     }
     device
@@ -110,17 +113,17 @@ fn memory() -> Device {
 #[test]
 fn exporting() {
     let device = memory();
-    let one = payload(&Request::new(BAR, &[(0, HUGE)]));
+    let one = payload(&Request::new(BAR, &[(0, huge_size())]));
     let some = payload(&Request::new(BAR, &scattered(300)));
-    let most = payload(&Request::new(BAR, &[(0, PAGE); 65_536]));
+    let most = payload(&Request::new(BAR, &[(0, page_size()); 65_536]));
     let warm_up = || drop(device.request_shared(&one));
     let Some(bench) = Bench::new(&[device.function()], warm_up) else {
         return;
     };
     for (name, payload, size) in [
-        ("export of 1 range", &one, HUGE),
-        ("export of 300 ranges", &some, 300 * PAGE),
-        ("export of 65536 ranges", &most, 65_536 * PAGE),
+        ("export of 1 range", &one, huge_size()),
+        ("export of 300 ranges", &some, 300 * page_size()),
+        ("export of 65536 ranges", &most, 65_536 * page_size()),
     ] {
         let points = bench.trial(name).run_on(
             || (),
@@ -145,12 +148,12 @@ fn what_is_asked_of_a_lease() {
     let Some(bench) = Bench::new(&[device.function()], || ()) else {
         return;
     };
-    let lease = || device.export(BAR, &[(0, PAGE)]).expect("an export");
+    let lease = || device.export(BAR, &[(0, page_size())]).expect("an export");
     bench.trial("STATUS").never_fails().run_on(
         lease,
         |fd| device.status(&*fd),
         |_, status| {
-            assert_eq!(status.size, PAGE);
+            assert_eq!(status.size, page_size());
         },
     );
     bench.trial("MEMATTR").never_fails().run_on(
@@ -203,7 +206,7 @@ fn steering_tags() {
         return;
     };
     bench.trial("TPH").never_fails().run_on(
-        || device.export(0, &[(0, PAGE)]).expect("an export"),
+        || device.export(0, &[(0, page_size())]).expect("an export"),
         |fd| device.tph(&*fd, no_tags()),
         |_, ()| (),
     );
@@ -252,7 +255,7 @@ fn opening_and_closing_the_device() {
         || (),
         |()| open(),
         |(), device| {
-            let lease = device.export(BAR, &[(0, PAGE)]);
+            let lease = device.export(BAR, &[(0, page_size())]);
             last = lease.map(|fd| assert_eq!(device.state(&fd), State::Ok));
             if last != Ok(()) {
                 assert_eq!(last, Err(ENODEV));
@@ -265,8 +268,8 @@ fn opening_and_closing_the_device() {
     assert!(points.refused > 0, "{points}");
     let leases = || {
         let device = open().expect("a device");
-        let fd = device.export(BAR, &[(0, PAGE)]).expect("an export");
-        let map = Map::new(&fd, PAGE).expect("a mapping");
+        let fd = device.export(BAR, &[(0, page_size())]).expect("an export");
+        let map = Map::new(&fd, page_size()).expect("a mapping");
         assert_eq!(map.read(0).map(drop), Ok(()));
         (Some(device), fd, map)
     };
@@ -284,15 +287,15 @@ fn opening_and_closing_the_device() {
 #[test]
 fn mapping_into_a_process() {
     let device = memory();
-    let fd = device.export(BAR, &[(0, HUGE)]).expect("an export");
+    let fd = device.export(BAR, &[(0, huge_size())]).expect("an export");
     let alias = u64::from(device.alias(BAR, ALIAS_WC).expect("an alias"));
-    let Some(bench) = Bench::new(&[device.function()], || drop(Map::new(&fd, HUGE))) else {
+    let Some(bench) = Bench::new(&[device.function()], || drop(Map::new(&fd, huge_size()))) else {
         return;
     };
     let works = |map: &Map| assert_eq!(map.read(0), Ok(WORD));
     let points = bench.trial("mmap of a lease").run_on(
         || (),
-        |()| Map::new(&fd, HUGE),
+        |()| Map::new(&fd, huge_size()),
         |(), map| works(&map),
     );
     assert!(points.refused > 0, "{points}");
@@ -302,14 +305,14 @@ fn mapping_into_a_process() {
     ] {
         let points = bench.trial(name).run_on(
             || (),
-            |()| How::shared().map(&device, region << 40, HUGE),
+            |()| How::shared().map(&device, region << 40, huge_size()),
             |(), map| works(&map),
         );
         assert!(points.refused > 0, "{points}");
     }
-    let lease = || Map::new(&fd, HUGE).expect("a mapping");
+    let lease = || Map::new(&fd, huge_size()).expect("a mapping");
     let bar = || {
-        let map = How::shared().map(&device, u64::from(BAR) << 40, HUGE);
+        let map = How::shared().map(&device, u64::from(BAR) << 40, huge_size());
         map.expect("a mapping")
     };
     let ways: [(&str, &dyn Fn() -> Map); 2] = [("a lease", &lease), ("a BAR", &bar)];
@@ -317,10 +320,10 @@ fn mapping_into_a_process() {
         let trial_name = format!("split of a mapping of {name}");
         let points = bench.trial(&trial_name).run_on(
             prepare,
-            |map| map.try_unmap(4 * PAGE, PAGE),
+            |map| map.try_unmap(4 * page_size(), page_size()),
             |map, ()| {
                 assert_eq!(map.read(0), Ok(WORD));
-                assert_eq!(map.read(5 * PAGE), Ok(WORD));
+                assert_eq!(map.read(5 * page_size()), Ok(WORD));
             },
         );
         assert!(points.refused > 0, "{points}");
@@ -353,7 +356,9 @@ fn mapping_into_a_process() {
 fn touching_a_mapping() {
     let device = memory();
     let lease = |write_combining: bool| {
-        let fd = device.export(BAR, &[(0, 2 * HUGE)]).expect("an export");
+        let fd = device
+            .export(BAR, &[(0, 2 * huge_size())])
+            .expect("an export");
         if write_combining {
             device.memattr(&fd, MEMATTR_WC).expect("write-combining");
         }
@@ -366,17 +371,29 @@ fn touching_a_mapping() {
     };
     // Alone in its GiB of addresses, a mapping needs page tables of its own on each level.
     let alone = How::shared().align(GIB);
-    let crooked = alone.skew(PAGE);
+    let crooked = alone.skew(page_size());
     for (name, fd, how, len, entry) in [
-        ("touch of a page", &uncached, alone, PAGE, PAGE),
-        ("touch of 2 MiB", &uncached, alone, HUGE, HUGE),
-        ("touch of a run of pages", &uncached, crooked, HUGE, PAGE),
+        (
+            "touch of a page",
+            &uncached,
+            alone,
+            page_size(),
+            page_size(),
+        ),
+        ("touch of 2 MiB", &uncached, alone, huge_size(), huge_size()),
+        (
+            "touch of a run of pages",
+            &uncached,
+            crooked,
+            huge_size(),
+            page_size(),
+        ),
         (
             "touch of write-combining pages",
             &write_combining,
             alone,
-            HUGE,
-            PAGE,
+            huge_size(),
+            page_size(),
         ),
     ] {
         let map = || how.map(fd, 0, len).expect("a mapping");
@@ -420,7 +437,7 @@ fn mapped(importer: &Importer, fd: &OwnedFd) -> Attachment {
 fn importing(reaches: impl Fn(&Attachment)) {
     let device = memory();
     let importer = Importer::open();
-    let one = device.export(BAR, &[(0, HUGE)]).expect("an export");
+    let one = device.export(BAR, &[(0, huge_size())]).expect("an export");
     let many = device.export(BAR, &scattered(300)).expect("an export");
     let warm_up = || drop([&one, &many].map(|fd| mapped(&importer, fd)));
     let Some(bench) = Bench::new(&[device.function()], warm_up) else {
@@ -473,7 +490,7 @@ fn importing(reaches: impl Fn(&Attachment)) {
 #[test]
 fn importing_through_the_iommu() {
     importing(|attachment| {
-        let bytes = attachment.read(PAGE, 4);
+        let bytes = attachment.read(page_size(), 4);
         assert_eq!(bytes, Ok(WORD.to_ne_bytes().to_vec()));
     });
 }
@@ -492,7 +509,7 @@ fn taking_away() {
     let importer = Importer::open();
     let leased = || {
         let fd = device.export(BAR, &scattered(20)).expect("an export");
-        let map = Map::new(&fd, 20 * PAGE).expect("a mapping");
+        let map = Map::new(&fd, 20 * page_size()).expect("a mapping");
         assert_eq!(map.touch_all(), Ok(()));
         let attachment = mapped(&importer, &fd);
         (fd, map, attachment)

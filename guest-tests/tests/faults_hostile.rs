@@ -8,12 +8,12 @@ use std::{
 
 use barlease_abi::MEMATTR_WC;
 use barlease_guest_tests::{
-    HUGE, PAGE,
     cgroup::Cgroup,
     holder::{self, Slow},
+    huge_size,
     importer::check_that_nothing_is_left,
     map::{How, Map, READ, READ_WRITE},
-    observe,
+    observe, page_size,
     probe::{self, MemoryType},
     process::{self, Child, End},
     vfio::Device,
@@ -26,20 +26,23 @@ const FRAME_BUFFER: u32 = 0;
 
 /// Each kind of mapping of the first 4 MiB of a BAR, with a name.
 fn kinds(device: &Device) -> Vec<(&'static str, Map)> {
-    let len = 2 * HUGE;
+    let len = 2 * huge_size();
     let lease = || device.export(FRAME_BUFFER, &[(0, len)]).unwrap();
-    let aligned = How::shared().align(HUGE);
+    let aligned = How::shared().align(huge_size());
     let wc = lease();
     device.memattr(&wc, MEMATTR_WC).unwrap();
     let bar = device.region_info(FRAME_BUFFER).unwrap().offset;
     vec![
         ("2 MiB", aligned.map(lease(), 0, len).unwrap()),
-        ("pages", aligned.skew(PAGE).map(lease(), 0, len).unwrap()),
+        (
+            "pages",
+            aligned.skew(page_size()).map(lease(), 0, len).unwrap(),
+        ),
         ("write-combining", aligned.map(wc, 0, len).unwrap()),
         ("BAR", aligned.map(device, bar, len).unwrap()),
         (
             "BAR in pages",
-            aligned.skew(PAGE).map(device, bar, len).unwrap(),
+            aligned.skew(page_size()).map(device, bar, len).unwrap(),
         ),
     ]
 }
@@ -55,15 +58,15 @@ fn a_store_is_served_while_the_kernel_keeps_track_of_stores() {
             fs::write("/proc/self/clear_refs", "4").expect("clear_refs");
             // Where nothing is yet, where a load was before, and where the protection was changed.
             assert_eq!(map.write(0, 1), Ok(()));
-            map.read(HUGE).expect("a load");
-            let faults = observe::faults_of(|| assert_eq!(map.write(HUGE, 2), Ok(())));
+            map.read(huge_size()).expect("a load");
+            let faults = observe::faults_of(|| assert_eq!(map.write(huge_size(), 2), Ok(())));
             assert_eq!(
                 faults, 0,
                 "{name}: the load brought in an entry that is writable"
             );
             map.protect(0, map.len(), READ).expect("mprotect");
             map.protect(0, map.len(), READ_WRITE).expect("mprotect");
-            assert_eq!(map.write(HUGE + PAGE, 3), Ok(()));
+            assert_eq!(map.write(huge_size() + page_size(), 3), Ok(()));
             // The kernel stores, too.
             map.receive_zeros().expect("read(2)");
         });
@@ -96,19 +99,24 @@ fn entries_are_writable_while_the_kernel_keeps_track_of_stores() {
 #[test]
 fn a_process_that_has_turned_off_huge_pages_gets_large_entries_of_device_memory() {
     let device = Device::open("display");
-    let fd = device.export(FRAME_BUFFER, &[(0, 4 * HUGE)]).unwrap();
-    let map = How::shared().align(HUGE).map(&fd, 0, 4 * HUGE).unwrap();
+    let fd = device
+        .export(FRAME_BUFFER, &[(0, 4 * huge_size())])
+        .unwrap();
+    let map = How::shared()
+        .align(huge_size())
+        .map(&fd, 0, 4 * huge_size())
+        .unwrap();
     Child::start(&[], |_| {
         process::turn_off_huge_pages();
         let faults = observe::faults_of(|| map.touch_all().expect("a load"));
         // And some of the child's own memory, which it shares with its parent at first.
         assert!((4..32).contains(&faults), "{faults} faults");
-        for at in [0, HUGE + PAGE, 4 * HUGE - PAGE] {
+        for at in [0, huge_size() + page_size(), 4 * huge_size() - page_size()] {
             let entry = probe::entry(&map, at).expect("an entry");
             let size = if observe::has_entries_above_pages() {
-                HUGE
+                huge_size()
             } else {
-                PAGE
+                page_size()
             };
             assert_eq!(entry.size, size, "{entry:?}");
         }
@@ -166,7 +174,7 @@ fn longest_wait(device: &Device) -> Duration {
 
 #[test]
 fn a_holder_that_sleeps_for_page_tables_does_not_delay_the_owner() {
-    memory_is_taken_from_a_holder_that_sleeps(true, PAGE);
+    memory_is_taken_from_a_holder_that_sleeps(true, page_size());
 }
 
 /// One page of each place where a large entry could be, so that the kernel asks for pages.

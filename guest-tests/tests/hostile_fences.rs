@@ -14,7 +14,6 @@ use std::{
 
 use barlease_abi::{BUFFER_DRAINING, STATE_DEAD};
 use barlease_guest_tests::{
-    PAGE,
     buffers::id_of,
     errno::{Answer, EBADFD},
     importer::{
@@ -24,6 +23,7 @@ use barlease_guest_tests::{
     },
     lease::{self, Request, State},
     map::{Map, Sigbus},
+    page_size,
     pci::Function,
     process::{self, Child, End},
     race,
@@ -33,7 +33,12 @@ use barlease_guest_tests::{
 
 /// BAR2 of the memory device, and of the one that fences are taken from.
 const BAR: u32 = 2;
-const TWO: &[(u64, u64)] = &[(8 * PAGE, PAGE), (4 * PAGE, PAGE)];
+fn two() -> [(u64, u64); 2] {
+    [
+        (8 * page_size(), page_size()),
+        (4 * page_size(), page_size()),
+    ]
+}
 
 /// A fence that signals only when it is told to.
 const NEVER: Duration = Duration::ZERO;
@@ -56,7 +61,7 @@ struct Source {
 impl Source {
     fn new() -> Self {
         let device = Device::open("pair0");
-        let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+        let fd = device.export(BAR, &[(0, page_size())]).unwrap();
         let attachment = Importer::open().attach(&fd).unwrap();
         Self {
             _device: device,
@@ -122,7 +127,7 @@ fn attached(device: &Device, request: &Request) -> (OwnedFd, Attachment) {
 }
 
 fn read_write() -> Request {
-    Request::new(BAR, TWO)
+    Request::new(BAR, &two())
 }
 
 fn read_only() -> Request {
@@ -152,7 +157,7 @@ fn fences_without_end_do_not_keep_events_from_their_end() {
     let (device, source) = (open(), Source::new());
     let (fd, attachment) = attached(&device, &read_only());
     let (second, _second_attachment) = attached(&device, &read_write());
-    let plain = device.export(BAR, TWO).unwrap();
+    let plain = device.export(BAR, &two()).unwrap();
     let targets = [&fd, &second, &plain];
     for round in 0..2 {
         if round == 0 {
@@ -430,7 +435,7 @@ fn held(device: &Device) -> (OwnedFd, Attachment, Map) {
     lease::set_name(&fd, "held-fast").unwrap();
     attachment.hold(true);
     attachment.map().unwrap();
-    let map = Map::new(&fd, 2 * PAGE).unwrap();
+    let map = Map::new(&fd, 2 * page_size()).unwrap();
     map.touch_all().unwrap();
     (fd, attachment, map)
 }

@@ -4,7 +4,6 @@
 use std::{collections::HashMap, os::fd::OwnedFd};
 
 use barlease_guest_tests::{
-    PAGE,
     errno::{EACCES, EBUSY, EINVAL, ENODEV, ENXIO, EOPNOTSUPP},
     importer::{
         Attachment, Domain, EDU, Importer,
@@ -13,7 +12,7 @@ use barlease_guest_tests::{
     },
     lease::Request,
     map::{How, Map, READ, READ_WRITE, Sigbus},
-    observe,
+    observe, page_size,
     pci::{self, Function},
     vfio::Device,
 };
@@ -26,7 +25,9 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 /// Most bytes of an entry of a scatter table.
-const MAX_ENTRY: u64 = u32::MAX as u64 + 1 - PAGE;
+fn max_entry() -> u64 {
+    u64::from(u32::MAX) + 1 - page_size()
+}
 
 fn memory() -> Device {
     Device::open("memory")
@@ -46,7 +47,8 @@ fn mapped(device: &Device, ranges: &[(u64, u64)]) -> (OwnedFd, Attachment) {
 
 /// Where each page of a buffer of these ranges is, as an offset in the BAR.
 fn pages(ranges: &[(u64, u64)]) -> Vec<u64> {
-    let page = |&(offset, length): &(u64, u64)| (offset..offset + length).step_by(PAGE as usize);
+    let page =
+        |&(offset, length): &(u64, u64)| (offset..offset + length).step_by(page_size() as usize);
     ranges.iter().flat_map(page).collect()
 }
 
@@ -68,7 +70,7 @@ fn word(offset: u64, round: u32) -> u32 {
 
 fn fill(bar: &Map, pages: impl IntoIterator<Item = u64>, round: u32) {
     for page in pages {
-        for offset in (page..page + PAGE).step_by(4) {
+        for offset in (page..page + page_size()).step_by(4) {
             bar.write(offset, word(offset, round)).expect("a BAR");
         }
     }
@@ -77,14 +79,14 @@ fn fill(bar: &Map, pages: impl IntoIterator<Item = u64>, round: u32) {
 /// The bytes of a part of a buffer whose pages are those, as `fill` wrote them.
 fn expected(pages: &[u64], at: u64, length: usize, round: u32) -> Vec<u8> {
     let byte = |at: u64| {
-        let offset = pages[(at / PAGE) as usize] + at % PAGE;
+        let offset = pages[(at / page_size()) as usize] + at % page_size();
         word(offset & !3, round).to_le_bytes()[(offset % 4) as usize]
     };
     (at..at + length as u64).map(byte).collect()
 }
 
 fn bytes_of(bar: &Map, page: u64) -> Vec<u8> {
-    let words = (page..page + PAGE).step_by(4);
+    let words = (page..page + page_size()).step_by(4);
     words
         .flat_map(|offset| bar.read(offset).expect("a BAR").to_le_bytes())
         .collect()
@@ -96,7 +98,7 @@ fn bytes_of(bar: &Map, page: u64) -> Vec<u8> {
 #[test]
 fn an_importer_that_cannot_do_peer_to_peer_is_refused() {
     let device = memory();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     let answer = Importer::open().attach_as(&fd, abi::ATTACH_INVALIDATE);
     assert_eq!(answer.unwrap_err(), EOPNOTSUPP);
     assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
@@ -105,7 +107,7 @@ fn an_importer_that_cannot_do_peer_to_peer_is_refused() {
 #[test]
 fn an_importer_that_cannot_be_told_to_let_go_is_refused() {
     let device = memory();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     let answer = Importer::open().attach_as(&fd, abi::ATTACH_P2P);
     assert_eq!(answer.unwrap_err(), EOPNOTSUPP);
     assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
@@ -114,7 +116,7 @@ fn an_importer_that_cannot_be_told_to_let_go_is_refused() {
 #[test]
 fn an_importer_of_the_old_kind_is_refused() {
     let device = memory();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     let importer = Importer::open();
     for flags in [abi::ATTACH_STATIC, 0] {
         let answer = importer.attach_as(&fd, flags);
@@ -126,7 +128,7 @@ fn an_importer_of_the_old_kind_is_refused() {
 #[test]
 fn what_an_importer_cannot_do_comes_before_the_state_of_the_buffer() {
     let device = memory();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     device.set_memory(false);
     let answer = Importer::open().attach_as(&fd, abi::ATTACH_P2P);
     assert_eq!(answer.unwrap_err(), EOPNOTSUPP);
@@ -136,7 +138,7 @@ fn what_an_importer_cannot_do_comes_before_the_state_of_the_buffer() {
 #[test]
 fn attaching_to_a_revoked_buffer_is_enodev_until_it_is_ok_again() {
     let device = memory();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     let importer = Importer::open();
     device.set_memory(false);
     assert_eq!(importer.attach(&fd).unwrap_err(), ENODEV);
@@ -148,7 +150,7 @@ fn attaching_to_a_revoked_buffer_is_enodev_until_it_is_ok_again() {
 #[test]
 fn attaching_to_a_buffer_after_revoke_is_enodev() {
     let device = memory();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     device.revoke(&fd).unwrap();
     assert_eq!(Importer::open().attach(&fd).unwrap_err(), ENODEV);
 }
@@ -156,7 +158,7 @@ fn attaching_to_a_buffer_after_revoke_is_enodev() {
 #[test]
 fn attaching_to_a_buffer_after_the_close_of_its_device_is_enodev() {
     let device = memory();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     drop(device);
     let importer = Importer::open();
     assert_eq!(importer.attach(&fd).unwrap_err(), ENODEV);
@@ -167,8 +169,8 @@ fn attaching_to_a_buffer_after_the_close_of_its_device_is_enodev() {
 #[test]
 fn attachments_are_counted() {
     let device = memory();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
-    let other = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
+    let other = device.export(BAR, &[(0, page_size())]).unwrap();
     let importer = Importer::open();
     let check = |number: u32| {
         assert_eq!(device.status(&fd).unwrap().nr_attachments, number);
@@ -197,7 +199,7 @@ fn attachments_are_counted() {
 fn attaching_and_mapping_a_thousand_times_leaves_nothing() {
     let device = memory();
     let fd = device
-        .export(BAR, &[(8 * PAGE, PAGE), (0, 2 * PAGE)])
+        .export(BAR, &[(8 * page_size(), page_size()), (0, 2 * page_size())])
         .unwrap();
     let importer = Importer::open();
     for _ in 0..1000 {
@@ -214,7 +216,7 @@ fn attaching_and_mapping_a_thousand_times_leaves_nothing() {
 #[test]
 fn a_lease_holder_may_pin() {
     let device = memory();
-    let (fd, attachment) = attached(&device, &[(0, PAGE)]);
+    let (fd, attachment) = attached(&device, &[(0, page_size())]);
     attachment.pin().unwrap();
     attachment.map().unwrap();
     attachment.unmap().unwrap();
@@ -228,7 +230,7 @@ fn a_lease_holder_may_pin() {
 #[test]
 fn mapping_a_revoked_buffer_is_enodev_until_it_is_ok_again() {
     let device = memory();
-    let (_fd, attachment) = attached(&device, &[(0, PAGE)]);
+    let (_fd, attachment) = attached(&device, &[(0, page_size())]);
     device.set_memory(false);
     assert_eq!(attachment.map(), Err(ENODEV));
     device.set_memory(true);
@@ -238,7 +240,7 @@ fn mapping_a_revoked_buffer_is_enodev_until_it_is_ok_again() {
 #[test]
 fn mapping_a_buffer_after_revoke_is_enodev() {
     let device = memory();
-    let (fd, attachment) = attached(&device, &[(0, PAGE)]);
+    let (fd, attachment) = attached(&device, &[(0, page_size())]);
     device.revoke(&fd).unwrap();
     assert_eq!(attachment.map(), Err(ENODEV));
     device.set_memory(false);
@@ -249,7 +251,7 @@ fn mapping_a_buffer_after_revoke_is_enodev() {
 #[test]
 fn mapping_a_buffer_after_the_close_of_its_device_is_enodev() {
     let device = memory();
-    let (_fd, attachment) = attached(&device, &[(0, PAGE)]);
+    let (_fd, attachment) = attached(&device, &[(0, page_size())]);
     drop(device);
     assert_eq!(attachment.map(), Err(ENODEV));
     let _device = memory();
@@ -259,7 +261,7 @@ fn mapping_a_buffer_after_the_close_of_its_device_is_enodev() {
 #[test]
 fn a_buffer_can_be_mapped_in_each_direction_and_by_several_importers() {
     let device = memory();
-    let (fd, first) = mapped(&device, &[(0, PAGE)]);
+    let (fd, first) = mapped(&device, &[(0, page_size())]);
     let importer = Importer::open();
     assert_eq!(first.map(), Err(EBUSY));
     for direction in [abi::BIDIRECTIONAL, abi::TO_DEVICE, abi::FROM_DEVICE] {
@@ -279,17 +281,20 @@ fn a_buffer_can_be_mapped_in_each_direction_and_by_several_importers() {
 #[test]
 fn a_read_only_lease_is_not_mapped_for_writing_through_a_file_of_its_importer() {
     let device = memory();
-    let request = Request::new(BAR, &[(0, PAGE)]).open_flags(libc::O_RDONLY);
+    let request = Request::new(BAR, &[(0, page_size())]).open_flags(libc::O_RDONLY);
     let read_only = device.request(&request).unwrap();
     let attachment = Importer::open().attach(&read_only).unwrap();
-    assert_eq!(attachment.mmap(How::shared(), PAGE).err(), Some(EACCES));
+    assert_eq!(
+        attachment.mmap(How::shared(), page_size()).err(),
+        Some(EACCES)
+    );
     let map = attachment
-        .mmap(How::shared().protection(READ), PAGE)
+        .mmap(How::shared().protection(READ), page_size())
         .unwrap();
-    assert_eq!(map.protect(0, PAGE, READ_WRITE), Err(EACCES));
+    assert_eq!(map.protect(0, page_size(), READ_WRITE), Err(EACCES));
 
-    let (_fd, attachment) = attached(&device, &[(0, PAGE)]);
-    let writable = attachment.mmap(How::shared(), PAGE).unwrap();
+    let (_fd, attachment) = attached(&device, &[(0, page_size())]);
+    let writable = attachment.mmap(How::shared(), page_size()).unwrap();
     writable.write(0, 77).unwrap();
     assert_eq!(map.read(0), Ok(77));
     device.revoke(&read_only).unwrap();
@@ -301,14 +306,21 @@ fn a_read_only_lease_is_not_mapped_for_writing_through_a_file_of_its_importer() 
 #[test]
 fn a_mapping_that_is_for_reading_cannot_be_written_through() {
     let device = memory();
-    let bar = Map::new(device.export(BAR, &[(0, PAGE)]).unwrap(), PAGE).unwrap();
+    let bar = Map::new(
+        device.export(BAR, &[(0, page_size())]).unwrap(),
+        page_size(),
+    )
+    .unwrap();
     fill(&bar, [0], 1);
-    let (_fd, attachment) = attached(&device, &[(0, PAGE)]);
+    let (_fd, attachment) = attached(&device, &[(0, page_size())]);
     attachment.map_for(abi::TO_DEVICE).unwrap();
     let read = attachment.read(0, 256).unwrap();
     assert_eq!(read, expected(&[0], 0, 256, 1));
     attachment.write(0, &[0x55; 256]).unwrap();
-    assert_eq!(bytes_of(&bar, 0), expected(&[0], 0, PAGE as usize, 1));
+    assert_eq!(
+        bytes_of(&bar, 0),
+        expected(&[0], 0, page_size() as usize, 1)
+    );
 }
 
 // ---- Where the mapping leads
@@ -320,13 +332,13 @@ fn check_translation(device: &Device, attachment: &Attachment, ranges: &[(u64, u
     let bar = device.function().bar(BAR).0;
     let pages = pages(ranges);
     for (index, page) in pages.iter().enumerate() {
-        let translated = attachment.translate(index as u64 * PAGE);
+        let translated = attachment.translate(index as u64 * page_size());
         assert_eq!(translated, Some(bar + page), "page {index}");
     }
     let entries = attachment.entries();
     let size: u64 = ranges.iter().map(|range| range.1).sum();
     assert_eq!(entries.iter().map(|entry| entry.length).sum::<u64>(), size);
-    assert!(entries.iter().all(|entry| entry.length <= MAX_ENTRY));
+    assert!(entries.iter().all(|entry| entry.length <= max_entry()));
     for pair in entries.windows(2) {
         assert_eq!(pair[0].address + pair[0].length, pair[1].address);
     }
@@ -336,24 +348,49 @@ fn check_translation(device: &Device, attachment: &Attachment, ranges: &[(u64, u
 fn check_gone(attachment: &Attachment, ranges: &[(u64, u64)]) {
     attachment.unmap().unwrap();
     for index in 0..pages(ranges).len() {
-        assert_eq!(attachment.translate(index as u64 * PAGE), None, "{index}");
+        assert_eq!(
+            attachment.translate(index as u64 * page_size()),
+            None,
+            "{index}"
+        );
     }
 }
 
 /// Sets of ranges: one; two and three out of order; overlapping; repeated; neighbours both ways.
 fn few() -> Vec<Vec<(u64, u64)>> {
     vec![
-        vec![(0, PAGE)],
-        vec![(BAR_LEN - PAGE, PAGE)],
-        vec![(5 * PAGE, 7 * PAGE)],
-        vec![(0, PAGE), (4 * PAGE, PAGE)],
-        vec![(4 * PAGE, PAGE), (0, PAGE)],
-        vec![(9 * PAGE, 2 * PAGE), (BAR_LEN - PAGE, PAGE), (0, 3 * PAGE)],
-        vec![(0, 3 * PAGE), (PAGE, 3 * PAGE)],
-        vec![(3 * PAGE, PAGE), (3 * PAGE, PAGE), (3 * PAGE, PAGE)],
-        vec![(0, PAGE), (PAGE, PAGE), (2 * PAGE, 2 * PAGE)],
-        vec![(2 * PAGE, PAGE), (PAGE, PAGE), (0, PAGE)],
-        vec![(0, PAGE), (PAGE, PAGE), (8 * PAGE, PAGE), (9 * PAGE, PAGE)],
+        vec![(0, page_size())],
+        vec![(BAR_LEN - page_size(), page_size())],
+        vec![(5 * page_size(), 7 * page_size())],
+        vec![(0, page_size()), (4 * page_size(), page_size())],
+        vec![(4 * page_size(), page_size()), (0, page_size())],
+        vec![
+            (9 * page_size(), 2 * page_size()),
+            (BAR_LEN - page_size(), page_size()),
+            (0, 3 * page_size()),
+        ],
+        vec![(0, 3 * page_size()), (page_size(), 3 * page_size())],
+        vec![
+            (3 * page_size(), page_size()),
+            (3 * page_size(), page_size()),
+            (3 * page_size(), page_size()),
+        ],
+        vec![
+            (0, page_size()),
+            (page_size(), page_size()),
+            (2 * page_size(), 2 * page_size()),
+        ],
+        vec![
+            (2 * page_size(), page_size()),
+            (page_size(), page_size()),
+            (0, page_size()),
+        ],
+        vec![
+            (0, page_size()),
+            (page_size(), page_size()),
+            (8 * page_size(), page_size()),
+            (9 * page_size(), page_size()),
+        ],
         vec![(2 << 20, 4 << 20), (32 << 20, 2 << 20)],
     ]
 }
@@ -364,8 +401,8 @@ fn many(count: usize, seed: u64) -> Vec<(u64, u64)> {
     let mut ranges = Vec::new();
     for _ in 0..count {
         let length = 1 + numbers.next().unwrap() % 3;
-        let first = numbers.next().unwrap() % (BAR_LEN / PAGE - length);
-        ranges.push((first * PAGE, length * PAGE));
+        let first = numbers.next().unwrap() % (BAR_LEN / page_size() - length);
+        ranges.push((first * page_size(), length * page_size()));
     }
     ranges
 }
@@ -399,15 +436,15 @@ fn as_many_ranges_as_there_may_be_can_be_mapped() {
     // Each other page, from the end: no two touch.
     let count = u64::from(barlease_abi::MAX_RANGES);
     let ranges: Vec<_> = (0..count)
-        .map(|index| ((count - 1 - index) * 2 * PAGE, PAGE))
+        .map(|index| ((count - 1 - index) * 2 * page_size(), page_size()))
         .collect();
     let (_fd, attachment) = mapped(&device, &ranges);
     let bar = device.function().bar(BAR).0;
     for index in (0..count).step_by(997).chain([0, count - 1]) {
-        let translated = attachment.translate(index * PAGE);
+        let translated = attachment.translate(index * page_size());
         assert_eq!(translated, Some(bar + ranges[index as usize].0));
     }
-    assert_eq!(attachment.entries()[0].length, count * PAGE);
+    assert_eq!(attachment.entries()[0].length, count * page_size());
 }
 
 #[test]
@@ -418,9 +455,9 @@ fn a_bar_of_4_gib_is_mapped_in_entries_that_a_table_can_hold() {
     let _mask = importer.mask(64);
     let sets: [&[(u64, u64)]; 4] = [
         &[(0, 4 * GIB)],
-        &[(0, 4 * GIB - PAGE)],
+        &[(0, 4 * GIB - page_size())],
         &[(2 * GIB, 2 * GIB), (0, 2 * GIB)],
-        &[(0, 4 * GIB), (GIB, 3 * GIB), (0, PAGE)],
+        &[(0, 4 * GIB), (GIB, 3 * GIB), (0, page_size())],
     ];
     for ranges in sets {
         let fd = device.export(BAR, ranges).unwrap();
@@ -428,12 +465,16 @@ fn a_bar_of_4_gib_is_mapped_in_entries_that_a_table_can_hold() {
         attachment.map().unwrap();
         let entries = attachment.entries();
         let size: u64 = ranges.iter().map(|range| range.1).sum();
-        assert_eq!(entries.len() as u64, size.div_ceil(MAX_ENTRY), "{ranges:?}");
-        assert!(entries.iter().all(|entry| entry.length <= MAX_ENTRY));
+        assert_eq!(
+            entries.len() as u64,
+            size.div_ceil(max_entry()),
+            "{ranges:?}"
+        );
+        assert!(entries.iter().all(|entry| entry.length <= max_entry()));
         assert_eq!(entries.iter().map(|entry| entry.length).sum::<u64>(), size);
         let mut at = 0;
         for &(offset, length) in ranges {
-            for inside in [0, length / 2, length - PAGE] {
+            for inside in [0, length / 2, length - page_size()] {
                 let translated = attachment.translate(at + inside);
                 assert_eq!(translated, Some(bar + offset + inside));
             }
@@ -441,7 +482,7 @@ fn a_bar_of_4_gib_is_mapped_in_entries_that_a_table_can_hold() {
         }
         attachment.unmap().unwrap();
         assert_eq!(attachment.translate(0), None);
-        assert_eq!(attachment.translate(size - PAGE), None);
+        assert_eq!(attachment.translate(size - page_size()), None);
     }
 }
 
@@ -461,7 +502,7 @@ fn what_does_not_fit_into_the_addresses_of_a_device_is_refused_and_leaves_nothin
             assert!(!attachment.is_mapped());
         }
         // Nor would this fit if something were left.
-        let fd = device.export(BAR, IN_PIECES).unwrap();
+        let fd = device.export(BAR, &in_pieces()).unwrap();
         importer.attach(&fd).unwrap().map().unwrap();
         device.revoke(&fd).unwrap();
     }
@@ -469,30 +510,35 @@ fn what_does_not_fit_into_the_addresses_of_a_device_is_refused_and_leaves_nothin
 
 /// Ranges that have no place together among the addresses that edu has, of which the windows of the
 /// host bridge take most: 1 GiB would be needed at a multiple of that. Each for itself has one.
-const IN_PIECES: &[(u64, u64)] = &[
-    (2 * GIB, 512 * MIB),
-    (GIB, 128 * MIB),
-    (GIB + 128 * MIB, 128 * MIB),
-    (7 * PAGE, PAGE),
-    (3 * PAGE, 2 * PAGE),
-];
+fn in_pieces() -> [(u64, u64); 5] {
+    [
+        (2 * GIB, 512 * MIB),
+        (GIB, 128 * MIB),
+        (GIB + 128 * MIB, 128 * MIB),
+        (7 * page_size(), page_size()),
+        (3 * page_size(), 2 * page_size()),
+    ]
+}
 
 #[test]
 fn what_does_not_fit_in_one_piece_is_mapped_in_several() {
     let device = Device::open("big");
     let bar = device.function().bar(BAR).0;
     let importer = Importer::open();
-    let fd = device.export(BAR, IN_PIECES).unwrap();
+    let fd = device.export(BAR, &in_pieces()).unwrap();
     let attachment = importer.attach(&fd).unwrap();
     for _ in 0..3 {
         attachment.map().unwrap();
         let lengths: Vec<_> = attachment.entries().iter().map(|it| it.length).collect();
         // Neighbours are one.
-        assert_eq!(lengths, [512 * MIB, 256 * MIB, PAGE, 2 * PAGE]);
+        assert_eq!(
+            lengths,
+            [512 * MIB, 256 * MIB, page_size(), 2 * page_size()]
+        );
         let mut places = Vec::new();
         let mut at = 0;
-        for &(offset, length) in IN_PIECES {
-            for inside in [0, (length / 2) & !(PAGE - 1), length - PAGE] {
+        for (offset, length) in in_pieces() {
+            for inside in [0, (length / 2) & !(page_size() - 1), length - page_size()] {
                 let translated = attachment.translate(at + inside);
                 assert_eq!(translated, Some(bar + offset + inside));
                 places.push(at + inside);
@@ -506,15 +552,26 @@ fn what_does_not_fit_in_one_piece_is_mapped_in_several() {
     }
     // Bytes, from the end of a piece into the next.
     attachment.map().unwrap();
-    let map = Map::new(device.export(BAR, &[(0, 16 * PAGE)]).unwrap(), 16 * PAGE).unwrap();
-    fill(&map, [3 * PAGE, 4 * PAGE, 7 * PAGE], 5);
-    let pages = [7 * PAGE, 3 * PAGE, 4 * PAGE];
-    let tail: u64 = IN_PIECES[..3].iter().map(|range| range.1).sum();
-    let read = attachment.read(tail + PAGE / 2, PAGE as usize).unwrap();
-    assert_eq!(read, expected(&pages, PAGE / 2, PAGE as usize, 5));
-    attachment.write(tail + PAGE - 8, &[0x5A; 16]).unwrap();
-    assert_eq!(bytes_of(&map, 7 * PAGE)[4088..], [0x5A; 8]);
-    assert_eq!(bytes_of(&map, 3 * PAGE)[..8], [0x5A; 8]);
+    let map = Map::new(
+        device.export(BAR, &[(0, 16 * page_size())]).unwrap(),
+        16 * page_size(),
+    )
+    .unwrap();
+    fill(&map, [3 * page_size(), 4 * page_size(), 7 * page_size()], 5);
+    let pages = [7 * page_size(), 3 * page_size(), 4 * page_size()];
+    let tail: u64 = in_pieces()[..3].iter().map(|range| range.1).sum();
+    let read = attachment
+        .read(tail + page_size() / 2, page_size() as usize)
+        .unwrap();
+    assert_eq!(
+        read,
+        expected(&pages, page_size() / 2, page_size() as usize, 5)
+    );
+    attachment
+        .write(tail + page_size() - 8, &[0x5A; 16])
+        .unwrap();
+    assert_eq!(bytes_of(&map, 7 * page_size())[4088..], [0x5A; 8]);
+    assert_eq!(bytes_of(&map, 3 * page_size())[..8], [0x5A; 8]);
 }
 
 /// Entries for each run of neighbours, those that are too long in parts.
@@ -528,10 +585,10 @@ fn runs(bar: u64, ranges: &[(u64, u64)]) -> Vec<Entry> {
         }
     }
     let parts = |run: Entry| {
-        let starts = (0..run.length).step_by(MAX_ENTRY as usize);
+        let starts = (0..run.length).step_by(max_entry() as usize);
         starts.map(move |start| Entry {
             address: run.address + start,
-            length: MAX_ENTRY.min(run.length - start),
+            length: max_entry().min(run.length - start),
         })
     };
     runs.into_iter().flat_map(parts).collect()
@@ -547,8 +604,12 @@ fn a_device_without_translation_gets_entries_for_each_run_of_neighbours() {
     small.push(many(4096, 7));
     let large = vec![
         vec![(0, 4 * GIB)],
-        vec![(0, 4 * GIB), (0, PAGE)],
-        vec![(GIB, 3 * GIB), (0, 4 * GIB), (PAGE, GIB - PAGE)],
+        vec![(0, 4 * GIB), (0, page_size())],
+        vec![
+            (GIB, 3 * GIB),
+            (0, 4 * GIB),
+            (page_size(), GIB - page_size()),
+        ],
     ];
     for (name, sets) in [("memory", small), ("big", large)] {
         let device = Device::open(name);
@@ -585,17 +646,19 @@ fn a_buffer_that_is_longer_than_twice_its_bar_is_not_mapped_for_an_importer() {
     let fd = device.export(BAR, &[whole, whole]).unwrap();
     importer.attach(&fd).unwrap().map().unwrap();
 
-    let fd = device.export(BAR, &[whole, (0, PAGE), whole]).unwrap();
+    let fd = device
+        .export(BAR, &[whole, (0, page_size()), whole])
+        .unwrap();
     let attachment = importer.attach(&fd).unwrap();
     assert_eq!(attachment.map(), Err(EINVAL));
     assert_eq!(device.status(&fd).unwrap().nr_attachments, 1);
     // Processes map what they like.
-    let map = Map::new(&fd, 2 * BAR_LEN + PAGE).unwrap();
+    let map = Map::new(&fd, 2 * BAR_LEN + page_size()).unwrap();
     map.read(2 * BAR_LEN).unwrap();
 
     // 64 GiB, of which none but the first page is where an entry above a page could be: 128 MiB of
     // tables.
-    let mut ranges = vec![(0, PAGE)];
+    let mut ranges = vec![(0, page_size())];
     ranges.extend([whole; 1024]);
     let fd = device.export(BAR, &ranges).unwrap();
     let attachment = importer.attach(&fd).unwrap();
@@ -622,7 +685,13 @@ fn memory_that_is_not_aligned_takes_as_few_tables_as_memory_that_is() {
         attachment.map().unwrap();
         let after = iommu_pages();
         let bar = device.function().bar(BAR).0;
-        for at in [0, 5 * PAGE, 2 * MIB, 300 * MIB, 512 * MIB - PAGE] {
+        for at in [
+            0,
+            5 * page_size(),
+            2 * MIB,
+            300 * MIB,
+            512 * MIB - page_size(),
+        ] {
             assert_eq!(attachment.translate(at), Some(bar + offset + at));
         }
         assert_eq!(attachment.entries()[0].length, 512 * MIB);
@@ -630,7 +699,7 @@ fn memory_that_is_not_aligned_takes_as_few_tables_as_memory_that_is() {
     };
     let aligned = tables(0);
     // At either end a table more, and those above. Tables of all pages are 256.
-    for offset in [PAGE, GIB + 3 * PAGE, MIB] {
+    for offset in [page_size(), GIB + 3 * page_size(), MIB] {
         let skewed = tables(offset);
         assert!(
             skewed <= aligned + 8,
@@ -648,13 +717,15 @@ fn what_a_device_without_translation_cannot_name_is_refused() {
     let device = Device::open("big");
     let (start, _) = device.function().bar(BAR);
     assert!(start > u64::from(u32::MAX), "{start:#x}");
-    let fd = device.export(BAR, &[(0, PAGE), (2 * PAGE, PAGE)]).unwrap();
+    let fd = device
+        .export(BAR, &[(0, page_size()), (2 * page_size(), page_size())])
+        .unwrap();
     let attachment = importer.attach(&fd).unwrap();
     assert_eq!(attachment.map(), Err(EINVAL));
     // It is not remembered: the mask is the importer's to change.
     let mask = importer.mask(64);
     attachment.map().unwrap();
-    assert_eq!(attachment.entries()[1].address, start + 2 * PAGE);
+    assert_eq!(attachment.entries()[1].address, start + 2 * page_size());
     attachment.unmap().unwrap();
     drop(mask);
     assert_eq!(attachment.map(), Err(EINVAL));
@@ -666,7 +737,7 @@ fn what_a_device_without_translation_cannot_name_is_refused() {
         .checked_sub(start)
         .filter(|&left| left < 4 * GIB);
     if let Some(left) = beyond {
-        let fd = device.export(BAR, &[(0, left + PAGE)]).unwrap();
+        let fd = device.export(BAR, &[(0, left + page_size())]).unwrap();
         assert_eq!(importer.attach(&fd).unwrap().map(), Err(EINVAL));
     }
     attachment.map().unwrap();
@@ -678,38 +749,42 @@ fn what_a_device_without_translation_cannot_name_is_refused() {
 #[test]
 fn edu_reads_and_writes_one_range() {
     let device = memory();
-    let around = 16 * PAGE..24 * PAGE;
-    let bar = Map::new(device.export(BAR, &[(0, 32 * PAGE)]).unwrap(), 32 * PAGE).unwrap();
-    fill(&bar, around.clone().step_by(PAGE as usize), 1);
-    let ranges = [(18 * PAGE, 4 * PAGE)];
+    let around = 16 * page_size()..24 * page_size();
+    let bar = Map::new(
+        device.export(BAR, &[(0, 32 * page_size())]).unwrap(),
+        32 * page_size(),
+    )
+    .unwrap();
+    fill(&bar, around.clone().step_by(page_size() as usize), 1);
+    let ranges = [(18 * page_size(), 4 * page_size())];
     let (_fd, attachment) = mapped(&device, &ranges);
     let pages = pages(&ranges);
 
     for (at, length) in [
-        (0, PAGE as usize),
-        (PAGE / 2, PAGE as usize),
-        (3 * PAGE, PAGE as usize),
+        (0, page_size() as usize),
+        (page_size() / 2, page_size() as usize),
+        (3 * page_size(), page_size() as usize),
         (1, 1),
-        (PAGE - 3, 7),
+        (page_size() - 3, 7),
     ] {
         let read = attachment.read(at, length).unwrap();
         assert_eq!(read, expected(&pages, at, length, 1), "{at:#x}");
     }
 
     // Across a page's end, and nothing around it.
-    let at = 2 * PAGE - 100;
+    let at = 2 * page_size() - 100;
     attachment.write(at, &[0xA5; 200]).unwrap();
     let mut after: Vec<u8> = Vec::new();
-    for page in around.clone().step_by(PAGE as usize) {
+    for page in around.clone().step_by(page_size() as usize) {
         after.extend(bytes_of(&bar, page));
     }
-    let all: Vec<_> = around.clone().step_by(PAGE as usize).collect();
+    let all: Vec<_> = around.clone().step_by(page_size() as usize).collect();
     let mut wanted = expected(&all, 0, after.len(), 1);
-    let from = (18 * PAGE + at - around.start) as usize;
+    let from = (18 * page_size() + at - around.start) as usize;
     wanted[from..from + 200].fill(0xA5);
     assert!(after == wanted);
 
-    let pages_end = 4 * PAGE;
+    let pages_end = 4 * page_size();
     assert_eq!(attachment.read(pages_end - 1, 2), Err(EINVAL));
 }
 
@@ -722,17 +797,22 @@ fn check_bytes(ranges: &[(u64, u64)], transfers: &[u64]) {
     let pages = pages(ranges);
     // The contents of the BAR: the pages that are touched, and those beside them.
     let mut shadow: HashMap<u64, Vec<u8>> = HashMap::new();
-    for at in transfers.iter().flat_map(|&at| [at, at + PAGE - 1]) {
-        let page = pages[(at / PAGE) as usize];
-        let after = (page + PAGE).min(BAR_LEN - PAGE);
-        for near in [page.saturating_sub(PAGE), page, after] {
+    for at in transfers.iter().flat_map(|&at| [at, at + page_size() - 1]) {
+        let page = pages[(at / page_size()) as usize];
+        let after = (page + page_size()).min(BAR_LEN - page_size());
+        for near in [page.saturating_sub(page_size()), page, after] {
             fill(&bar, [near], 2);
-            shadow.insert(near, expected(&[near], 0, PAGE as usize, 2));
+            shadow.insert(near, expected(&[near], 0, page_size() as usize, 2));
         }
     }
-    let length = PAGE as usize;
+    let length = page_size() as usize;
     for (round, &at) in transfers.iter().enumerate() {
-        let place = |at: u64| (pages[(at / PAGE) as usize], (at % PAGE) as usize);
+        let place = |at: u64| {
+            (
+                pages[(at / page_size()) as usize],
+                (at % page_size()) as usize,
+            )
+        };
         let read = attachment.read(at, length).unwrap();
         for (index, byte) in read.into_iter().enumerate() {
             let (page, inside) = place(at + index as u64);
@@ -760,24 +840,37 @@ fn check_bytes(ranges: &[(u64, u64)], transfers: &[u64]) {
 
 #[test]
 fn edu_reads_and_writes_two_and_three_ranges() {
-    let half = PAGE / 2;
-    check_bytes(&[(4 * PAGE, PAGE), (0, PAGE)], &[half]);
-    let three = [(9 * PAGE, PAGE), (BAR_LEN - PAGE, PAGE), (0, PAGE)];
-    check_bytes(&three, &[half, PAGE + half]);
+    let half = page_size() / 2;
+    check_bytes(&[(4 * page_size(), page_size()), (0, page_size())], &[half]);
+    let three = [
+        (9 * page_size(), page_size()),
+        (BAR_LEN - page_size(), page_size()),
+        (0, page_size()),
+    ];
+    check_bytes(&three, &[half, page_size() + half]);
 }
 
 #[test]
 fn edu_reads_and_writes_ranges_that_overlap_and_repeat() {
-    let ranges = [(PAGE, 2 * PAGE), (2 * PAGE, PAGE), (PAGE, PAGE)];
+    let ranges = [
+        (page_size(), 2 * page_size()),
+        (2 * page_size(), page_size()),
+        (page_size(), page_size()),
+    ];
     // Twice the same bytes of the BAR, at two places of the buffer.
-    check_bytes(&ranges, &[PAGE, 2 * PAGE, 3 * PAGE]);
+    check_bytes(&ranges, &[page_size(), 2 * page_size(), 3 * page_size()]);
 }
 
 #[test]
 fn edu_reads_and_writes_64_ranges() {
-    let ranges: Vec<_> = many(64, 8).iter().map(|range| (range.0, PAGE)).collect();
+    let ranges: Vec<_> = many(64, 8)
+        .iter()
+        .map(|range| (range.0, page_size()))
+        .collect();
     // Each second end of a range: both sides of it are touched.
-    let ends: Vec<_> = (0..32).map(|n| n * 2 * PAGE + PAGE / 2).collect();
+    let ends: Vec<_> = (0..32)
+        .map(|n| n * 2 * page_size() + page_size() / 2)
+        .collect();
     check_bytes(&ranges, &ends[..8]);
     check_bytes(&ranges, &[ends[31]]);
 }
@@ -788,9 +881,9 @@ fn edu_reads_and_writes_4096_ranges() {
     let size: u64 = ranges.iter().map(|range| range.1).sum();
     let mut numbers = numbers(10);
     let mut transfers: Vec<_> = (0..6)
-        .map(|_| numbers.next().unwrap() % (size / PAGE - 1) * PAGE + PAGE / 2)
+        .map(|_| numbers.next().unwrap() % (size / page_size() - 1) * page_size() + page_size() / 2)
         .collect();
-    transfers.push(size - PAGE);
+    transfers.push(size - page_size());
     check_bytes(&ranges, &transfers);
 }
 
@@ -800,10 +893,10 @@ fn edu_reads_and_writes_4096_ranges() {
 #[test]
 fn an_attachment_keeps_the_buffer_when_its_fd_is_closed() {
     let device = memory();
-    let (fd, attachment) = mapped(&device, &[(0, PAGE), (2 * PAGE, PAGE)]);
+    let (fd, attachment) = mapped(&device, &[(0, page_size()), (2 * page_size(), page_size())]);
     drop(fd);
     assert_eq!(observe::buffers(device.function()).len(), 1);
-    assert!(attachment.translate(PAGE).is_some());
+    assert!(attachment.translate(page_size()).is_some());
     drop(attachment);
     observe::wait_for_buffers(device.function(), 0);
 }
@@ -811,7 +904,7 @@ fn an_attachment_keeps_the_buffer_when_its_fd_is_closed() {
 #[test]
 fn an_attachment_does_not_keep_the_device_open() {
     let device = memory();
-    let (_fd, attachment) = mapped(&device, &[(0, PAGE)]);
+    let (_fd, attachment) = mapped(&device, &[(0, page_size())]);
     let function = device.function().clone();
     drop(device);
     assert!(!attachment.is_mapped());
@@ -824,7 +917,7 @@ fn an_attachment_does_not_keep_the_device_open() {
 #[test]
 fn unbinding_the_importing_device_undoes_its_mappings() {
     let device = memory();
-    let (fd, attachment) = mapped(&device, &[(0, PAGE), (2 * PAGE, PAGE)]);
+    let (fd, attachment) = mapped(&device, &[(0, page_size()), (2 * page_size(), page_size())]);
     Function::named(EDU).unbind();
     assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
     assert_eq!(attachment.map(), Err(barlease_guest_tests::errno::ENOENT));

@@ -8,7 +8,6 @@ use std::{
 };
 
 use barlease_guest_tests::{
-    PAGE,
     errno::{ENODEV, ENOMEM},
     importer::{
         Attachment, Domain, EDU, Importer, KernelLog,
@@ -17,7 +16,7 @@ use barlease_guest_tests::{
     },
     lease::State,
     map::{Map, Sigbus},
-    observe,
+    observe, page_size,
     pci::{BARLEASE, Function},
     race,
     vfio::{COMMAND_MASTER, Device, Group, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
@@ -28,10 +27,17 @@ use barlease_guest_tests::{
 const BAR: u32 = 2;
 
 /// Where the leases are in the BAR.
-const PLACE: u64 = 16 * PAGE;
+fn place() -> u64 {
+    16 * page_size()
+}
 
 /// A mapping of one range goes through the kernel's own helper, one of several through ours.
-const SHAPES: [&[(u64, u64)]; 2] = [&[(PLACE, 2 * PAGE)], &[(PLACE + PAGE, PAGE), (PLACE, PAGE)]];
+fn shapes() -> [Vec<(u64, u64)>; 2] {
+    [
+        vec![(place(), 2 * page_size())],
+        vec![(place() + page_size(), page_size()), (place(), page_size())],
+    ]
+}
 
 /// The pattern that the CPU writes.
 const PATTERN: u32 = 0x600d_f00d;
@@ -62,7 +68,7 @@ fn enable_cmb(device: &Device) {
 
 impl Scene {
     fn new(device: Device, ranges: &[(u64, u64)]) -> Self {
-        let fd = device.export(BAR, ranges).expect("an export");
+        let fd = device.export(BAR, &ranges).expect("an export");
         let attachment = Importer::open().attach(&fd).expect("an attachment");
         attachment.map().expect("a mapping");
         let scene = Self {
@@ -79,7 +85,7 @@ impl Scene {
     fn is_taken_away(&self) {
         let status = self.attachment.status();
         assert_eq!((status.mapped, status.interruptions), (0, 1));
-        for at in [0, PAGE, 2 * PAGE - 1] {
+        for at in [0, page_size(), 2 * page_size() - 1] {
             assert_eq!(self.attachment.translate(at), None, "offset {at:#x}");
         }
         assert_eq!(self.attachment.map(), Err(ENODEV));
@@ -102,8 +108,8 @@ impl Scene {
         check_pattern(&self.device);
         self.attachment.map().expect("mapped again");
         let bytes = [0x77; LENGTH];
-        self.attachment.write(PAGE, &bytes).unwrap();
-        assert_eq!(self.attachment.read(PAGE, LENGTH).unwrap(), bytes);
+        self.attachment.write(page_size(), &bytes).unwrap();
+        assert_eq!(self.attachment.read(page_size(), LENGTH).unwrap(), bytes);
         assert_eq!(self.attachment.status().interruptions, 1);
     }
 }
@@ -113,27 +119,31 @@ fn pattern() -> Vec<u8> {
 }
 
 fn bar(device: &Device) -> Map {
-    Map::new(device.export(BAR, &[(PLACE, 2 * PAGE)]).unwrap(), 2 * PAGE).unwrap()
+    Map::new(
+        device.export(BAR, &[(place(), 2 * page_size())]).unwrap(),
+        2 * page_size(),
+    )
+    .unwrap()
 }
 
 fn fill(device: &Device) {
     let bar = bar(device);
-    for offset in (0..2 * PAGE).step_by(4) {
+    for offset in (0..2 * page_size()).step_by(4) {
         bar.write(offset, PATTERN).unwrap();
     }
 }
 
 fn check_pattern(device: &Device) {
     let bar = bar(device);
-    for offset in (0..2 * PAGE).step_by(4) {
+    for offset in (0..2 * page_size()).step_by(4) {
         assert_eq!(bar.read(offset), Ok(PATTERN), "offset {offset:#x}");
     }
 }
 
 /// An event that takes away, and what gives back.
 fn check(name: &str, event: impl Fn(&Device), undo: impl Fn(&Device)) {
-    for ranges in SHAPES {
-        let scene = Scene::new(open(name), ranges);
+    for ranges in shapes() {
+        let scene = Scene::new(open(name), &ranges);
         event(&scene.device);
         scene.is_taken_away();
         undo(&scene.device);
@@ -143,8 +153,8 @@ fn check(name: &str, event: impl Fn(&Device), undo: impl Fn(&Device)) {
 
 /// An event that is over when it returns.
 fn check_passing(name: &str, event: impl Fn(&Device)) {
-    for ranges in SHAPES {
-        let scene = Scene::new(open(name), ranges);
+    for ranges in shapes() {
+        let scene = Scene::new(open(name), &ranges);
         event(&scene.device);
         if name == "nvme" {
             enable_cmb(&scene.device);
@@ -157,8 +167,8 @@ fn check_passing(name: &str, event: impl Fn(&Device)) {
 
 #[test]
 fn revoke_takes_away_from_devices_for_good() {
-    for ranges in SHAPES {
-        let scene = Scene::new(open("memory"), ranges);
+    for ranges in shapes() {
+        let scene = Scene::new(open("memory"), &ranges);
         scene.device.revoke(&scene.fd).unwrap();
         scene.is_taken_away();
         check_pattern(&scene.device);
@@ -172,12 +182,12 @@ fn revoke_takes_away_from_devices_for_good() {
 
 #[test]
 fn revoke_leaves_other_buffers_of_the_same_range_mapped() {
-    let scene = Scene::new(open("memory"), SHAPES[1]);
-    let other = scene.device.export(BAR, SHAPES[1]).unwrap();
+    let scene = Scene::new(open("memory"), &shapes()[1]);
+    let other = scene.device.export(BAR, &shapes()[1]).unwrap();
     scene.device.revoke(&other).unwrap();
     let status = scene.attachment.status();
     assert_eq!((status.mapped, status.invalidations), (1, 0));
-    let other = scene.device.export(BAR, SHAPES[1]).unwrap();
+    let other = scene.device.export(BAR, &shapes()[1]).unwrap();
     let attachment = Importer::open().attach(&other).unwrap();
     attachment.map().unwrap();
     scene.device.revoke(&scene.fd).unwrap();
@@ -197,7 +207,7 @@ fn memory_off_takes_away_from_devices_until_it_is_on() {
 
 #[test]
 fn blocked_dma_is_a_fault_in_the_log() {
-    let scene = Scene::new(open("memory"), SHAPES[1]);
+    let scene = Scene::new(open("memory"), &shapes()[1]);
     let function = Function::named(EDU);
     let mut log = KernelLog::from_now();
     scene.device.revoke(&scene.fd).unwrap();
@@ -265,14 +275,14 @@ fn a_reset_through_config_space_takes_away_from_devices() {
 
 #[test]
 fn a_hot_reset_by_another_function_takes_away_from_devices() {
-    for ranges in SHAPES {
+    for ranges in shapes() {
         let functions = ["pair0", "pair1"].map(Function::named);
         functions
             .iter()
             .for_each(|function| function.bind(BARLEASE));
         let group = Group::open(&functions[0]);
         let [device, other] = functions.map(|function| group.device(&function).unwrap());
-        let scene = Scene::new(device, ranges);
+        let scene = Scene::new(device, &ranges);
         other.hot_reset(&[&group]).unwrap();
         let status = scene.attachment.status();
         assert_eq!((status.mapped, status.interruptions), (0, 1));
@@ -294,12 +304,12 @@ fn a_real_system_sleep_takes_away_from_devices() {
 
 #[test]
 fn the_close_of_the_device_takes_away_from_devices_for_good() {
-    for ranges in SHAPES {
+    for ranges in shapes() {
         let Scene {
             device,
             fd,
             attachment,
-        } = Scene::new(open("memory"), ranges);
+        } = Scene::new(open("memory"), &ranges);
         drop(device);
         let status = attachment.status();
         assert_eq!((status.mapped, status.interruptions), (0, 1));
@@ -336,17 +346,17 @@ fn no_dma_lands_after_revoke_where_the_iommu_is_lazy() {
     // `what_does_not_fit_in_one_piece_is_mapped_in_several`.
     let pieces: &[(u64, u64)] = &[(2 << 30, 512 << 20), (1 << 30, 256 << 20)];
     let cases = [
-        ("memory", SHAPES[0], 1),
-        ("memory", SHAPES[1], 1),
+        ("memory", &shapes()[0][..], 1),
+        ("memory", &shapes()[1], 1),
         ("big", pieces, 2),
     ];
     for (name, ranges, entries) in cases {
         let device = open(name);
-        let first_page = device.export(BAR, &[(ranges[0].0, PAGE)]).unwrap();
-        let first_page = Map::new(first_page, PAGE).unwrap();
+        let first_page = device.export(BAR, &[(ranges[0].0, page_size())]).unwrap();
+        let first_page = Map::new(first_page, page_size()).unwrap();
         // The engine reaches the lease some 0.2 s after it was started.
         for delay in (182..202).step_by(2).map(Duration::from_millis) {
-            let fd = device.export(BAR, ranges).unwrap();
+            let fd = device.export(BAR, &ranges).unwrap();
             let attachment = importer.attach(&fd).unwrap();
             map_when_there_are_addresses(&attachment);
             assert_eq!(attachment.entries().len(), entries);
@@ -369,7 +379,11 @@ fn an_event_takes_from_all_importers_of_all_buffers() {
     let device = open("memory");
     let importer = Importer::open();
     let fds: Vec<_> = (0..8)
-        .map(|n| device.export(BAR, &[(n * PAGE, PAGE), (0, PAGE)]).unwrap())
+        .map(|n| {
+            device
+                .export(BAR, &[(n * page_size(), page_size()), (0, page_size())])
+                .unwrap()
+        })
         .collect();
     let attachments: Vec<_> = fds
         .iter()
@@ -384,7 +398,7 @@ fn an_event_takes_from_all_importers_of_all_buffers() {
     for attachment in &attachments {
         let status = attachment.status();
         assert_eq!((status.mapped, status.interruptions), (0, 1));
-        assert_eq!(attachment.translate(PAGE), None);
+        assert_eq!(attachment.translate(page_size()), None);
     }
     device.set_memory(true);
     for attachment in &attachments {
@@ -395,7 +409,7 @@ fn an_event_takes_from_all_importers_of_all_buffers() {
 #[test]
 fn an_importer_without_a_mapping_is_not_told() {
     let device = open("memory");
-    let fd = device.export(BAR, SHAPES[1]).unwrap();
+    let fd = device.export(BAR, &shapes()[1]).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();
     device.set_memory(false);
     device.set_memory(true);
@@ -406,7 +420,7 @@ fn an_importer_without_a_mapping_is_not_told() {
 #[test]
 fn a_pinned_importer_is_told_and_lets_go() {
     let device = open("memory");
-    let fd = device.export(BAR, SHAPES[1]).unwrap();
+    let fd = device.export(BAR, &shapes()[1]).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();
     attachment.pin().unwrap();
     attachment.map().unwrap();
@@ -420,7 +434,7 @@ fn a_pinned_importer_is_told_and_lets_go() {
 #[test]
 fn no_mapping_is_left_when_mapping_and_memory_off_race() {
     let device = open("memory");
-    let fds = SHAPES.map(|ranges| device.export(BAR, ranges).unwrap());
+    let fds = shapes().map(|ranges| device.export(BAR, &ranges).unwrap());
     let importer = Importer::open();
     let attachments = [0, 1].map(|n| importer.attach(&fds[n]).unwrap());
     let window = race::Window::new();
@@ -456,7 +470,7 @@ fn no_mapping_is_left_when_mapping_and_revoke_race() {
     let (mut round, mut interrupted) = (0, 0);
     while round < 200 || interrupted == 0 {
         round += 1;
-        let fd = device.export(BAR, SHAPES[round % 2]).unwrap();
+        let fd = device.export(BAR, &shapes()[round % 2]).unwrap();
         let attachment = importer.attach(&fd).unwrap();
         let maps = || {
             let _ = attachment.map();
@@ -475,7 +489,7 @@ fn no_mapping_is_left_when_mapping_and_revoke_race() {
 
 #[test]
 fn a_command_write_that_leaves_memory_on_ends_with_a_mapping_that_works() {
-    let scene = Scene::new(open("memory"), SHAPES[1]);
+    let scene = Scene::new(open("memory"), &shapes()[1]);
     let command = scene.device.command();
     scene.device.set_command(command ^ COMMAND_MASTER);
     scene.device.set_command(command);
@@ -490,8 +504,8 @@ fn a_command_write_that_leaves_memory_on_ends_with_a_mapping_that_works() {
 /// Both sides, always together.
 #[test]
 fn what_is_taken_from_devices_is_taken_from_processes() {
-    let scene = Scene::new(open("memory"), SHAPES[1]);
-    let map = Map::new(&scene.fd, 2 * PAGE).unwrap();
+    let scene = Scene::new(open("memory"), &shapes()[1]);
+    let map = Map::new(&scene.fd, 2 * page_size()).unwrap();
     map.touch_all().unwrap();
     scene.device.set_memory(false);
     assert_eq!(map.read(0), Err(Sigbus));

@@ -15,9 +15,8 @@ use std::{
 
 use barlease::{Bdf, Device, Lease, config::Command as Bits, pci::Pci};
 use barlease_guest_tests::{
-    PAGE,
     errno::{ENODEV, ENXIO, Errno},
-    observe,
+    observe, page_size,
     pci::{BARLEASE, Function},
 };
 
@@ -77,7 +76,7 @@ fn the_listing_lets_go_and_maps_again() {
     let file = importer();
     let device = owner();
     refused(pieces(&file), ENXIO);
-    let page = PAGE;
+    let page = page_size();
     let export = device.export(BAR).range(0..page);
     let lease = export.range(0x20_0000..0x20_0000 + 2 * page).export();
     let lease = lease.unwrap();
@@ -111,7 +110,7 @@ fn the_listing_lets_go_and_maps_again() {
 fn what_a_process_imports_ends_with_it() {
     let file = importer();
     let device = owner();
-    let lease = device.export(BAR).range(0..PAGE).export().unwrap();
+    let lease = device.export(BAR).range(0..page_size()).export().unwrap();
     import(&file, &lease).unwrap();
     pieces(&file).unwrap();
     assert_eq!(device.status(&lease).unwrap().attachments, 1);

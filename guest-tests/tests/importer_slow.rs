@@ -9,12 +9,11 @@ use std::{
 
 use barlease_abi::REASON_MEMORY_OFF;
 use barlease_guest_tests::{
-    PAGE,
     errno::{Answer, ENODEV},
     importer::{Attachment, EDU, Importer, KernelLog, check_that_nothing_is_left},
     lease::{self, State},
     map::{How, Map, Sigbus},
-    observe,
+    observe, page_size,
     pci::Function,
     process::Child,
     vfio::{CONFIG_REGION, Device},
@@ -25,8 +24,16 @@ use barlease_guest_tests::{
 const BAR: u32 = 2;
 
 /// A mapping of one range goes through the kernel's own helper, one of several through ours.
-const ONE: &[(u64, u64)] = &[(0, 2 * PAGE)];
-const TWO: &[(u64, u64)] = &[(8 * PAGE, PAGE), (4 * PAGE, PAGE)];
+fn one() -> [(u64, u64); 1] {
+    [(0, 2 * page_size())]
+}
+
+fn two() -> [(u64, u64); 2] {
+    [
+        (8 * page_size(), page_size()),
+        (4 * page_size(), page_size()),
+    ]
+}
 
 fn open() -> Device {
     Device::open("memory")
@@ -44,13 +51,13 @@ fn held(device: &Device, ranges: &[(u64, u64)]) -> (OwnedFd, Attachment) {
 #[test]
 fn revoke_waits_for_a_slow_importer_warns_and_keeps_nobody_else_waiting() {
     let device = open();
-    let (fd, slow) = held(&device, TWO);
+    let (fd, slow) = held(&device, &two());
     lease::set_name(&fd, "the-slow-one").unwrap();
-    let map = Map::new(&fd, 2 * PAGE).unwrap();
+    let map = Map::new(&fd, 2 * page_size()).unwrap();
     map.touch_all().unwrap();
-    let second = device.export(BAR, ONE).unwrap();
-    let second_map = Map::new(&second, 2 * PAGE).unwrap();
-    let third = device.export(BAR, TWO).unwrap();
+    let second = device.export(BAR, &one()).unwrap();
+    let second_map = Map::new(&second, 2 * page_size()).unwrap();
+    let third = device.export(BAR, &two()).unwrap();
     let quick = Importer::open().attach(&third).unwrap();
     quick.map().unwrap();
     let mut log = KernelLog::from_now();
@@ -70,8 +77,8 @@ fn revoke_waits_for_a_slow_importer_warns_and_keeps_nobody_else_waiting() {
             });
             at_once("a fault of another", || second_map.touch_all().unwrap());
             at_once("an export", || {
-                let fd = device.export(BAR, TWO).unwrap();
-                Map::new(&fd, 2 * PAGE).unwrap().touch_all().unwrap();
+                let fd = device.export(BAR, &two()).unwrap();
+                Map::new(&fd, 2 * page_size()).unwrap().touch_all().unwrap();
                 let attachment = Importer::open().attach(&fd).unwrap();
                 attachment.map().unwrap();
                 attachment.detach().unwrap();
@@ -84,7 +91,7 @@ fn revoke_waits_for_a_slow_importer_warns_and_keeps_nobody_else_waiting() {
                 device.revoke(&second).unwrap();
             });
             at_once("mmap of the BAR", || {
-                let map = How::shared().map(&device, u64::from(BAR) << 40, PAGE);
+                let map = How::shared().map(&device, u64::from(BAR) << 40, page_size());
                 map.unwrap().touch_all().unwrap();
             });
             at_once("config space", || device.command());
@@ -129,7 +136,7 @@ fn every_event_waits_for_a_slow_importer() {
         }),
         ("the same again", |device| device.set_memory(false)),
     ];
-    for ((name, event), ranges) in events.into_iter().zip([ONE, TWO, ONE, TWO]) {
+    for ((name, event), ranges) in events.into_iter().zip([&one()[..], &two(), &one(), &two()]) {
         let device = open();
         let (_fd, slow) = held(&device, ranges);
         println!("{name}");
@@ -145,7 +152,7 @@ fn every_event_waits_for_a_slow_importer() {
 #[test]
 fn the_close_of_the_device_waits_for_a_slow_importer() {
     let device = open();
-    let (_fd, slow) = held(&device, TWO);
+    let (_fd, slow) = held(&device, &two());
     waits_for(
         || drop(device),
         || slow.wait_for_interruption(),
@@ -157,10 +164,10 @@ fn the_close_of_the_device_waits_for_a_slow_importer() {
 #[test]
 fn an_event_costs_the_slowest_importer_and_not_the_sum() {
     let device = open();
-    let (_fd1, first) = held(&device, ONE);
-    let (_fd2, second) = held(&device, TWO);
-    let fd3 = device.export(BAR, ONE).unwrap();
-    let map3 = Map::new(&fd3, 2 * PAGE).unwrap();
+    let (_fd1, first) = held(&device, &one());
+    let (_fd2, second) = held(&device, &two());
+    let fd3 = device.export(BAR, &one()).unwrap();
+    let map3 = Map::new(&fd3, 2 * page_size()).unwrap();
     map3.touch_all().unwrap();
     waits_for(
         || device.set_memory(false),
@@ -173,7 +180,7 @@ fn an_event_costs_the_slowest_importer_and_not_the_sum() {
             at_once("a touch of another buffer", || {
                 assert_eq!(map3.read(0), Err(Sigbus));
             });
-            at_once("an export", || device.export(BAR, ONE).unwrap());
+            at_once("an export", || device.export(BAR, &one()).unwrap());
             at_once("REVOKE of a buffer without importers", || {
                 device.revoke(&fd3).unwrap();
             });
@@ -187,8 +194,8 @@ fn an_event_costs_the_slowest_importer_and_not_the_sum() {
 #[test]
 fn an_event_does_not_wait_for_a_revocation_before_it_tells_the_others() {
     let device = open();
-    let (fd1, first) = held(&device, ONE);
-    let (_fd2, second) = held(&device, TWO);
+    let (fd1, first) = held(&device, &one());
+    let (_fd2, second) = held(&device, &two());
     thread::scope(|scope| {
         let revoke = scope.spawn(|| device.revoke(&fd1));
         first.wait_for_interruption();
@@ -210,7 +217,7 @@ fn an_event_does_not_wait_for_a_revocation_before_it_tells_the_others() {
 #[test]
 fn revoke_of_a_revoked_buffer_does_not_wait_a_second_time() {
     let device = open();
-    let (fd, slow) = held(&device, TWO);
+    let (fd, slow) = held(&device, &two());
     waits_for(
         || device.set_memory(false),
         || slow.wait_for_interruption(),
@@ -227,7 +234,7 @@ fn revoke_of_a_revoked_buffer_does_not_wait_a_second_time() {
 #[test]
 fn revoke_during_an_event_waits_for_the_same_importer_and_no_longer() {
     let device = open();
-    let (fd, slow) = held(&device, TWO);
+    let (fd, slow) = held(&device, &two());
     thread::scope(|scope| {
         let event = scope.spawn(|| device.set_memory(false));
         waits_for(
@@ -247,7 +254,7 @@ fn revoke_during_an_event_waits_for_the_same_importer_and_no_longer() {
 fn the_death_of_the_importing_process_lets_go() {
     let device = open();
     drop(Importer::open());
-    let fd = device.export(BAR, TWO).unwrap();
+    let fd = device.export(BAR, &two()).unwrap();
     let child = Child::start(&[fd.as_fd()], |link| {
         let attachment = Importer::open().attach(&fd).unwrap();
         attachment.hold(true);
@@ -266,7 +273,7 @@ fn the_death_of_the_importing_process_lets_go() {
 #[test]
 fn the_revoking_process_can_be_killed_out_of_its_wait_and_the_buffer_is_dead() {
     let device = open();
-    let (fd, slow) = held(&device, ONE);
+    let (fd, slow) = held(&device, &one());
     let child = Child::start(&[device.as_fd(), fd.as_fd()], |_| {
         device.revoke(&fd).unwrap();
     });
@@ -286,7 +293,7 @@ fn the_revoking_process_can_be_killed_out_of_its_wait_and_the_buffer_is_dead() {
 #[test]
 fn closing_the_importer_lets_go() {
     let device = open();
-    let (fd, slow) = held(&device, TWO);
+    let (fd, slow) = held(&device, &two());
     waits_for(
         || device.revoke(&fd),
         || wait::until("a dead lease", || device.state(&fd) == State::Dead),
@@ -299,7 +306,7 @@ fn closing_the_importer_lets_go() {
 #[test]
 fn unbinding_the_importing_device_lets_go() {
     let device = open();
-    let (fd, slow) = held(&device, TWO);
+    let (fd, slow) = held(&device, &two());
     waits_for(
         || device.revoke(&fd),
         || slow.wait_for_interruption(),
@@ -314,7 +321,7 @@ fn unbinding_the_importing_device_lets_go() {
 #[test]
 fn revoke_waits_for_a_fence_that_signals_late() {
     let device = open();
-    let fd = device.export(BAR, TWO).unwrap();
+    let fd = device.export(BAR, &two()).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();
     attachment.map().unwrap();
     attachment.fence().unwrap();
@@ -333,7 +340,7 @@ fn revoke_waits_for_a_fence_that_signals_late() {
 #[test]
 fn an_event_waits_for_the_latest_of_fences_and_mappings() {
     let device = open();
-    let (fd, slow) = held(&device, ONE);
+    let (fd, slow) = held(&device, &one());
     slow.fence().unwrap();
     waits_for(
         || device.set_memory(false),
@@ -360,11 +367,11 @@ fn an_event_waits_for_the_latest_of_fences_and_mappings() {
 #[test]
 fn an_event_does_not_wait_for_a_fence_of_one_revocation_before_it_tells_the_others() {
     let device = open();
-    let fd1 = device.export(BAR, ONE).unwrap();
+    let fd1 = device.export(BAR, &one()).unwrap();
     let first = Importer::open().attach(&fd1).unwrap();
     first.map().unwrap();
     first.fence().unwrap();
-    let (_fd2, second) = held(&device, TWO);
+    let (_fd2, second) = held(&device, &two());
     thread::scope(|scope| {
         scope.spawn(|| device.revoke(&fd1).unwrap());
         first.wait_for_interruption();
@@ -381,7 +388,7 @@ fn an_event_does_not_wait_for_a_fence_of_one_revocation_before_it_tells_the_othe
 #[test]
 fn a_signalled_fence_is_not_waited_for() {
     let device = open();
-    let fd = device.export(BAR, ONE).unwrap();
+    let fd = device.export(BAR, &one()).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();
     for _ in 0..100 {
         attachment.fence().unwrap();
@@ -397,7 +404,7 @@ fn a_signalled_fence_is_not_waited_for() {
 #[test]
 fn other_config_writes_do_not_wait_for_importers() {
     let device = open();
-    let (_fd, slow) = held(&device, ONE);
+    let (_fd, slow) = held(&device, &one());
     at_once("a write to the latency timer", || {
         let _: Answer<usize> = device.write(CONFIG_REGION, 0x0d, &[0]);
     });
@@ -409,8 +416,8 @@ fn other_config_writes_do_not_wait_for_importers() {
 fn another_device_does_not_wait() {
     let device = open();
     let other = Device::open("display");
-    let fd = other.export(0, TWO).unwrap();
-    let (_fd, slow) = held(&device, ONE);
+    let fd = other.export(0, &two()).unwrap();
+    let (_fd, slow) = held(&device, &one());
     waits_for(
         || device.set_memory(false),
         || {

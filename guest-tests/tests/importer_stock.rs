@@ -9,11 +9,11 @@ use std::{
 
 use barlease_abi::{FEATURE_DMA_BUF, FEATURE_DMA_BUF_STOCK, FEATURE_DMA_BUF_TPH};
 use barlease_guest_tests::{
-    PAGE,
     errno::{Answer, EBADF, EINVAL, ENODEV, ENXIO, EOPNOTSUPP, EPERM},
     importer::{self, DYNAMIC, Importer, abi, check_that_nothing_is_left},
     lease::{Request, no_such_fd},
     map::Map,
+    page_size,
     pci::Parameter,
     vfio::{Device, GET, PROBE, SET},
 };
@@ -54,25 +54,32 @@ fn the_stock_exporter_is_there_for_get() {
 #[test]
 fn edu_reads_and_writes_what_the_stock_exporter_exports() {
     let device = open();
-    let fd = stock(&device, BAR, &[(4 * PAGE, 2 * PAGE)]).unwrap();
+    let fd = stock(&device, BAR, &[(4 * page_size(), 2 * page_size())]).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();
     attachment.map().unwrap();
     let bar = device.function().bar(BAR).0;
-    assert_eq!(attachment.translate(PAGE), Some(bar + 5 * PAGE));
+    assert_eq!(
+        attachment.translate(page_size()),
+        Some(bar + 5 * page_size())
+    );
     let bytes: Vec<u8> = (0..512).map(|n| (n * 7 + n / 256) as u8).collect();
-    attachment.write(PAGE - 256, &bytes).unwrap();
-    let map = Map::new(device.export(BAR, &[(0, 8 * PAGE)]).unwrap(), 8 * PAGE).unwrap();
+    attachment.write(page_size() - 256, &bytes).unwrap();
+    let map = Map::new(
+        device.export(BAR, &[(0, 8 * page_size())]).unwrap(),
+        8 * page_size(),
+    )
+    .unwrap();
     for (word, expected) in (0..).step_by(4).zip(bytes.chunks(4)) {
-        let value = map.read(5 * PAGE - 256 + word).unwrap();
+        let value = map.read(5 * page_size() - 256 + word).unwrap();
         assert_eq!(value.to_le_bytes(), expected);
     }
-    assert_eq!(attachment.read(PAGE - 256, 512).unwrap(), bytes);
+    assert_eq!(attachment.read(page_size() - 256, 512).unwrap(), bytes);
 }
 
 #[test]
 fn the_core_takes_stock_buffers_away() {
     let device = open();
-    let fd = stock(&device, BAR, &[(0, PAGE)]).unwrap();
+    let fd = stock(&device, BAR, &[(0, page_size())]).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();
     attachment.map().unwrap();
     device.set_memory(false);
@@ -89,18 +96,18 @@ fn the_core_takes_stock_buffers_away() {
 #[test]
 fn the_features_of_leases_refuse_stock_buffers() {
     let device = open();
-    let fd = stock(&device, BAR, &[(0, PAGE)]).unwrap();
+    let fd = stock(&device, BAR, &[(0, page_size())]).unwrap();
     assert_eq!(device.revoke(&fd), Err(EINVAL));
     assert_eq!(device.status(&fd).unwrap_err(), EINVAL);
     // A region that has no mmap.
-    assert_eq!(Map::new(&fd, PAGE).unwrap_err(), EINVAL);
+    assert_eq!(Map::new(&fd, page_size()).unwrap_err(), EINVAL);
 }
 
 #[test]
 fn revoking_a_lease_leaves_a_stock_buffer_of_the_same_range() {
     let device = open();
-    let stock = stock(&device, BAR, &[(0, PAGE)]).unwrap();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let stock = stock(&device, BAR, &[(0, page_size())]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     let attachment = Importer::open().attach(&stock).unwrap();
     attachment.map().unwrap();
     device.revoke(&fd).unwrap();
@@ -109,7 +116,7 @@ fn revoking_a_lease_leaves_a_stock_buffer_of_the_same_range() {
 
 #[test]
 fn a_parameter_makes_feature_11_the_stock_exporters() {
-    let export = |device: &Device| device.export(BAR, &[(0, PAGE)]).unwrap();
+    let export = |device: &Device| device.export(BAR, &[(0, page_size())]).unwrap();
     let device = open();
     let parameter = Parameter::set("stock_dma_buf", "Y").unwrap();
     // A device that is open goes on as it was opened.
@@ -141,7 +148,10 @@ fn protected_pages(device: &Device) -> Vec<u64> {
         let place = u32::from_le_bytes(device.config(place));
         assert_eq!(place & 7, REGISTERS);
         let start = u64::from(place & !7);
-        pages.extend((start / PAGE..(start + size).div_ceil(PAGE)).map(|page| page * PAGE));
+        pages.extend(
+            (start / page_size()..(start + size).div_ceil(page_size()))
+                .map(|page| page * page_size()),
+        );
     }
     pages.sort_unstable();
     pages.dedup();
@@ -157,8 +167,8 @@ fn neither_exporter_exports_the_msix_table_where_it_is_told_not_to() {
     assert!(!protected.is_empty());
     let (_, length) = device.function().bar(REGISTERS);
     let check = |name: &str, export: Export<'_>| {
-        for page in (0..length).step_by(PAGE as usize) {
-            let answer = export(&[(page, PAGE)]).map(drop);
+        for page in (0..length).step_by(page_size() as usize) {
+            let answer = export(&[(page, page_size())]).map(drop);
             let expected = if protected.contains(&page) {
                 Err(EPERM)
             } else {
@@ -167,7 +177,7 @@ fn neither_exporter_exports_the_msix_table_where_it_is_told_not_to() {
             assert_eq!(answer, expected, "{name}, page {page:#x}");
         }
         assert_eq!(export(&[(0, length)]).unwrap_err(), EPERM, "{name}");
-        let last = [(0, PAGE), (protected[0], PAGE)];
+        let last = [(0, page_size()), (protected[0], page_size())];
         assert_eq!(export(&last).unwrap_err(), EPERM, "{name}");
     };
     let both = |device: &Device| {
@@ -199,7 +209,7 @@ fn neither_exporter_exports_the_msix_table_where_it_is_told_not_to() {
 fn there_is_no_steering_tag_where_none_was_set() {
     let device = open();
     let importer = Importer::open();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     let attachment = importer.attach(&fd).unwrap();
     let none = || {
         for extended in [false, true] {
@@ -222,7 +232,7 @@ fn there_is_no_steering_tag_where_none_was_set() {
 fn a_foreign_dma_buf_has_no_steering_tag() {
     let device = open();
     let importer = Importer::open();
-    let fd = stock(&device, BAR, &[(0, PAGE)]).unwrap();
+    let fd = stock(&device, BAR, &[(0, page_size())]).unwrap();
     for extended in [false, true] {
         assert_eq!(importer.steering_tag(&fd, extended), Err(EOPNOTSUPP));
         let file = fs::File::open("/dev/null").unwrap();
@@ -236,7 +246,7 @@ fn steering_tags_cannot_be_set_on_these_devices() {
     for (name, bar) in [("memory", BAR), ("nvme", BAR), ("display", 0)] {
         let device = Device::open(name);
         assert_eq!(device.probe(FEATURE_DMA_BUF_TPH, SET), Err(EOPNOTSUPP));
-        let fd = device.export(bar, &[(0, PAGE)]).unwrap();
+        let fd = device.export(bar, &[(0, page_size())]).unwrap();
         let mut payload = [0; 12];
         payload[..4].copy_from_slice(&fd.as_raw_fd().to_ne_bytes());
         payload[4] = 1;
@@ -253,7 +263,7 @@ fn steering_tags_cannot_be_set_on_these_devices() {
 #[test]
 fn the_importer_refuses_what_it_does_not_know() {
     let device = open();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     let importer = Importer::open();
     for flags in [abi::ATTACH_STATIC | DYNAMIC, 1 << 3, u32::MAX] {
         assert_eq!(importer.attach_as(&fd, flags).unwrap_err(), EINVAL);

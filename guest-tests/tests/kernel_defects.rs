@@ -6,9 +6,8 @@
 use std::{fs, os::fd::AsFd};
 
 use barlease_guest_tests::{
-    PAGE,
     map::{How, Map},
-    observe,
+    observe, page_size,
     pci::{BARLEASE, STOCK},
     probe,
     process::{self, Child, End},
@@ -26,7 +25,7 @@ fn map(device: &Device) -> Map {
         .align(GIB)
         .map(device, offset, 2 * GIB)
         .unwrap();
-    map.touch(0, PAGE).unwrap();
+    map.touch(0, page_size()).unwrap();
     map
 }
 
@@ -48,7 +47,7 @@ fn a_mapping_is_moved_with_its_entries(driver: &str) {
     let moved = map
         .moved_to(&place)
         .unwrap_or_else(|(_, errno)| panic!("mremap: {errno:?}"));
-    moved.touch(0, PAGE).unwrap();
+    moved.touch(0, page_size()).unwrap();
     assert_eq!(
         bad(),
         before,
@@ -62,8 +61,9 @@ fn a_page_is_unmapped_inside_of_a_gib(driver: &str) {
     let device = Device::open_with(BIG.0, driver);
     let mut child = Child::start(&[device.as_fd()], |_| {
         let mut map = map(&device);
-        map.unmap(5 * PAGE, PAGE);
-        map.touch(6 * PAGE, PAGE).expect("the rest is mapped");
+        map.unmap(5 * page_size(), page_size());
+        map.touch(6 * page_size(), page_size())
+            .expect("the rest is mapped");
     });
     assert_eq!(child.wait(), End::Code(0), "{driver}");
 }

@@ -13,7 +13,7 @@ use barlease::{
     RegionKind, State, Tph, config::Command, pci::Pci,
 };
 use barlease_guest_tests::{
-    HUGE, PAGE, observe,
+    huge_size, observe, page_size,
     pci::{BARLEASE, Function, STOCK},
     probe,
     process::{self, Child, End},
@@ -40,7 +40,7 @@ fn display() -> Device {
 fn lease(device: &Device) -> Lease {
     device
         .export(FRAME_BUFFER)
-        .range(0..2 * HUGE)
+        .range(0..2 * huge_size())
         .export()
         .unwrap()
 }
@@ -220,10 +220,10 @@ fn a_lease_is_mapped_where_large_entries_are_possible() {
     let device = display();
     let lease = lease(&device);
     let mapping = lease.map().unwrap();
-    assert_eq!(mapping.len() as u64, 2 * HUGE);
-    assert_eq!(mapping.as_ptr().addr() as u64 % HUGE, 0);
+    assert_eq!(mapping.len() as u64, 2 * huge_size());
+    assert_eq!(mapping.as_ptr().addr() as u64 % huge_size(), 0);
     let guarded = lease.map_guarded().unwrap();
-    assert_eq!(guarded.as_ptr().addr() as u64 % HUGE, 0);
+    assert_eq!(guarded.as_ptr().addr() as u64 % huge_size(), 0);
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn values_of_each_width_reach_the_device() {
     mapping.fill(8..20, 0x5a).unwrap();
     assert_eq!(seen(&device, 12), 0x5a5a_5a5a);
     assert_error!(mapping.write(2, 1u32), Misaligned);
-    assert_error!(mapping.read::<u32>(2 * HUGE as usize), OutOfBounds);
+    assert_error!(mapping.read::<u32>(2 * huge_size() as usize), OutOfBounds);
 }
 
 #[test]
@@ -252,19 +252,22 @@ fn a_lease_of_several_ranges_is_their_concatenation() {
     let device = display();
     let lease = device
         .export(FRAME_BUFFER)
-        .range(8 * PAGE..9 * PAGE)
+        .range(8 * page_size()..9 * page_size())
         .ranges([BarRange {
             offset: 0,
-            length: 2 * PAGE,
+            length: 2 * page_size(),
         }])
         .export()
         .unwrap();
-    assert_eq!(lease.size(), 3 * PAGE);
-    let mapping = lease.map_range(PAGE..3 * PAGE).unwrap();
-    mapping.write(PAGE as usize, 0x1234u32).unwrap();
-    assert_eq!(seen(&device, PAGE), 0x1234);
+    assert_eq!(lease.size(), 3 * page_size());
+    let mapping = lease.map_range(page_size()..3 * page_size()).unwrap();
+    mapping.write(page_size() as usize, 0x1234u32).unwrap();
+    assert_eq!(seen(&device, page_size()), 0x1234);
     let status = device.status(&lease).unwrap();
-    assert_eq!((status.ranges, status.size, status.bar), (2, 3 * PAGE, 0));
+    assert_eq!(
+        (status.ranges, status.size, status.bar),
+        (2, 3 * page_size(), 0)
+    );
 }
 
 #[test]
@@ -272,7 +275,7 @@ fn a_read_only_lease_is_mapped_for_reading() {
     let device = display();
     let lease = device
         .export(FRAME_BUFFER)
-        .range(0..PAGE)
+        .range(0..page_size())
         .read_only()
         .export()
         .unwrap();
@@ -297,10 +300,10 @@ fn errors_of_exporting_say_what_is_wrong() {
     assert_eq!(export(0..0).unwrap_err().errno(), Some(libc::EINVAL));
     let end = 64 << 20;
     assert_eq!(
-        export(end..end + PAGE).unwrap_err().errno(),
+        export(end..end + page_size()).unwrap_err().errno(),
         Some(libc::EINVAL)
     );
-    let absent = device.export(1).range(0..PAGE).export();
+    let absent = device.export(1).range(0..page_size()).export();
     assert_eq!(absent.unwrap_err().errno(), Some(libc::ENODEV));
     let nvme = open("nvme");
     // All of it has the MSI-X table in it, which is left out by who does not ask for it.
@@ -327,7 +330,7 @@ fn a_lease_shows_its_name() {
 
 /// How the CPU treats the ends of a mapping.
 fn types(mapping: &Mapping) -> [Option<probe::MemoryType>; 2] {
-    let ends = [0, mapping.len() - PAGE as usize];
+    let ends = [0, mapping.len() - page_size() as usize];
     ends.map(|at| {
         mapping.write(at, 1u32).unwrap();
         let entry = probe::entry_at(mapping.as_ptr().addr() + at);
@@ -380,10 +383,10 @@ fn an_alias_is_a_region_that_is_mapped_write_combining() {
     assert_eq!(alias.memory_types(), [MemoryType::Wc]);
     assert_eq!((alias.size, alias.mappable), (bar.size, true));
     let [uncached, combining] =
-        [FRAME_BUFFER, index].map(|region| device.map_region(region, 0..HUGE).unwrap());
+        [FRAME_BUFFER, index].map(|region| device.map_region(region, 0..huge_size()).unwrap());
     assert_eq!((types(&uncached), types(&combining)), (UNCACHED, COMBINING));
-    combining.write(PAGE as usize, 0xa11a5u32).unwrap();
-    assert_eq!(seen(&device, PAGE), 0xa11a5);
+    combining.write(page_size() as usize, 0xa11a5u32).unwrap();
+    assert_eq!(seen(&device, page_size()), 0xa11a5);
     // An alias of an alias, and one that is no other type than the BAR's own.
     let refused = [
         device.alias_region(index, MemoryType::Wc),
@@ -412,8 +415,8 @@ fn a_guarded_access_after_revocation_is_an_error() {
     let device = display();
     let lease = lease(&device);
     let mapping = lease.map_guarded().unwrap();
-    mapping.write(PAGE as usize, 0x600du32).unwrap();
-    assert_eq!(seen(&device, PAGE), 0x600d);
+    mapping.write(page_size() as usize, 0x600du32).unwrap();
+    assert_eq!(seen(&device, page_size()), 0x600d);
     device.revoke(&lease).unwrap();
     assert_eq!(device.status(&lease).unwrap().state, State::Dead);
     assert_error!(mapping.read::<u32>(0), Revoked);
@@ -426,7 +429,7 @@ fn a_guarded_access_after_revocation_is_an_error() {
     assert_error!(device.revoke(&lease), Dead);
     // Somebody else has the range at once.
     let other = self::lease(&device).map_guarded().unwrap();
-    assert_eq!(other.read::<u32>(PAGE as usize).unwrap(), 0x600d);
+    assert_eq!(other.read::<u32>(page_size() as usize).unwrap(), 0x600d);
 }
 
 #[test]
@@ -561,7 +564,7 @@ fn threads_that_draw_while_memory_comes_and_goes() {
     let mapping = lease.map_guarded().unwrap();
     let lost = AtomicU32::new(0);
     let draw = || {
-        if mapping.write(PAGE as usize, 1u32).is_err() {
+        if mapping.write(page_size() as usize, 1u32).is_err() {
             lost.fetch_add(1, Ordering::Relaxed);
         }
     };
@@ -606,12 +609,12 @@ fn an_unprivileged_holder_draws_until_it_is_revoked_and_lives_on() {
         process::become_user(1001);
         let lease = Lease::receive(&theirs).unwrap();
         let info = lease.info().unwrap();
-        assert_eq!((info.bar, info.size), (FRAME_BUFFER, 2 * HUGE));
+        assert_eq!((info.bar, info.size), (FRAME_BUFFER, 2 * huge_size()));
         assert_eq!(
             info.ranges,
             [BarRange {
                 offset: 0,
-                length: 2 * HUGE
+                length: 2 * huge_size()
             }]
         );
         let mapping = lease.map_guarded().unwrap();
@@ -663,7 +666,7 @@ fn the_owners_death_is_an_error_to_a_guarded_holder() {
 #[test]
 fn a_region_is_mapped_guarded_too() {
     let device = open("memory");
-    let mapping = device.map_region_guarded(2, 0..HUGE).unwrap();
+    let mapping = device.map_region_guarded(2, 0..huge_size()).unwrap();
     mapping.write(8, 8u32).unwrap();
     let lost = AtomicU32::new(0);
     let read = || {

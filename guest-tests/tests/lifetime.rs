@@ -13,11 +13,11 @@ use std::{
 
 use barlease_abi::FEATURE_DMA_BUF;
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::{EAGAIN, EBADF, ENODEV, EPERM, Errno},
+    huge_size,
     lease::{self, State},
     map::{How, Map, Sigbus},
-    observe,
+    observe, page_size,
     pci::{self, BARLEASE, Function, Parameter, STOCK},
     process::{Child, End},
     vfio::{Device, GET, Group},
@@ -32,16 +32,21 @@ fn display() -> Device {
 }
 
 fn leased(device: &Device) -> (OwnedFd, Map) {
-    let fd = device.export(FRAME_BUFFER, &[(0, 2 * HUGE)]).unwrap();
-    let map = How::shared().align(HUGE).map(&fd, 0, 2 * HUGE).unwrap();
+    let fd = device
+        .export(FRAME_BUFFER, &[(0, 2 * huge_size())])
+        .unwrap();
+    let map = How::shared()
+        .align(huge_size())
+        .map(&fd, 0, 2 * huge_size())
+        .unwrap();
     map.touch_all().unwrap();
     (fd, map)
 }
 
 fn is_dead(fd: &OwnedFd, map: &Map) {
     assert_eq!(map.read(0), Err(Sigbus));
-    assert_eq!(map.write(HUGE + PAGE, 1), Err(Sigbus));
-    assert_eq!(Map::new(fd, PAGE).map(drop), Err(ENODEV));
+    assert_eq!(map.write(huge_size() + page_size(), 1), Err(Sigbus));
+    assert_eq!(Map::new(fd, page_size()).map(drop), Err(ENODEV));
 }
 
 fn mmaps(function: &Function) -> Vec<String> {
@@ -114,26 +119,26 @@ fn a_mapping_through_the_device_fd_keeps_it_open() {
     let device = display();
     let function = device.function().clone();
     let (_fd, map) = leased(&device);
-    let mut bar = How::shared().map(&device, 0, 4 * PAGE).unwrap();
+    let mut bar = How::shared().map(&device, 0, 4 * page_size()).unwrap();
     drop(device);
-    bar.write(PAGE, 8).unwrap();
-    assert_eq!(map.read(PAGE), Ok(8));
+    bar.write(page_size(), 8).unwrap();
+    assert_eq!(map.read(page_size()), Ok(8));
     // As long as a part of it is left, in whatever process.
-    bar.unmap(0, 2 * PAGE);
+    bar.unmap(0, 2 * page_size());
     let child = Child::start(&[], |link| {
         link.expect(0);
-        bar.write(2 * PAGE, 9).unwrap();
+        bar.write(2 * page_size(), 9).unwrap();
         link.send(1);
         link.expect(2);
     });
     drop(bar);
     child.link.send(0);
     child.link.expect(1);
-    assert_eq!(map.read(2 * PAGE), Ok(9));
+    assert_eq!(map.read(2 * page_size()), Ok(9));
     assert_eq!(mmaps(&function), ["OK", "OK"]);
     child.link.send(2);
     child.join();
-    assert_eq!(map.read(PAGE), Err(Sigbus));
+    assert_eq!(map.read(page_size()), Err(Sigbus));
 }
 
 #[test]
@@ -149,7 +154,7 @@ fn the_owners_death_is_the_end_of_its_buffers() {
         std::process::abort();
     });
     let fd = owner.link.receive_fd();
-    let map = Map::new(&fd, 2 * HUGE).unwrap();
+    let map = Map::new(&fd, 2 * huge_size()).unwrap();
     map.touch_all().unwrap();
     owner.link.send(0);
     assert_eq!(owner.wait(), End::Signal(libc::SIGABRT));
@@ -196,7 +201,7 @@ fn path_of_closed(fd: OwnedFd) -> OwnedFd {
 fn an_o_path_descriptor_outlives_the_buffer_and_the_device() {
     let device = display();
     let function = device.function().clone();
-    let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+    let fd = device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap();
     let path = path_of_closed(fd);
     // A walk over all buffers finds it or not, but comes to no harm.
     let _ = observe::buffers_text(&function);
@@ -239,7 +244,7 @@ fn an_o_path_descriptor_of_a_bar_mapping_does_not_keep_the_device_open() {
     let device = display();
     let function = device.function().clone();
     let (_fd, map) = leased(&device);
-    let bar = How::shared().map(&device, 0, 4 * PAGE).unwrap();
+    let bar = How::shared().map(&device, 0, 4 * page_size()).unwrap();
     let path = path_of_mapping(&bar);
     drop(device);
     map.touch_all().unwrap();
@@ -254,16 +259,20 @@ fn an_o_path_descriptor_of_a_bar_mapping_does_not_keep_the_device_open() {
 fn mappings_of_a_bar_have_a_file_in_common() {
     const NUMBER: usize = 1000;
     let device = display();
-    let one = How::shared().map(&device, 0, PAGE).unwrap();
+    let one = How::shared().map(&device, 0, page_size()).unwrap();
     let files = || {
         let text = fs::read_to_string("/proc/sys/fs/file-nr").expect("file-nr");
         let number = text.split_whitespace().next().expect("a number");
         number.parse::<usize>().expect("a number")
     };
     let before = files();
-    let place = |number: usize| (number as u64 % 64) * PAGE;
+    let place = |number: usize| (number as u64 % 64) * page_size();
     let maps: Vec<_> = (0..NUMBER)
-        .map(|number| How::shared().map(&device, place(number), PAGE).unwrap())
+        .map(|number| {
+            How::shared()
+                .map(&device, place(number), page_size())
+                .unwrap()
+        })
         .collect();
     let more = files().saturating_sub(before);
     assert!(more < NUMBER / 10, "{more} files more");
@@ -288,7 +297,9 @@ fn many_o_path_descriptors_while_everything_closes() {
         let device = display();
         let paths: Vec<_> = (0..10)
             .map(|page| {
-                let fd = device.export(FRAME_BUFFER, &[(page * PAGE, PAGE)]).unwrap();
+                let fd = device
+                    .export(FRAME_BUFFER, &[(page * page_size(), page_size())])
+                    .unwrap();
                 let path = lease::path_descriptor(fd.as_fd());
                 drop(fd);
                 path
@@ -315,7 +326,7 @@ fn fds_and_mappings_outlive_the_binding() {
     drop(device);
     function.unbind();
     is_dead(&fd, &map);
-    assert_eq!(lease::size(&fd), 2 * HUGE);
+    assert_eq!(lease::size(&fd), 2 * huge_size());
     assert!(observe::maps_line(map.address()).contains("barlease:"));
     // Bound to another driver, and to ours again.
     function.bind(STOCK);
@@ -340,7 +351,7 @@ fn fds_and_mappings_outlive_the_binding() {
 fn an_o_path_descriptor_outlives_the_binding() {
     let device = display();
     let function = device.function().clone();
-    let path = path_of_closed(device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap());
+    let path = path_of_closed(device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap());
     drop(device);
     function.unbind();
     function.bind(BARLEASE);
@@ -368,19 +379,19 @@ fn unbind_waits_until_the_device_is_closed() {
 fn fds_and_mappings_outlive_the_device() {
     let function = Function::named("testdev");
     let device = Device::open("testdev");
-    let fd = device.export(2, &[(0, 2 * HUGE)]).unwrap();
-    let map = Map::new(&fd, 2 * HUGE).unwrap();
+    let fd = device.export(2, &[(0, 2 * huge_size())]).unwrap();
+    let map = Map::new(&fd, 2 * huge_size()).unwrap();
     map.touch_all().unwrap();
     drop(device);
     function.remove();
     is_dead(&fd, &map);
-    assert_eq!(lease::size(&fd), 2 * HUGE);
+    assert_eq!(lease::size(&fd), 2 * huge_size());
     pci::rescan();
     function.bind(BARLEASE);
     is_dead(&fd, &map);
     let device = Device::open("testdev");
     assert_eq!(device.revoke(&fd), Err(ENODEV));
-    device.export(2, &[(0, PAGE)]).unwrap();
+    device.export(2, &[(0, page_size())]).unwrap();
 }
 
 // ---- The module
@@ -402,7 +413,7 @@ fn with_module_idle(f: impl FnOnce()) {
 fn the_module_stays_while_a_dma_buf_lives() {
     with_module_idle(|| {
         let device = display();
-        let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+        let fd = device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap();
         assert_eq!(pci::unload_module(), Err(EAGAIN));
         drop(device);
         Function::named("display").unbind();
@@ -432,7 +443,7 @@ fn the_module_stays_while_a_mapping_lives() {
 fn the_module_stays_while_an_o_path_descriptor_lives() {
     with_module_idle(|| {
         let device = display();
-        let path = path_of_closed(device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap());
+        let path = path_of_closed(device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap());
         drop(device);
         Function::named("display").unbind();
         assert_eq!(pci::unload_module(), Err(EAGAIN));
@@ -458,7 +469,7 @@ fn the_module_goes_while_functions_are_bound() {
 fn the_module_stays_while_a_device_is_open() {
     let device = display();
     assert_eq!(pci::unload_module(), Err(EAGAIN));
-    device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+    device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap();
 }
 
 #[test]
@@ -472,13 +483,16 @@ fn the_module_tells_its_version() {
 fn msix_table(device: &Device) -> (u32, u64) {
     let capability = device.capability(0x11).expect("MSI-X");
     let register = u32::from_le_bytes(device.config(capability + 4));
-    (register & 7, u64::from(register & !7) / PAGE * PAGE)
+    (
+        register & 7,
+        u64::from(register & !7) / page_size() * page_size(),
+    )
 }
 
 fn export_of_msix_table() -> Result<OwnedFd, Errno> {
     let device = Device::open("nvme");
     let (bar, page) = msix_table(&device);
-    device.export(bar, &[(page, PAGE)])
+    device.export(bar, &[(page, page_size())])
 }
 
 #[test]
@@ -527,8 +541,8 @@ fn a_function_bound_to_stock_vfio_pci_is_stocks() {
     function.bind(STOCK);
     let device = Group::open(&function).device(&function).unwrap();
     // Its buffers are not ours: they cannot be mapped.
-    let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
-    assert!(Map::new(&fd, PAGE).is_err());
+    let fd = device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap();
+    assert!(Map::new(&fd, page_size()).is_err());
     let features = [0xba00, 0xba04].map(|feature| device.probe(feature, 0));
     assert!(features.iter().all(Result::is_err));
     assert_eq!(device.probe(FEATURE_DMA_BUF, GET), Ok(()));

@@ -17,13 +17,13 @@ use barlease_abi::{
     STATE_DEAD, STATE_OK, STATE_REVOKED,
 };
 use barlease_guest_tests::{
-    HUGE, PAGE,
     buffers::{HEAD, List, RECORD, id_of, name, wait_until_gone},
     errno::{EFAULT, EINVAL},
+    huge_size,
     importer::{Importer, check_that_nothing_is_left},
     lease::{self, Request},
     map::{How, Map, READ, Sigbus},
-    observe,
+    observe, page_size,
     process::Child,
     race,
     vfio::{Device, GET, LOW_POWER_ENTRY, LOW_POWER_EXIT, PROBE, SET},
@@ -39,7 +39,7 @@ fn open() -> Device {
 }
 
 fn page(device: &Device) -> OwnedFd {
-    device.export(BAR, &[(0, PAGE)]).expect("an export")
+    device.export(BAR, &[(0, page_size())]).expect("an export")
 }
 
 /// A mapping of the BAR, or of an alias, through the device fd.
@@ -185,17 +185,23 @@ fn memory_that_cannot_be_read_or_written_is_efault() {
 #[test]
 fn a_record_says_what_was_exported() {
     let device = open();
-    let many: Vec<_> = (0..300).map(|i| (2 * i * PAGE, PAGE)).collect();
+    let many: Vec<_> = (0..300)
+        .map(|i| (2 * i * page_size(), page_size()))
+        .collect();
     for (ranges, flags, access) in [
-        (&[(0, PAGE)][..], libc::O_RDWR, libc::O_RDWR),
+        (&[(0, page_size())][..], libc::O_RDWR, libc::O_RDWR),
         (
-            &[(HUGE, 3 * PAGE), (0, PAGE), (0, PAGE)],
+            &[
+                (huge_size(), 3 * page_size()),
+                (0, page_size()),
+                (0, page_size()),
+            ],
             libc::O_RDONLY,
             libc::O_RDONLY,
         ),
         (&many, libc::O_RDWR | libc::O_CLOEXEC, libc::O_RDWR),
         (
-            &[(0, HUGE)],
+            &[(0, huge_size())],
             libc::O_WRONLY | libc::O_CLOEXEC,
             libc::O_WRONLY,
         ),
@@ -226,11 +232,11 @@ fn a_record_says_what_was_exported() {
 fn a_record_follows_what_becomes_of_the_buffer() {
     let device = open();
     let importer = Importer::open();
-    let fd = device.export(BAR, &[(0, 4 * PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, 4 * page_size())]).unwrap();
     let is = |what: &str, change: &dyn Fn(&mut DmaBufRecord)| {
         let plain = DmaBufRecord {
             id: id_of(&fd),
-            size: 4 * PAGE,
+            size: 4 * page_size(),
             region_index: BAR,
             nr_ranges: 1,
             access: libc::O_RDWR as u32,
@@ -257,14 +263,14 @@ fn a_record_follows_what_becomes_of_the_buffer() {
         );
     };
     is("new", &|_| {});
-    let map = Map::new(&fd, 4 * PAGE).unwrap();
+    let map = Map::new(&fd, 4 * page_size()).unwrap();
     is("mapped", &|record| record.nr_vmas = 1);
     device.memattr(&fd, MEMATTR_WC).unwrap();
-    let combining = How::shared().map(&fd, PAGE, PAGE).unwrap();
+    let combining = How::shared().map(&fd, page_size(), page_size()).unwrap();
     is("write-combining, too", &|record| {
         (record.memattr, record.nr_vmas, record.nr_wc_vmas) = (MEMATTR_WC, 2, 1);
     });
-    map.protect(PAGE, PAGE, READ).unwrap();
+    map.protect(page_size(), page_size(), READ).unwrap();
     is("split", &|record| {
         (record.memattr, record.nr_vmas, record.nr_wc_vmas) = (MEMATTR_WC, 4, 1);
     });
@@ -357,8 +363,8 @@ fn mappings_of_a_bar_are_internal_buffers() {
     let alias = device.alias(0, ALIAS_WC).unwrap();
     assert_eq!(device.records(), []);
     let maps = [
-        bar(&device, 0, 0, PAGE),
-        bar(&device, 0, 8 * PAGE, 2 * PAGE),
+        bar(&device, 0, 0, page_size()),
+        bar(&device, 0, 8 * page_size(), 2 * page_size()),
     ];
     let internal = device.records();
     assert!(!internal.is_empty());
@@ -376,7 +382,7 @@ fn mappings_of_a_bar_are_internal_buffers() {
         );
         assert_eq!(device.revoke_id(record.id), Err(EINVAL));
     }
-    let combining = bar(&device, alias, 0, PAGE);
+    let combining = bar(&device, alias, 0, page_size());
     let more = device.records();
     let wc: Vec<_> = more.iter().filter(|record| record.nr_wc_vmas > 0).collect();
     assert_eq!(wc.len(), 1);
@@ -419,7 +425,7 @@ fn fdinfo_inode(fd: &OwnedFd) -> u64 {
 fn an_id_is_the_inode_wherever_that_is_shown() {
     let device = open();
     let fd = page(&device);
-    let map = Map::new(&fd, PAGE).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     let id = id_of(&fd);
     assert_eq!(fdinfo_inode(&fd), id);
     assert_eq!(inode_of(&map), id);
@@ -462,7 +468,7 @@ fn a_buffer_disappears_with_its_last_reference() {
     let fd = page(&device);
     let id = id_of(&fd);
     let attachment = Importer::open().attach(&fd).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     drop(fd);
     assert!(device.find_record(id).is_some());
     drop(map);
@@ -476,7 +482,7 @@ fn a_buffer_disappears_with_its_last_reference() {
 fn nothing_of_an_earlier_open_or_of_another_device_is_listed() {
     let device = open();
     let before = page(&device);
-    let map = Map::new(&before, PAGE).unwrap();
+    let map = Map::new(&before, page_size()).unwrap();
     let other = Device::open("pair0");
     let elsewhere = page(&other);
     assert_eq!(ids(&device.records()), [id_of(&before)]);
@@ -525,7 +531,7 @@ fn more_than_a_call_copies_come_in_several() {
     let mut maps = Vec::new();
     for _ in 0..NUMBER {
         let fd = page(&device);
-        maps.push(Map::new(&fd, PAGE).unwrap());
+        maps.push(Map::new(&fd, page_size()).unwrap());
     }
     let listed = device.list(&List::new(0, NUMBER as u32 + 100)).unwrap();
     assert_eq!(listed.head.nr_records, MAX_RECORDS);
@@ -583,7 +589,7 @@ fn a_walk_while_buffers_come_and_go_has_each_lasting_one_once() {
         let fd = fds.lock().unwrap().pop();
         drop(fd);
     };
-    let map = || drop(bar(&device, BAR, 0, PAGE));
+    let map = || drop(bar(&device, BAR, 0, page_size()));
     race::meanwhile(&[&come, &go, &map], || {
         for round in 0..40 {
             let seen = ids(&device.records_by(1 + round % 9));

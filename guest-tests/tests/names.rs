@@ -6,11 +6,11 @@ use std::{fs, os::fd::AsFd};
 
 use barlease_abi::{ALIAS_WC, MEMATTR_WC};
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::{EINVAL, Errno},
+    huge_size,
     lease::set_name,
     map::{How, Map, READ, Sigbus},
-    observe,
+    observe, page_size,
     pci::{BARLEASE, STOCK},
     probe,
     process::Child,
@@ -52,11 +52,11 @@ fn map_bar(device: &Device, region: u32, offset: u64, len: u64) -> Map {
 fn a_lease_is_named_after_device_and_bar() {
     for (name, bar) in [("display", 0), ("memory", 2)] {
         let device = Device::open(name);
-        let fd = device.export(bar, &[(0, 4 * PAGE)]).unwrap();
-        let map = How::shared().map(&fd, PAGE, PAGE).unwrap();
+        let fd = device.export(bar, &[(0, 4 * page_size())]).unwrap();
+        let map = How::shared().map(&fd, page_size(), page_size()).unwrap();
         let bdf = &device.function().bdf;
         assert_named(&map, &format!("barlease:{bdf}/{bar}"));
-        assert_eq!(shown(&map).1, PAGE);
+        assert_eq!(shown(&map).1, page_size());
     }
 }
 
@@ -64,9 +64,9 @@ fn a_lease_is_named_after_device_and_bar() {
 fn a_bar_mapping_and_one_of_an_alias_have_their_names() {
     let device = display();
     let alias = device.alias(FRAME_BUFFER, ALIAS_WC).unwrap();
-    let uncached = map_bar(&device, FRAME_BUFFER, 0, 2 * PAGE);
-    let combining = map_bar(&device, alias, 0, 2 * PAGE);
-    let registers = map_bar(&device, 2, 0, PAGE);
+    let uncached = map_bar(&device, FRAME_BUFFER, 0, 2 * page_size());
+    let combining = map_bar(&device, alias, 0, 2 * page_size());
+    let registers = map_bar(&device, 2, 0, page_size());
     let bdf = &device.function().bdf;
     assert_named(&uncached, &format!("barlease:{bdf}/0"));
     assert_named(&combining, &format!("barlease:{bdf}/0+wc"));
@@ -76,16 +76,16 @@ fn a_bar_mapping_and_one_of_an_alias_have_their_names() {
 #[test]
 fn a_name_that_the_user_sets_is_shown() {
     let device = display();
-    let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
-    let before = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap();
+    let before = Map::new(&fd, page_size()).unwrap();
     set_name(&fd, "screen of tenant 7").unwrap();
-    let after = Map::new(&fd, PAGE).unwrap();
+    let after = Map::new(&fd, page_size()).unwrap();
     for map in [&before, &after] {
         assert_named(map, "screen of tenant 7");
     }
     // Also of a write-combining buffer, and of a dead one.
     device.memattr(&fd, MEMATTR_WC).unwrap();
-    assert_named(&Map::new(&fd, PAGE).unwrap(), "screen of tenant 7");
+    assert_named(&Map::new(&fd, page_size()).unwrap(), "screen of tenant 7");
     device.revoke(&fd).unwrap();
     assert_named(&before, "screen of tenant 7");
 }
@@ -93,8 +93,8 @@ fn a_name_that_the_user_sets_is_shown() {
 #[test]
 fn another_process_sees_the_names() {
     let device = display();
-    let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     let bdf = device.function().bdf.clone();
     let child = Child::start(&[], |link| {
         map.read(0).unwrap();
@@ -111,9 +111,13 @@ fn another_process_sees_the_names() {
 #[test]
 fn bufinfo_lists_leases_with_exporter_size_and_name() {
     let device = display();
-    let named = device.export(FRAME_BUFFER, &[(0, 3 * PAGE)]).unwrap();
+    let named = device
+        .export(FRAME_BUFFER, &[(0, 3 * page_size())])
+        .unwrap();
     set_name(&named, "bl-named").unwrap();
-    let _fresh = device.export(FRAME_BUFFER, &[(0, 5 * PAGE)]).unwrap();
+    let _fresh = device
+        .export(FRAME_BUFFER, &[(0, 5 * page_size())])
+        .unwrap();
     let text = fs::read_to_string("/sys/kernel/debug/dma_buf/bufinfo").unwrap();
     let line = |wanted: &str| {
         let found = text.lines().find(|line| line.ends_with(wanted));
@@ -129,18 +133,18 @@ fn bufinfo_lists_leases_with_exporter_size_and_name() {
             .unwrap()
     };
     let bdf = &device.function().bdf;
-    assert_eq!(size(&line("bl-named")), 3 * PAGE);
+    assert_eq!(size(&line("bl-named")), 3 * page_size());
     let fresh = line(&format!("barlease:{bdf}/0"));
-    assert_eq!(size(&fresh), 5 * PAGE);
+    assert_eq!(size(&fresh), 5 * page_size());
     assert!(fresh.contains("barlease"), "{fresh}");
 }
 
 #[test]
 fn debugfs_shows_names_and_marks_bar_mappings() {
     let device = display();
-    let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+    let fd = device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap();
     set_name(&fd, "tenant-7").unwrap();
-    let _map = map_bar(&device, FRAME_BUFFER, 0, PAGE);
+    let _map = map_bar(&device, FRAME_BUFFER, 0, page_size());
     let text = observe::buffers_text(device.function());
     assert!(text.contains("tenant-7"), "{text}");
     let bdf = &device.function().bdf;
@@ -154,7 +158,7 @@ fn debugfs_shows_names_and_marks_bar_mappings() {
 #[test]
 fn a_name_cannot_forge_lines_or_columns_of_debugfs() {
     let device = display();
-    let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+    let fd = device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap();
     for name in [
         "a b c",
         "a\nb 0 1",
@@ -182,14 +186,18 @@ fn the_offset_that_is_shown_is_the_one_that_was_asked_for() {
     // The same lines but for the name.
     let lines = |driver: &str| -> Vec<_> {
         let device = Device::open_with("display", driver);
-        [(0, 0, PAGE), (0, 5 * PAGE, HUGE), (2, 0, PAGE)]
-            .map(|(bar, offset, len)| {
-                let map = map_bar(&device, bar, offset, len);
-                let (permissions, at, _) = shown(&map);
-                assert_eq!(at, u64::from(bar) << 40 | offset);
-                (permissions, at)
-            })
-            .into()
+        [
+            (0, 0, page_size()),
+            (0, 5 * page_size(), huge_size()),
+            (2, 0, page_size()),
+        ]
+        .map(|(bar, offset, len)| {
+            let map = map_bar(&device, bar, offset, len);
+            let (permissions, at, _) = shown(&map);
+            assert_eq!(at, u64::from(bar) << 40 | offset);
+            (permissions, at)
+        })
+        .into()
     };
     assert_eq!(lines(BARLEASE), lines(STOCK));
 }
@@ -197,20 +205,20 @@ fn the_offset_that_is_shown_is_the_one_that_was_asked_for() {
 #[test]
 fn a_part_that_was_split_off_shows_its_own_offset() {
     let device = display();
-    let mut map = map_bar(&device, FRAME_BUFFER, 8 * PAGE, 8 * PAGE);
+    let mut map = map_bar(&device, FRAME_BUFFER, 8 * page_size(), 8 * page_size());
     map.touch_all().unwrap();
-    map.unmap(3 * PAGE, PAGE);
-    let line = observe::maps_line(map.address() + 4 * PAGE as usize);
+    map.unmap(3 * page_size(), page_size());
+    let line = observe::maps_line(map.address() + 4 * page_size() as usize);
     let offset = line.split_whitespace().nth(2).unwrap();
-    assert_eq!(u64::from_str_radix(offset, 16).unwrap(), 12 * PAGE);
+    assert_eq!(u64::from_str_radix(offset, 16).unwrap(), 12 * page_size());
     device.set_memory(false);
     device.set_memory(true);
     // The page that faults in again is the right one.
     let (start, _) = device.function().bar(FRAME_BUFFER);
-    map.touch(4 * PAGE, 4 * PAGE).unwrap();
+    map.touch(4 * page_size(), 4 * page_size()).unwrap();
     assert_eq!(
-        probe::entry(&map, 4 * PAGE).unwrap().physical,
-        start + 12 * PAGE
+        probe::entry(&map, 4 * page_size()).unwrap().physical,
+        start + 12 * page_size()
     );
 }
 
@@ -235,12 +243,15 @@ fn answers(name: &str, driver: &str) -> Vec<(String, Result<(), Errno>)> {
     for region in regions {
         let size = device.region_info(region).map_or(0, |info| info.size);
         for (offset, len) in [
-            (0, PAGE),
+            (0, page_size()),
             (0, size.max(1)),
-            (0, size + PAGE),
-            (size & !(PAGE - 1), PAGE),
-            (size.saturating_sub(PAGE) & !(PAGE - 1), 2 * PAGE),
-            ((1 << 40) - PAGE, 2 * PAGE),
+            (0, size + page_size()),
+            (size & !(page_size() - 1), page_size()),
+            (
+                size.saturating_sub(page_size()) & !(page_size() - 1),
+                2 * page_size(),
+            ),
+            ((1 << 40) - page_size(), 2 * page_size()),
         ] {
             let at = u64::from(region) << 40 | offset;
             let shared = How::shared();
@@ -280,7 +291,7 @@ fn a_bar_smaller_than_a_page_is_mapped_as_stock_does() {
     let shown_by = |driver: &str| {
         let device = Device::open_with("memory", driver);
         let info = device.region_info(0).unwrap();
-        let answer = How::shared().map(device.as_fd(), 0, PAGE);
+        let answer = How::shared().map(device.as_fd(), 0, page_size());
         let read = answer.map(|map| map.read(8).map(drop));
         (info.size, info.flags & 4, read)
     };
@@ -292,13 +303,15 @@ fn a_bar_mapping_keeps_the_device_open() {
     let device = display();
     let function = device.function().clone();
     let group = device.group().clone();
-    let lease = device.export(FRAME_BUFFER, &[(PAGE, PAGE)]).unwrap();
-    let lease_map = Map::new(&lease, PAGE).unwrap();
-    let map = map_bar(&device, FRAME_BUFFER, 0, 2 * PAGE);
+    let lease = device
+        .export(FRAME_BUFFER, &[(page_size(), page_size())])
+        .unwrap();
+    let lease_map = Map::new(&lease, page_size()).unwrap();
+    let map = map_bar(&device, FRAME_BUFFER, 0, 2 * page_size());
     map.touch_all().unwrap();
     drop(device);
     // So leases live on as well.
-    map.write(PAGE, 21).unwrap();
+    map.write(page_size(), 21).unwrap();
     assert_eq!(lease_map.read(0), Ok(21));
     drop(map);
     // The last reference is given up a little after.
@@ -315,8 +328,8 @@ fn a_bar_mapping_is_faulted_in_after_the_device_fd_was_closed() {
     let group = device.group().clone();
     let function = device.function().clone();
     let map = How::shared()
-        .align(HUGE)
-        .map(device.as_fd(), 0, 2 * HUGE)
+        .align(huge_size())
+        .map(device.as_fd(), 0, 2 * huge_size())
         .unwrap();
     drop(device);
     map.touch_all().unwrap();
@@ -332,7 +345,7 @@ fn a_bar_mapping_is_faulted_in_after_the_device_fd_was_closed() {
 fn a_child_keeps_the_device_open_by_a_bar_mapping() {
     let device = display();
     let function = device.function().clone();
-    let map = map_bar(&device, FRAME_BUFFER, 0, PAGE);
+    let map = map_bar(&device, FRAME_BUFFER, 0, page_size());
     let child = Child::start(&[], |link| {
         link.send(0);
         link.expect(1);

@@ -5,21 +5,23 @@ use std::os::fd::OwnedFd;
 
 use barlease_abi::{ALIAS_WC, MEMATTR_WC, REASON_MEMORY_OFF};
 use barlease_guest_tests::{
-    PAGE,
     errno::{EBADFD, EINVAL, ENODEV, EOPNOTSUPP},
     importer::{self, Importer, check_that_nothing_is_left},
     lease::{Request, State},
     map::{How, Map, Sigbus},
+    page_size,
     probe::NoProviders,
     vfio::Device,
 };
 
 const BAR: u32 = 2;
-const RANGES: &[(u64, u64)] = &[(4 * PAGE, PAGE), (0, 2 * PAGE)];
+fn ranges() -> [(u64, u64); 2] {
+    [(4 * page_size(), page_size()), (0, 2 * page_size())]
+}
 
 fn lease(device: &Device) -> (OwnedFd, Map) {
-    let fd = device.export(BAR, RANGES).expect("an export");
-    let map = Map::new(&fd, 3 * PAGE).expect("a mapping");
+    let fd = device.export(BAR, &ranges()).expect("an export");
+    let map = Map::new(&fd, 3 * page_size()).expect("a mapping");
     (fd, map)
 }
 
@@ -31,19 +33,23 @@ fn a_lease_serves_the_cpu() {
     let device = Device::open("memory");
     let (fd, map) = lease(&device);
     let bar = How::shared()
-        .map(&device, u64::from(BAR) << 40, 5 * PAGE)
+        .map(&device, u64::from(BAR) << 40, 5 * page_size())
         .unwrap();
     let alias = device.alias(BAR, ALIAS_WC).unwrap();
     let alias = How::shared()
-        .map(&device, u64::from(alias) << 40, 5 * PAGE)
+        .map(&device, u64::from(alias) << 40, 5 * page_size())
         .unwrap();
-    for (offset, behind) in [(0, 4 * PAGE), (PAGE, 0), (2 * PAGE, PAGE)] {
+    for (offset, behind) in [
+        (0, 4 * page_size()),
+        (page_size(), 0),
+        (2 * page_size(), page_size()),
+    ] {
         map.write(offset, 7 + offset as u32).unwrap();
         assert_eq!(bar.read(behind), Ok(7 + offset as u32));
         assert_eq!(alias.read(behind), Ok(7 + offset as u32));
     }
     device.memattr(&fd, MEMATTR_WC).unwrap();
-    Map::new(&fd, PAGE).unwrap().touch_all().unwrap();
+    Map::new(&fd, page_size()).unwrap().touch_all().unwrap();
     // It is taken away and given back as any other.
     device.set_memory(false);
     assert_eq!(device.state(&fd), State::Revoked(REASON_MEMORY_OFF));
@@ -75,7 +81,7 @@ fn an_importer_is_refused() {
     }
     assert_eq!(device.status(&fd).unwrap().nr_attachments, 0);
     // The stock exporter says it at the export.
-    let stock = importer::stock(&device, &Request::new(BAR, &[(0, PAGE)]));
+    let stock = importer::stock(&device, &Request::new(BAR, &[(0, page_size())]));
     assert_eq!(stock.map(drop), Err(EINVAL));
     map.touch_all().unwrap();
     // The answers about device and platform come before the state of the buffer, except that a dead

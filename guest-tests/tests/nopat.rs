@@ -10,10 +10,11 @@ use barlease_abi::{
     REGION_CAP_ALIASABLE,
 };
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::{EBADF, EOPNOTSUPP, EPERM},
+    huge_size,
     lease::{Request, no_such_fd},
     map::How,
+    page_size,
     pci::Parameter,
     probe::{self, MemoryType},
     vfio::{Device, GET, SET},
@@ -38,7 +39,7 @@ fn the_kernel_was_told_so() {
 #[test]
 fn write_combining_is_refused_before_the_fd_is_looked_at() {
     let device = open("display");
-    let fd = device.export(0, &[(0, PAGE)]).unwrap();
+    let fd = device.export(0, &[(0, page_size())]).unwrap();
     assert_eq!(device.memattr(&fd, MEMATTR_WC), Err(EOPNOTSUPP));
     assert_eq!(
         device.memattr_number(no_such_fd(), MEMATTR_WC),
@@ -86,12 +87,12 @@ fn the_doctor_says_so() {
 #[test]
 fn mappings_are_uncached() {
     let device = open("display");
-    let fd = device.export(0, &[(0, HUGE)]).unwrap();
-    for skew in [0, PAGE] {
+    let fd = device.export(0, &[(0, huge_size())]).unwrap();
+    for skew in [0, page_size()] {
         let map = How::shared()
-            .align(HUGE)
+            .align(huge_size())
             .skew(skew)
-            .map(&fd, 0, HUGE)
+            .map(&fd, 0, huge_size())
             .unwrap();
         map.touch_all().unwrap();
         assert_eq!(probe::memory_type(&map, 0), Some(MemoryType::Uncached));
@@ -103,8 +104,8 @@ fn the_msix_table_is_exported_only_where_the_parameter_says_always() {
     let device = open("nvme");
     let register = device.capability(0x11).unwrap() + 4;
     let table = u32::from_le_bytes(device.config(register));
-    let (bar, page) = (table & 7, u64::from(table & !7) / PAGE * PAGE);
-    let request = Request::new(bar, &[(page, PAGE)]);
+    let (bar, page) = (table & 7, u64::from(table & !7) / page_size() * page_size());
+    let request = Request::new(bar, &[(page, page_size())]);
     let both = || {
         let exporters = [device.request(&request), device.stock_export(&request)];
         exporters.map(|answer| answer.map(drop))
@@ -119,5 +120,5 @@ fn the_msix_table_is_exported_only_where_the_parameter_says_always() {
         assert_eq!(both(), [answer; 2], "{policy}");
     }
     // The memory beside it is exported.
-    device.export(2, &[(0, PAGE)]).unwrap();
+    device.export(2, &[(0, page_size())]).unwrap();
 }

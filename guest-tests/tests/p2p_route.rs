@@ -7,9 +7,10 @@
 use std::os::fd::OwnedFd;
 
 use barlease_guest_tests::{
-    PAGE, faults,
+    faults,
     importer::{Attachment, EDU, Importer, check_that_nothing_is_left},
     map::Map,
+    page_size,
     pci::Function,
     vfio::Device,
 };
@@ -49,8 +50,8 @@ fn take_addresses(
     };
     for _ in 0..1000 {
         // The first may be one that was given back before. New ones are given downwards.
-        take(PAGE);
-        let next = take(PAGE) - PAGE;
+        take(page_size());
+        let next = take(page_size()) - page_size();
         if (bar..bar + BAR_LEN).contains(&next) {
             return next;
         }
@@ -76,8 +77,8 @@ fn an_address_that_is_one_of_the_bar_is_translated_all_the_same() {
     let address = take_addresses(&filler, &importer, bar, &mut taken);
     // A page whose physical address is the one that the importer is given next.
     let page = address - bar;
-    let fd = device.export(BAR, &[(page, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(BAR, &[(page, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     map.write(0, 0x5eed).unwrap();
 
     for round in 0..3 {

@@ -10,12 +10,11 @@ use std::{
 
 use barlease_abi::{ALIAS_WC, BUFFER_DRAINING};
 use barlease_guest_tests::{
-    PAGE,
     errno::ENODEV,
     importer::{Attachment, Importer, check_that_nothing_is_left},
     lease::{Request, State},
     map::{How, Map, Sigbus},
-    observe,
+    observe, page_size,
     process::{self, Child},
     race,
     slot::{DEVICE, Slot, Unproved, ask_back},
@@ -51,13 +50,13 @@ impl Scene {
         let wanted = process::eventfd();
         device.trigger(REQUEST_IRQ, &wanted).unwrap();
         let fd = device
-            .export(BAR, &[(0, 2 * PAGE), (3 * PAGE, PAGE)])
+            .export(BAR, &[(0, 2 * page_size()), (3 * page_size(), page_size())])
             .unwrap();
         let alias = device.alias(BAR, ALIAS_WC).unwrap();
-        let mut maps = vec![Map::new(&fd, 3 * PAGE).unwrap()];
+        let mut maps = vec![Map::new(&fd, 3 * page_size()).unwrap()];
         for region in [BAR, alias] {
             let offset = u64::from(region) << 40;
-            maps.push(How::shared().map(&device, offset, 4 * PAGE).unwrap());
+            maps.push(How::shared().map(&device, offset, 4 * page_size()).unwrap());
         }
         for map in &maps {
             map.touch_all().unwrap();
@@ -82,9 +81,9 @@ impl Scene {
         assert_eq!(self.device.state(&self.fd), State::Dead);
         for map in &self.maps {
             assert_eq!(map.read(0), Err(Sigbus));
-            assert_eq!(map.write(PAGE, 1), Err(Sigbus));
+            assert_eq!(map.write(page_size(), 1), Err(Sigbus));
         }
-        assert_eq!(Map::new(&self.fd, PAGE).map(drop), Err(ENODEV));
+        assert_eq!(Map::new(&self.fd, page_size()).map(drop), Err(ENODEV));
         assert_eq!(Importer::open().attach(&self.fd).map(drop), Err(ENODEV));
         assert_eq!(self.attachment.map(), Err(ENODEV));
         let status = self.attachment.status();
@@ -101,12 +100,12 @@ fn what_is_pulled_out_is_dead_before_its_user_lets_go() {
     scene.is_dead();
     // The device fd is still open, and nothing is to be had through it.
     assert_eq!(
-        scene.device.export(BAR, &[(0, PAGE)]).map(drop),
+        scene.device.export(BAR, &[(0, page_size())]).map(drop),
         Err(ENODEV)
     );
-    let request = Request::new(BAR, &[(0, PAGE)]);
+    let request = Request::new(BAR, &[(0, page_size())]);
     assert_eq!(scene.device.stock_export(&request).map(drop), Err(ENODEV));
-    let bar = How::shared().map(&scene.device, u64::from(BAR) << 40, PAGE);
+    let bar = How::shared().map(&scene.device, u64::from(BAR) << 40, page_size());
     assert_eq!(bar.map(drop), Err(ENODEV));
     assert!(
         slot.function.exists(),
@@ -124,7 +123,7 @@ fn what_is_pulled_out_is_dead_before_its_user_lets_go() {
     assert!(slot.function.exists());
     drop(maps);
     slot.wait_until_empty();
-    assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+    assert_eq!(Map::new(&fd, page_size()).map(drop), Err(ENODEV));
     drop((attachment, fd));
     slot.plug();
     let again = Scene::new();
@@ -162,7 +161,7 @@ fn a_slow_importer_is_waited_for_and_keeps_nothing_else_alive() {
     let (slot, _unproved) = slot();
     let scene = Scene::new();
     scene.attachment.hold(true);
-    let quick_fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
+    let quick_fd = scene.device.export(BAR, &[(0, page_size())]).unwrap();
     let quick = Importer::open().attach(&quick_fd).unwrap();
     quick.map().unwrap();
     slot.pull();
@@ -190,7 +189,7 @@ fn each_end_of_draining_signals_while_others_drain() {
     let (slot, _unproved) = slot();
     let scene = Scene::new();
     scene.attachment.hold(true);
-    let fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = scene.device.export(BAR, &[(0, page_size())]).unwrap();
     let slow = Importer::open().attach(&fd).unwrap();
     slow.hold(true);
     slow.map().unwrap();
@@ -221,14 +220,14 @@ fn a_holder_sees_nothing_but_sigbus() {
     let device = Device::open(DEVICE);
     let wanted = process::eventfd();
     device.trigger(REQUEST_IRQ, &wanted).unwrap();
-    let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     let child = Child::start(&[fd.as_fd()], |link| {
-        let map = Map::new(&fd, PAGE).unwrap();
+        let map = Map::new(&fd, page_size()).unwrap();
         map.write(SELECT, 1).unwrap();
         link.send(1);
         link.expect(2);
         assert_eq!(map.read(0), Err(Sigbus));
-        assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+        assert_eq!(Map::new(&fd, page_size()).map(drop), Err(ENODEV));
         link.send(3);
         link.expect(4);
         assert_eq!(map.read(0), Err(Sigbus));
@@ -261,7 +260,7 @@ fn a_device_that_nobody_has_open_is_pulled_out() {
     drop((device, maps));
     slot.pull();
     slot.wait_until_empty();
-    assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+    assert_eq!(Map::new(&fd, page_size()).map(drop), Err(ENODEV));
     assert_eq!(attachment.map(), Err(ENODEV));
     slot.plug();
     drop(Scene::new());
@@ -275,14 +274,14 @@ fn pulled_out_in_the_midst_of_everything() {
         let lost = AtomicU32::new(0);
         let touch = || {
             for map in &scene.maps {
-                if map.write(2 * PAGE, 1) == Err(Sigbus) {
+                if map.write(2 * page_size(), 1) == Err(Sigbus) {
                     lost.fetch_add(1, Ordering::Relaxed);
                 }
             }
         };
         let lease = || {
-            if let Ok(fd) = scene.device.export(BAR, &[(0, PAGE)]) {
-                let _ = Map::new(&fd, PAGE).map(|map| map.read(0));
+            if let Ok(fd) = scene.device.export(BAR, &[(0, page_size())]) {
+                let _ = Map::new(&fd, page_size()).map(|map| map.read(0));
                 if let Ok(attachment) = Importer::open().attach(&fd) {
                     let _ = attachment.map();
                 }
@@ -327,7 +326,7 @@ fn a_device_that_is_asked_back_is_leased_until_it_is_closed() {
         maps,
         ..
     } = scene;
-    let lease = Map::new(&fd, PAGE).unwrap();
+    let lease = Map::new(&fd, page_size()).unwrap();
     lease.read(0).unwrap();
     drop((device, maps));
     assert_eq!(lease.read(0), Err(Sigbus));

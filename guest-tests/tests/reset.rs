@@ -8,11 +8,11 @@ use std::{
 
 use barlease_abi::{REASON_LOW_POWER, REASON_MEMORY_OFF, REASON_RESET};
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::EINVAL,
+    huge_size,
     lease::State,
     map::{How, Map, Sigbus},
-    observe,
+    observe, page_size,
     pci::{BARLEASE, Function, STOCK},
     race,
     vfio::{Device, Group, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
@@ -30,10 +30,15 @@ struct Leased {
 }
 
 fn lease(device: &Device) -> Leased {
-    let fd = device.export(BAR, &[(HUGE, 2 * HUGE)]).unwrap();
-    let lease = How::shared().align(HUGE).map(&fd, 0, 2 * HUGE).unwrap();
-    let offset = u64::from(BAR) << 40 | HUGE;
-    let bar = How::shared().map(device, offset, 2 * HUGE).unwrap();
+    let fd = device
+        .export(BAR, &[(huge_size(), 2 * huge_size())])
+        .unwrap();
+    let lease = How::shared()
+        .align(huge_size())
+        .map(&fd, 0, 2 * huge_size())
+        .unwrap();
+    let offset = u64::from(BAR) << 40 | huge_size();
+    let bar = How::shared().map(device, offset, 2 * huge_size()).unwrap();
     lease.touch_all().unwrap();
     bar.touch_all().unwrap();
     Leased { fd, lease, bar }
@@ -54,7 +59,7 @@ impl Leased {
     fn is(&self, device: &Device, expected: State) {
         assert_eq!(device.state(&self.fd), expected);
         for map in [&self.lease, &self.bar] {
-            let touches = [map.read(0).map(drop), map.write(2 * HUGE - 4, 3)];
+            let touches = [map.read(0).map(drop), map.write(2 * huge_size() - 4, 3)];
             for touch in touches {
                 let expected = if expected == State::Ok {
                     Ok(())
@@ -83,8 +88,8 @@ fn is_seen_by_everybody(device: &Device, leased: &Leased, reset: impl Fn()) {
     let [lease, bar, reasons] = [0; 3].map(AtomicU32::new);
     // The memory buffer of NVMe is off after a reset.
     let keeps_memory = device.function() != &Function::named("nvme");
-    leased.lease.write(PAGE, MAGIC).unwrap();
-    let touch = |map: &Map, lost: &AtomicU32| match map.read(PAGE) {
+    leased.lease.write(page_size(), MAGIC).unwrap();
+    let touch = |map: &Map, lost: &AtomicU32| match map.read(page_size()) {
         Ok(seen) if keeps_memory => assert_eq!(seen, MAGIC, "a touch reached the device in reset"),
         Ok(_) => {}
         Err(Sigbus) => drop(lost.fetch_add(1, Ordering::Relaxed)),
@@ -138,10 +143,10 @@ fn vfio_reset_takes_away_and_gives_back() {
 #[test]
 fn vfio_reset_is_seen_by_who_touches_meanwhile() {
     let (device, leased) = open("memory");
-    leased.lease.write(2 * PAGE, 0x1234).unwrap();
+    leased.lease.write(2 * page_size(), 0x1234).unwrap();
     is_seen_by_everybody(&device, &leased, || device.reset().unwrap());
     leased.is(&device, State::Ok);
-    assert_eq!(leased.lease.read(2 * PAGE), Ok(0x1234));
+    assert_eq!(leased.lease.read(2 * page_size()), Ok(0x1234));
 }
 
 #[test]
@@ -176,8 +181,8 @@ fn vfio_reset_in_low_power_gives_nothing_back() {
 #[test]
 fn vfio_reset_of_igb_takes_its_registers_away() {
     let device = Device::open("igb");
-    let fd = device.export(0, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(0, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     map.read(8).unwrap();
     device.reset().unwrap();
     assert_eq!(observe::faults_of(|| map.touch_all().unwrap()), 1);
@@ -188,8 +193,8 @@ fn vfio_reset_of_igb_takes_its_registers_away() {
 fn a_reset_that_the_device_cannot_do_changes_nothing() {
     let device = Device::open("display");
     assert!(!device.function().can_reset());
-    let fd = device.export(0, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(0, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     assert_eq!(device.reset(), Err(EINVAL));
     map.read(0).unwrap();
     assert_eq!(device.state(&fd), State::Ok);
@@ -217,8 +222,8 @@ fn a_function_level_reset_is_seen_by_who_touches_meanwhile() {
 #[test]
 fn a_function_level_reset_of_igb_takes_its_registers_away() {
     let device = Device::open("igb");
-    let fd = device.export(0, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(0, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     map.read(8).unwrap();
     function_level_reset(&device);
     assert_eq!(observe::faults_of(|| map.touch_all().unwrap()), 1);
@@ -242,7 +247,7 @@ fn a_function_level_reset_with_memory_off_gives_nothing_back() {
 fn a_sysfs_reset_takes_away_and_gives_back() {
     for name in ["memory", "nvme"] {
         let (device, leased) = open(name);
-        leased.lease.write(PAGE, 77).unwrap();
+        leased.lease.write(page_size(), 77).unwrap();
         device.function().reset().unwrap();
         if name == "nvme" {
             device.write32(0, 0x50, 1);
@@ -250,7 +255,7 @@ fn a_sysfs_reset_takes_away_and_gives_back() {
         assert!(leased.was_taken_away(), "{name}");
         leased.is(&device, State::Ok);
         if name == "memory" {
-            assert_eq!(leased.lease.read(PAGE), Ok(77));
+            assert_eq!(leased.lease.read(page_size()), Ok(77));
         }
     }
 }
@@ -316,15 +321,15 @@ fn a_buffer_exported_during_a_reset_is_ok_after_it() {
     let (device, leased) = open("memory");
     let exported = AtomicU32::new(0);
     let export = || {
-        let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
-        let map = Map::new(&fd, PAGE).unwrap();
+        let fd = device.export(BAR, &[(0, page_size())]).unwrap();
+        let map = Map::new(&fd, page_size()).unwrap();
         if device.state(&fd) == State::Revoked(REASON_RESET) {
             exported.fetch_add(1, Ordering::Relaxed);
         }
         let _ = map.read(0);
         // A BAR is mapped meanwhile as with stock.
         let bar = How::shared()
-            .map(&device, u64::from(BAR) << 40, PAGE)
+            .map(&device, u64::from(BAR) << 40, page_size())
             .unwrap();
         let _ = bar.read(0);
     };
@@ -340,7 +345,11 @@ fn a_buffer_exported_during_a_reset_is_ok_after_it() {
 fn revoke_during_a_reset_is_for_good() {
     let (device, leased) = open("memory");
     let fds: Vec<_> = (0..200)
-        .map(|page| device.export(BAR, &[(page * PAGE, PAGE)]).unwrap())
+        .map(|page| {
+            device
+                .export(BAR, &[(page * page_size(), page_size())])
+                .unwrap()
+        })
         .collect();
     let reset = || device.function().reset().unwrap();
     race::meanwhile(&[&reset], || {
@@ -377,13 +386,13 @@ fn open_pair() -> ([Device; 2], [Leased; 2]) {
 fn a_hot_reset_takes_from_every_function_of_the_set() {
     let (devices, leases) = open_pair();
     assert_eq!(devices[0].hot_reset_info().unwrap().len(), 2);
-    leases[1].lease.write(PAGE, 0xcafe).unwrap();
+    leases[1].lease.write(page_size(), 0xcafe).unwrap();
     devices[0].hot_reset(&[devices[0].group()]).unwrap();
     for (device, leased) in devices.iter().zip(&leases) {
         assert!(leased.was_taken_away());
         leased.is(device, State::Ok);
     }
-    assert_eq!(leases[1].lease.read(PAGE), Ok(0xcafe));
+    assert_eq!(leases[1].lease.read(page_size()), Ok(0xcafe));
 }
 
 #[test]
@@ -412,7 +421,7 @@ fn a_hot_reset_gives_back_to_each_function_what_it_had() {
 #[test]
 fn functions_that_fall_asleep_in_a_bus_reset_keep_their_bars() {
     let (devices, leases) = open_pair();
-    leases[1].lease.write(PAGE, 0xcafe).unwrap();
+    leases[1].lease.write(page_size(), 0xcafe).unwrap();
     let bars = || {
         devices
             .each_ref()
@@ -435,7 +444,7 @@ fn functions_that_fall_asleep_in_a_bus_reset_keep_their_bars() {
     });
     assert_ne!(sleeps.load(Ordering::Relaxed), 0);
     leases[1].is(&devices[1], State::Ok);
-    assert_eq!(leases[1].lease.read(PAGE), Ok(0xcafe));
+    assert_eq!(leases[1].lease.read(page_size()), Ok(0xcafe));
 }
 
 #[test]

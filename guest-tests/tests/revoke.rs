@@ -11,11 +11,11 @@ use barlease_abi::{
     STATE_DEAD, STATE_OK, STATE_REVOKED,
 };
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::{EBADF, EBADFD, EFAULT, EINVAL, ENODEV},
+    huge_size,
     lease::{self, State},
     map::{How, Map, Sigbus},
-    observe,
+    observe, page_size,
     pci::{BARLEASE, STOCK},
     process::Child,
     vfio::{Device, GET, SET},
@@ -32,17 +32,22 @@ fn display() -> Device {
 }
 
 fn export(device: &Device) -> OwnedFd {
-    device.export(FRAME_BUFFER, &[(0, 2 * HUGE)]).unwrap()
+    device
+        .export(FRAME_BUFFER, &[(0, 2 * huge_size())])
+        .unwrap()
 }
 
 fn map(fd: impl AsFd) -> Map {
-    let map = How::shared().align(HUGE).map(fd, 0, 2 * HUGE).unwrap();
+    let map = How::shared()
+        .align(huge_size())
+        .map(fd, 0, 2 * huge_size())
+        .unwrap();
     map.touch_all().unwrap();
     map
 }
 
 fn is_gone(map: &Map) {
-    for at in [0, PAGE, 2 * HUGE - PAGE] {
+    for at in [0, page_size(), 2 * huge_size() - page_size()] {
         assert_eq!(map.read(at), Err(Sigbus));
         assert_eq!(map.write(at, 1), Err(Sigbus));
     }
@@ -166,7 +171,7 @@ fn an_fd_that_is_no_dma_buf_is_einval() {
 fn a_dma_buf_of_stock_vfio_pci_is_einval() {
     let device = display();
     let stock = Device::open_with("testdev", STOCK);
-    let fd = stock.export(2, &[(0, PAGE)]).unwrap();
+    let fd = stock.export(2, &[(0, page_size())]).unwrap();
     assert_eq!(device.revoke(&fd), Err(EINVAL));
     assert_eq!(device.status(&fd).map(drop), Err(EINVAL));
     drop(fd);
@@ -179,7 +184,7 @@ fn a_dma_buf_of_stock_vfio_pci_is_einval() {
 fn a_buffer_of_another_device_is_enodev_and_unharmed() {
     let device = display();
     let other = Device::open("testdev");
-    let fd = other.export(2, &[(0, 2 * HUGE)]).unwrap();
+    let fd = other.export(2, &[(0, 2 * huge_size())]).unwrap();
     let map = map(&fd);
     assert_eq!(device.revoke(&fd), Err(ENODEV));
     assert_eq!(device.status(&fd).map(drop), Err(ENODEV));
@@ -201,13 +206,13 @@ fn a_revoked_buffer_is_gone_for_good() {
     device.revoke(&fd).unwrap();
     is_gone(&map);
     assert_eq!(device.state(&fd), State::Dead);
-    assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+    assert_eq!(Map::new(&fd, page_size()).map(drop), Err(ENODEV));
     // Whatever happens to the device.
     device.set_memory(false);
     device.set_memory(true);
     is_gone(&map);
     assert_eq!(device.state(&fd), State::Dead);
-    assert_eq!(lease::size(&fd), 2 * HUGE);
+    assert_eq!(lease::size(&fd), 2 * huge_size());
 }
 
 #[test]
@@ -241,25 +246,25 @@ fn a_buffer_that_nobody_ever_mapped_is_revoked() {
     let device = display();
     let fd = export(&device);
     device.revoke(&fd).unwrap();
-    assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+    assert_eq!(Map::new(&fd, page_size()).map(drop), Err(ENODEV));
 }
 
 #[test]
 fn every_mapping_of_a_buffer_is_gone() {
     let device = display();
     let fd = export(&device);
-    let maps: Vec<_> = [0, PAGE, HUGE / 2]
+    let maps: Vec<_> = [0, page_size(), huge_size() / 2]
         .into_iter()
         .map(|skew| {
-            let how = How::shared().align(HUGE).skew(skew);
-            let map = how.map(&fd, 0, 2 * HUGE).unwrap();
+            let how = How::shared().align(huge_size()).skew(skew);
+            let map = how.map(&fd, 0, 2 * huge_size()).unwrap();
             map.touch_all().unwrap();
             map
         })
         .collect();
-    let part = How::shared().map(&fd, HUGE, HUGE).unwrap();
+    let part = How::shared().map(&fd, huge_size(), huge_size()).unwrap();
     part.touch_all().unwrap();
-    let untouched = Map::new(&fd, 2 * HUGE).unwrap();
+    let untouched = Map::new(&fd, 2 * huge_size()).unwrap();
     device.revoke(&fd).unwrap();
     maps.iter().for_each(is_gone);
     is_gone(&untouched);
@@ -273,10 +278,10 @@ fn other_buffers_are_untouched() {
     let map_of_fd = map(&fd);
     // The same, overlapping, beside it, with its pages in between.
     let others: Vec<_> = [
-        &[(0, 2 * HUGE)][..],
-        &[(HUGE, 2 * HUGE)],
-        &[(2 * HUGE, 2 * HUGE)],
-        &[(0, HUGE), (8 * HUGE, HUGE)],
+        &[(0, 2 * huge_size())][..],
+        &[(huge_size(), 2 * huge_size())],
+        &[(2 * huge_size(), 2 * huge_size())],
+        &[(0, huge_size()), (8 * huge_size(), huge_size())],
     ]
     .into_iter()
     .map(|ranges| {
@@ -303,7 +308,10 @@ fn bar_mappings_are_untouched() {
     let device = display();
     let fd = export(&device);
     let map = map(&fd);
-    let bar = How::shared().align(HUGE).map(&device, 0, 4 * HUGE).unwrap();
+    let bar = How::shared()
+        .align(huge_size())
+        .map(&device, 0, 4 * huge_size())
+        .unwrap();
     bar.touch_all().unwrap();
     let faults = observe::faults_of(|| {
         device.revoke(&fd).unwrap();
@@ -364,7 +372,7 @@ fn a_buffer_that_was_passed_to_another_process_is_revoked_there() {
         link.send(0);
         link.expect(1);
         is_gone(&map);
-        assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+        assert_eq!(Map::new(&fd, page_size()).map(drop), Err(ENODEV));
         // The holder goes on, and gets another.
         let fd = link.receive_fd();
         let again = self::map(&fd);
@@ -426,7 +434,14 @@ fn a_mapping_that_was_forked_is_gone_in_both_processes() {
 fn status_tells_all_of_a_buffer() {
     let device = display();
     let fd = device
-        .export(FRAME_BUFFER, &[(0, 3 * PAGE), (HUGE, PAGE), (0, PAGE)])
+        .export(
+            FRAME_BUFFER,
+            &[
+                (0, 3 * page_size()),
+                (huge_size(), page_size()),
+                (0, page_size()),
+            ],
+        )
         .unwrap();
     let expected = DmaBufStatus {
         dmabuf_fd: fd.as_raw_fd(),
@@ -435,7 +450,7 @@ fn status_tells_all_of_a_buffer() {
         reasons: 0,
         memattr: MEMATTR_NC,
         region_index: FRAME_BUFFER,
-        size: 5 * PAGE,
+        size: 5 * page_size(),
         nr_ranges: 3,
         nr_attachments: 0,
     };
@@ -461,9 +476,9 @@ fn status_tells_all_of_a_buffer() {
 #[test]
 fn status_tells_the_bar() {
     let device = display();
-    let fd = device.export(2, &[(0, PAGE)]).unwrap();
+    let fd = device.export(2, &[(0, page_size())]).unwrap();
     let status = device.status(&fd).unwrap();
-    assert_eq!((status.region_index, status.size), (2, PAGE));
+    assert_eq!((status.region_index, status.size), (2, page_size()));
 }
 
 #[test]

@@ -9,12 +9,12 @@ use barlease_abi::{
     STATE_DEAD,
 };
 use barlease_guest_tests::{
-    PAGE,
     buffers::id_of,
     errno::{Answer, EBADFD, EFAULT, EINPROGRESS, EINVAL, ENODEV, ENOENT},
     importer::{Attachment, EDU, Importer, KernelLog, check_that_nothing_is_left},
     lease::{self, State},
     map::{How, Map, Sigbus},
+    page_size,
     pci::Function,
     process::Child,
     race,
@@ -25,7 +25,12 @@ use barlease_guest_tests::{
 /// BAR2 of the memory device.
 const BAR: u32 = 2;
 const BAR_LEN: u64 = 64 << 20;
-const TWO: &[(u64, u64)] = &[(8 * PAGE, PAGE), (4 * PAGE, PAGE)];
+fn two() -> [(u64, u64); 2] {
+    [
+        (8 * page_size(), page_size()),
+        (4 * page_size(), page_size()),
+    ]
+}
 const FEATURE: u32 = SET | FEATURE_DMA_BUF_REVOKE_ID as u32;
 
 fn open() -> Device {
@@ -33,14 +38,14 @@ fn open() -> Device {
 }
 
 fn export(device: &Device) -> OwnedFd {
-    device.export(BAR, TWO).expect("an export")
+    device.export(BAR, &two()).expect("an export")
 }
 
 /// A lease, a mapping of it that was touched, and an importer that has mapped it and does not let
 /// go.
 fn held(device: &Device) -> (OwnedFd, Map, Attachment) {
     let fd = export(device);
-    let map = Map::new(&fd, 2 * PAGE).expect("an mmap");
+    let map = Map::new(&fd, 2 * page_size()).expect("an mmap");
     map.touch_all().unwrap();
     let attachment = Importer::open().attach(&fd).expect("an attachment");
     attachment.hold(true);
@@ -51,10 +56,10 @@ fn held(device: &Device) -> (OwnedFd, Map, Attachment) {
 /// Whether it is dead for everybody.
 fn is_dead(device: &Device, fd: &OwnedFd, map: &Map) {
     assert_eq!(map.read(0), Err(Sigbus));
-    assert_eq!(map.write(PAGE, 1), Err(Sigbus));
+    assert_eq!(map.write(page_size(), 1), Err(Sigbus));
     assert_eq!(device.state(fd), State::Dead);
     assert_eq!(device.record(fd).state, STATE_DEAD);
-    assert_eq!(Map::new(fd, PAGE).unwrap_err(), ENODEV);
+    assert_eq!(Map::new(fd, page_size()).unwrap_err(), ENODEV);
     let attach = Importer::open().attach(fd);
     assert_eq!(attach.unwrap_err(), ENODEV);
 }
@@ -150,7 +155,7 @@ fn an_id_that_this_open_has_no_buffer_of_is_enoent() {
 fn a_mapping_of_a_bar_cannot_be_revoked() {
     let device = open();
     let at = u64::from(BAR) << 40;
-    let map = How::shared().map(&device, at, PAGE).unwrap();
+    let map = How::shared().map(&device, at, page_size()).unwrap();
     map.touch_all().unwrap();
     let records = device.records();
     assert!(!records.is_empty());
@@ -171,7 +176,7 @@ fn revoke_by_id_is_revoke() {
     let device = open();
     for flags in [0, REVOKE_NOWAIT] {
         let (fd, other) = (export(&device), export(&device));
-        let [map, other_map] = [&fd, &other].map(|fd| Map::new(fd, 2 * PAGE).unwrap());
+        let [map, other_map] = [&fd, &other].map(|fd| Map::new(fd, 2 * page_size()).unwrap());
         map.touch_all().unwrap();
         other_map.touch_all().unwrap();
         let attachment = Importer::open().attach(&fd).unwrap();
@@ -198,7 +203,7 @@ fn revoke_by_id_needs_no_fd() {
     let fd = export(&device);
     let id = id_of(&fd);
     let child = Child::start(&[], |link| {
-        let map = Map::new(link.receive_fd(), 2 * PAGE).unwrap();
+        let map = Map::new(link.receive_fd(), 2 * page_size()).unwrap();
         map.touch_all().unwrap();
         link.send(1);
         link.expect(2);
@@ -260,7 +265,7 @@ fn revoke_by_id_waits_for_a_slow_importer() {
 fn nowait_of_an_idle_buffer_leaves_nothing_to_wait_for() {
     let device = open();
     let fd = export(&device);
-    let map = Map::new(&fd, 2 * PAGE).unwrap();
+    let map = Map::new(&fd, 2 * page_size()).unwrap();
     map.touch_all().unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();
     attachment.map().unwrap();
@@ -466,7 +471,7 @@ fn what_nowait_left_keeps_others_from_nothing() {
     let device = open();
     let (fd, _map, slow) = held(&device);
     let second = export(&device);
-    let second_map = Map::new(&second, 2 * PAGE).unwrap();
+    let second_map = Map::new(&second, 2 * page_size()).unwrap();
     assert_eq!(device.revoke_nowait(id_of(&fd)), Err(EINPROGRESS));
     at_once("a touch", || second_map.touch_all().unwrap());
     at_once("REVOKE of another", || device.revoke(&second).unwrap());
@@ -481,7 +486,10 @@ fn the_range_of_a_draining_buffer_can_be_exported_again() {
     assert_eq!(device.revoke_nowait(id_of(&fd)), Err(EINPROGRESS));
     let again = export(&device);
     assert_ne!(id_of(&again), id_of(&fd));
-    Map::new(&again, 2 * PAGE).unwrap().touch_all().unwrap();
+    Map::new(&again, 2 * page_size())
+        .unwrap()
+        .touch_all()
+        .unwrap();
     let attachment = Importer::open().attach(&again).unwrap();
     attachment.map().unwrap();
     slow.unmap().unwrap();

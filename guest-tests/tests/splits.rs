@@ -10,10 +10,10 @@ use std::{
 
 use barlease_abi::{ALIAS_WC, MEMATTR_WC};
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::ENODEV,
+    huge_size,
     map::{How, Map, READ, Sigbus},
-    observe,
+    observe, page_size,
     probe::{self, MemoryType},
     process::Child,
     race::{Window, meanwhile},
@@ -24,12 +24,25 @@ use barlease_guest_tests::{
 /// Our own device: BAR0 is memory.
 const DEVICE: &str = "mapped";
 const BAR: u32 = 0;
-const LEN: u64 = 2 * HUGE;
+fn length() -> u64 {
+    2 * huge_size()
+}
 /// The page that is cut out, in the middle of a 2 MiB entry.
-const CUT: u64 = HUGE / 2;
+fn cut() -> u64 {
+    huge_size() / 2
+}
 /// Pages that are looked at: the ends, both sides of the cut, both sides of the border of two
 /// entries.
-const PAGES: [u64; 6] = [0, CUT - PAGE, CUT + PAGE, HUGE - PAGE, HUGE, LEN - PAGE];
+fn pages() -> [u64; 6] {
+    [
+        0,
+        cut() - page_size(),
+        cut() + page_size(),
+        huge_size() - page_size(),
+        huge_size(),
+        length() - page_size(),
+    ]
+}
 
 /// A kind of mapping.
 #[derive(Clone, Copy, Debug)]
@@ -55,24 +68,24 @@ impl Kind {
     const OF_THE_DEVICE_FD: [Self; 3] = [Bar, SkewedBar, Alias];
 
     fn map(self, device: &Device) -> Map {
-        let how = How::shared().align(HUGE);
+        let how = How::shared().align(huge_size());
         let how = match self {
-            SkewedLease | SkewedBar => how.skew(PAGE),
+            SkewedLease | SkewedBar => how.skew(page_size()),
             _ => how,
         };
         let region = match self {
             Lease | SkewedLease | CombiningLease => {
-                return how.map(self.lease(device), 0, LEN).unwrap();
+                return how.map(self.lease(device), 0, length()).unwrap();
             }
             Bar | SkewedBar => BAR,
             Alias => device.alias(BAR, ALIAS_WC).unwrap(),
         };
         let offset = u64::from(region) << 40;
-        how.map(device.as_fd(), offset, LEN).unwrap()
+        how.map(device.as_fd(), offset, length()).unwrap()
     }
 
     fn lease(self, device: &Device) -> OwnedFd {
-        let fd = device.export(BAR, &[(0, LEN)]).unwrap();
+        let fd = device.export(BAR, &[(0, length())]).unwrap();
         if matches!(self, CombiningLease) {
             device.memattr(&fd, MEMATTR_WC).unwrap();
         }
@@ -106,10 +119,10 @@ impl Split {
             map = map.moved().map_err(|(_, errno)| errno).unwrap();
         }
         if matches!(self, Self::Unmap | Self::All) {
-            map.unmap(CUT, PAGE);
+            map.unmap(cut(), page_size());
         }
         if matches!(self, Self::Protect | Self::All) {
-            map.protect(HUGE, PAGE, READ).unwrap();
+            map.protect(huge_size(), page_size(), READ).unwrap();
         }
         map
     }
@@ -125,20 +138,20 @@ struct Part {
 impl Part {
     /// Asserts that each page is there, is the right one, and of the right type.
     fn is_there(&self) {
-        for page in PAGES {
+        for page in pages() {
             let what = format!("{:?} {:?} {page:#x}", self.kind, self.split);
             assert_eq!(self.map.read(page), Ok(tag(page)), "{what}");
             let found = probe::memory_type(&self.map, page);
             assert_eq!(found, Some(self.kind.memory_type()), "{what}");
         }
         if matches!(self.split, Split::Unmap | Split::Move) {
-            self.map.write(HUGE, tag(HUGE)).unwrap();
+            self.map.write(huge_size(), tag(huge_size())).unwrap();
         }
     }
 
     /// Asserts that no page is.
     fn is_gone(&self) {
-        for page in PAGES {
+        for page in pages() {
             let what = format!("{:?} {:?} {page:#x}", self.kind, self.split);
             assert_eq!(probe::entry(&self.map, page), None, "{what}");
             assert_eq!(self.map.read(page), Err(Sigbus), "{what}");
@@ -147,7 +160,7 @@ impl Part {
 
     /// Asserts that nothing is left of it in page tables.
     fn has_no_entry(&self) {
-        for page in PAGES {
+        for page in pages() {
             assert_eq!(probe::entry(&self.map, page), None, "{:?}", self.kind);
         }
     }
@@ -155,12 +168,12 @@ impl Part {
 
 /// The contents of a page.
 fn tag(page: u64) -> u32 {
-    0x7a60_0000 + (page / PAGE) as u32
+    0x7a60_0000 + (page / page_size()) as u32
 }
 
 /// Puts its tag into each page that is looked at.
 fn fill(device: &Device) {
-    for page in PAGES {
+    for page in pages() {
         device.write32(BAR, page, tag(page));
     }
 }
@@ -307,7 +320,10 @@ fn revocation_reaches_every_part_and_child_of_a_lease_and_nothing_else() {
     for kind in [Lease, SkewedLease, CombiningLease] {
         let fd = kind.lease(&device);
         let parts = Split::ALL.map(|split| {
-            let map = How::shared().align(HUGE).map(&fd, 0, LEN).unwrap();
+            let map = How::shared()
+                .align(huge_size())
+                .map(&fd, 0, length())
+                .unwrap();
             map.touch_all().unwrap();
             Part {
                 kind,
@@ -329,7 +345,7 @@ fn revocation_reaches_every_part_and_child_of_a_lease_and_nothing_else() {
         child.join();
         // Their entries are still there, from before.
         for other in &others {
-            for page in PAGES {
+            for page in pages() {
                 assert!(probe::entry(&other.map, page).is_some(), "{:?}", other.kind);
             }
             other.is_there();
@@ -343,19 +359,23 @@ fn any_part_of_a_mapping_of_the_device_fd_keeps_the_device_open() {
         for split in Split::ALL {
             let device = Device::open(DEVICE);
             let function = device.function().clone();
-            let fd = device.export(BAR, &[(0, PAGE)]).unwrap();
-            let lease = Map::new(&fd, PAGE).unwrap();
+            let fd = device.export(BAR, &[(0, page_size())]).unwrap();
+            let lease = Map::new(&fd, page_size()).unwrap();
             let mut map = split.apply(kind.map(&device));
             drop(device);
             lease.touch_all().unwrap();
             // All but the last page.
-            map.unmap(0, LEN - PAGE);
+            map.unmap(0, length() - page_size());
             lease.touch_all().unwrap();
-            map.write(LEN - PAGE, 3).unwrap();
-            assert_eq!(map.read(LEN - PAGE), Ok(3), "{kind:?} {split:?}");
+            map.write(length() - page_size(), 3).unwrap();
+            assert_eq!(
+                map.read(length() - page_size()),
+                Ok(3),
+                "{kind:?} {split:?}"
+            );
             drop(map);
             assert_eq!(lease.read(0), Err(Sigbus), "{kind:?} {split:?}");
-            assert_eq!(Map::new(&fd, PAGE).map(drop), Err(ENODEV));
+            assert_eq!(Map::new(&fd, page_size()).map(drop), Err(ENODEV));
             drop((lease, fd));
             observe::wait_for_buffers(&function, 0);
         }
@@ -373,7 +393,7 @@ fn splits_race_with_memory_that_comes_and_goes() {
         let map = kind.map(&device);
         let touch = |map: &Map| {
             // An entry that is there stays there until it is taken away.
-            for page in [PAGES; 4].concat() {
+            for page in [pages(); 4].concat() {
                 let read = || match map.read(page) {
                     Ok(value) => {
                         // Not what the bus answers for a device that does not.

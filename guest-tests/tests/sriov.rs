@@ -9,12 +9,11 @@ use std::{
 };
 
 use barlease_guest_tests::{
-    PAGE,
     errno::{Answer, EACCES, EBADFD, ENODEV, ENOENT},
     importer::{Attachment, Importer, check_that_nothing_is_left},
     lease::{self, State},
     map::{How, Map, Sigbus},
-    observe,
+    observe, page_size,
     pci::{self, BARLEASE, Function, STOCK},
     process,
     vfio::{COMMAND_MEMORY, Device, Group, REQUEST_IRQ, SET, VF_TOKEN},
@@ -31,7 +30,9 @@ const BAR: u32 = 0;
 /// was written.
 const REGISTER: u64 = 0x2800;
 /// Bytes that are leased.
-const BYTES: u64 = 3 * PAGE;
+fn bytes() -> u64 {
+    3 * page_size()
+}
 
 /// The physical function with this driver, open, and so many virtual functions of it. These are
 /// gone when it is dropped.
@@ -123,9 +124,9 @@ impl Virtual {
         let device = physical.open(n);
         let wanted = process::eventfd();
         device.trigger(REQUEST_IRQ, &wanted).unwrap();
-        let fd = device.export(BAR, &[(0, BYTES)]).unwrap();
-        let map = Map::new(&fd, BYTES).unwrap();
-        let bar = How::shared().map(&device, 0, BYTES).unwrap();
+        let fd = device.export(BAR, &[(0, bytes())]).unwrap();
+        let map = Map::new(&fd, bytes()).unwrap();
+        let bar = How::shared().map(&device, 0, bytes()).unwrap();
         let attachment = Importer::open().attach(&fd).unwrap();
         let this = Self {
             attachment,
@@ -194,8 +195,8 @@ impl Virtual {
 fn is_dead(fd: &OwnedFd, map: &Map) {
     assert_eq!(map.read(0), Err(Sigbus));
     assert_eq!(map.write(REGISTER, 0), Err(Sigbus));
-    assert_eq!(Map::new(fd, PAGE).map(drop), Err(ENODEV));
-    assert_eq!(lease::size(fd), BYTES);
+    assert_eq!(Map::new(fd, page_size()).map(drop), Err(ENODEV));
+    assert_eq!(lease::size(fd), bytes());
 }
 
 // ---- Making and opening
@@ -240,8 +241,8 @@ fn virtual_functions_are_opened_with_the_token_of_the_physical_one() {
 fn a_lease_of_a_virtual_function_is_revoked_alone() {
     let physical = Physical::new(2);
     let [first, second] = [0, 1].map(|n| Virtual::of(&physical, n));
-    let beside = first.device.export(BAR, &[(0, PAGE)]).unwrap();
-    let beside = Map::new(&beside, PAGE).unwrap();
+    let beside = first.device.export(BAR, &[(0, page_size())]).unwrap();
+    let beside = Map::new(&beside, page_size()).unwrap();
     beside.touch_all().unwrap();
     second.is_left_alone_by(|| first.device.revoke(&first.fd).unwrap());
     is_dead(&first.fd, &first.map);
@@ -273,7 +274,7 @@ fn a_virtual_function_whose_memory_bit_is_cleared_stays_accessible() {
     for driver in [STOCK, BARLEASE] {
         let physical = Physical::with(driver, 1);
         let device = physical.open(0);
-        let bar = How::shared().map(&device, 0, BYTES).unwrap();
+        let bar = How::shared().map(&device, 0, bytes()).unwrap();
         assert_ne!(device.command() & COMMAND_MEMORY, 0, "{driver}");
         for on in [false, true] {
             device.set_memory(on);
@@ -295,7 +296,7 @@ fn a_reset_of_the_physical_function_leaves_virtual_ones_alone() {
     for driver in [STOCK, BARLEASE] {
         let physical = Physical::with(driver, 1);
         let device = physical.open(0);
-        let bar = How::shared().map(&device, 0, BYTES).unwrap();
+        let bar = How::shared().map(&device, 0, bytes()).unwrap();
         bar.touch_all().unwrap();
         let faults = observe::faults_of(|| {
             physical.device.reset().unwrap();
@@ -304,8 +305,8 @@ fn a_reset_of_the_physical_function_leaves_virtual_ones_alone() {
         assert_eq!(faults, 0, "{driver}");
     }
     let physical = Physical::new(1);
-    let own = physical.device.export(BAR, &[(0, PAGE)]).unwrap();
-    let own = Map::new(&own, PAGE).unwrap();
+    let own = physical.device.export(BAR, &[(0, page_size())]).unwrap();
+    let own = Map::new(&own, page_size()).unwrap();
     own.touch_all().unwrap();
     let leased = Virtual::of(&physical, 0);
     leased.is_left_alone_by(|| physical.device.reset().unwrap());
@@ -318,8 +319,8 @@ fn a_reset_of_the_physical_function_leaves_virtual_ones_alone() {
 #[test]
 fn memory_off_of_the_physical_function_leaves_virtual_ones_alone() {
     let physical = Physical::new(1);
-    let own = physical.device.export(BAR, &[(0, PAGE)]).unwrap();
-    let own = Map::new(&own, PAGE).unwrap();
+    let own = physical.device.export(BAR, &[(0, page_size())]).unwrap();
+    let own = Map::new(&own, page_size()).unwrap();
     let leased = Virtual::of(&physical, 0);
     leased.is_left_alone_by(|| physical.device.set_memory(false));
     assert_eq!(own.read(0), Err(Sigbus));
@@ -332,8 +333,8 @@ fn memory_off_of_the_physical_function_leaves_virtual_ones_alone() {
 #[test]
 fn a_physical_function_that_has_virtual_ones_does_not_sleep() {
     let physical = Physical::new(1);
-    let own = physical.device.export(BAR, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&own, PAGE).unwrap();
+    let own = physical.device.export(BAR, &[(0, page_size())]).unwrap();
+    let map = Map::new(&own, page_size()).unwrap();
     let leased = Virtual::of(&physical, 0);
     leased.is_left_alone_by(|| physical.device.set_power_state(3));
     assert_eq!(physical.device.function().power_state(), "D0");
@@ -345,8 +346,8 @@ fn a_physical_function_that_has_virtual_ones_does_not_sleep() {
 #[test]
 fn a_physical_function_that_was_woken_for_virtual_ones_is_accessible() {
     let mut physical = Physical::new(0);
-    let own = physical.device.export(BAR, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&own, PAGE).unwrap();
+    let own = physical.device.export(BAR, &[(0, page_size())]).unwrap();
+    let map = Map::new(&own, page_size()).unwrap();
     physical.device.set_power_state(3);
     assert_eq!(map.read(0), Err(Sigbus));
     physical.make(1);
@@ -381,8 +382,11 @@ fn ends_when_the_owner_closes_it(physical: &Physical, act: impl FnOnce() + Send)
         map.touch_all().unwrap();
         bar.touch_all().unwrap();
         assert!(attachment.is_mapped());
-        let another = device.export(BAR, &[(0, PAGE)]).unwrap();
-        Map::new(&another, PAGE).unwrap().touch_all().unwrap();
+        let another = device.export(BAR, &[(0, page_size())]).unwrap();
+        Map::new(&another, page_size())
+            .unwrap()
+            .touch_all()
+            .unwrap();
     };
     wait::waits_for(act, meanwhile, || drop(opened.lock().unwrap().take()));
     is_dead(&fd, &map);

@@ -15,10 +15,9 @@ use barlease_abi::{
     FEATURE_EVENTS,
 };
 use barlease_guest_tests::{
-    PAGE,
     errno::{Answer, EINVAL, ENOTTY, EOPNOTSUPP, Errno},
     map::{How, Map, READ},
-    observe,
+    observe, page_size,
     pci::{BARLEASE, STOCK},
     process,
     vfio::{
@@ -204,14 +203,17 @@ fn mmap(device: &Device) -> Vec<String> {
         let size = device.region_info(region).map_or(0, |info| info.size);
         let region = region_offset(region);
         for (offset, len) in [
-            (0, PAGE),
+            (0, page_size()),
             (0, size),
-            (0, size + PAGE),
-            (PAGE, PAGE),
-            (size.saturating_sub(PAGE) & !(PAGE - 1), PAGE),
-            (size, PAGE),
+            (0, size + page_size()),
+            (page_size(), page_size()),
+            (
+                size.saturating_sub(page_size()) & !(page_size() - 1),
+                page_size(),
+            ),
+            (size, page_size()),
             (0, 100),
-            (1 << 39, PAGE),
+            (1 << 39, page_size()),
         ] {
             for how in [
                 How::shared(),
@@ -243,7 +245,7 @@ fn a_bar_smaller_than_a_page_is_mapped_as_with_stock() {
     let [stock, ours] = both("memory", |device| {
         assert_eq!(device.region_info(0).unwrap().size, 256);
         // The mask of ivshmem's doorbell interrupts keeps what is written to it.
-        let map = How::shared().map(device, 0, PAGE)?;
+        let map = How::shared().map(device, 0, page_size())?;
         map.write(0, 0).unwrap();
         Ok::<_, Errno>((map.read(8).unwrap(), map.read(0).unwrap()))
     });
@@ -254,7 +256,7 @@ fn a_bar_smaller_than_a_page_is_mapped_as_with_stock() {
 #[test]
 fn a_bar_smaller_than_a_page_is_taken_away_and_given_back() {
     let device = Device::open("memory");
-    let map = How::shared().map(&device, 0, PAGE).unwrap();
+    let map = How::shared().map(&device, 0, page_size()).unwrap();
     map.read(0).unwrap();
     device.set_memory(false);
     assert!(map.read(0).is_err());
@@ -275,9 +277,9 @@ fn line(map: &Map) -> [String; 3] {
 fn proc_maps_shows_offset_and_name_of_a_mapped_bar() {
     let [stock, ours] = both("display", |device| {
         let maps = [
-            How::shared().map(device, 0, 4 * PAGE),
-            How::shared().map(device, 3 * PAGE, PAGE),
-            How::shared().map(device, region_offset(2), PAGE),
+            How::shared().map(device, 0, 4 * page_size()),
+            How::shared().map(device, 3 * page_size(), page_size()),
+            How::shared().map(device, region_offset(2), page_size()),
         ];
         maps.map(|map| line(&map.unwrap()))
     });
@@ -294,20 +296,24 @@ fn proc_maps_shows_offset_and_name_of_a_mapped_bar() {
 #[test]
 fn a_bar_mapping_loses_no_page_to_partial_munmap() {
     let device = Device::open("display");
-    let mut map = How::shared().map(&device, 8 * PAGE, 8 * PAGE).unwrap();
+    let mut map = How::shared()
+        .map(&device, 8 * page_size(), 8 * page_size())
+        .unwrap();
     for page in 0..16 {
-        device.write32(0, page * PAGE, 1000 + page as u32);
+        device.write32(0, page * page_size(), 1000 + page as u32);
     }
-    map.unmap(3 * PAGE, 2 * PAGE);
+    map.unmap(3 * page_size(), 2 * page_size());
     for page in [0, 1, 2, 5, 6, 7] {
-        assert_eq!(map.read(page * PAGE), Ok(1008 + page as u32));
+        assert_eq!(map.read(page * page_size()), Ok(1008 + page as u32));
     }
     let map = map_and_move(&device);
-    assert_eq!(map.read(PAGE), Ok(1003));
+    assert_eq!(map.read(page_size()), Ok(1003));
 }
 
 fn map_and_move(device: &Device) -> Map {
-    let map = How::shared().map(device, 2 * PAGE, 4 * PAGE).unwrap();
+    let map = How::shared()
+        .map(device, 2 * page_size(), 4 * page_size())
+        .unwrap();
     map.moved().unwrap()
 }
 

@@ -10,11 +10,11 @@ use std::{
 };
 
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::{EAGAIN, EBADFD, ENODEV},
+    huge_size,
     lease::State,
     map::{How, Map, Sigbus},
-    observe,
+    observe, page_size,
     pci::{BARLEASE, Function},
     process::{self, Child, Link},
     race::{self, Window},
@@ -25,8 +25,13 @@ use barlease_guest_tests::{
 /// The frame buffer of the display: 64 MiB.
 const FRAME_BUFFER: u32 = 0;
 /// Length of the lease that is fought over, at the beginning of it.
-const LEN: u64 = 2 * HUGE;
-const PAGES: u64 = LEN / PAGE;
+fn length() -> u64 {
+    2 * huge_size()
+}
+
+fn pages() -> u64 {
+    length() / page_size()
+}
 /// The pattern that the grantor fills it with.
 const PATTERN: u32 = 0x600d_600d;
 /// The pattern that holders write.
@@ -55,7 +60,7 @@ impl Dice {
             .0
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1);
-        (self.0 >> 33) % PAGES
+        (self.0 >> 33) % pages()
     }
 }
 
@@ -66,14 +71,14 @@ type Attack = fn(&OwnedFd, &Map, &mut Dice) -> Result<(), Sigbus>;
 fn writes(_: &OwnedFd, map: &Map, dice: &mut Dice) -> Result<(), Sigbus> {
     for _ in 0..64 {
         let page = dice.page();
-        map.write(page * PAGE, MARK | page as u32)?;
+        map.write(page * page_size(), MARK | page as u32)?;
     }
     Ok(())
 }
 
 /// Maps anew each time, so that each write faults.
 fn maps_and_writes(fd: &OwnedFd, _: &Map, dice: &mut Dice) -> Result<(), Sigbus> {
-    match How::shared().map(fd, 0, LEN) {
+    match How::shared().map(fd, 0, length()) {
         Ok(map) => writes(fd, &map, dice),
         Err(errno) => {
             assert_eq!(errno, ENODEV);
@@ -84,28 +89,28 @@ fn maps_and_writes(fd: &OwnedFd, _: &Map, dice: &mut Dice) -> Result<(), Sigbus>
 
 /// Moves its mapping about.
 fn moves_and_writes(fd: &OwnedFd, _: &Map, dice: &mut Dice) -> Result<(), Sigbus> {
-    let Ok(mut map) = Map::new(fd, LEN) else {
+    let Ok(mut map) = Map::new(fd, length()) else {
         return Err(Sigbus);
     };
     for _ in 0..4 {
-        map.write(dice.page() * PAGE, MARK)?;
+        map.write(dice.page() * page_size(), MARK)?;
         map = match map.moved() {
             Ok(map) | Err((map, _)) => map,
         };
-        map.write(dice.page() * PAGE, MARK)?;
+        map.write(dice.page() * page_size(), MARK)?;
     }
     Ok(())
 }
 
 /// Splits its mapping and changes its protection.
 fn splits_and_writes(fd: &OwnedFd, _: &Map, dice: &mut Dice) -> Result<(), Sigbus> {
-    let Ok(mut map) = How::shared().align(HUGE).map(fd, 0, LEN) else {
+    let Ok(mut map) = How::shared().align(huge_size()).map(fd, 0, length()) else {
         return Err(Sigbus);
     };
     map.write(0, MARK)?;
-    map.unmap(dice.page() % 256 * PAGE + PAGE, PAGE);
-    map.write(LEN - PAGE, MARK)?;
-    let _ = map.protect(HUGE, PAGE, libc::PROT_NONE);
+    map.unmap(dice.page() % 256 * page_size() + page_size(), page_size());
+    map.write(length() - page_size(), MARK)?;
+    let _ = map.protect(huge_size(), page_size(), libc::PROT_NONE);
     map.write(0, MARK)
 }
 
@@ -119,7 +124,10 @@ fn forks_and_writes(_: &OwnedFd, map: &Map, dice: &mut Dice) -> Result<(), Sigbu
     )?;
     let page = dice.page();
     // Long enough for what the fork copied to be missed by who takes it away.
-    let write = |step| map.write((page + step) % PAGES * PAGE, MARK).is_ok();
+    let write = |step| {
+        map.write((page + step) % pages() * page_size(), MARK)
+            .is_ok()
+    };
     if process::in_fork(|| (0..5000).all(write)) {
         Ok(())
     } else {
@@ -144,9 +152,9 @@ fn hold(link: &Link, skew: u64, attacks: &[Attack]) {
     while link.receive() == say::TAKE {
         let fd = link.receive_fd();
         let map = How::shared()
-            .align(HUGE)
+            .align(huge_size())
             .skew(skew)
-            .map(&fd, 0, LEN)
+            .map(&fd, 0, length())
             .unwrap();
         let begun = AtomicU32::new(0);
         let gone = AtomicBool::new(false);
@@ -184,7 +192,7 @@ fn hold(link: &Link, skew: u64, attacks: &[Attack]) {
 fn nobody_writes_after(holders: &[Child], rounds: u64, take: impl Fn(Device, &OwnedFd) -> Device) {
     let mut device = display();
     for round in 0..rounds {
-        let fd = device.export(FRAME_BUFFER, &[(0, LEN)]).unwrap();
+        let fd = device.export(FRAME_BUFFER, &[(0, length())]).unwrap();
         for holder in holders {
             holder.link.send(say::TAKE);
             holder.link.send_fd(&fd);
@@ -195,14 +203,17 @@ fn nobody_writes_after(holders: &[Child], rounds: u64, take: impl Fn(Device, &Ow
 
         device = take(device, &fd);
         all().for_each(|link| link.send(say::GONE));
-        let own = device.export(FRAME_BUFFER, &[(0, LEN)]).unwrap();
-        let own = How::shared().align(HUGE).map(&own, 0, LEN).unwrap();
-        for page in 0..PAGES {
-            own.write(page * PAGE, PATTERN).unwrap();
+        let own = device.export(FRAME_BUFFER, &[(0, length())]).unwrap();
+        let own = How::shared()
+            .align(huge_size())
+            .map(&own, 0, length())
+            .unwrap();
+        for page in 0..pages() {
+            own.write(page * page_size(), PATTERN).unwrap();
         }
         for_a_while(15, || {
-            for page in 0..PAGES {
-                let seen = own.read(page * PAGE);
+            for page in 0..pages() {
+                let seen = own.read(page * page_size());
                 assert_eq!(seen, Ok(PATTERN), "round {round}, page {page}");
             }
         });
@@ -227,7 +238,7 @@ fn nobody_writes_after_revoke_returns() {
             hold(link, 0, &[writes, writes, maps_and_writes])
         }),
         Child::start(&[], |link| {
-            hold(link, PAGE, &[writes, writes, splits_and_writes])
+            hold(link, page_size(), &[writes, writes, splits_and_writes])
         }),
         Child::start(&[], |link| {
             hold(link, 0, &[maps_and_writes, moves_and_writes])
@@ -241,7 +252,9 @@ fn nobody_writes_after_revoke_returns() {
 fn nobody_writes_after_revoke_returns_while_holders_fork() {
     let holders = [
         Child::start(&[], |link| hold(link, 0, &[forks_and_writes, writes])),
-        Child::start(&[], |link| hold(link, PAGE, &[forks_and_writes, writes])),
+        Child::start(&[], |link| {
+            hold(link, page_size(), &[forks_and_writes, writes])
+        }),
     ];
     nobody_writes_after(&holders, 6, revoke);
     holders.into_iter().for_each(Child::join);
@@ -253,7 +266,9 @@ fn nobody_writes_after_close_returns() {
     function.bind(BARLEASE);
     let holders = [
         Child::start(&[], |link| hold(link, 0, &[writes, maps_and_writes])),
-        Child::start(&[], |link| hold(link, PAGE, &[writes, moves_and_writes])),
+        Child::start(&[], |link| {
+            hold(link, page_size(), &[writes, moves_and_writes])
+        }),
     ];
     nobody_writes_after(&holders, 6, |device, _| {
         drop(device);
@@ -265,8 +280,13 @@ fn nobody_writes_after_close_returns() {
 #[test]
 fn a_neighbour_goes_on_undisturbed_while_others_are_revoked() {
     let device = display();
-    let neighbour = device.export(FRAME_BUFFER, &[(LEN, LEN)]).unwrap();
-    let map = How::shared().align(HUGE).map(&neighbour, 0, LEN).unwrap();
+    let neighbour = device
+        .export(FRAME_BUFFER, &[(length(), length())])
+        .unwrap();
+    let map = How::shared()
+        .align(huge_size())
+        .map(&neighbour, 0, length())
+        .unwrap();
     map.touch_all().unwrap();
     let faults = AtomicU32::new(0);
     let touch = || {
@@ -277,8 +297,8 @@ fn a_neighbour_goes_on_undisturbed_while_others_are_revoked() {
     faults.store(0, Ordering::Relaxed);
     race::meanwhile(&[&touch], || {
         for_a_while(300, || {
-            let fd = device.export(FRAME_BUFFER, &[(0, 2 * LEN)]).unwrap();
-            let map = Map::new(&fd, LEN).unwrap();
+            let fd = device.export(FRAME_BUFFER, &[(0, 2 * length())]).unwrap();
+            let map = Map::new(&fd, length()).unwrap();
             map.write(0, 1).unwrap();
             device.revoke(&fd).unwrap();
             assert_eq!(map.read(0), Err(Sigbus));
@@ -296,19 +316,21 @@ const APART: u64 = 64;
 /// there is no moment to be missed.
 fn no_fault_slips_through(milliseconds: u64, take: impl Fn(&Device, &OwnedFd)) {
     let device = display();
-    let ranges: Vec<_> = (0..APART).map(|page| (2 * page * PAGE, PAGE)).collect();
+    let ranges: Vec<_> = (0..APART)
+        .map(|page| (2 * page * page_size(), page_size()))
+        .collect();
     let mut rounds = 0;
     let end = Instant::now() + Duration::from_millis(milliseconds);
     while rounds < 20 || Instant::now() < end {
         let fd = device.export(FRAME_BUFFER, &ranges).unwrap();
-        let map = Map::new(&fd, APART * PAGE).unwrap();
+        let map = Map::new(&fd, APART * page_size()).unwrap();
         let begun = AtomicBool::new(false);
         thread::scope(|scope| {
             for thread in 0..2 {
                 let (map, begun) = (&map, &begun);
                 scope.spawn(move || {
                     begun.store(true, Ordering::SeqCst);
-                    (0..APART).all(|page| map.read((page ^ thread) * PAGE).is_ok())
+                    (0..APART).all(|page| map.read((page ^ thread) * page_size()).is_ok())
                 });
             }
             while !begun.load(Ordering::SeqCst) {
@@ -319,14 +341,14 @@ fn no_fault_slips_through(milliseconds: u64, take: impl Fn(&Device, &OwnedFd)) {
             }
             take(&device, &fd);
             for page in 0..APART {
-                let seen = map.read(page * PAGE);
+                let seen = map.read(page * page_size());
                 assert_eq!(seen, Err(Sigbus), "round {rounds}, page {page}");
             }
         });
         // Not too late either: what came in while the threads ended.
         for page in 0..APART {
             assert_eq!(
-                map.read(page * PAGE),
+                map.read(page * page_size()),
                 Err(Sigbus),
                 "round {rounds}, page {page}"
             );
@@ -355,9 +377,9 @@ fn many_leases_are_revoked_at_once_and_each_once() {
     let leases: Vec<_> = (0..200)
         .map(|number| {
             let fd = device
-                .export(FRAME_BUFFER, &[(number * PAGE, 4 * PAGE)])
+                .export(FRAME_BUFFER, &[(number * page_size(), 4 * page_size())])
                 .unwrap();
-            let map = Map::new(&fd, 4 * PAGE).unwrap();
+            let map = Map::new(&fd, 4 * page_size()).unwrap();
             map.touch_all().unwrap();
             (fd, map)
         })
@@ -388,15 +410,18 @@ fn exports_and_closes_race_with_everything_that_walks_over_buffers() {
     let device = display();
     let export = || {
         let fd = device
-            .export(FRAME_BUFFER, &[(0, PAGE), (HUGE, HUGE)])
+            .export(
+                FRAME_BUFFER,
+                &[(0, page_size()), (huge_size(), huge_size())],
+            )
             .unwrap();
-        let map = Map::new(&fd, PAGE).unwrap();
+        let map = Map::new(&fd, page_size()).unwrap();
         let _ = map.read(0);
         drop(fd);
         let _ = map.read(0);
     };
     let path = || {
-        let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
+        let fd = device.export(FRAME_BUFFER, &[(0, page_size())]).unwrap();
         let path = barlease_guest_tests::lease::path_descriptor(fd.as_fd());
         drop(fd);
         drop(path);
@@ -431,31 +456,37 @@ const MAGIC: u32 = 0x3a61_c000;
 #[test]
 fn nobody_touches_while_memory_is_off() {
     let device = display();
-    let fd = device.export(FRAME_BUFFER, &[(0, LEN)]).unwrap();
+    let fd = device.export(FRAME_BUFFER, &[(0, length())]).unwrap();
     let maps = [
-        How::shared().align(HUGE).map(&fd, 0, LEN).unwrap(),
         How::shared()
-            .align(HUGE)
-            .skew(PAGE)
-            .map(&fd, 0, LEN)
+            .align(huge_size())
+            .map(&fd, 0, length())
             .unwrap(),
-        How::shared().align(HUGE).map(&device, 0, LEN).unwrap(),
+        How::shared()
+            .align(huge_size())
+            .skew(page_size())
+            .map(&fd, 0, length())
+            .unwrap(),
+        How::shared()
+            .align(huge_size())
+            .map(&device, 0, length())
+            .unwrap(),
     ];
-    for page in 0..PAGES {
-        maps[0].write(page * PAGE, MAGIC).unwrap();
+    for page in 0..pages() {
+        maps[0].write(page * page_size(), MAGIC).unwrap();
     }
     let window = Window::new();
     let worked = AtomicU32::new(0);
     let touch = |map: &Map| {
-        for page in (0..PAGES).step_by(37) {
-            if window.check(|| reads_magic(map, page * PAGE)) {
+        for page in (0..pages()).step_by(37) {
+            if window.check(|| reads_magic(map, page * page_size())) {
                 worked.fetch_add(1, Ordering::Relaxed);
             }
         }
     };
     let [one, two, three] = &maps;
     let anew = || {
-        if let Ok(map) = Map::new(&fd, LEN) {
+        if let Ok(map) = Map::new(&fd, length()) {
             window.check(|| reads_magic(&map, 0));
         }
     };
@@ -481,11 +512,14 @@ fn nobody_touches_while_memory_is_off() {
 fn nobody_touches_in_low_power() {
     let device = Device::open("nvme");
     device.write32(0, 0x50, 1);
-    let fd = device.export(2, &[(0, LEN)]).unwrap();
-    let map = How::shared().align(HUGE).map(&fd, 0, LEN).unwrap();
-    map.write(PAGE, MAGIC).unwrap();
+    let fd = device.export(2, &[(0, length())]).unwrap();
+    let map = How::shared()
+        .align(huge_size())
+        .map(&fd, 0, length())
+        .unwrap();
+    map.write(page_size(), MAGIC).unwrap();
     let window = Window::new();
-    let touch = || race::whatever(window.check(|| reads_magic(&map, PAGE)));
+    let touch = || race::whatever(window.check(|| reads_magic(&map, page_size())));
     race::meanwhile(&[&touch, &touch], || {
         for_a_while(800, || {
             device.feature(SET | LOW_POWER_ENTRY, &mut []).unwrap();
@@ -503,10 +537,10 @@ fn nobody_touches_in_low_power() {
 #[test]
 fn resets_race_with_command_writes_revocations_and_exports() {
     let device = Device::open("memory");
-    let fd = device.export(2, &[(0, LEN)]).unwrap();
-    let map = Map::new(&fd, LEN).unwrap();
-    map.write(PAGE, MAGIC).unwrap();
-    let touch = || race::whatever(reads_magic(&map, PAGE));
+    let fd = device.export(2, &[(0, length())]).unwrap();
+    let map = Map::new(&fd, length()).unwrap();
+    map.write(page_size(), MAGIC).unwrap();
+    let touch = || race::whatever(reads_magic(&map, page_size()));
     let command = || {
         // While a reset is on, a write may be refused or lost: what counts is that it does no harm.
         let _ = device.write(7, 4, &[4]);
@@ -514,8 +548,8 @@ fn resets_race_with_command_writes_revocations_and_exports() {
     };
     let sysfs = || race::whatever(device.function().reset());
     let lease = || {
-        let fd = device.export(2, &[(0, HUGE)]).unwrap();
-        let map = Map::new(&fd, HUGE).unwrap();
+        let fd = device.export(2, &[(0, huge_size())]).unwrap();
+        let map = Map::new(&fd, huge_size()).unwrap();
         let _ = map.read(0);
         device.revoke(&fd).unwrap();
         assert_eq!(map.read(0), Err(Sigbus));
@@ -541,8 +575,8 @@ fn resets_race_with_open_and_close() {
                 // Opening resets too, and does not wait for its turn.
                 Err(errno) => return assert_eq!(errno, EAGAIN),
             };
-            let fd = device.export(2, &[(0, LEN)]).unwrap();
-            let map = Map::new(&fd, LEN).unwrap();
+            let fd = device.export(2, &[(0, length())]).unwrap();
+            let map = Map::new(&fd, length()).unwrap();
             let _ = map.read(0);
             drop(device);
             assert_eq!(map.read(0), Err(Sigbus));
@@ -555,8 +589,8 @@ fn resets_race_with_open_and_close() {
         });
     });
     let device = Device::open("memory");
-    let fd = device.export(2, &[(0, PAGE)]).unwrap();
-    Map::new(&fd, PAGE).unwrap().read(0).unwrap();
+    let fd = device.export(2, &[(0, page_size())]).unwrap();
+    Map::new(&fd, page_size()).unwrap().read(0).unwrap();
 }
 
 #[test]
@@ -567,13 +601,13 @@ fn hot_resets_race_with_closes_of_the_other_function() {
         .for_each(|function| function.bind(BARLEASE));
     let group = Group::open(&functions[0]);
     let device = group.device(&functions[0]).unwrap();
-    let fd = device.export(2, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(2, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     let other = || {
         // Opening takes the same lock as a reset: it may be refused.
         if let Ok(other) = group.device(&functions[1]) {
-            let fd = other.export(2, &[(0, PAGE)]).unwrap();
-            let map = Map::new(&fd, PAGE).unwrap();
+            let fd = other.export(2, &[(0, page_size())]).unwrap();
+            let map = Map::new(&fd, page_size()).unwrap();
             let _ = map.read(0);
         }
     };
@@ -587,8 +621,8 @@ fn hot_resets_race_with_closes_of_the_other_function() {
 #[test]
 fn a_toucher_that_never_stops_holds_nobody_up() {
     let device = display();
-    let fd = device.export(FRAME_BUFFER, &[(0, LEN)]).unwrap();
-    let maps: Vec<_> = (0..4).map(|_| Map::new(&fd, LEN).unwrap()).collect();
+    let fd = device.export(FRAME_BUFFER, &[(0, length())]).unwrap();
+    let maps: Vec<_> = (0..4).map(|_| Map::new(&fd, length()).unwrap()).collect();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         for map in &maps {

@@ -10,12 +10,12 @@ use std::{
 
 use barlease_abi::{DmaBufTph, FEATURE_DMA_BUF_TPH, TPH_ST, TPH_ST_EXT};
 use barlease_guest_tests::{
-    PAGE,
     attributes::no_tags,
     errno::{Answer, EBADF, EINVAL, ENODEV, EOPNOTSUPP},
     importer::Importer,
     lease::{Request, no_such_fd},
     map::Map,
+    page_size,
     pci::{BARLEASE, Function},
     race::{meanwhile, whatever},
     vfio::{Device, GET, SET},
@@ -41,7 +41,7 @@ fn device(completer: u8) -> Device {
 }
 
 fn buffer(device: &Device) -> OwnedFd {
-    device.export(0, &[(0, PAGE)]).unwrap()
+    device.export(0, &[(0, page_size())]).unwrap()
 }
 
 fn plain(tag: u8, ph: u8) -> DmaBufTph {
@@ -96,7 +96,7 @@ fn devices_that_do_not_complete_them_are_refused() {
         ("edu", 0),
     ] {
         let device = Device::open(name);
-        let fd = device.export(bar, &[(0, PAGE)]).unwrap();
+        let fd = device.export(bar, &[(0, page_size())]).unwrap();
         for operations in [0, SET, GET, GET | SET] {
             let answer = device.probe(FEATURE_DMA_BUF_TPH, operations);
             assert_eq!(answer, Err(EOPNOTSUPP), "{name} {operations:#x}");
@@ -250,10 +250,12 @@ fn an_fd_that_is_no_buffer_of_this_device_is_refused() {
         Err(EINVAL)
     );
     assert_eq!(device.tph(device.as_fd(), plain(1, 0)), Err(EINVAL));
-    let stock = device.stock_export(&Request::new(0, &[(0, PAGE)])).unwrap();
+    let stock = device
+        .stock_export(&Request::new(0, &[(0, page_size())]))
+        .unwrap();
     assert_eq!(device.tph(&stock, plain(1, 0)), Err(EINVAL));
     let other = Device::open("mapped");
-    let foreign = other.export(0, &[(0, PAGE)]).unwrap();
+    let foreign = other.export(0, &[(0, page_size())]).unwrap();
     assert_eq!(device.tph(&foreign, plain(1, 0)), Err(ENODEV));
     assert_eq!(other.tph(&foreign, plain(1, 0)), Ok(()));
 }
@@ -335,7 +337,9 @@ fn other_buffers_have_tags_of_their_own() {
 fn a_dma_buf_of_another_exporter_has_no_tags() {
     let device = device(EXTENDED);
     let importer = Importer::open();
-    let stock = device.stock_export(&Request::new(0, &[(0, PAGE)])).unwrap();
+    let stock = device
+        .stock_export(&Request::new(0, &[(0, page_size())]))
+        .unwrap();
     assert_eq!(seen(&importer, &stock), [UNSET, UNSET]);
 }
 
@@ -435,7 +439,7 @@ fn an_importer_that_asks_while_tags_are_set_and_memory_goes_gets_what_was_set_at
 fn tags_do_not_change_what_a_process_sees() {
     let device = device(EXTENDED);
     let fd = buffer(&device);
-    let map = Map::new(&fd, PAGE).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     map.write(0, 11).unwrap();
     device.tph(&fd, both(1, 2, 3)).unwrap();
     assert_eq!(map.read(0), Ok(11));

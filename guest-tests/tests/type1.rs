@@ -7,9 +7,10 @@ use std::{os::fd::AsFd, sync::Arc};
 
 use barlease_abi::{ALIAS_WC, MEMATTR_WC};
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::{EFAULT, EPERM},
+    huge_size,
     map::{How, Map, READ, Sigbus},
+    page_size,
     pci::{BARLEASE, Function, STOCK},
     probe::{self, MemoryType},
     vfio::{COMMAND_MASTER, DMA_READ, DMA_WRITE, Device, Group},
@@ -18,7 +19,9 @@ use barlease_guest_tests::{
 
 /// BAR2 of the memory device.
 const BAR: u32 = 2;
-const LEN: u64 = 2 * HUGE;
+fn length() -> u64 {
+    2 * huge_size()
+}
 /// Where edu finds it: it has 32 bits.
 const IOVA: u64 = 0x4000_0000;
 const BOTH: u32 = DMA_READ | DMA_WRITE;
@@ -79,19 +82,19 @@ impl Drop for Edu {
 /// The ways to map a BAR through the device fd: where 2 MiB entries are possible, and where not.
 fn layouts() -> [How; 2] {
     [
-        How::shared().align(HUGE),
-        How::shared().align(HUGE).skew(PAGE),
+        How::shared().align(huge_size()),
+        How::shared().align(huge_size()).skew(page_size()),
     ]
 }
 
 fn bar(device: &Device, how: How, region: u32) -> Map {
-    how.map(device.as_fd(), u64::from(region) << 40, LEN)
+    how.map(device.as_fd(), u64::from(region) << 40, length())
         .unwrap()
 }
 
 /// Asserts that DMA through `IOVA` reaches what the mapping shows.
 fn assert_reaches(edu: &Edu, map: &Map, value: u32) {
-    let (from, to) = (PAGE + 4, LEN - PAGE + 8);
+    let (from, to) = (page_size() + 4, length() - page_size() + 8);
     map.write(from, value).unwrap();
     map.write(to, 0).unwrap();
     // It has arrived.
@@ -111,9 +114,9 @@ fn a_bar_that_is_mapped_through_the_device_fd_is_mapped_for_dma_as_with_stock() 
                 map.touch_all().unwrap();
             }
             let group = device.group();
-            assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
+            assert_eq!(group.map_dma(BOTH, map.address(), IOVA, length()), Ok(()));
             assert_reaches(&edu, &map, 0x1234_0000 + touched as u32);
-            assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+            assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()), "{driver}");
         }
     }
 }
@@ -125,13 +128,16 @@ fn a_read_only_mapping_is_mapped_for_reading_only_as_with_stock() {
         let how = How::shared().protection(READ);
         let map = bar(&device, how, BAR);
         let group = device.group();
-        let answer = group.map_dma(BOTH, map.address(), IOVA, LEN);
+        let answer = group.map_dma(BOTH, map.address(), IOVA, length());
         assert!(
             matches!(answer, Err(EFAULT | EPERM)),
             "{driver}: {answer:?}"
         );
-        assert_eq!(group.map_dma(DMA_READ, map.address(), IOVA, LEN), Ok(()));
-        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+        assert_eq!(
+            group.map_dma(DMA_READ, map.address(), IOVA, length()),
+            Ok(())
+        );
+        assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()), "{driver}");
     }
 }
 
@@ -140,18 +146,18 @@ fn what_is_left_of_a_mapping_that_was_split_is_mapped_for_dma_as_with_stock() {
     for driver in [STOCK, BARLEASE] {
         let device = Device::open_with("memory", driver);
         let edu = Edu::beside(device.group());
-        let mut map = bar(&device, How::shared().align(HUGE), BAR);
+        let mut map = bar(&device, How::shared().align(huge_size()), BAR);
         map.touch_all().unwrap();
-        map.protect(HUGE, PAGE, READ).unwrap();
-        map.unmap(HUGE / 2, PAGE);
+        map.protect(huge_size(), page_size(), READ).unwrap();
+        map.unmap(huge_size() / 2, page_size());
         let group = device.group();
         // A page that may be read only, a hole, and what is behind them.
         assert_eq!(
-            group.map_dma(BOTH, map.address(), IOVA, LEN),
+            group.map_dma(BOTH, map.address(), IOVA, length()),
             Err(EFAULT),
             "{driver}"
         );
-        let (start, len) = (HUGE + PAGE, HUGE - PAGE);
+        let (start, len) = (huge_size() + page_size(), huge_size() - page_size());
         let address = map.address() + start as usize;
         assert_eq!(group.map_dma(BOTH, address, IOVA, len), Ok(()), "{driver}");
         map.write(start, 0x77).unwrap();
@@ -167,10 +173,13 @@ fn write_combining_mappings_and_leases_are_mapped_for_dma_too() {
     let device = Device::open("memory");
     let edu = Edu::beside(device.group());
     let alias = device.alias(BAR, ALIAS_WC).unwrap();
-    let fd = device.export(BAR, &[(0, LEN)]).unwrap();
-    let lease = How::shared().align(HUGE).map(&fd, 0, LEN).unwrap();
+    let fd = device.export(BAR, &[(0, length())]).unwrap();
+    let lease = How::shared()
+        .align(huge_size())
+        .map(&fd, 0, length())
+        .unwrap();
     device.memattr(&fd, MEMATTR_WC).unwrap();
-    let combining = How::shared().map(&fd, 0, LEN).unwrap();
+    let combining = How::shared().map(&fd, 0, length()).unwrap();
     let maps = [
         (
             bar(&device, How::shared(), alias),
@@ -181,13 +190,13 @@ fn write_combining_mappings_and_leases_are_mapped_for_dma_too() {
     ];
     for (n, (map, memory_type)) in maps.iter().enumerate() {
         let group = device.group();
-        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
+        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, length()), Ok(()));
         // The entries that the kernel faulted in for it are of the mapping's own type.
-        for at in [0, LEN - PAGE] {
+        for at in [0, length() - page_size()] {
             assert_eq!(probe::memory_type(map, at), Some(*memory_type), "{n}");
         }
         assert_reaches(&edu, map, 0x600d_0000 + n as u32);
-        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN));
+        assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()));
     }
 }
 
@@ -195,25 +204,25 @@ fn write_combining_mappings_and_leases_are_mapped_for_dma_too() {
 fn what_is_taken_away_is_not_mapped_for_dma_as_with_stock() {
     for driver in [STOCK, BARLEASE] {
         let device = Device::open_with("memory", driver);
-        let map = bar(&device, How::shared().align(HUGE), BAR);
+        let map = bar(&device, How::shared().align(huge_size()), BAR);
         map.touch_all().unwrap();
         device.set_memory(false);
         let group = device.group();
         assert_eq!(
-            group.map_dma(BOTH, map.address(), IOVA, LEN),
+            group.map_dma(BOTH, map.address(), IOVA, length()),
             Err(EFAULT),
             "{driver}"
         );
         device.set_memory(true);
-        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
-        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, length()), Ok(()));
+        assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()), "{driver}");
     }
     let device = Device::open("memory");
-    let fd = device.export(BAR, &[(0, LEN)]).unwrap();
-    let map = Map::new(&fd, LEN).unwrap();
+    let fd = device.export(BAR, &[(0, length())]).unwrap();
+    let map = Map::new(&fd, length()).unwrap();
     map.touch_all().unwrap();
     device.revoke(&fd).unwrap();
-    let answer = device.group().map_dma(BOTH, map.address(), IOVA, LEN);
+    let answer = device.group().map_dma(BOTH, map.address(), IOVA, length());
     assert_eq!(answer, Err(EFAULT));
 }
 
@@ -223,9 +232,9 @@ fn what_was_mapped_for_dma_stays_so_until_it_is_unmapped_as_with_stock() {
     for driver in [STOCK, BARLEASE] {
         let device = Device::open_with("memory", driver);
         let edu = Edu::beside(device.group());
-        let map = bar(&device, How::shared().align(HUGE), BAR);
+        let map = bar(&device, How::shared().align(huge_size()), BAR);
         let group = device.group();
-        group.map_dma(BOTH, map.address(), IOVA, LEN).unwrap();
+        group.map_dma(BOTH, map.address(), IOVA, length()).unwrap();
         assert_reaches(&edu, &map, 0x11);
         device.set_memory(false);
         assert_eq!(map.read(0), Err(Sigbus), "{driver}");
@@ -239,7 +248,7 @@ fn what_was_mapped_for_dma_stays_so_until_it_is_unmapped_as_with_stock() {
         device.write32(BAR, 0x104, 0);
         edu.copy(IOVA + 0x100, IOVA + 0x104);
         assert_eq!(device.read32(BAR, 0x104), 0x44, "{driver}");
-        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+        assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()), "{driver}");
         device.write32(BAR, 0x104, 0);
         edu.copy(IOVA + 0x100, IOVA + 0x104);
         assert_eq!(device.read32(BAR, 0x104), 0, "{driver}");
@@ -251,15 +260,15 @@ fn what_was_mapped_for_dma_stays_so_until_it_is_unmapped_as_with_stock() {
 fn a_lease_that_was_mapped_for_dma_by_its_address_stays_so_after_a_revocation() {
     let device = Device::open("memory");
     let edu = Edu::alone();
-    let fd = device.export(BAR, &[(0, LEN)]).unwrap();
-    let map = Map::new(&fd, LEN).unwrap();
+    let fd = device.export(BAR, &[(0, length())]).unwrap();
+    let map = Map::new(&fd, length()).unwrap();
     let group = edu.0.group();
-    group.map_dma(BOTH, map.address(), IOVA, LEN).unwrap();
+    group.map_dma(BOTH, map.address(), IOVA, length()).unwrap();
     device.revoke(&fd).unwrap();
     assert_eq!(map.read(0), Err(Sigbus));
     device.write32(BAR, 0, 0x55);
     device.write32(BAR, 4, 0);
     edu.copy(IOVA, IOVA + 4);
     assert_eq!(device.read32(BAR, 4), 0x55);
-    assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN));
+    assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()));
 }

@@ -19,11 +19,12 @@ use std::{
 
 use barlease_abi::{ALIAS_WC, MEMATTR_WC, REASON_LOW_POWER, REASON_RESET};
 use barlease_guest_tests::{
-    HUGE, PAGE,
     errno::{EBUSY, ENODEV},
+    huge_size,
     importer::{Attachment, Importer},
     lease::State,
     map::{How, Map, Sigbus},
+    page_size,
     pci::{BARLEASE, Function},
     race::{Loop, meanwhile, whatever},
     vfio::{COMMAND, Device, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
@@ -53,20 +54,22 @@ fn setup() -> Setup {
     let witness = Witness::new("trapped");
     let device = Device::open("trapped");
     let lease = |memattr| {
-        let fd = device.export(MEMORY, &[(0, 2 * HUGE)]).unwrap();
+        let fd = device.export(MEMORY, &[(0, 2 * huge_size())]).unwrap();
         device.memattr(&fd, memattr).unwrap();
         fd
     };
     let leases = [lease(0), lease(MEMATTR_WC)];
     let alias = device.alias(MEMORY, ALIAS_WC).unwrap();
-    let how = How::shared().align(HUGE);
+    let how = How::shared().align(huge_size());
     let bar = |region: u32| {
         let offset = u64::from(region) << 40;
-        how.map(device.as_fd(), offset, 2 * HUGE).unwrap()
+        how.map(device.as_fd(), offset, 2 * huge_size()).unwrap()
     };
     let maps = [
-        how.map(&leases[0], 0, 2 * HUGE).unwrap(),
-        how.skew(PAGE).map(&leases[1], 0, 2 * HUGE).unwrap(),
+        how.map(&leases[0], 0, 2 * huge_size()).unwrap(),
+        how.skew(page_size())
+            .map(&leases[1], 0, 2 * huge_size())
+            .unwrap(),
         bar(MEMORY),
         bar(alias),
     ];
@@ -90,10 +93,17 @@ fn stray(witness: Witness, function: &Function) -> u64 {
 /// Writes here and there, whatever comes of it. A read waits until the writes have arrived: without
 /// it there would be more and more on their way.
 fn scribble(map: &Map, value: u32) {
-    for at in [0, 4, PAGE, 7 * PAGE, HUGE, 2 * HUGE - PAGE] {
+    for at in [
+        0,
+        4,
+        page_size(),
+        7 * page_size(),
+        huge_size(),
+        2 * huge_size() - page_size(),
+    ] {
         let _ = map.write(at, value);
     }
-    let _ = map.read(HUGE + PAGE);
+    let _ = map.read(huge_size() + page_size());
 }
 
 impl Setup {
@@ -163,23 +173,24 @@ fn the_witness_sees_every_access_in_order() {
         ..
     } = setup();
     let [lease, _, bar, _] = &maps;
-    lease.write(3 * PAGE, 0x1111_2222).unwrap();
+    lease.write(3 * page_size(), 0x1111_2222).unwrap();
     let value = mark(&device);
-    bar.write(HUGE + 8, 0x3333_4444).unwrap();
-    assert_eq!(lease.read(HUGE + 8), Ok(0x3333_4444));
+    bar.write(huge_size() + 8, 0x3333_4444).unwrap();
+    assert_eq!(lease.read(huge_size() + 8), Ok(0x3333_4444));
     let place = witness.place_of_mark(value);
     let before = witness.first(&json!({"region": MEMORY, "before": place}));
-    assert_eq!(before["offset"], 3 * PAGE);
+    assert_eq!(before["offset"], 3 * page_size());
     assert_eq!(before["value"], 0x1111_2222);
     assert_eq!(before["size"], 4);
     assert_eq!(before["op"], "write");
     assert_eq!(before["state"]["memory"], true);
-    let after = json!({"region": MEMORY, "after": place, "offset": HUGE + 8, "value": 0x3333_4444});
+    let after =
+        json!({"region": MEMORY, "after": place, "offset": huge_size() + 8, "value": 0x3333_4444});
     assert_eq!(witness.count(&after), 2);
     assert_eq!(witness.count(&json!({"region": MEMORY})), 3);
     // As does what is read through the device fd.
-    assert_eq!(device.read32(MEMORY, 3 * PAGE), 0x1111_2222);
-    let read = json!({"region": MEMORY, "op": "read", "offset": 3 * PAGE});
+    assert_eq!(device.read32(MEMORY, 3 * page_size()), 0x1111_2222);
+    let read = json!({"region": MEMORY, "op": "read", "offset": 3 * page_size()});
     assert_eq!(witness.count(&read), 1);
 }
 
@@ -194,7 +205,7 @@ fn the_witness_sees_what_the_emulator_keeps_and_what_comes_during_a_reset() {
     let open = |path: &Path| File::options().read(true).write(true).open(path).unwrap();
     let config = open(&witness::sysfs(&function, "config"));
     let command = |value: u8| config.write_all_at(&[value, 0], COMMAND).unwrap();
-    let map = Map::new(open(&witness::sysfs(&function, "resource0")), PAGE).unwrap();
+    let map = Map::new(open(&witness::sysfs(&function, "resource0")), page_size()).unwrap();
     let reached = || witness.count(&json!({"region": MEMORY}));
     command(2);
     map.write(0, 5).unwrap();
@@ -236,7 +247,7 @@ fn nobody_asks_a_function_that_is_in_reset() {
         meanwhile(&[&ask, &ask], || device.function().reset().unwrap());
         assert_eq!(witness.count(&json!({"kind": "reset_end"})), 1, "{method}");
         witness.assert_none(&json!({"region": 7, "reset": true, "op": "read", "offset": COMMAND}));
-        let fd = device.export(MEMORY, &[(0, PAGE)]).unwrap();
+        let fd = device.export(MEMORY, &[(0, page_size())]).unwrap();
         assert_eq!(device.state(&fd), State::Ok, "{method}");
     }
     witness::set_reset_method(device.function(), "default");
@@ -246,8 +257,8 @@ fn nobody_asks_a_function_that_is_in_reset() {
 #[test]
 fn every_power_management_capability_counts() {
     let device = Device::open("mapped");
-    let fd = device.export(MEMORY, &[(0, PAGE)]).unwrap();
-    let map = Map::new(&fd, PAGE).unwrap();
+    let fd = device.export(MEMORY, &[(0, page_size())]).unwrap();
+    let map = Map::new(&fd, page_size()).unwrap();
     let [first, second] = power_management(&device);
     for control in [second, first, second] {
         map.write(0, 0x5afe).unwrap();
@@ -283,22 +294,25 @@ fn power_management(device: &Device) -> [u64; 2] {
 fn nothing_reaches_the_device_after_a_revocation_has_returned() {
     let witness = Witness::new("trapped");
     let device = Device::open("trapped");
-    let offset = 4 * HUGE;
+    let offset = 4 * huge_size();
     for round in 0..24 {
-        let fd = device.export(MEMORY, &[(offset, HUGE)]).unwrap();
+        let fd = device.export(MEMORY, &[(offset, huge_size())]).unwrap();
         device.memattr(&fd, round % 2).unwrap();
-        let skew = PAGE * u64::from(round / 2 % 2);
+        let skew = page_size() * u64::from(round / 2 % 2);
         let map = How::shared()
-            .align(HUGE)
+            .align(huge_size())
             .skew(skew)
-            .map(&fd, 0, HUGE)
+            .map(&fd, 0, huge_size())
             .unwrap();
         // Another lease of the same range, which stays.
-        let other = device.export(MEMORY, &[(offset, HUGE)]).unwrap();
-        let other = How::shared().align(HUGE).map(&other, 0, HUGE).unwrap();
+        let other = device.export(MEMORY, &[(offset, huge_size())]).unwrap();
+        let other = How::shared()
+            .align(huge_size())
+            .map(&other, 0, huge_size())
+            .unwrap();
         let tries = AtomicU32::new(0);
         let write = || {
-            for at in [0, 4, PAGE, HUGE - PAGE] {
+            for at in [0, 4, page_size(), huge_size() - page_size()] {
                 let _ = map.write(at, 100 + round);
             }
             let _ = map.read(8);
@@ -338,14 +352,16 @@ fn no_transfer_of_a_peer_reaches_the_device_after_a_revocation_has_returned() {
     let witness = Witness::new("trapped");
     let device = Device::open("trapped");
     let importer = Importer::open();
-    let fd = device.export(MEMORY, &[(HUGE, HUGE)]).unwrap();
+    let fd = device
+        .export(MEMORY, &[(huge_size(), huge_size())])
+        .unwrap();
     let attachment = importer.attach(&fd).unwrap();
     attachment.map().unwrap();
     attachment.write(64, &[0x77; 64]).unwrap();
     let in_place = json!({"region": MEMORY, "op": "write"});
     assert!(witness.count(&in_place) > 0);
     let first = witness.first(&in_place);
-    assert_eq!(first["offset"], HUGE + 64);
+    assert_eq!(first["offset"], huge_size() + 64);
     device.revoke(&fd).unwrap();
     let place = witness.place_of_mark(mark(&device));
     // Where it was mapped before.
@@ -407,7 +423,9 @@ fn with_peer(body: impl FnOnce(Witness, &Device, &Peer)) {
     // Opening resets.
     witness.clear();
     let before = stray(witness, device.function());
-    let fd = device.export(MEMORY, &[(HUGE, HUGE)]).unwrap();
+    let fd = device
+        .export(MEMORY, &[(huge_size(), huge_size())])
+        .unwrap();
     let peer = Peer::new(&fd);
     meanwhile(&[&|| peer.write()], || {
         let arrives = || {
@@ -442,7 +460,9 @@ fn no_transfer_of_a_busy_peer_reaches_the_device_after_a_revocation_has_returned
     let witness = Witness::new("trapped");
     let device = Device::open("trapped");
     for _ in 0..5 {
-        let fd = device.export(MEMORY, &[(HUGE, HUGE)]).unwrap();
+        let fd = device
+            .export(MEMORY, &[(huge_size(), huge_size())])
+            .unwrap();
         let peer = Peer::new(&fd);
         witness.clear();
         meanwhile(&[&|| peer.write()], || {
@@ -545,7 +565,9 @@ fn a_reset_that_does_not_end_keeps_peers_away_until_it_does() {
 fn no_transfer_of_a_peer_reaches_a_device_that_plays_dead_after_a_revocation() {
     let witness = Witness::new("trapped");
     let device = Device::open("trapped");
-    let fd = device.export(MEMORY, &[(HUGE, HUGE)]).unwrap();
+    let fd = device
+        .export(MEMORY, &[(huge_size(), huge_size())])
+        .unwrap();
     let peer = Peer::new(&fd);
     meanwhile(&[&|| peer.write()], || {
         until("a write of the peer", || {
@@ -623,8 +645,8 @@ fn d1_and_d2_take_away_until_d0() {
         }
         for map in &setup.maps {
             match expected {
-                State::Ok => assert_eq!(map.read(PAGE), Ok(7)),
-                _ => assert_eq!(map.read(PAGE), Err(Sigbus)),
+                State::Ok => assert_eq!(map.read(page_size()), Ok(7)),
+                _ => assert_eq!(map.read(page_size()), Err(Sigbus)),
             }
         }
         match expected {
@@ -636,15 +658,17 @@ fn d1_and_d2_take_away_until_d0() {
         }
     };
     let low_power = State::Revoked(REASON_LOW_POWER);
-    setup.maps[0].write(PAGE, 7).unwrap();
+    setup.maps[0].write(page_size(), 7).unwrap();
     for state in [1, 2] {
         is(0, State::Ok);
         device.set_power_state(state.into());
         is(state, low_power);
         // A buffer that is exported now is born REVOKED.
-        let fd = device.export(MEMORY, &[(PAGE, PAGE)]).unwrap();
+        let fd = device
+            .export(MEMORY, &[(page_size(), page_size())])
+            .unwrap();
         assert_eq!(device.state(&fd), low_power);
-        let map = Map::new(&fd, PAGE).unwrap();
+        let map = Map::new(&fd, page_size()).unwrap();
         assert_eq!(map.read(0), Err(Sigbus));
         // Memory decoding has nothing to do with it.
         device.set_memory(false);
@@ -795,9 +819,12 @@ fn after(give_up: impl Fn(&Function)) {
     let function = device.function().clone();
     let before = stray(witness, &function);
     let maps = [0, MEMATTR_WC].map(|memattr| {
-        let fd = device.export(MEMORY, &[(0, 2 * HUGE)]).unwrap();
+        let fd = device.export(MEMORY, &[(0, 2 * huge_size())]).unwrap();
         device.memattr(&fd, memattr).unwrap();
-        How::shared().align(HUGE).map(&fd, 0, 2 * HUGE).unwrap()
+        How::shared()
+            .align(huge_size())
+            .map(&fd, 0, 2 * huge_size())
+            .unwrap()
     });
     let [first, second] = &maps;
     let (first, second) = (|| scribble(first, 1), || scribble(second, 2));
@@ -870,8 +897,8 @@ fn a_device_that_is_gone_without_a_word_gives_up_its_leases() {
     function.unbind();
     function.bind(BARLEASE);
     let device = Device::open("trapped");
-    let fd = device.export(MEMORY, &[(0, PAGE)]).unwrap();
-    Map::new(&fd, PAGE).unwrap().read(0).unwrap();
+    let fd = device.export(MEMORY, &[(0, page_size())]).unwrap();
+    Map::new(&fd, page_size()).unwrap().read(0).unwrap();
 }
 
 // ---- All at once
@@ -887,8 +914,8 @@ fn at_once(setup: &Setup, loops: &[Loop<'_>]) {
         meanwhile(loops, || {
             let end = Instant::now() + Duration::from_secs(4);
             while Instant::now() < end {
-                let fd = device.export(MEMORY, &[(0, PAGE)]).unwrap();
-                let map = Map::new(&fd, PAGE).unwrap();
+                let fd = device.export(MEMORY, &[(0, page_size())]).unwrap();
+                let map = Map::new(&fd, page_size()).unwrap();
                 let _ = map.write(0, 5);
                 device.revoke(&fd).unwrap();
                 assert_eq!(map.write(0, 6), Err(Sigbus));

@@ -11,6 +11,11 @@
  * With the parameter no_p2p=1 no BAR has a P2P provider, as if the kernel were
  * built without CONFIG_PCI_P2PDMA: for devices that are opened from then on, until
  * the module is unloaded. EOPNOTSUPP where the kernel has no kretprobes.
+ *
+ * With shares_group=DRIVER the PCI driver of that name lets others have the IOMMU
+ * group of the functions that it is bound to from then on: a device behind a switch
+ * without ACS is in one group with its neighbours, and VFIO takes none that a driver
+ * uses. It must not be bound to any meanwhile.
  */
 
 #include <linux/fs.h>
@@ -18,9 +23,14 @@
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/pci.h>
 #include <linux/uaccess.h>
 
+#if defined(CONFIG_X86)
 #include <asm/msr.h>
+#elif defined(CONFIG_ARM64)
+#include <asm/sysreg.h>
+#endif
 
 /* guest-tests/src/probe.rs has the same. */
 struct probe_entry {
@@ -28,17 +38,30 @@ struct probe_entry {
 	__u64 pgprot;
 	/* Bytes that the entry maps. */
 	__u64 size;
-	/* As in the PAT register: 0 UC, 1 WC, 4 WT, 5 WP, 6 WB, 7 UC-. */
+	/* Of enum probe_memory, or another one: by its number there, plus 256. */
 	__u32 memory_type;
 	/* Bit 0: can be written to. Bit 1: special. */
 	__u32 flags;
 };
 
-/* What the CPU makes of the three bits of an entry, by the CPU's own table. */
+/* What the CPU makes of an entry, by the CPU's own table. */
+enum probe_memory {
+	/* x86: UC, which no range register overrides. */
+	PROBE_STRONG_UNCACHED,
+	/* x86: WC. arm64: Normal, non-cacheable. */
+	PROBE_WRITE_COMBINING,
+	/* x86: WB. arm64: Normal, write-back. */
+	PROBE_WRITE_BACK,
+	/* x86: UC-. arm64: Device-nGnRnE. */
+	PROBE_UNCACHED,
+	PROBE_OTHER = 256,
+};
+
+#if defined(CONFIG_X86)
 static u32 memory_type(u64 prot, bool large)
 {
 	u64 pat;
-	u32 index = 0;
+	u32 index = 0, type;
 
 	rdmsrq(MSR_IA32_CR_PAT, pat);
 	if (prot & _PAGE_PWT)
@@ -47,8 +70,40 @@ static u32 memory_type(u64 prot, bool large)
 		index |= 2;
 	if (prot & (large ? _PAGE_PAT_LARGE : _PAGE_PAT))
 		index |= 4;
-	return (pat >> (8 * index)) & 7;
+	type = (pat >> (8 * index)) & 7;
+	switch (type) {
+	case 0:
+		return PROBE_STRONG_UNCACHED;
+	case 1:
+		return PROBE_WRITE_COMBINING;
+	case 6:
+		return PROBE_WRITE_BACK;
+	case 7:
+		return PROBE_UNCACHED;
+	default:
+		return PROBE_OTHER + type;
+	}
 }
+#elif defined(CONFIG_ARM64)
+static u32 memory_type(u64 prot, bool large)
+{
+	u32 index = (prot & PTE_ATTRINDX_MASK) >> 2;
+	u32 type = (read_sysreg(mair_el1) >> (8 * index)) & 0xff;
+
+	switch (type) {
+	case MAIR_ATTR_DEVICE_nGnRnE:
+		return PROBE_UNCACHED;
+	case MAIR_ATTR_NORMAL_NC:
+		return PROBE_WRITE_COMBINING;
+	case MAIR_ATTR_NORMAL:
+		return PROBE_WRITE_BACK;
+	default:
+		return PROBE_OTHER + type;
+	}
+}
+#else
+#error "How does this architecture say the memory type of an entry?"
+#endif
 
 static int look(unsigned long address, struct probe_entry *entry)
 {
@@ -140,10 +195,28 @@ static void give_providers_back(void)
 }
 #endif
 
+static char *shares_group;
+module_param(shares_group, charp, 0444);
+MODULE_PARM_DESC(shares_group, "A PCI driver that lets others have its groups");
+
+static int share_groups(void)
+{
+	struct device_driver *driver = driver_find(shares_group, &pci_bus_type);
+
+	if (!driver)
+		return -ENODEV;
+	container_of(driver, struct pci_driver, driver)->driver_managed_dma = true;
+	return 0;
+}
+
 static int __init probe_init(void)
 {
 	int ret = 0;
 
+	if (shares_group)
+		ret = share_groups();
+	if (ret)
+		return ret;
 	if (no_p2p)
 		ret = take_providers();
 	if (ret)

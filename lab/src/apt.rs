@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::arch::Arch;
 use crate::cache::{self, Cache};
 use crate::command::{self, need, tied};
 use crate::report::{Step, megabytes};
@@ -30,7 +31,7 @@ pub struct Package {
     pub name: String,
     /// Its version, with the epoch.
     pub version: String,
-    /// Its architecture, `amd64` or `all`.
+    /// Its architecture, such as `amd64`, or `all`.
     pub arch: String,
 }
 
@@ -63,13 +64,18 @@ pub(crate) struct Apt {
 }
 
 impl Apt {
-    /// Writes the configuration (again) and says which mirror it uses.
-    pub(crate) fn set_up(cache: &Cache) -> Result<(Self, String)> {
+    /// Writes the configuration (again) and says which mirror it uses. It has the packages of
+    /// `arch` only.
+    pub(crate) fn set_up(cache: &Cache, arch: Arch) -> Result<(Self, String)> {
         need("apt-get", "apt")?;
         need("dpkg-deb", "dpkg")?;
         let mirror = mirror()?;
         let keyring = keyring()?;
-        let dir = cache.path("apt");
+        let dir = cache.path(if arch.is_native() {
+            "apt".to_owned()
+        } else {
+            format!("apt-{}", arch.name())
+        });
         let archives = cache.path("archives");
         let folders = [
             "etc/apt.conf.d",
@@ -92,7 +98,7 @@ impl Apt {
         )?;
         cache::write(
             &dir.join("apt.conf"),
-            configuration(&dir, &archives, &settings),
+            configuration(&dir, &archives, arch, &settings),
         )?;
         Ok((
             Self {
@@ -171,11 +177,10 @@ impl Apt {
 
     /// All versions of the packages named; those unknown to apt are left out.
     pub(crate) fn show(&self, names: &[String]) -> Result<Vec<Record>> {
-        let known: HashSet<_> = self
-            .names("linux-")?
-            .into_iter()
-            .chain(self.names("gcc-")?)
-            .collect();
+        let mut known = HashSet::new();
+        for prefix in ["linux-", "gcc-", "busybox-", "libstd-rust-"] {
+            known.extend(self.names(prefix)?);
+        }
         let names: Vec<_> = names.iter().filter(|name| known.contains(*name)).collect();
         if names.is_empty() {
             return Ok(Vec::new());
@@ -304,7 +309,7 @@ fn sources(mirror: &str, keyring: &Path) -> String {
         .concat()
 }
 
-fn configuration(dir: &Path, archives: &Path, machine: &str) -> String {
+fn configuration(dir: &Path, archives: &Path, arch: Arch, machine: &str) -> String {
     let mut text = format!(
         "Dir \"{dir}\";\n\
          Dir::Etc \"etc\";\n\
@@ -316,8 +321,8 @@ fn configuration(dir: &Path, archives: &Path, machine: &str) -> String {
          Dir::State::status \"{dir}/dpkg/status\";\n\
          Dir::Cache \"cache\";\n\
          Dir::Cache::archives \"{archives}\";\n\
-         APT::Architecture \"amd64\";\n\
-         APT::Architectures {{ \"amd64\"; }};\n\
+         APT::Architecture \"{arch}\";\n\
+         APT::Architectures {{ \"{arch}\"; }};\n\
          APT::Sandbox::User \"root\";\n\
          // A mirror may be behind on the Release file of a suite that nobody installs from.\n\
          Acquire::Check-Valid-Until \"false\";\n\
@@ -326,6 +331,7 @@ fn configuration(dir: &Path, archives: &Path, machine: &str) -> String {
          APT::Update::Error-Mode \"any\";\n\
          Acquire::Retries \"3\";\n",
         dir = dir.display(),
+        arch = arch.name(),
         archives = archives.display(),
     );
     // How the machine reaches its mirror: proxies, certificates, time-outs.
@@ -480,8 +486,14 @@ mod tests {
     #[test]
     fn proxies_of_the_machine_are_kept() {
         let machine = "Acquire::http::Proxy \"http://proxy.example:3128\";\nDir \"/\";\n";
-        let text = configuration(Path::new("/c/apt"), Path::new("/c/archives"), machine);
+        let text = configuration(
+            Path::new("/c/apt"),
+            Path::new("/c/archives"),
+            Arch::Arm64,
+            machine,
+        );
         assert!(text.contains("proxy.example"));
+        assert!(text.contains("APT::Architecture \"arm64\";"));
         assert!(!text.contains("Dir \"/\";"));
     }
 }

@@ -73,8 +73,15 @@ struct Probe {
 ///
 /// When `BARLEASE_ACCEL` is none of the names of [`Accel`].
 pub fn accel(prepared: &Prepared) -> Result<Accel> {
+    let is_native = prepared.kernel.arch().is_native();
     if let Some(accel) = asked_for(std::env::var("BARLEASE_ACCEL").ok().as_deref())? {
+        if accel == Accel::Kvm && !is_native {
+            bail!("BARLEASE_ACCEL is `kvm`, but guests of another architecture are emulated");
+        }
         return Ok(accel);
+    }
+    if !is_native {
+        return Ok(Accel::Tcg);
     }
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let path = prepared.cache.path("accel.json");

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::arch::Arch;
 use crate::plan::KernelPlan;
 
 /// A flavour of Debian's kernels.
@@ -17,11 +18,28 @@ pub enum Flavour {
     RealTime,
     /// For guests of clouds: fewer drivers.
     Cloud,
+    /// For everybody with 64-bit ARM, with pages of 4 KiB.
+    Arm64,
+    /// The same with pages of 16 KiB.
+    Arm64Of16K,
+    /// For 64-bit ARM with PREEMPT_RT.
+    Arm64RealTime,
+    /// For guests of clouds on 64-bit ARM.
+    Arm64Cloud,
 }
 
 impl Flavour {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Plain, Self::RealTime, Self::Cloud];
+    pub const ALL: [Self; 7] = [
+        Self::Plain,
+        Self::RealTime,
+        Self::Cloud,
+        // The longer names before their beginning.
+        Self::Arm64Of16K,
+        Self::Arm64RealTime,
+        Self::Arm64Cloud,
+        Self::Arm64,
+    ];
 
     /// The word that asks for it.
     #[must_use]
@@ -30,6 +48,19 @@ impl Flavour {
             Self::Plain => "amd64",
             Self::RealTime => "rt",
             Self::Cloud => "cloud",
+            Self::Arm64 => "arm64",
+            Self::Arm64Of16K => "arm64-16k",
+            Self::Arm64RealTime => "arm64-rt",
+            Self::Arm64Cloud => "arm64-cloud",
+        }
+    }
+
+    /// The architecture of its kernels.
+    #[must_use]
+    pub fn arch(self) -> Arch {
+        match self {
+            Self::Plain | Self::RealTime | Self::Cloud => Arch::Amd64,
+            Self::Arm64 | Self::Arm64Of16K | Self::Arm64RealTime | Self::Arm64Cloud => Arch::Arm64,
         }
     }
 
@@ -39,6 +70,10 @@ impl Flavour {
             Self::Plain => "amd64",
             Self::RealTime => "rt-amd64",
             Self::Cloud => "cloud-amd64",
+            Self::Arm64 => "arm64",
+            Self::Arm64Of16K => "arm64-16k",
+            Self::Arm64RealTime => "rt-arm64",
+            Self::Arm64Cloud => "cloud-arm64",
         }
     }
 
@@ -90,6 +125,14 @@ mod tests {
         assert_eq!(asked("7.3"), (Flavour::Plain, Some("7.3")));
         assert_eq!(asked("7.3-amd64"), (Flavour::Plain, Some("7.3-amd64")));
         assert_eq!(asked("amd64"), (Flavour::Plain, None));
+        assert_eq!(asked("arm64"), (Flavour::Arm64, None));
+        assert_eq!(asked("arm64-7.3"), (Flavour::Arm64, Some("7.3")));
+        assert_eq!(asked("arm64-16k"), (Flavour::Arm64Of16K, None));
+        assert_eq!(asked("arm64-16k-7.2"), (Flavour::Arm64Of16K, Some("7.2")));
+        assert_eq!(
+            asked("7.3-rt-arm64"),
+            (Flavour::Arm64RealTime, Some("7.3-rt-arm64"))
+        );
         assert_eq!(asked("rtx"), (Flavour::Plain, Some("rtx")));
     }
 }

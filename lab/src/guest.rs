@@ -3,8 +3,8 @@
 //! Needs nothing but std, so that a test or demo program can link it without the rest of this crate
 //! (`default-features = false`).
 //!
-//! The control channel is the guest's third serial port: one JSON object per line, each request
-//! answered by one line before the next is sent. Requests of several processes take turns.
+//! The control channel is a serial port of the guest: one JSON object per line, each request answered
+//! by one line before the next is sent. Requests of several processes take turns.
 //!
 //! ```no_run
 //! use barlease_lab::guest;
@@ -23,7 +23,8 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-const CHANNEL: &str = "/dev/ttyS2";
+/// A link to the port.
+const CHANNEL: &str = "/dev/lab-control";
 const INSIDE: &str = "/lab/devices";
 
 /// A device of the machine, as the host described it.
@@ -129,7 +130,10 @@ pub fn monitor(line: &str) -> io::Result<String> {
 ///
 /// `Other` with the host's reason, or that of sysfs or of the channel.
 pub fn woken_by_the_host<R>(sleep: impl FnOnce() -> R) -> io::Result<R> {
-    fs::write("/sys/class/tty/ttyS2/power/wakeup", "enabled")?;
+    let port = fs::canonicalize(CHANNEL)?;
+    let port = port.file_name().unwrap_or_default();
+    let port = Path::new("/sys/class/tty").join(port);
+    fs::write(port.join("power/wakeup"), "enabled")?;
     let _turn = Turn::take()?;
     let mut channel = OpenOptions::new().read(true).write(true).open(CHANNEL)?;
     channel.write_all(b"{\"sleeps\":true}\n")?;

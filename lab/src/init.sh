@@ -9,13 +9,16 @@
 #   patience  seconds after which blocked tasks are listed in the log
 #   agent     with a system on a disk: what that runs once it is up; command and banner are for it then
 #   terminal  rows and columns of the host's terminal, for that shell
-#
-# Serial ports: ttyS0 the kernel's console, ttyS1 the command's terminal, ttyS2 the control channel (JSON lines).
+#   ports     names of the serial ports besides the kernel's console: the command's terminal, the control channel (JSON lines).
+#             /dev/lab-payload and /dev/lab-control are links to them
 
 export PATH=/bin:/lab/bin HOME=/root
 /bin/busybox mount -t devtmpfs devtmpfs /dev
 echo 'barlease-lab: init started' >/dev/kmsg
 /bin/busybox --install -s /bin
+read -r payload control </lab/ports
+ln -s "$payload" /dev/lab-payload
+ln -s "$control" /dev/lab-control
 
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -29,21 +32,21 @@ ip link set lo up
 ulimit -l unlimited
 
 # Kept open, so that the settings of the ports stay.
-exec 8<>/dev/ttyS1 9<>/dev/ttyS2
+exec 8<>/dev/lab-payload 9<>/dev/lab-control
 if [ -e /lab/command ]; then
-    stty -F /dev/ttyS1 raw -echo
+    stty -F /dev/lab-payload raw -echo
 else
-    stty -F /dev/ttyS1 sane
-    [ -s /lab/terminal ] && stty -F /dev/ttyS1 $(cat /lab/terminal)
+    stty -F /dev/lab-payload sane
+    [ -s /lab/terminal ] && stty -F /dev/lab-payload $(cat /lab/terminal)
 fi
-stty -F /dev/ttyS2 raw -echo
-chmod 666 /dev/ttyS1 /dev/ttyS2
+stty -F /dev/lab-control raw -echo
+chmod 666 /dev/lab-payload /dev/lab-control
 
 finish() {
     # Setting a port waits until all that was written to it is out.
-    stty -F /dev/ttyS1 raw
+    stty -F /dev/lab-payload raw
     echo "{\"exit\":$1}" >&9
-    stty -F /dev/ttyS2 raw
+    stty -F /dev/lab-control raw
     sync
     poweroff -f
 }
@@ -54,6 +57,7 @@ bind_all() {
         read -r class <"$device/class"
         case "$class $bdf" in
         0x06*) continue ;;          # bridges
+        0x07*) continue ;;          # a serial port
         *' '0000:00:1f.*) continue ;; # the chipset's own
         *' '0000:00:1e.0) [ -e /lab/agent ] && continue ;; # the system's disk
         esac
@@ -119,12 +123,12 @@ fi
 
 if [ -e /lab/command ]; then
     echo '{"ready":true}' >&9
-    sh /lab/command </dev/null >/dev/ttyS1 2>&1 8>&- 9>&-
+    sh /lab/command </dev/null >/dev/lab-payload 2>&1 8>&- 9>&-
     finish $?
 fi
 
-[ -e /lab/banner ] && cat /lab/banner >/dev/ttyS1
+[ -e /lab/banner ] && cat /lab/banner >/dev/lab-payload
 echo '{"ready":true}' >&9
 cd /root || true
-PS1='guest# ' setsid -c sh </dev/ttyS1 >/dev/ttyS1 2>&1 8>&- 9>&-
+PS1='guest# ' setsid -c sh </dev/lab-payload >/dev/lab-payload 2>&1 8>&- 9>&-
 finish $?

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::arch::Arch;
 use crate::cache;
 use crate::debug::Watch;
 use crate::sysroot::Sysroot;
@@ -29,11 +30,13 @@ pub struct Kernel {
 enum Lane {
     /// Debian. What modules are built against is in the sysroot.
     Stock,
+    /// Debian, for another architecture. What modules are built against is beside it.
+    Foreign(Arch),
     /// The lab. What modules are built against is beside it.
     Debug(Watch),
 }
 
-/// Where the build tree of a debug kernel is bound in the sysroot.
+/// Where the build tree of a kernel that has one is bound in the sysroot.
 const BUILD: &str = "/input";
 
 impl Kernel {
@@ -43,6 +46,13 @@ impl Kernel {
             release: release.to_owned(),
             folder,
             lane: Lane::Stock,
+        }
+    }
+
+    pub(crate) fn foreign(folder: PathBuf, release: &str, arch: Arch) -> Self {
+        Self {
+            lane: Lane::Foreign(arch),
+            ..Self::at(folder, release)
         }
     }
 
@@ -59,15 +69,35 @@ impl Kernel {
     #[must_use]
     pub fn watches(&self) -> Option<Watch> {
         match self.lane {
-            Lane::Stock => None,
+            Lane::Stock | Lane::Foreign(_) => None,
             Lane::Debug(watch) => Some(watch),
         }
     }
 
-    /// How many times longer than on Debian's kernels anything may take.
+    /// The architecture that it is for.
+    #[must_use]
+    pub fn arch(&self) -> Arch {
+        match self.lane {
+            Lane::Foreign(arch) => arch,
+            Lane::Stock | Lane::Debug(_) => Arch::Amd64,
+        }
+    }
+
+    /// The busybox that runs on it.
+    pub(crate) fn busybox(&self, sysroot: &Sysroot) -> PathBuf {
+        const BUSYBOX: &str = "usr/bin/busybox";
+        if self.arch().is_native() {
+            sysroot.path(BUSYBOX)
+        } else {
+            self.folder.join(BUSYBOX)
+        }
+    }
+
+    /// How many times longer than on Debian's kernels for this machine anything may take.
     pub(crate) fn slowness(&self) -> u32 {
         match self.lane {
             Lane::Stock => 1,
+            Lane::Foreign(_) => 3,
             Lane::Debug(_) => 5,
         }
     }
@@ -91,6 +121,10 @@ impl Kernel {
             return Ok(plain);
         }
         let packed = self.tree().join("vmlinuz");
+        if self.arch() == Arch::Arm64 {
+            // It is not compressed.
+            return Ok(packed);
+        }
         let image = fs::read(&packed).with_context(|| format!("read {}", packed.display()))?;
         let Some(payload) = boot_image::payload(&image) else {
             return Ok(packed);
@@ -113,19 +147,23 @@ impl Kernel {
     pub fn build_folder(&self) -> String {
         match self.lane {
             Lane::Stock => format!("/usr/lib/modules/{}/build", self.release),
-            Lane::Debug(_) => BUILD.to_owned(),
+            Lane::Foreign(_) | Lane::Debug(_) => BUILD.to_owned(),
         }
     }
 
     /// The folders that must be bound into the sysroot for that, and where.
     pub(crate) fn build_bind(&self) -> Option<(PathBuf, &'static str)> {
-        self.watches().map(|_| (self.folder.join("build"), BUILD))
+        match self.lane {
+            Lane::Stock => None,
+            Lane::Foreign(_) | Lane::Debug(_) => Some((self.folder.join("build"), BUILD)),
+        }
     }
 
     /// The arguments that `make` needs besides that folder.
     pub(crate) fn make_arguments(&self) -> &'static [&'static str] {
         match self.lane {
             Lane::Stock => &[],
+            Lane::Foreign(arch) => arch.make_arguments(),
             Lane::Debug(_) => &["LLVM=1"],
         }
     }

@@ -9,7 +9,9 @@
 //! |---|---|
 //! | [`prepare`](prepare::prepare) | makes what is missing: tool chain, kernel, Rust overlay |
 //! | [`plan`] | which packages and which kernel, and why |
-//! | [`flavour`] | Debian's kernels for real time and for clouds |
+//! | [`flavour`] | Debian's kernels for real time, for clouds, and for 64-bit ARM |
+//! | [`arch`] | all that differs in guests of another architecture |
+//! | [`programs`] | programs for guests of another architecture |
 //! | [`sysroot`] | unpacked packages, and programs run from them |
 //! | [`kernel`] | an image and its modules |
 //! | [`debug`] | the kernels of the debug lane, and how they are built |
@@ -46,6 +48,8 @@ pub mod guest;
 #[cfg(feature = "host")]
 mod apt;
 #[cfg(feature = "host")]
+pub mod arch;
+#[cfg(feature = "host")]
 pub mod cache;
 #[cfg(feature = "host")]
 mod command;
@@ -57,6 +61,8 @@ pub mod emulator;
 mod extra;
 #[cfg(feature = "host")]
 pub mod flavour;
+#[cfg(feature = "host")]
+mod foreign;
 #[cfg(feature = "host")]
 mod initramfs;
 #[cfg(feature = "host")]
@@ -75,6 +81,8 @@ mod overlay;
 pub mod plan;
 #[cfg(feature = "host")]
 pub mod prepare;
+#[cfg(feature = "host")]
+pub mod programs;
 #[cfg(feature = "host")]
 pub mod report;
 #[cfg(feature = "host")]

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 use crate::apt::{Apt, Package};
+use crate::arch::Arch;
 use crate::cache::{self, Stamp, fingerprint};
 use crate::command;
 use crate::extra::Extra;
@@ -79,7 +80,7 @@ impl Herd {
             return Ok(herd);
         }
         let _turn = cache.lock("prepare", "preparing the kernel's memory model")?;
-        let apt = Apt::set_up(cache)?.0;
+        let apt = Apt::set_up(cache, Arch::Amd64)?.0;
         tools.add(&apt)?;
         if stamp(source).fits(&herd.model.join(STAMP)) {
             return Ok(herd);

@@ -21,6 +21,10 @@ pub struct Machine {
     /// QEMU's arguments for the machine itself.
     #[serde(skip)]
     pub arguments: Vec<String>,
+    /// Whether the guest's kernel itself looks after slots, and not its firmware.
+    pub native_ports: bool,
+    /// Whether BARs are below 4 GiB, as far as the emulator can be told: edu reaches no further.
+    pub low_memory: bool,
     /// The devices.
     pub devices: Vec<Device>,
 }
@@ -128,6 +132,8 @@ impl Machine {
             append: Vec::new(),
             modules: Vec::new(),
             arguments: Vec::new(),
+            native_ports: false,
+            low_memory: false,
             devices,
         }
     }
@@ -137,13 +143,7 @@ impl Machine {
         Self {
             // A kernel without ASPM does not ask the firmware for ports.
             append: vec!["pcie_ports=native".to_owned()],
-            // Else QEMU has ACPI look after slots, which takes a device away in order only.
-            arguments: [
-                "-global",
-                "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
-            ]
-            .map(str::to_owned)
-            .into(),
+            native_ports: true,
             ..Self::new(devices)
         }
     }
@@ -188,11 +188,13 @@ pub enum Preset {
     Tracked,
     /// Two host bridges: devices with memory behind one of them, the importer behind the other.
     Bridges,
+    /// A switch with a device with memory and the importer below it, and another such device apart.
+    Switch,
 }
 
 impl Preset {
     /// All presets.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Display,
         Self::Full,
         Self::Device,
@@ -202,6 +204,7 @@ impl Preset {
         Self::Bench,
         Self::Tracked,
         Self::Bridges,
+        Self::Switch,
     ];
 
     /// Its name.
@@ -217,6 +220,7 @@ impl Preset {
             Self::Bench => "bench",
             Self::Tracked => "tracked",
             Self::Bridges => "bridges",
+            Self::Switch => "switch",
         }
     }
 
@@ -240,6 +244,10 @@ impl Preset {
                 ..Machine::new(bench())
             },
             Self::Bridges => Machine::new(bridges()),
+            Self::Switch => Machine {
+                low_memory: true,
+                ..Machine::new(switch())
+            },
             Self::Tracked => Machine {
                 // The lists that it makes of that need long pieces of memory.
                 memory: 2048,
@@ -260,6 +268,7 @@ impl Preset {
             "nopat" => Self::NoPat,
             "fault_injection" => Self::Tracked,
             "p2p_route" => Self::Bridges,
+            "p2p_switch" => Self::Switch,
             _ => Self::Full,
         }
     }
@@ -416,6 +425,42 @@ fn bridges() -> Vec<Device> {
         bridge("second", "pxb-pcie,bus=pcie.0,addr=05,bus_nr=64"),
         bridge("rp3", "pcie-root-port,bus=second,addr=00,chassis=5,slot=5"),
         edu_at("0000:41:00.0", "bus=rp3,addr=00.0"),
+    ]
+}
+
+/// QEMU's ports have no ACS, so what is below them is one IOMMU group.
+fn switch() -> Vec<Device> {
+    let port = |name: &str, device: &str| Device {
+        bdf: None,
+        ..Device::new(name, "", "port of a switch", device)
+    };
+    vec![
+        Device::root_port("rp1", 3),
+        port("up", "x3130-upstream,bus=rp1,addr=00"),
+        port(
+            "down1",
+            "xio3130-downstream,bus=up,addr=00,chassis=21,slot=21",
+        ),
+        port(
+            "down2",
+            "xio3130-downstream,bus=up,addr=01,chassis=22,slot=22",
+        ),
+        Device::memory(
+            "memory",
+            "0000:03:00.0",
+            "ivshmem: BAR2 is 64 MiB of memory; behind the switch",
+            64,
+            "bus=down1,addr=00.0",
+        ),
+        edu_at("0000:04:00.0", "bus=down2,addr=00.0"),
+        Device::root_port("rp2", 4),
+        Device::memory(
+            "apart",
+            "0000:05:00.0",
+            "ivshmem: BAR2 is 64 MiB of memory; not behind the switch",
+            64,
+            "bus=rp2,addr=00.0",
+        ),
     ]
 }
 

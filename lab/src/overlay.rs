@@ -71,6 +71,11 @@ cp scripts/target.json "$out$scripts/"
 tar --create --directory "$out" --owner=0 --group=0 --sort=name . | zstd -q -T0 -10 --force -o /work/overlay.tar.zst
 "#;
 
+/// The same as strings.
+pub(crate) fn left_out() -> Vec<String> {
+    LEFT_OUT.iter().map(|&pattern| pattern.to_owned()).collect()
+}
+
 /// Where the tarball of a kernel's overlay is.
 pub(crate) fn tarball(cache: &Cache, kernel: &KernelPlan) -> PathBuf {
     cache.path(format!("rust-overlay-{}.tar.zst", kernel.release))
@@ -83,7 +88,7 @@ pub(crate) fn build(
     kernel: &KernelPlan,
     source: &Path,
 ) -> Result<()> {
-    let left_out: Vec<String> = LEFT_OUT.iter().map(|&pattern| pattern.to_owned()).collect();
+    let left_out = left_out();
     let work = Work {
         build: SourceBuild {
             folder: cache.path("build").join(&kernel.release),
@@ -167,7 +172,7 @@ pub(crate) fn lay(cache: &Cache, sysroot: &Sysroot, kernel: &KernelPlan) -> Resu
 }
 
 /// Compares what the rebuilt `rust/` exports with what the kernel exports.
-fn guard(tree: &Path, release: &str) -> Result<()> {
+pub(crate) fn guard(tree: &Path, release: &str) -> Result<()> {
     let read = |name: &str| {
         let path = tree.join(name);
         fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))

@@ -61,6 +61,46 @@ const TOOLS: &[&str] = &[
 /// The packages of the guest.
 const MACHINE: &[&str] = &["busybox-static", "qemu-system-x86"];
 
+/// The package with Rust's standard library for an architecture; the compiler is of the same
+/// version.
+const RUST_LIBRARY: &str = "libstd-rust-dev";
+
+/// The packages of another architecture that its guests and programs are made of, at versions that
+/// fit the tool chain.
+///
+/// # Errors
+///
+/// When the mirror has none that fit.
+pub(crate) fn userland(records: &[Record], tools: &[Package]) -> Result<Vec<Package>> {
+    let rust = tools.iter().find(|package| package.name == RUST_LIBRARY);
+    let Some(rust) = rust else {
+        bail!("the tool chain has no {RUST_LIBRARY}");
+    };
+    let newest = |name: &str| {
+        let named = records.iter().filter(|record| record.package.name == name);
+        named.max_by(|a, b| version::compare(&a.package.version, &b.package.version))
+    };
+    let library = records.iter().find(|record| {
+        record.package.name == RUST_LIBRARY && record.package.version == rust.version
+    });
+    match (library, newest("busybox-static")) {
+        (Some(library), Some(busybox)) => {
+            Ok(vec![library.package.clone(), busybox.package.clone()])
+        }
+        (None, _) => bail!(
+            "the mirror no longer has {RUST_LIBRARY} {} for that architecture, the version of the tool chain's compiler: \
+             run `cargo xtask vm prepare --update`",
+            rust.version
+        ),
+        (_, None) => bail!("the mirror has no busybox-static for that architecture"),
+    }
+}
+
+/// What [`userland`] chooses from.
+pub(crate) fn userland_packages() -> Vec<String> {
+    [RUST_LIBRARY, "busybox-static"].map(str::to_owned).into()
+}
+
 /// The plan, as it is kept in the cache.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
@@ -89,6 +129,9 @@ pub struct KernelPlan {
     pub image: Vec<Package>,
     /// `linux-source-…`.
     pub source: Package,
+    /// For another architecture: what its guests and programs have besides the kernel.
+    #[serde(default)]
+    pub userland: Vec<Package>,
     /// Why it cannot be used; `None` when it can.
     pub refusal: Option<String>,
 }
@@ -253,6 +296,7 @@ fn kernel(release: &str, records: &BTreeMap<&str, Vec<&Record>>) -> Option<Kerne
         headers,
         image,
         source,
+        userland: Vec::new(),
         refusal,
     })
 }
@@ -362,6 +406,30 @@ mod tests {
     }
 
     #[test]
+    fn the_library_for_another_architecture_is_of_the_compilers_version() {
+        let tools = [record(RUST_LIBRARY, "1.97.1-1").package];
+        let busybox = [
+            record("busybox-static", "1:1.37-1"),
+            record("busybox-static", "1:1.38-3"),
+        ];
+        let with = |library: &str| {
+            let mut records = busybox.to_vec();
+            records.push(record(RUST_LIBRARY, "1.98.0-1"));
+            records.push(record(RUST_LIBRARY, library));
+            userland(&records, &tools)
+        };
+        let found = with("1.97.1-1").unwrap();
+        let versions: Vec<_> = found.iter().map(|it| it.version.as_str()).collect();
+        assert_eq!(versions, ["1.97.1-1", "1:1.38-3"]);
+        let text = with("1.96.0-1").unwrap_err().to_string();
+        assert!(
+            text.contains("1.97.1-1") && text.contains("--update"),
+            "{text}"
+        );
+        assert!(userland(&busybox[..0], &tools).is_err());
+    }
+
+    #[test]
     fn releases_are_of_a_flavour_and_meta_packages_are_none() {
         let names = [
             "linux-headers-7.3-amd64",
@@ -370,12 +438,16 @@ mod tests {
             "linux-headers-7.3-common",
             "linux-headers-amd64",
             "linux-headers-7.2.13+deb14-amd64",
+            "linux-headers-7.3-arm64",
+            "linux-headers-7.3-arm64-16k",
         ]
         .map(str::to_owned);
         let found = |flavour| releases(&names, flavour).into_iter().collect::<Vec<_>>();
         assert_eq!(found(Flavour::Plain), ["7.2.13+deb14-amd64", "7.3-amd64"]);
         assert_eq!(found(Flavour::RealTime), ["7.3-rt-amd64"]);
         assert_eq!(found(Flavour::Cloud), ["7.3-cloud-amd64"]);
+        assert_eq!(found(Flavour::Arm64), ["7.3-arm64"]);
+        assert_eq!(found(Flavour::Arm64Of16K), ["7.3-arm64-16k"]);
     }
 
     #[test]

@@ -11,10 +11,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::apt::{Apt, Package, Record};
+use crate::arch::Arch;
 use crate::cache::{self, Cache, Lock, Stamp, fingerprint, unfinished};
 use crate::command;
 use crate::debug::{self, Debug, Watch};
 use crate::flavour::{Flavour, Found};
+use crate::foreign::Foreign;
 use crate::kernel::Kernel;
 use crate::overlay;
 use crate::plan::{self, KernelPlan, Plan};
@@ -23,8 +25,9 @@ use crate::sysroot::Sysroot;
 /// The request.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
-    /// The beginning of a kernel release, or `rt`, `cloud`, `debug` or `kcsan`, or such as `debug-`
-    /// and such a beginning; `BARLEASE_KERNEL`, and then the newest of Debian's, when absent.
+    /// The beginning of a kernel release, or the name of a [flavour](Flavour::name), `debug` or
+    /// `kcsan`, or such as `debug-` and such a beginning; `BARLEASE_KERNEL`, and then the newest of
+    /// Debian's, when absent.
     pub kernel: Option<String>,
     /// Whether to look again at what the mirror has.
     pub update: bool,
@@ -40,7 +43,7 @@ pub struct Prepared {
     /// The kernel.
     pub kernel: Kernel,
     /// The tarball that gives Debian's headers of this kernel what Rust modules need; for a debug
-    /// kernel its build tree, which has all of that.
+    /// kernel or one of another architecture its build tree, which has all of that.
     pub overlay: PathBuf,
     /// The file that says what kernel and overlay were made from.
     pub(crate) stamp: PathBuf,
@@ -183,6 +186,22 @@ fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
     let kernel = plan.kernel(wanted.release.as_deref()).ok()?;
     let folders = Folders::of(cache, &plan, kernel);
     let sysroot = Sysroot::at(folders.sysroot.clone());
+    if !wanted.flavour.arch().is_native() {
+        let foreign = Foreign {
+            cache,
+            plan: &plan,
+            kernel,
+            sysroot: &sysroot,
+            arch: wanted.flavour.arch(),
+        };
+        return Some(Ready {
+            kernel: foreign.ready()?,
+            overlay: foreign.tree(),
+            stamp: foreign.stamp_file(),
+            rustc: plan.rustc.clone(),
+            sysroot,
+        });
+    }
     if let Some(watch) = wanted.watch {
         let debug = Debug {
             cache,
@@ -259,7 +278,8 @@ fn overlay_stamp(plan: &Plan, kernel: &KernelPlan) -> Stamp {
     Stamp::of(packages.chain([plan.rustc.clone()]))
 }
 
-/// The kernels of a flavour that the mirror has, and what it says of their packages.
+/// The kernels of a flavour that the mirror has, and what it says of their packages; `apt` has
+/// those of its architecture.
 fn kernels(apt: &Apt, flavour: Flavour) -> Result<(Vec<KernelPlan>, Vec<Record>)> {
     let releases = plan::releases(&apt.names("linux-headers-")?, flavour);
     let names: Vec<_> = releases
@@ -279,7 +299,7 @@ impl Maker {
     fn make(&self, update: bool) -> Result<()> {
         let old = if update { None } else { plan(&self.cache) };
         let (apt, mut plan) = match old {
-            Some(plan) => (Apt::set_up(&self.cache)?.0, plan),
+            Some(plan) => (Apt::set_up(&self.cache, Arch::Amd64)?.0, plan),
             None => self.resolve()?,
         };
         let sysroot = self.tools(&apt, &plan)?;
@@ -292,11 +312,26 @@ impl Maker {
             self.judge(&apt, &mut plan)?;
             cache::write_json(&self.cache.path("plan.json"), &plan)?;
         }
+        let arch = self.wanted.flavour.arch();
+        let theirs = if arch.is_native() {
+            apt.clone()
+        } else {
+            Apt::set_up(&self.cache, arch)?.0
+        };
         if self.wanted.flavour != Flavour::Plain {
-            plan = self.flavoured(&apt, plan, update)?;
+            plan = self.flavoured(&theirs, plan, update)?;
         }
         let kernel = plan.kernel(self.wanted.release.as_deref())?.clone();
-        if let Some(watch) = self.wanted.watch {
+        if !arch.is_native() {
+            let foreign = Foreign {
+                cache: &self.cache,
+                plan: &plan,
+                kernel: &kernel,
+                sysroot: &sysroot,
+                arch,
+            };
+            foreign.make(&apt, &theirs)?;
+        } else if let Some(watch) = self.wanted.watch {
             let debug = Debug {
                 cache: &self.cache,
                 plan: &plan,
@@ -313,7 +348,7 @@ impl Maker {
 
     /// Asks the mirror what there is.
     fn resolve(&self) -> Result<(Apt, Plan)> {
-        let (apt, mirror) = Apt::set_up(&self.cache)?;
+        let (apt, mirror) = Apt::set_up(&self.cache, Arch::Amd64)?;
         eprintln!(
             "Barlease's lab needs a Debian tool chain, an emulator and a kernel with its source: about 700 MB to \
              download where nothing is there yet, 3 GB on disk while it works.\n  from  {mirror}\n  into  {}  (BARLEASE_CACHE chooses another place)\n\
@@ -358,7 +393,18 @@ impl Maker {
         if let Some(known) = plan_of(&self.cache, flavour).filter(|_| !update) {
             return Ok(known);
         }
-        let (kernels, _) = kernels(apt, flavour)?;
+        let is_foreign = !flavour.arch().is_native();
+        if is_foreign && (update || !apt.has_lists()) {
+            apt.update()?;
+        }
+        let (mut kernels, _) = kernels(apt, flavour)?;
+        if is_foreign {
+            let records = apt.show(&plan::userland_packages())?;
+            let userland = plan::userland(&records, &plan.tools)?;
+            for kernel in &mut kernels {
+                kernel.userland.clone_from(&userland);
+            }
+        }
         let mut plan = Plan { kernels, ..plan };
         self.judge(apt, &mut plan)?;
         let found = Found {

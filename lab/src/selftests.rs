@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 use crate::apt::{Apt, Package};
+use crate::arch::Arch;
 use crate::cache::{self, Stamp, fingerprint};
 use crate::debug;
 use crate::extra::Extra;
@@ -122,7 +123,7 @@ fn build(prepared: &Prepared) -> Result<PathBuf> {
         return Ok(folder);
     }
     let _turn = cache.lock("prepare", "preparing the kernel's own tests")?;
-    let apt = Apt::set_up(cache)?.0;
+    let apt = Apt::set_up(cache, Arch::Amd64)?.0;
     let added = libraries.add(&apt)?;
     if fits(&added) {
         return Ok(folder);

@@ -129,7 +129,7 @@ pub(crate) fn script(
             String::new()
         };
         script.push_str(&format!(
-            "echo '{{\"part\":\"{name}\"}}' >/dev/ttyS2\n\
+            "echo '{{\"part\":\"{name}\"}}' >/dev/lab-control\n\
              printf '\\n\\001begins {name}\\n'\n\
              echo '{BEGINS}{name}' >/dev/kmsg\n\
              {watch}\
@@ -206,7 +206,13 @@ mod tests {
     fn heard(parts: &[Part]) -> (Listener, i32) {
         let folder = tempfile::tempdir().unwrap();
         let mut script = script(parts, None, Some(1000));
-        for place in ["/dev/kmsg", "/dev/ttyS2", "/lab/", "/root", "/sys/bus/pci"] {
+        for place in [
+            "/dev/kmsg",
+            "/dev/lab-control",
+            "/lab/",
+            "/root",
+            "/sys/bus/pci",
+        ] {
             let here = folder
                 .path()
                 .join(place.trim_matches('/').replace('/', "-"));

@@ -35,6 +35,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::apt::{Apt, Package};
+use crate::arch::Arch;
 use crate::cache::{self, Cache, fingerprint, unfinished};
 use crate::command::{self, SYSTEM_PATH, need, tied};
 use crate::prepare::Prepared;
@@ -152,7 +153,7 @@ impl Root {
             return Ok(root);
         }
         let _turn = cache.lock("systems", "installing a Debian system")?;
-        let (apt, _) = Apt::set_up(cache)?;
+        let (apt, _) = Apt::set_up(cache, Arch::Amd64)?;
         let list: Vec<Package> = match cache::read_json(&list) {
             Some(known) => known,
             None => resolve(&apt, &asked, &list)?,

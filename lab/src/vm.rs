@@ -36,6 +36,7 @@ use anyhow::{Context, Result, bail};
 use rustix::io::FdFlags;
 use serde_json::{Value, json};
 
+use crate::arch::Arch;
 use crate::command;
 use crate::emulator::{self, Accel};
 use crate::initramfs::{Initramfs, quoted};
@@ -409,8 +410,11 @@ impl<'a> Run<'a> {
 
     fn write_archive(&self, path: &Path) -> Result<()> {
         let file = fs::File::create(path).with_context(|| format!("make {}", path.display()))?;
-        let busybox = self.prepared.sysroot.path("usr/bin/busybox");
+        let busybox = self.prepared.kernel.busybox(&self.prepared.sysroot);
         let mut archive = Initramfs::new(BufWriter::new(file), &busybox)?;
+        let ports = self.prepared.kernel.arch().ports();
+        let ports = format!("{} {}\n", ports.payload, ports.control);
+        archive.file("lab/ports", ports, 0o644)?;
         self.add_modules(&mut archive)?;
         archive.file("lab/devices", self.machine.describe(), 0o644)?;
         let patience = self
@@ -687,7 +691,8 @@ impl Guest<'_> {
 
     fn emulator(&self, payload: &OwnedFd, control: &OwnedFd, monitor: &OwnedFd) -> Command {
         let sysroot = &self.prepared.sysroot;
-        let mut command = sysroot.program("usr/bin/qemu-system-x86_64");
+        let arch = self.prepared.kernel.arch();
+        let mut command = sysroot.program(arch.emulator());
         command.env(
             "QEMU_MODULE_DIR",
             sysroot.path("usr/lib/x86_64-linux-gnu/qemu"),
@@ -703,7 +708,7 @@ impl Guest<'_> {
             "-display",
             "none",
         ]);
-        command.args(["-machine", "q35,kernel-irqchip=split", "-cpu", "EPYC"]);
+        command.args(arch.machine());
         command.args(self.accel.arguments());
         command.args([
             "-m",
@@ -711,13 +716,12 @@ impl Guest<'_> {
             "-smp",
             &machine.processors.to_string(),
         ]);
-        command.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
         command
             .arg("-kernel")
             .arg(self.image)
             .arg("-initrd")
             .arg(self.archive);
-        command.args(["-append", &command_line(machine)]);
+        command.args(["-append", &command_line(machine, arch)]);
         command.args([
             "-chardev",
             &format!("file,id=console,path={}", comma_safe(&self.log())),
@@ -730,13 +734,12 @@ impl Guest<'_> {
             command.args(["-chardev", &format!("socket,id={id},fd={}", fd.as_raw_fd())]);
         }
         command.args(["-object", "monitor-qmp,id=qmp,chardev=monitor"]);
-        // The third port would share the first one's interrupt line.
-        for (id, place) in [
-            ("console", "index=0"),
-            ("payload", "index=1"),
-            ("control", "index=2,irq=5"),
-        ] {
-            command.args(["-device", &format!("isa-serial,chardev={id},{place}")]);
+        command.args(arch.serial_ports());
+        if machine.low_memory {
+            command.args(arch.low_memory());
+        }
+        if machine.native_ports {
+            command.args(arch.native_ports());
         }
         command.args(&machine.arguments);
         for device in &machine.devices {
@@ -1015,18 +1018,11 @@ fn is_plain(name: &str) -> bool {
     !name.is_empty() && !name.starts_with('.') && name.chars().all(plain)
 }
 
-fn command_line(machine: &Machine) -> String {
+fn command_line(machine: &Machine, arch: Arch) -> String {
+    let console = format!("console={}", arch.ports().console);
     // A kernel that has oopsed is of no use to a test: it ends at once.
-    let mut words = vec![
-        "console=ttyS0",
-        "panic=-1",
-        "oops=panic",
-        "intel_iommu=on",
-        "iommu=nopt",
-        // At boot the kernel waits ten ticks for the timer and panics when none came; an emulator
-        // that does not get the processor for so long fails that.
-        "no_timer_check",
-    ];
+    let mut words = vec![console.as_str(), "panic=-1", "oops=panic"];
+    words.extend(arch.command_line());
     words.extend(machine.append.iter().map(String::as_str));
     words.join(" ")
 }
@@ -1137,9 +1133,15 @@ mod tests {
     fn the_kernel_stops_at_its_first_oops_and_sees_devices_through_the_iommu() {
         let mut machine = Machine::new(Vec::new());
         machine.append.push("extra=1".to_owned());
-        let line = command_line(&machine);
+        let has = |arch, word| {
+            let line = command_line(&machine, arch);
+            assert!(line.split(' ').any(|have| have == word), "{line}: {word}");
+        };
         for word in ["oops=panic", "intel_iommu=on", "iommu=nopt", "extra=1"] {
-            assert!(line.split(' ').any(|have| have == word), "{word}");
+            has(Arch::Amd64, word);
+        }
+        for word in ["oops=panic", "iommu.passthrough=0", "extra=1"] {
+            has(Arch::Arm64, word);
         }
     }
 

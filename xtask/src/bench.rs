@@ -64,7 +64,7 @@ const REPEATABLE: &[&str] = &["export", "importer", "touch", "take-away", "descr
 /// documentation has.
 pub(crate) fn regressions(prepared: &Prepared) -> Result<()> {
     let module = kmod::build(prepared, false)?;
-    let program = checkout::guest_program("barlease-bench", "barlease-bench")?;
+    let program = checkout::guest_program(prepared, "barlease-bench", "barlease-bench")?;
     let options = Options {
         kernel: KernelChoice { kernel: None },
         quick: true,
@@ -85,7 +85,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         update: false,
     })?;
     let module = kmod::build(&prepared, false)?;
-    let program = checkout::guest_program("barlease-bench", "barlease-bench")?;
+    let program = checkout::guest_program(&prepared, "barlease-bench", "barlease-bench")?;
     let folder = if options.publish {
         checkout::top().join("docs/benchmarks")
     } else {

@@ -1,9 +1,12 @@
 //! Where the checkout is, and how cargo is called in it.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use barlease_lab::prepare::Prepared;
+use barlease_lab::programs::{self, Folders};
+use serde_json::Value;
 
 /// The top folder of the checkout.
 pub(crate) fn top() -> PathBuf {
@@ -37,24 +40,87 @@ pub(crate) fn cargo(folder: &str) -> Command {
     command
 }
 
-/// Builds a program of the workspace so that it runs in a guest, and returns its path.
-pub(crate) fn guest_program(package: &str, program: &str) -> Result<PathBuf> {
-    // That folder's settings link statically.
-    let mut build = cargo("guest-tests");
+/// Cargo in `guest-tests/`, whose settings link statically, for guests with that kernel: this
+/// machine's own, or, for another architecture, that of the tool chain.
+///
+/// # Errors
+///
+/// When crates cannot be fetched, or the tool chain cannot be entered.
+pub(crate) fn guest_cargo(prepared: &Prepared, subcommand: &str) -> Result<Command> {
+    let arch = prepared.kernel.arch();
+    if arch.is_native() {
+        let mut command = cargo("guest-tests");
+        command.arg(subcommand);
+        return Ok(command);
+    }
+    let for_guests = ["--target", arch.rust_target()];
+    let mut fetch = cargo("guest-tests");
+    let status = fetch.args(["fetch", "--quiet"]).args(for_guests).status();
+    if !status.context("start cargo")?.success() {
+        bail!("`cargo fetch` failed");
+    }
+    let (top, products, home) = (top(), target(), cargo_home()?);
+    let folders = folders(&top, &home, &products);
+    let mut command = programs::cargo(prepared, folders, "guest-tests")?;
+    command.arg(subcommand).args(for_guests);
+    Ok(command)
+}
+
+/// Where on this machine a file is that [`guest_cargo`] has named.
+pub(crate) fn outside(prepared: &Prepared, path: &Path) -> Result<PathBuf> {
+    let (top, products, home) = (top(), target(), cargo_home()?);
+    let folders = folders(&top, &home, &products);
+    Ok(if prepared.kernel.arch().is_native() {
+        path.to_owned()
+    } else {
+        programs::outside(prepared, folders, path)
+    })
+}
+
+fn folders<'a>(checkout: &'a Path, cargo_home: &'a Path, target: &'a Path) -> Folders<'a> {
+    Folders {
+        checkout,
+        cargo_home,
+        target,
+    }
+}
+
+/// Where cargo keeps what it has downloaded.
+fn cargo_home() -> Result<PathBuf> {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let default = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo"));
+    home.or_else(default)
+        .context("neither CARGO_HOME nor HOME says where cargo keeps its crates")
+}
+
+/// The path of the program among what building it has said, as cargo's messages in JSON.
+fn executable(messages: &str) -> Option<PathBuf> {
+    let named = |line: &str| {
+        let message: Value = serde_json::from_str(line).ok()?;
+        Some(PathBuf::from(message["executable"].as_str()?))
+    };
+    messages.lines().rev().find_map(named)
+}
+
+/// Builds a program of the workspace so that it runs in a guest with that kernel, and returns its
+/// path.
+pub(crate) fn guest_program(prepared: &Prepared, package: &str, program: &str) -> Result<PathBuf> {
+    let mut build = guest_cargo(prepared, "build")?;
     build.args([
-        "build",
         "--quiet",
         "--release",
+        "--message-format",
+        "json-render-diagnostics",
         "--package",
         package,
         "--bin",
         program,
     ]);
-    let status = build.status().context("start cargo")?;
-    if !status.success() {
-        bail!("`{program}` does not build for guests");
+    build.stderr(Stdio::inherit());
+    let output = build.output().context("start cargo")?;
+    let path = executable(&String::from_utf8_lossy(&output.stdout));
+    match path.filter(|_| output.status.success()) {
+        Some(path) => outside(prepared, &path),
+        None => bail!("`{program}` does not build for guests"),
     }
-    Ok(target()
-        .join("x86_64-unknown-linux-gnu/release")
-        .join(program))
 }

@@ -28,7 +28,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         update: false,
     })?;
     let module = kmod::build(&prepared, false)?;
-    let program = checkout::guest_program("barlease-demo", "barlease-demo")?;
+    let program = checkout::guest_program(&prepared, "barlease-demo", "barlease-demo")?;
     let pictures = checkout::target().join("demo");
     std::fs::create_dir_all(&pictures)
         .with_context(|| format!("make the folder {}", pictures.display()))?;

@@ -2,6 +2,7 @@
 //!
 //! Only the command line is here; the work is done by the crate `barlease-lab`.
 
+mod applies;
 mod batch;
 mod bench;
 mod canary;
@@ -61,8 +62,8 @@ enum Task {
 /// Which kernel.
 #[derive(Args, Clone, Debug, Default)]
 struct KernelChoice {
-    /// The newest kernel whose release begins so, such as 7.2, `rt` or `cloud` for these flavours,
-    /// or `debug` for the one with KASAN and lockdep [default: the newest of Debian's]
+    /// The newest kernel whose release begins so, such as 7.2; `rt`, `cloud`, `arm64` or `arm64-16k`
+    /// for these flavours, `debug` for the one with KASAN and lockdep [default: the newest of Debian's]
     #[arg(
         long,
         value_name = "RELEASE",

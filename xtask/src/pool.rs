@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::batch::{Batch, End, Outcome, Speed, judge, plan};
 use crate::test::Count;
-use crate::{checkout, vm};
+use crate::{applies, checkout, vm};
 
 /// The memory of this machine that the guest of a test takes, in MiB: 1 GiB of its own, and what
 /// QEMU needs.
@@ -38,7 +38,7 @@ pub(crate) struct Pool<'a> {
 pub(crate) struct Binary {
     /// The file in `guest-tests/tests/` without `.rs`, or the name of the package for its unit
     /// tests.
-    name: String,
+    pub(crate) name: String,
     path: PathBuf,
 }
 
@@ -68,19 +68,15 @@ fn available(info: &str) -> Option<u64> {
     Some(kibibytes << 10)
 }
 
-/// Builds the guest tests.
+/// Builds the guest tests for guests with that kernel; only those of these names, if there are any.
 ///
 /// # Errors
 ///
 /// When they do not build; the compiler's messages have been shown.
-pub(crate) fn binaries() -> Result<Vec<Binary>> {
-    let output = checkout::cargo("guest-tests")
-        .args([
-            "test",
-            "--no-run",
-            "--message-format",
-            "json-render-diagnostics",
-        ])
+pub(crate) fn binaries(prepared: &Prepared, only: &[&str]) -> Result<Vec<Binary>> {
+    let output = checkout::guest_cargo(prepared, "test")?
+        .args(only.iter().flat_map(|name| ["--test", name]))
+        .args(["--no-run", "--message-format", "json-render-diagnostics"])
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
@@ -89,11 +85,26 @@ pub(crate) fn binaries() -> Result<Vec<Binary>> {
         bail!("cargo ended with {}", output.status);
     }
     let messages = String::from_utf8(output.stdout).context("read what cargo says")?;
-    let binaries: Vec<_> = messages.lines().filter_map(binary).collect();
+    let mut binaries: Vec<_> = messages.lines().filter_map(binary).collect();
+    for binary in &mut binaries {
+        binary.path = checkout::outside(prepared, &binary.path)?;
+    }
     if binaries.is_empty() {
         bail!("cargo has built no guest test");
     }
     Ok(binaries)
+}
+
+/// Builds one of the guest tests for guests with that kernel, and returns its path.
+///
+/// # Errors
+///
+/// As [`binaries`].
+pub(crate) fn binary_called(prepared: &Prepared, name: &str) -> Result<PathBuf> {
+    let mut binaries = binaries(prepared, &[name])?;
+    let place = binaries.iter().position(|binary| binary.name == name);
+    let place = place.with_context(|| format!("there is no test binary {name}"))?;
+    Ok(binaries.swap_remove(place).path)
 }
 
 /// The test binary that a message of cargo's is about.
@@ -113,6 +124,12 @@ impl Pool<'_> {
         let has_tests = |binary: &&Binary| vm::has_tests(&binary.path, self.filter);
         let binaries = self.binaries.iter().filter(has_tests);
         let names: Vec<_> = binaries.map(|binary| binary.name.as_str()).collect();
+        let arch = self.prepared.kernel.arch();
+        print!("{}", applies::remarks(arch, &names));
+        let names: Vec<_> = names
+            .into_iter()
+            .filter(|name| applies::refusal(arch, name).is_none())
+            .collect();
         let speed = match self.prepared.kernel.watches() {
             None => Speed::Stock,
             Some(_) => Speed::Watched,
@@ -225,10 +242,12 @@ impl Pool<'_> {
             let binary = binary.with_context(|| format!("there is no binary {name}"))?;
             let place = format!("/lab/bin/{name}");
             run = run.file(&binary.path, &place);
-            let words = [&place].into_iter().map(String::as_str).chain(self.filter);
+            let mut words = vec![place];
+            words.extend(self.filter.map(str::to_owned));
+            words.extend(applies::arguments(self.prepared.kernel.arch(), name));
             parts.push(Part {
                 name: name.clone(),
-                words: words.map(str::to_owned).collect(),
+                words,
             });
         }
         vm::as_tests_run(run, self.module).map(|run| run.series(parts))

@@ -94,7 +94,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 }
 
 fn guest<'a>(options: &Options, prepared: &'a Prepared, disk: &Disk) -> Result<Run<'a>> {
-    let command = checkout::guest_program("barlease-cli", "barlease")?;
+    let command = checkout::guest_program(prepared, "barlease-cli", "barlease")?;
     Ok(Run::new(prepared, options.machine.preset.machine())
         .system(disk)
         .file(command, "/lab/bin/barlease"))

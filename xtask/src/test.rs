@@ -8,9 +8,10 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use barlease_lab::arch::Arch;
 use barlease_lab::debug::Watch;
 use barlease_lab::kmod as lab_kmod;
-use barlease_lab::prepare::{self, Request, prepare};
+use barlease_lab::prepare::{self, Prepared, Request, prepare};
 use barlease_lab::report::seconds;
 use clap::Args;
 
@@ -23,6 +24,9 @@ pub(crate) struct Options {
     /// that finds data races [default: the newest of Debian's]
     #[arg(long, value_name = "RELEASE", value_delimiter = ',')]
     kernel: Vec<String>,
+    /// Kernels to run a short selection of the guest tests on, after those; alone without --kernel
+    #[arg(long, value_name = "RELEASE", value_delimiter = ',')]
+    short: Vec<String>,
     /// Without module and guests
     #[arg(long, conflicts_with = "guest_only")]
     host_only: bool,
@@ -128,69 +132,141 @@ fn host(steps: &mut Steps) {
     checks::host(steps);
 }
 
+/// Test binaries of a short run: one of each kind of promise that depends on the kernel's own code.
+const SHORT: &[&str] = &["smoke", "revoke", "mmap", "memory_type", "p2p_switch"];
+
 fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
-    let mut binaries = Vec::new();
-    steps.make("guest tests: build", || {
-        binaries = pool::binaries()?;
-        Ok(())
-    });
-    for (place, wanted) in kernels(&options.kernel)?.into_iter().enumerate() {
+    let mut lanes = Vec::new();
+    if options.short.is_empty() || !options.kernel.is_empty() {
+        let wanted = kernels(&options.kernel)?.into_iter();
+        lanes.extend(wanted.map(|wanted| (wanted, false)));
+    }
+    let short = options.short.iter().cloned();
+    lanes.extend(short.map(|wanted| (Some(wanted), true)));
+    let mut built_for: Vec<(Arch, bool, Vec<pool::Binary>)> = Vec::new();
+    for (place, (wanted, is_short)) in lanes.into_iter().enumerate() {
         let prepared = prepare(&Request {
             kernel: wanted,
             update: false,
         })?;
-        let kernel = prepared.kernel.name.clone();
+        let arch = prepared.kernel.arch();
+        let fits = |built: &&(Arch, bool, Vec<_>)| built.0 == arch && (is_short || !built.1);
+        if built_for.iter().all(|built| !fits(&built)) {
+            let mut binaries = Vec::new();
+            let only = if is_short { SHORT } else { &[] };
+            steps.make(&format!("guest tests: build for {}", arch.name()), || {
+                binaries = pool::binaries(&prepared, only)?;
+                Ok(())
+            });
+            built_for.push((arch, is_short, binaries));
+        }
+        let binaries = built_for.iter().find(fits).map(|built| &built.2[..]);
+        let lane = Lane {
+            options,
+            prepared: &prepared,
+            binaries: binaries.unwrap_or_default(),
+            is_first: place == 0,
+        };
+        if is_short {
+            lane.run_short(steps);
+        } else {
+            lane.run(steps);
+        }
+    }
+    Ok(())
+}
+
+/// What runs on one kernel.
+struct Lane<'a> {
+    options: &'a Options,
+    prepared: &'a Prepared,
+    binaries: &'a [pool::Binary],
+    /// Whether it is the one with which that runs which one kernel is enough for.
+    is_first: bool,
+}
+
+impl Lane<'_> {
+    fn run_short(&self, steps: &mut Steps) {
+        let kernel = &self.prepared.kernel.name;
+        let mut module = PathBuf::new();
+        let built = steps.make(&format!("module for {kernel}"), || {
+            module = kmod::build(self.prepared, true)?;
+            Ok(())
+        });
+        let chosen: Vec<_> = self
+            .binaries
+            .iter()
+            .filter(|binary| SHORT.contains(&binary.name.as_str()))
+            .cloned()
+            .collect();
+        let name = format!("a selection of the guest tests on {kernel}");
+        self.guest_tests(steps, &name, &chosen, built.then_some(&module));
+    }
+
+    fn guest_tests(
+        &self,
+        steps: &mut Steps,
+        name: &str,
+        binaries: &[pool::Binary],
+        module: Option<&PathBuf>,
+    ) {
+        let Some(module) = module else {
+            steps.skip(name, "the module does not build");
+            return;
+        };
+        steps.step(name, || {
+            pool::Pool {
+                binaries,
+                prepared: self.prepared,
+                module,
+                filter: self.options.filter.as_deref(),
+                jobs: self.options.jobs.map_or_else(pool::jobs, usize::from),
+            }
+            .run()
+        });
+    }
+
+    fn run(&self, steps: &mut Steps) {
+        let (options, prepared) = (self.options, self.prepared);
+        let kernel = &prepared.kernel.name;
         // Once: their rules are those of one source, and hold for every kernel.
-        if place == 0 && options.has("litmus") {
-            steps.step("litmus tests", || litmus::judge(&prepared));
+        if self.is_first && options.has("litmus") {
+            steps.step("litmus tests", || litmus::judge(prepared));
         }
         let mut module = PathBuf::new();
         let built = steps.make(&format!("module for {kernel}"), || {
-            module = kmod::build(&prepared, true)?;
+            module = kmod::build(prepared, true)?;
             // Kernels that we build have the stock driver built in, which keeps its place.
             if prepared.kernel.watches().is_none() {
-                kmod::build_as_stock(&prepared, true)?;
+                kmod::build_as_stock(prepared, true)?;
             }
             Ok(())
         });
         steps.make(&format!("clippy on the module for {kernel}"), || {
-            kmod::clippy(&prepared, true)
+            kmod::clippy(prepared, true)
         });
         let name = format!("canaries on {kernel}");
         if built && options.has("canaries") {
-            steps.step(&name, || canary::run(&prepared));
+            steps.step(&name, || canary::run(prepared));
         }
         let name = format!("selftests of the kernel on {kernel}");
         // They need IOMMUFD, which Debian's kernels do not have.
         if built && options.has("selftests") && prepared.kernel.watches() == Some(Watch::Memory) {
             steps.step(&name, || {
-                selftests::compare(&prepared, selftests::Choice::QUICK)
+                selftests::compare(prepared, selftests::Choice::QUICK)
             });
         }
         let name = format!("guest tests on {kernel}");
-        if built {
-            steps.step(&name, || {
-                pool::Pool {
-                    binaries: &binaries,
-                    prepared: &prepared,
-                    module: &module,
-                    filter: options.filter.as_deref(),
-                    jobs: options.jobs.map_or_else(pool::jobs, usize::from),
-                }
-                .run()
-            });
-        } else {
-            steps.skip(&name, "the module does not build");
-        }
+        self.guest_tests(steps, &name, self.binaries, built.then_some(&module));
         // Once: the published results are those of one kernel.
-        if built && place == 0 && options.has("instructions") && prepared.kernel.watches().is_none()
-        {
+        let is_published =
+            prepared.kernel.arch().is_native() && prepared.kernel.watches().is_none();
+        if built && self.is_first && options.has("instructions") && is_published {
             steps.report(&format!("instructions on {kernel}"), || {
-                bench::regressions(&prepared)
+                bench::regressions(prepared)
             });
         }
     }
-    Ok(())
 }
 
 /// The lanes that were asked for, in the form of requests.

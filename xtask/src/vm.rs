@@ -21,7 +21,7 @@ use barlease_lab::vm::{Outcome, Run};
 use clap::{Args, Subcommand};
 
 use crate::batch::Batch;
-use crate::{KernelChoice, checkout, kmod, pool, system};
+use crate::{KernelChoice, applies, checkout, kmod, pool, system};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Task {
@@ -290,6 +290,7 @@ pub(crate) fn remarks(outcome: &Outcome) -> String {
 }
 
 fn test(options: &Test) -> Result<ExitCode> {
+    let name = name_of(&options.binary);
     if runs_nothing(options) {
         let status = Command::new(&options.binary)
             .args(&options.arguments)
@@ -310,13 +311,28 @@ fn test(options: &Test) -> Result<ExitCode> {
         },
     };
     let prepared = choice.prepare()?;
-    let place = in_lab(&options.binary)?;
-    let run = Run::new(&prepared, choice.preset.machine()).file(&options.binary, &place);
+    let arch = prepared.kernel.arch();
+    eprint!("{}", applies::remarks(arch, &[&name]));
+    if applies::refusal(arch, &name).is_some() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    // Cargo has built it for this machine.
+    let binary = if arch.is_native() {
+        options.binary.clone()
+    } else {
+        pool::binary_called(&prepared, &name)?
+    };
+    let place = in_lab(&binary)?;
+    let run = Run::new(&prepared, choice.preset.machine()).file(&binary, &place);
     if file_stem(&options.binary).starts_with("as_stock") && prepared.kernel.watches().is_none() {
         kmod::build_as_stock(&prepared, false)?;
     }
-    let run = as_tests_run(run, &kmod::build(&prepared, false)?)?
-        .command([place].into_iter().chain(options.arguments.iter().cloned()));
+    let run = as_tests_run(run, &kmod::build(&prepared, false)?)?.command(
+        [place]
+            .into_iter()
+            .chain(options.arguments.iter().cloned())
+            .chain(applies::arguments(arch, &name)),
+    );
     finish(&run.run()?)
 }
 
@@ -325,7 +341,8 @@ fn together(kernel: KernelChoice, names: Vec<String>) -> Result<ExitCode> {
         kernel: kernel.kernel,
         update: false,
     })?;
-    let binaries = pool::binaries()?;
+    let only: Vec<_> = names.iter().map(String::as_str).collect();
+    let binaries = pool::binaries(&prepared, &only)?;
     let pool = pool::Pool {
         binaries: &binaries,
         prepared: &prepared,
@@ -352,6 +369,14 @@ pub(crate) fn as_tests_run<'a>(run: Run<'a>, module: &Path) -> Result<Run<'a>> {
         None => run,
     };
     Ok(with_environment(run))
+}
+
+/// The name of a test binary, without the hash that cargo adds.
+fn name_of(binary: &Path) -> String {
+    let stem = file_stem(binary);
+    stem.rsplit_once('-')
+        .map_or(stem.as_str(), |(name, _)| name)
+        .to_owned()
 }
 
 fn file_stem(path: &Path) -> String {
@@ -395,7 +420,7 @@ fn shell(choice: &MachineChoice) -> Result<ExitCode> {
     let prepared = choice.prepare()?;
     let machine = choice.preset.machine();
     let banner = banner(&prepared);
-    let command = checkout::guest_program("barlease-cli", "barlease")?;
+    let command = checkout::guest_program(&prepared, "barlease-cli", "barlease")?;
     let run = with_module(Run::new(&prepared, machine), &prepared)?
         .file(command, "/lab/bin/barlease")
         .bind(DRIVER)

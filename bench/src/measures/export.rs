@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicU32;
 
-use barlease_guest_tests::PAGE;
 use barlease_guest_tests::lease::Request;
+use barlease_guest_tests::page_size;
 use barlease_guest_tests::vfio::Device;
 
 use super::{BAR, Context, MEMORY, MEMORY_SIZE, open};
@@ -48,9 +48,9 @@ impl Payload {
     /// Single pages that do not touch, `count` of them; behind the end of the BAR from its
     /// beginning again.
     pub(super) fn new(count: u64) -> Self {
-        let pairs = MEMORY_SIZE / PAGE / 2;
+        let pairs = MEMORY_SIZE / page_size() / 2;
         let ranges: Vec<_> = (0..count)
-            .map(|number| (number % pairs * 2 * PAGE, PAGE))
+            .map(|number| (number % pairs * 2 * page_size(), page_size()))
             .collect();
         Self::of(&Request::new(BAR, &ranges))
     }

@@ -4,8 +4,8 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use barlease_guest_tests::PAGE;
 use barlease_guest_tests::map::How;
+use barlease_guest_tests::page_size;
 use barlease_guest_tests::process::eventfd;
 use barlease_guest_tests::vfio::{
     COMMAND_MASTER, Device, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, MSI_IRQ,
@@ -32,7 +32,9 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
     .run(context.rounds(21), |side, batch| {
         let device = open(DEVICE, side);
         device.set_command(device.command() | COMMAND_MASTER);
-        let registers = How::shared().map(&device, 0, PAGE).expect("registers");
+        let registers = How::shared()
+            .map(&device, 0, page_size())
+            .expect("registers");
         let event = eventfd();
         arm(&device, &event);
         batch.time("raised by the device", None, 9, 10, || {

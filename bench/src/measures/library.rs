@@ -7,13 +7,13 @@ use std::fs::File;
 use std::hint::black_box;
 
 use barlease::Lease;
+use barlease_guest_tests::page_size;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::Context;
 use crate::report::{Goal, Measure, Unit};
 use crate::rounds::{Batch, Rounds, Side};
 
-const PAGE: u64 = 4096;
 const SAMPLES: u32 = 15;
 const CALLS: u32 = 100_000;
 
@@ -21,13 +21,13 @@ const CALLS: u32 = 100_000;
 pub(super) fn take(context: &Context) -> Vec<Measure> {
     let memory = memfd_create("bench", MemfdFlags::CLOEXEC).expect("a memfd");
     let file = File::from(memory.try_clone().expect("an fd"));
-    file.set_len(PAGE).expect("its size");
+    file.set_len(page_size()).expect("its size");
     let lease = Lease::from_fd(memory).expect("a stand-in for a lease");
     let plain = lease.map().expect("a mapping");
     let guarded = lease.map_guarded().expect("a mapping");
     let plain_register = plain.register::<u32>(64).expect("a register");
     let guarded_register = guarded.register::<u32>(64).expect("a register");
-    let page = [7u8; PAGE as usize];
+    let page = vec![7u8; page_size() as usize];
     let words = plain.as_ptr().cast::<u64>();
     let bare = plain.as_ptr().wrapping_add(64).cast::<u32>();
     let measure = Rounds::new(

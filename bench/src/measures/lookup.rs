@@ -3,8 +3,8 @@
 //! Each fault brings in one page, through a mapping of its own, so that nothing differs but the
 //! look-up.
 
-use barlease_guest_tests::PAGE;
 use barlease_guest_tests::map::{How, Map};
+use barlease_guest_tests::page_size;
 
 use super::export::Payload;
 use super::{BAR, Context, MEMORY, MEMORY_SIZE, open};
@@ -33,14 +33,14 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
         for (count, lease) in &leases {
             let (lease, pages) = match side {
                 Side::Ours => (lease, *count),
-                Side::Theirs => (&whole, MEMORY_SIZE / PAGE),
+                Side::Theirs => (&whole, MEMORY_SIZE / page_size()),
             };
             for _ in 0..5 {
                 let maps: Vec<Map> = (0..MAPPINGS)
                     .map(|number| {
                         // All over the buffer, in no order.
                         let page = (number * 0x9e37_79b1) % pages;
-                        let map = How::shared().map(lease, page * PAGE, PAGE);
+                        let map = How::shared().map(lease, page * page_size(), page_size());
                         map.expect("a mapping")
                     })
                     .collect();

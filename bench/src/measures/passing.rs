@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use barlease::{Bdf, Lease};
-use barlease_guest_tests::PAGE;
 use barlease_guest_tests::map::Map;
+use barlease_guest_tests::page_size;
 use barlease_guest_tests::pci::Function;
 use barlease_guest_tests::process::{Child, Link};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -42,7 +42,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
             bare(batch, "a lease, against a memfd", || {
                 let memory = memfd_create("bench", MemfdFlags::CLOEXEC).expect("a memfd");
                 File::from(memory.try_clone().expect("an fd"))
-                    .set_len(PAGE)
+                    .set_len(page_size())
                     .expect("its size");
                 memory
             });
@@ -69,7 +69,7 @@ fn with_library(batch: &mut Batch, curve: &str) {
         }
     });
     batch.time(curve, None, SAMPLES, CALLS, || {
-        let lease = device.export(BAR).range(0..PAGE).writable().export();
+        let lease = device.export(BAR).range(0..page_size()).writable().export();
         lease.expect("a lease").send(&ours).expect("sent");
         (&ours).read_exact(&mut [0]).expect("an answer");
     });
@@ -79,7 +79,7 @@ fn bare(batch: &mut Batch, curve: &str, make: impl Fn() -> OwnedFd) {
     let child = Child::start(&[], |link: &Link| {
         loop {
             let fd = link.receive_fd();
-            let map = Map::new(&fd, PAGE).expect("a mapping");
+            let map = Map::new(&fd, page_size()).expect("a mapping");
             map.read(0).expect("memory");
             link.send(ANOTHER);
         }

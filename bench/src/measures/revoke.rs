@@ -1,12 +1,12 @@
 //! One lease is revoked among others, each mapped and touched. Stock can only take everything away.
 
-use barlease_guest_tests::PAGE;
 use barlease_guest_tests::buffers::id_of;
 use barlease_guest_tests::cgroup::Cgroup;
 use barlease_guest_tests::errno::EINPROGRESS;
 use barlease_guest_tests::holder::{self, Slow};
 use barlease_guest_tests::importer::Importer;
 use barlease_guest_tests::map::Map;
+use barlease_guest_tests::page_size;
 
 use super::export::Payload;
 use super::take_away::map_bar;
@@ -42,7 +42,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
             }
             let held = || {
                 let lease = payload.export(&device);
-                let map = Map::new(&lease, PAGE).expect("a mapping");
+                let map = Map::new(&lease, page_size()).expect("a mapping");
                 map.read(0).expect("memory");
                 (lease, map)
             };
@@ -114,7 +114,7 @@ fn under_a_tight_holder(context: &Context) -> Option<Measure> {
         let fd = device.export(BAR, &[(0, LEASE)]).expect("an export");
         let slow = Slow {
             huge_pages: true,
-            skew: PAGE,
+            skew: page_size(),
             tight: side == Side::Ours,
         };
         let (longest, _) = holder::meanwhile(&group, &fd, LEASE, slow, || {

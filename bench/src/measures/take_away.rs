@@ -4,9 +4,9 @@
 //! touched, and *imported* ones, each mapped by an importer. Stock buffers cannot be mapped by
 //! processes, so stock has as many mappings of the device fd beside its exports.
 
-use barlease_guest_tests::PAGE;
 use barlease_guest_tests::importer::Importer;
 use barlease_guest_tests::map::{How, Map};
+use barlease_guest_tests::page_size;
 use barlease_guest_tests::vfio::Device;
 
 use super::export::Payload;
@@ -42,7 +42,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
             let maps: Vec<_> = match side {
                 Side::Ours => leases
                     .iter()
-                    .map(|lease| Map::new(lease, PAGE).expect("a mapping"))
+                    .map(|lease| Map::new(lease, page_size()).expect("a mapping"))
                     .collect(),
                 Side::Theirs => (0..count).map(|_| map_bar(&device)).collect(),
             };
@@ -73,5 +73,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
 /// Maps a page of the BAR through the device fd.
 pub(super) fn map_bar(device: &Device) -> Map {
     let offset = u64::from(BAR) << 40;
-    How::shared().map(device, offset, PAGE).expect("a mapping")
+    How::shared()
+        .map(device, offset, page_size())
+        .expect("a mapping")
 }

@@ -12,9 +12,9 @@ use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use barlease_guest_tests::PAGE;
 use barlease_guest_tests::importer::Importer;
 use barlease_guest_tests::map::Map;
+use barlease_guest_tests::page_size;
 use barlease_guest_tests::process::Child;
 use barlease_guest_tests::vfio::Device;
 
@@ -117,7 +117,7 @@ fn revoke_until(device: &Device, end: Instant) {
     let payload = Payload::new(1);
     while Instant::now() < end {
         let lease = payload.export(device);
-        let map = Map::new(&lease, PAGE).expect("a mapping");
+        let map = Map::new(&lease, page_size()).expect("a mapping");
         map.read(0).expect("memory");
         device.revoke(&lease).expect("a revocation");
     }
@@ -152,10 +152,10 @@ impl Tenant {
                 let end = Instant::now() + Duration::from_nanos(link.receive());
                 let (mut faults, mut longest) = (0, 0);
                 while Instant::now() < end {
-                    let map = Map::new(&lease, PAGES * PAGE).expect("a mapping");
+                    let map = Map::new(&lease, PAGES * page_size()).expect("a mapping");
                     let mut before = Instant::now();
                     for page in 0..PAGES {
-                        map.read(page * PAGE).expect("memory");
+                        map.read(page * page_size()).expect("memory");
                         let now = Instant::now();
                         longest = longest.max((now - before).as_nanos() as u64);
                         before = now;

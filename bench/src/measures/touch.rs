@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use barlease_guest_tests::map::How;
 use barlease_guest_tests::vfio::Device;
-use barlease_guest_tests::{HUGE, PAGE, observe};
+use barlease_guest_tests::{huge_size, observe, page_size};
 
 use super::{BAR, BIG, Context, open};
 use crate::report::{Goal, Measure, Unit};
@@ -46,7 +46,11 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
                     .touch_all()
                     .expect("memory");
             }
-            for (name, skew) in [("aligned", HUGE), ("skewed", PAGE), ("1 GiB aligned", 0)] {
+            for (name, skew) in [
+                ("aligned", huge_size()),
+                ("skewed", page_size()),
+                ("1 GiB aligned", 0),
+            ] {
                 if name == "1 GiB aligned" && bytes < GIB {
                     continue;
                 }

@@ -1,6 +1,6 @@
 //! The results that touches may have while a step is being made.
 
-use crate::{Op, Oracle, PAGE, Protection, Severity, Target};
+use crate::{Op, Oracle, Protection, Severity, Target, page_size};
 
 /// A touch that is tried again and again while a step is being made, and for a while after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +51,7 @@ impl Oracle {
                 continue;
             }
             let (page, _) = pages[pick(pages.len() as u64) as usize];
-            let at = page as u64 * PAGE;
+            let at = page as u64 * page_size();
             let works = after.is_accessible(mapping);
             let during = match (self.is_accessible(mapping), works) {
                 _ if self.is_disturbed(mapping, op) => During::Either,

@@ -6,8 +6,8 @@ use barlease_abi::{TPH_ST, TPH_ST_EXT};
 use fastrand::Rng;
 
 use crate::{
-    HUGE, Kind, LowPower, MAIN, NoBuffer, Op, Oracle, PAGE, Protection, Severity, Spoil, State,
-    Step, TRANSFER, WrongMap,
+    Kind, LowPower, MAIN, NoBuffer, Op, Oracle, Protection, Severity, Spoil, State, Step, TRANSFER,
+    WrongMap, huge_size, page_size,
 };
 
 /// Most of what there may be at a time.
@@ -219,7 +219,7 @@ impl Generator {
             return None;
         }
         let page = self.pick(pages.filter(|(_, page)| fits(page)).map(|(n, _)| n))?;
-        Some((mapping, page as u64 * PAGE + self.word()))
+        Some((mapping, page as u64 * page_size() + self.word()))
     }
 
     /// Pages of a mapping, none of which is unmapped: first and number.
@@ -235,28 +235,38 @@ impl Generator {
     }
 
     fn ranges(&mut self, oracle: &Oracle, device: usize) -> Vec<(u64, u64)> {
-        let pages = oracle.devices[device].spec.size / PAGE;
+        let size = oracle.devices[device].spec.size;
+        let pages = size / page_size();
+        // Where one or two large entries can begin.
+        let places = (size / huge_size()).saturating_sub(2);
         match self.rng.u8(..10) {
             _ if pages < CROWDED => (0..self.rng.u64(1..=3))
                 .map(|_| {
                     let first = self.rng.u64(..pages);
-                    (first * PAGE, self.rng.u64(1..=pages - first) * PAGE)
+                    (
+                        first * page_size(),
+                        self.rng.u64(1..=pages - first) * page_size(),
+                    )
                 })
                 .collect(),
             // Large entries.
-            0 | 1 => {
-                let first = self.rng.u64(..pages / 512 - 2) * HUGE;
-                vec![(first, HUGE * self.rng.u64(1..=2))]
+            0 | 1 if places != 0 => {
+                let first = self.rng.u64(..places) * huge_size();
+                vec![(first, huge_size() * self.rng.u64(1..=2))]
             }
             // A large one between small ones.
-            2 => {
-                let first = self.rng.u64(..pages / 512 - 2) * HUGE;
-                vec![(0, PAGE), (first, HUGE), (first + PAGE, PAGE)]
+            2 if places != 0 => {
+                let first = self.rng.u64(..places) * huge_size();
+                vec![
+                    (0, page_size()),
+                    (first, huge_size()),
+                    (first + page_size(), page_size()),
+                ]
             }
             _ => (0..self.rng.u64(1..=5))
                 .map(|_| {
                     let first = self.rng.u64(..CROWDED);
-                    (first * PAGE, self.rng.u64(1..=6) * PAGE)
+                    (first * page_size(), self.rng.u64(1..=6) * page_size())
                 })
                 .collect(),
         }
@@ -264,12 +274,15 @@ impl Generator {
 
     /// Offset and length of a part of something of `size` bytes.
     fn part(&mut self, size: u64) -> (u64, u64) {
-        let pages = size / PAGE;
+        let pages = size / page_size();
         if self.rng.bool() {
             return (0, size);
         }
         let first = self.rng.u64(..pages);
-        (first * PAGE, self.rng.u64(1..=pages - first) * PAGE)
+        (
+            first * page_size(),
+            self.rng.u64(1..=pages - first) * page_size(),
+        )
     }
 
     #[expect(clippy::too_many_lines, reason = "one arm an operation")]
@@ -458,7 +471,7 @@ impl Generator {
                     offset,
                     length,
                     protection,
-                    large: length >= HUGE && self.rng.bool(),
+                    large: length >= huge_size() && self.rng.bool(),
                 }
             }
             Kind::MapSpoilt => {
@@ -480,17 +493,19 @@ impl Generator {
                 if oracle.bar_mappings(device).len() >= MOST_BARS {
                     return None;
                 }
-                let pages = oracle.devices[device].spec.size / PAGE;
+                let pages = oracle.devices[device].spec.size / page_size();
                 let first = self.rng.u64(..CROWDED.min(pages));
-                let length = if pages > CROWDED && self.rng.u8(..) < 60 {
-                    HUGE
+                let has_room =
+                    (first * page_size() + huge_size()) <= oracle.devices[device].spec.size;
+                let length = if has_room && self.rng.u8(..) < 60 {
+                    huge_size()
                 } else {
-                    self.rng.u64(1..8.min(pages - first + 1)) * PAGE
+                    self.rng.u64(1..8.min(pages - first + 1)) * page_size()
                 };
                 Op::MapBar {
                     device,
                     alias: oracle.devices[device].alias && self.rng.bool(),
-                    offset: first * PAGE,
+                    offset: first * page_size(),
                     length,
                 }
             }
@@ -594,9 +609,9 @@ impl Generator {
                 if kind == Kind::WriteFd && this.spec.registers {
                     return None;
                 }
-                let pages = this.spec.size / PAGE;
+                let pages = this.spec.size / page_size();
                 let alias = oracle.devices[device].alias && self.rng.bool();
-                let at = self.rng.u64(..CROWDED.min(pages)) * PAGE + self.word();
+                let at = self.rng.u64(..CROWDED.min(pages)) * page_size() + self.word();
                 if kind == Kind::ReadFd {
                     Op::ReadFd { device, alias, at }
                 } else {
@@ -665,8 +680,8 @@ impl Generator {
                 {
                     return None;
                 }
-                let pages = oracle.buffers[&buffer].size() / PAGE;
-                let at = self.rng.u64(..pages) * PAGE + TRANSFER * self.rng.u64(..2);
+                let pages = oracle.buffers[&buffer].size() / page_size();
+                let at = self.rng.u64(..pages) * page_size() + TRANSFER * self.rng.u64(..2);
                 if kind == Kind::ReadDma {
                     Op::ReadDma { attachment, at }
                 } else {

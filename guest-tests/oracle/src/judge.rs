@@ -5,8 +5,8 @@ use std::{fmt, ops::RangeInclusive};
 use barlease_abi::{MEMATTR_NC, MEMATTR_WC, TPH_ST, TPH_ST_EXT};
 
 use crate::{
-    Attachment, Buffer, LowPower, MAIN, Mapping, NoBuffer, Op, Oracle, Outcome, PAGE, Protection,
-    Record, Seen, Severity, State, TRANSFER, Target, WrongMap,
+    Attachment, Buffer, LowPower, MAIN, Mapping, NoBuffer, Op, Oracle, Outcome, Protection, Record,
+    Seen, Severity, State, TRANSFER, Target, WrongMap, page_size,
 };
 
 /// The outcome that a step must have.
@@ -460,7 +460,7 @@ impl Oracle {
                     process,
                     target: Target::Buffer(buffer),
                     offset,
-                    pages: vec![Some(protection); (length / PAGE) as usize],
+                    pages: vec![Some(protection); (length / page_size()) as usize],
                     may_write: self.buffers[&buffer].writable,
                     combining: self.is_combining(buffer),
                     split: false,
@@ -486,7 +486,7 @@ impl Oracle {
                     process: MAIN,
                     target: Target::Bar(device),
                     offset,
-                    pages: vec![Some(Protection::ReadWrite); (length / PAGE) as usize],
+                    pages: vec![Some(Protection::ReadWrite); (length / page_size()) as usize],
                     may_write: true,
                     combining: alias,
                     split: false,

@@ -5,13 +5,15 @@
 //! objects to anything else.
 //!
 //! Nothing here is the module's code, `barlease-model` included: an error there must not be one
-//! here. No system call is made, so this is tested on the host.
+//! here. No system call is made but for the size of pages, so this is tested on the host.
 
 mod coverage;
 mod fire;
 mod generate;
 mod judge;
 mod op;
+#[expect(unsafe_code, reason = "sysconf")]
+mod sizes;
 mod world;
 
 pub use coverage::Coverage;
@@ -19,15 +21,11 @@ pub use fire::{During, Shot};
 pub use generate::Generator;
 pub use judge::Objection;
 pub use op::{Kind, NoBuffer, Op, Outcome, Record, Seen, Severity, Spoil, Step, WrongMap};
+pub use sizes::{huge_size, page_size};
 pub use world::{
     Attachment, Buffer, Device, LowPower, MAIN, Mapping, Oracle, Page, Protection, Spec, State,
     Target,
 };
-
-/// Bytes of a page.
-pub const PAGE: u64 = 4096;
-/// Bytes of an entry of one level above pages.
-pub const HUGE: u64 = 2 << 20;
 
 /// Bytes that one DMA transfer moves.
 pub const TRANSFER: u64 = 64;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use barlease_abi::{MEMATTR_WC, REASON_LOW_POWER, REASON_MEMORY_OFF};
 
-use crate::{Op, PAGE, Severity};
+use crate::{Op, Severity, page_size};
 
 /// The properties of a device of the machine.
 #[derive(Clone, Debug)]
@@ -327,7 +327,7 @@ impl Oracle {
     #[must_use]
     pub fn place(&self, mapping: usize, at: u64) -> u64 {
         let mapping = &self.mappings[&mapping];
-        assert!(at / PAGE < mapping.pages.len() as u64);
+        assert!(at / page_size() < mapping.pages.len() as u64);
         match mapping.target {
             Target::Buffer(buffer) => {
                 let place = self.buffers[&buffer].place(mapping.offset + at);

@@ -3,8 +3,8 @@
 
 use barlease_abi::{MEMATTR_WC, REASON_LOW_POWER, REASON_MEMORY_OFF, TPH_ST, TPH_ST_EXT};
 use barlease_oracle::{
-    Coverage, During, Generator, Kind, LowPower, MAIN, Op, Oracle, Outcome, PAGE, Protection,
-    Record, Severity, Spec, Spoil, State, Step,
+    Coverage, During, Generator, Kind, LowPower, MAIN, Op, Oracle, Outcome, Protection, Record,
+    Severity, Spec, Spoil, State, Step, page_size,
 };
 
 const MIB: u64 = 1 << 20;
@@ -41,7 +41,7 @@ fn specs() -> Vec<Spec> {
     let registers = Spec {
         name: "registers",
         registers: true,
-        size: 4 * PAGE,
+        size: 4 * page_size(),
         set: vec![3],
         reports: false,
         slot: true,
@@ -103,7 +103,7 @@ impl Course {
 
     /// A lease of a page that is mapped by a process and by an importer.
     fn leased(&mut self, device: usize) -> (usize, usize, usize) {
-        let buffer = self.export(device, &[(0, PAGE)]);
+        let buffer = self.export(device, &[(0, page_size())]);
         let mapping = self.map(buffer);
         let attachment = self.made(Op::Attach { buffer });
         self.done(Op::MapDma { attachment });
@@ -127,7 +127,14 @@ fn refused(errno: i32) -> Outcome {
 fn words_are_those_of_the_bar_wherever_they_are_written() {
     let mut course = Course::new();
     // The second page of the buffer is the first of the BAR, and the first and third are the same.
-    let buffer = course.export(0, &[(4 * PAGE, PAGE), (0, PAGE), (4 * PAGE, PAGE)]);
+    let buffer = course.export(
+        0,
+        &[
+            (4 * page_size(), page_size()),
+            (0, page_size()),
+            (4 * page_size(), page_size()),
+        ],
+    );
     let mapping = course.map(buffer);
     course.done(Op::Write {
         mapping,
@@ -135,19 +142,19 @@ fn words_are_those_of_the_bar_wherever_they_are_written() {
         value: 5,
     });
     let read = |at| Op::Read { mapping, at };
-    course.is(read(2 * PAGE + 8), Outcome::Words(vec![5]));
+    course.is(read(2 * page_size() + 8), Outcome::Words(vec![5]));
     let there = Op::ReadFd {
         device: 0,
         alias: false,
-        at: 4 * PAGE + 8,
+        at: 4 * page_size() + 8,
     };
     course.is(there, Outcome::Words(vec![5]));
     // The oracle learns what it did not know.
-    course.is(read(PAGE), Outcome::Words(vec![77]));
+    course.is(read(page_size()), Outcome::Words(vec![77]));
     assert!(
         course
             .0
-            .step(&read(PAGE), &Outcome::Words(vec![78]))
+            .step(&read(page_size()), &Outcome::Words(vec![78]))
             .is_err()
     );
     assert!(course.0.step(&read(8), &Outcome::Words(vec![0])).is_err());
@@ -186,7 +193,10 @@ fn more_than_twice_a_bar_is_not_mapped_for_an_importer() {
     };
     let twice = map(&mut course, &[(0, size), (0, size)]);
     course.done(twice);
-    let more = map(&mut course, &[(0, size), (PAGE, PAGE), (0, size)]);
+    let more = map(
+        &mut course,
+        &[(0, size), (page_size(), page_size()), (0, size)],
+    );
     course.is(more.clone(), refused(libc::EINVAL));
     course.memory(0, false);
     course.is(more, refused(libc::ENODEV));
@@ -196,7 +206,7 @@ fn more_than_twice_a_bar_is_not_mapped_for_an_importer() {
 fn revoke_is_for_good_and_for_one() {
     let mut course = Course::new();
     let (buffer, mapping, attachment) = course.leased(0);
-    let same = course.export(0, &[(0, PAGE)]);
+    let same = course.export(0, &[(0, page_size())]);
     let revoke = |device| Op::Revoke { device, buffer };
     course.is(revoke(1), refused(libc::ENODEV));
     course.done(revoke(0));
@@ -216,7 +226,7 @@ fn a_close_ends_what_the_open_made_unless_a_mapping_keeps_it_open() {
         device: 0,
         alias: false,
         offset: 0,
-        length: PAGE,
+        length: page_size(),
     });
     course.done(Op::Close { device: 0 });
     assert_eq!(course.0.state(buffer), State::Ok);
@@ -349,7 +359,7 @@ fn what_was_pulled_out_is_dead_and_lets_go_when_nobody_uses_it() {
         device: 0,
         alias: false,
         offset: 0,
-        length: PAGE,
+        length: page_size(),
     };
     let bar = course.made(map_bar.clone());
     let pull = Op::Pull { device: 0 };
@@ -379,7 +389,7 @@ fn what_was_pulled_out_is_dead_and_lets_go_when_nobody_uses_it() {
     course.is(map_bar, refused(libc::ENODEV));
     let export = Op::Export {
         device: 0,
-        ranges: vec![(0, PAGE)],
+        ranges: vec![(0, page_size())],
         writable: true,
     };
     course.is(export.clone(), refused(libc::ENODEV));
@@ -443,7 +453,7 @@ fn who_holds_is_waited_for_where_something_is_taken() {
 #[test]
 fn tags_and_memory_types_are_those_that_were_set() {
     let mut course = Course::new();
-    let buffer = course.export(0, &[(0, PAGE)]);
+    let buffer = course.export(0, &[(0, page_size())]);
     let tags = |flags, tag, extended, hint| Op::SteeringTags {
         device: 0,
         buffer,
@@ -480,7 +490,7 @@ fn tags_and_memory_types_are_those_that_were_set() {
 #[test]
 fn a_process_made_by_a_fork_has_mappings_of_its_own() {
     let mut course = Course::new();
-    let buffer = course.export(0, &[(0, PAGE)]);
+    let buffer = course.export(0, &[(0, page_size())]);
     let mapping = course.map(buffer);
     let process = course.made(Op::Spawn);
     let copy = process + 1;
@@ -508,14 +518,14 @@ fn refusals_are_those_of_the_contract() {
     }
     let buffer = course.made(Op::Export {
         device: 0,
-        ranges: vec![(0, PAGE)],
+        ranges: vec![(0, page_size())],
         writable: false,
     });
     let mapping = course.made(Op::Map {
         buffer,
         process: MAIN,
         offset: 0,
-        length: PAGE,
+        length: page_size(),
         protection: Protection::Read,
         large: false,
     });

@@ -2,11 +2,11 @@
 
 use std::{fs::File, io::Read};
 
-use barlease_oracle::{LowPower, MAIN, Op, Oracle, Outcome, PAGE, Protection, State};
+use barlease_oracle::{LowPower, MAIN, Op, Oracle, Outcome, Protection, State, page_size};
 
 use super::machine::Machine;
 use crate::{
-    HUGE,
+    huge_size,
     probe::{self, MemoryType},
 };
 
@@ -51,7 +51,7 @@ impl Machine {
             let pages = mapping.pages.iter().enumerate();
             let there = pages.filter(|(_, page)| page.is_some()).take(TAKEN);
             for (page, _) in there {
-                let at = page as u64 * PAGE;
+                let at = page as u64 * page_size();
                 let entry = probe::entry(map, at);
                 assert_eq!(entry, None, "{op:?} left mapping {number} at {at:#x}");
             }
@@ -69,7 +69,7 @@ impl Machine {
             return;
         }
         let (page, _) = pages[self.rng.usize(..pages.len())];
-        let at = page as u64 * PAGE;
+        let at = page as u64 * page_size();
         let process = mapping.process;
         if process == MAIN {
             self.check_entry(oracle, number, at, op);
@@ -113,9 +113,12 @@ impl Machine {
             entry.memory_type, memory_type,
             "mapping {number}: {entry:?}"
         );
-        assert!([PAGE, HUGE].contains(&entry.size), "{entry:?}");
+        assert!(
+            [page_size(), huge_size()].contains(&entry.size),
+            "{entry:?}"
+        );
         let is_writable = {
-            let page = oracle.mappings[&number].pages[(at / PAGE) as usize];
+            let page = oracle.mappings[&number].pages[(at / page_size()) as usize];
             page == Some(Protection::ReadWrite)
         };
         assert!(
@@ -136,9 +139,9 @@ impl Machine {
                 continue;
             }
             let buffer = &oracle.buffers[&expected.buffer];
-            let page = self.rng.u64(..buffer.size() / PAGE);
-            let place = buffer.place(page * PAGE).expect("in the buffer");
-            let led = attachment.translate(page * PAGE);
+            let page = self.rng.u64(..buffer.size() / page_size());
+            let place = buffer.place(page * page_size()).expect("in the buffer");
+            let led = attachment.translate(page * page_size());
             if mapped {
                 let physical = self.devices[buffer.device].start + place;
                 assert_eq!(

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, os::fd::OwnedFd, sync::atomic::AtomicU32};
 
-use barlease_oracle::{HUGE, Protection, Shot};
+use barlease_oracle::{Protection, Shot, huge_size};
 
 use super::fire;
 use crate::{
@@ -82,7 +82,7 @@ impl Holder {
             [ask::MAP, buffer, number, offset, length, prot, large] => {
                 let mut how = How::shared().protection(prot as i32);
                 if large != 0 {
-                    how = how.align(HUGE);
+                    how = how.align(huge_size());
                 }
                 let map = how.map(&self.fds[&buffer], offset, length);
                 errno(map.map(|map| drop(self.maps.insert(number, map))))

@@ -19,8 +19,8 @@ use barlease_abi::{
     REVOKE_NOWAIT, STATE_DEAD, STATE_OK,
 };
 use barlease_oracle::{
-    LowPower, MAIN, NoBuffer, Op, Oracle, Outcome, PAGE, Record, Seen, Severity, Shot, Spec, Spoil,
-    State, Step, TRANSFER, Target, WrongMap,
+    LowPower, MAIN, NoBuffer, Op, Oracle, Outcome, Record, Seen, Severity, Shot, Spec, Spoil,
+    State, Step, TRANSFER, Target, WrongMap, page_size,
 };
 use fastrand::Rng;
 
@@ -400,7 +400,7 @@ impl Machine {
                 page.is_some_and(|page| page != barlease_oracle::Protection::None)
             });
             if let (MAIN, true, Some(page)) = (mapping.process, is_taken, first) {
-                let touch = self.main.maps[&(number as u64)].read(page as u64 * PAGE);
+                let touch = self.main.maps[&(number as u64)].read(page as u64 * page_size());
                 assert_eq!(touch, Err(Sigbus), "mapping {number} while {op:?} waits");
             }
         }
@@ -503,7 +503,12 @@ impl Machine {
                 first,
                 pages,
             } => {
-                let request = [ask::UNMAP_PART, mapping as u64, first * PAGE, pages * PAGE];
+                let request = [
+                    ask::UNMAP_PART,
+                    mapping as u64,
+                    first * page_size(),
+                    pages * page_size(),
+                ];
                 self.ask(process_of(mapping), &request);
                 Outcome::Done
             }
@@ -516,8 +521,8 @@ impl Machine {
                 let request = [
                     ask::PROTECT,
                     mapping as u64,
-                    first * PAGE,
-                    pages * PAGE,
+                    first * page_size(),
+                    pages * page_size(),
                     protection(prot) as u64,
                 ];
                 self.ask_errno(process_of(mapping), &request)
@@ -703,9 +708,11 @@ impl Machine {
                 let fd = fd(buffer);
                 let read = How::shared().protection(READ);
                 done(match how {
-                    WrongMap::Private => read.private().map(fd, 0, PAGE),
-                    WrongMap::PastEnd => read.map(fd, size - PAGE, 2 * PAGE),
-                    WrongMap::Writable => How::shared().protection(READ_WRITE).map(fd, 0, PAGE),
+                    WrongMap::Private => read.private().map(fd, 0, page_size()),
+                    WrongMap::PastEnd => read.map(fd, size - page_size(), 2 * page_size()),
+                    WrongMap::Writable => {
+                        How::shared().protection(READ_WRITE).map(fd, 0, page_size())
+                    }
                 })
             }
             Op::Alias { device: number } => {
@@ -1250,25 +1257,25 @@ pub(super) fn function_reset(device: &Device) {
 
 fn export_spoilt(device: &Device, spec: &Spec, spoil: Spoil) -> Answer<OwnedFd> {
     let good = |ranges: &[(u64, u64)]| Request::new(spec.bar, ranges);
-    let page = good(&[(0, PAGE)]);
+    let page = good(&[(0, page_size())]);
     device.request(&match spoil {
         Spoil::Flags => page.flags(1),
         Spoil::OpenFlags => page.open_flags(libc::O_RDWR | libc::O_NONBLOCK),
         Spoil::NoRanges => page.nr_ranges(0),
         Spoil::TooManyRanges => page.nr_ranges(65_537),
-        Spoil::EmptyRange => good(&[(0, PAGE), (PAGE, 0)]),
-        Spoil::UnalignedOffset => good(&[(8, PAGE)]),
-        Spoil::UnalignedLength => good(&[(0, PAGE + 8)]),
+        Spoil::EmptyRange => good(&[(0, page_size()), (page_size(), 0)]),
+        Spoil::UnalignedOffset => good(&[(8, page_size())]),
+        Spoil::UnalignedLength => good(&[(0, page_size() + 8)]),
         Spoil::PastEnd => {
             let (_, length) = device.function().bar(spec.bar);
-            good(&[(length - PAGE, 2 * PAGE)])
+            good(&[(length - page_size(), 2 * page_size())])
         }
-        Spoil::ConfigRegion => Request::new(CONFIG_REGION, &[(0, PAGE)]),
-        Spoil::NoRegion => Request::new(77, &[(0, PAGE)]),
+        Spoil::ConfigRegion => Request::new(CONFIG_REGION, &[(0, page_size())]),
+        Spoil::NoRegion => Request::new(77, &[(0, page_size())]),
         Spoil::ShortArgument => page.nr_ranges(2),
         Spoil::Msix => {
             let (region, offset) = spec.msix.expect("an MSI-X table");
-            Request::new(region, &[(offset, PAGE)])
+            Request::new(region, &[(offset, page_size())])
         }
     })
 }

@@ -29,7 +29,7 @@ use barlease_oracle::{Coverage, Generator, Op, Oracle, Spec};
 
 use barlease_lab::guest;
 
-use crate::{PAGE, aer, observe, pci::Function, slot};
+use crate::{aer, observe, page_size, pci::Function, slot};
 
 /// How many of the last steps are told.
 const TRAIL: usize = 40;
@@ -60,7 +60,7 @@ pub fn specs() -> Vec<Spec> {
     let registers = Spec {
         bar: aer::BAR,
         registers: true,
-        size: 4 * PAGE,
+        size: 4 * page_size(),
         resets: true,
         function_reset: true,
         d3hot: true,

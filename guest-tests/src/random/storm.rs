@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use barlease_oracle::{Oracle, PAGE, Shot};
+use barlease_oracle::{Oracle, Shot, page_size};
 
 use super::{
     circumstances, decoded_by_the_emulator,
@@ -94,7 +94,7 @@ impl Machine {
         };
         let lease = || lease_and_revoke(device, spec.bar);
         let import = || {
-            let ranges = [(0, PAGE), (3 * PAGE, PAGE)];
+            let ranges = [(0, page_size()), (3 * page_size(), page_size())];
             let fd = device
                 .export(spec.bar, &ranges)
                 .expect("an export in a storm");
@@ -170,7 +170,7 @@ impl Machine {
         };
         let lease = || {
             let is_gone = pulled.load(Ordering::SeqCst);
-            match device.export(bar, &[(PAGE, 2 * PAGE), (0, PAGE)]) {
+            match device.export(bar, &[(page_size(), 2 * page_size()), (0, page_size())]) {
                 Ok(fd) => {
                     assert!(!is_gone, "an export of what was pulled out");
                     revoke_mapped(device, &fd);
@@ -179,7 +179,8 @@ impl Machine {
             }
         };
         let import = || {
-            if let Ok(fd) = device.export(bar, &[(0, PAGE), (3 * PAGE, PAGE)]) {
+            if let Ok(fd) = device.export(bar, &[(0, page_size()), (3 * page_size(), page_size())])
+            {
                 import(device, &fd);
             }
         };
@@ -241,15 +242,15 @@ impl Drop for Ends<'_> {
 
 /// A lease that no one else knows of: whatever happens to the device, REVOKE is the end of it.
 fn lease_and_revoke(device: &Device, bar: u32) {
-    let ranges = [(PAGE, 2 * PAGE), (0, PAGE)];
+    let ranges = [(page_size(), 2 * page_size()), (0, page_size())];
     let fd = device.export(bar, &ranges).expect("an export in a storm");
-    let map = Map::new(&fd, 3 * PAGE).expect("an mmap in a storm");
+    let map = Map::new(&fd, 3 * page_size()).expect("an mmap in a storm");
     revoke_mapping(device, &fd, &map);
 }
 
 /// The same while the device may go away.
 fn revoke_mapped(device: &Device, fd: &OwnedFd) {
-    match Map::new(fd, 3 * PAGE) {
+    match Map::new(fd, 3 * page_size()) {
         Ok(map) => revoke_mapping(device, fd, &map),
         Err(errno) => assert_eq!(errno, ENODEV, "an mmap while it is pulled out"),
     }
@@ -257,10 +258,10 @@ fn revoke_mapped(device: &Device, fd: &OwnedFd) {
 
 fn revoke_mapping(device: &Device, fd: &OwnedFd, map: &Map) {
     let _ = map.read(0);
-    let _ = map.read(2 * PAGE);
+    let _ = map.read(2 * page_size());
     device.revoke(fd).expect("a revocation in a storm");
     for page in 0..3 {
-        assert_eq!(map.read(page * PAGE), Err(Sigbus), "page {page}");
+        assert_eq!(map.read(page * page_size()), Err(Sigbus), "page {page}");
     }
     assert_eq!(device.state(fd), State::Dead);
 }
