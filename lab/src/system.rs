@@ -115,6 +115,9 @@ const SETUP: &str = include_str!("system.sh");
 #[derive(Clone, Debug)]
 pub struct Root {
     image: PathBuf,
+    /// What its packages were resolved from, and what that gave.
+    asked: Vec<String>,
+    packages: Vec<Package>,
 }
 
 /// What a guest has its root on.
@@ -143,7 +146,7 @@ impl Root {
         asked.dedup();
         let list = folder.join(format!("{}.json", fingerprint(&asked)));
         if let Some(root) =
-            cache::read_json(&list).and_then(|list: Vec<Package>| ready(&folder, &list))
+            cache::read_json(&list).and_then(|list: Vec<Package>| ready(&folder, &asked, &list))
         {
             return Ok(root);
         }
@@ -153,10 +156,26 @@ impl Root {
             Some(known) => known,
             None => resolve(&apt, &asked, &list)?,
         };
-        if let Some(root) = ready(&folder, &list) {
+        if let Some(root) = ready(&folder, &asked, &list) {
             return Ok(root);
         }
-        make(cache, &apt, &folder, &list)
+        make(cache, &apt, &folder, &asked, &list)
+    }
+
+    /// The files of the packages of Debian's that this system lacks to have these installed, too.
+    ///
+    /// # Errors
+    ///
+    /// When a package is unknown, or cannot be downloaded.
+    pub fn lacks(&self, prepared: &Prepared, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        let (apt, _) = Apt::set_up(&prepared.cache)?;
+        let mut wanted = self.asked.clone();
+        wanted.extend(packages.iter().map(|&name| name.to_owned()));
+        let has = |name: &str| self.packages.iter().any(|package| package.name == name);
+        let mut lacking = apt.closure(&wanted)?;
+        lacking.retain(|package| !has(&package.name));
+        apt.download(&lacking, "for a Debian system to install")?;
+        Ok(lacking.iter().map(|package| apt.file(package)).collect())
     }
 
     /// A disk with the system, whose changes are gone after each run.
@@ -221,12 +240,22 @@ fn image(folder: &Path, packages: &[Package]) -> PathBuf {
     folder.join(format!("{name}.ext4"))
 }
 
-fn ready(folder: &Path, packages: &[Package]) -> Option<Root> {
+fn ready(folder: &Path, asked: &[String], packages: &[Package]) -> Option<Root> {
     let image = image(folder, packages);
-    image.exists().then_some(Root { image })
+    image.exists().then(|| Root {
+        image,
+        asked: asked.to_vec(),
+        packages: packages.to_vec(),
+    })
 }
 
-fn make(cache: &Cache, apt: &Apt, folder: &Path, packages: &[Package]) -> Result<Root> {
+fn make(
+    cache: &Cache,
+    apt: &Apt,
+    folder: &Path,
+    asked: &[String],
+    packages: &[Package],
+) -> Result<Root> {
     let mke2fs = need("mke2fs", "e2fsprogs")?;
     apt.download(packages, "for a Debian system with systemd")?;
     let image = image(folder, packages);
@@ -256,7 +285,7 @@ fn make(cache: &Cache, apt: &Apt, folder: &Path, packages: &[Package]) -> Result
     fs::rename(&new, &image).with_context(|| format!("keep {}", image.display()))?;
     apt.forget(packages)?;
     step.done();
-    Ok(Root { image })
+    ready(folder, asked, packages).context("the image that was just made is not there")
 }
 
 fn folder_of(program: &Path) -> String {
