@@ -9,6 +9,7 @@
 //! | [`contents`] | what goes where in the packages of the command, and in the tarball |
 //! | [`modules`] | the same of the module's packages |
 //! | [`programs`] | the same of the service and of the C library |
+//! | [`source`] | the source package, whose rules call this tool |
 //! | [`verify`] | builds, loads and uses what was packaged |
 //! | [`install`] | installs, upgrades and removes the packages in guests with systemd |
 //!
@@ -26,6 +27,7 @@ mod install;
 mod manuals;
 mod modules;
 mod programs;
+mod source;
 mod stage;
 mod verify;
 
@@ -50,6 +52,9 @@ pub(crate) struct Options {
     kernel: KernelChoice,
     /// What to make [default: all]
     what: Vec<What>,
+    /// The folder that they are made in [default: target/dist]
+    #[arg(long, value_name = "FOLDER")]
+    into: Option<PathBuf>,
     /// Only say what there is to make
     #[arg(long)]
     list: bool,
@@ -76,6 +81,8 @@ enum What {
     Overlay,
     /// libbarlease0, libbarlease-dev: the library for C
     Library,
+    /// barlease_<version>.dsc: the source package, of the last commit, with all crates
+    Source,
     /// barlease-<version>.tar.zst: command and module, for other distributions
     Tarball,
 }
@@ -102,7 +109,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     } else {
         &options.what
     };
-    let maker = Maker::new()?;
+    let maker = Maker::new(options.into.clone().unwrap_or_else(folder))?;
     let built = Built::make(&maker, what, &options.kernel)?;
     for thing in all.iter().filter(|thing| what.contains(thing)) {
         for file in built.package(&maker, *thing)? {
@@ -150,11 +157,11 @@ struct Maker {
 }
 
 impl Maker {
-    fn new() -> Result<Self> {
+    fn new(out: PathBuf) -> Result<Self> {
         need("dpkg-deb", "dpkg")?;
         need("zstd", "zstd")?;
-        let out = folder();
         fs::create_dir_all(&out).with_context(|| format!("make {}", out.display()))?;
+        let out = fs::canonicalize(&out)?;
         let epoch = epoch()?;
         Ok(Self {
             version: package_version(epoch)?,
@@ -212,6 +219,7 @@ impl Built {
             What::Importers => modules::importers(maker)?,
             What::Overlay => modules::overlay(maker, self.prepared()?)?,
             What::Library => return programs::library(maker),
+            What::Source => return source::source(maker),
             What::Tarball => contents::tarball(maker, self.command()?)?,
         };
         Ok(vec![made])
@@ -241,6 +249,9 @@ fn epoch() -> Result<u64> {
 /// The time of the commit makes it grow: unlike the number of commits it is known in a shallow clone.
 /// Outside of git it is `SOURCE_DATE_EPOCH`. Sources with changes that are not committed say so.
 fn package_version(epoch: u64) -> Result<String> {
+    if let Some(version) = source_version()? {
+        return Ok(version);
+    }
     let commit = commit();
     let seconds = match &commit {
         Some((seconds, _)) => *seconds,
@@ -248,6 +259,19 @@ fn package_version(epoch: u64) -> Result<String> {
     };
     let time = date(seconds, "+%Y%m%d.%H%M%S")?;
     Ok(version_of(&time, commit.as_ref().map(|(_, name)| &**name)))
+}
+
+/// The version of the source package, when that is what this is.
+fn source_version() -> Result<Option<String>> {
+    let changelog = checkout::top().join("debian/changelog");
+    if !changelog.exists() {
+        return Ok(None);
+    }
+    let text =
+        fs::read_to_string(&changelog).with_context(|| format!("read {}", changelog.display()))?;
+    let version = text.split(['(', ')']).nth(1);
+    let version = version.context("debian/changelog begins with a version in parentheses")?;
+    Ok(Some(version.to_owned()))
 }
 
 fn version_of(time: &str, commit: Option<&str>) -> String {

@@ -16,7 +16,7 @@ use crate::checkout;
 const NOBODY: &str = "The Barlease authors <barlease@localhost>";
 
 /// Whoever makes the packages, as Debian's tools have it: `DEBFULLNAME` and `DEBEMAIL`.
-fn maintainer() -> String {
+pub(super) fn maintainer() -> String {
     let Ok(email) = std::env::var("DEBEMAIL") else {
         return NOBODY.to_owned();
     };
@@ -100,15 +100,8 @@ impl<'a> Deb<'a> {
 
     /// What Debian's tools read; the changes themselves are in `CHANGELOG.md`.
     fn changelog(&self, maker: &Maker, stage: &Stage, maintainer: &str) -> Result<()> {
-        let words = [
-            ("SOURCE", self.template),
-            ("FULL_VERSION", self.version),
-            ("MAINTAINER", maintainer),
-            ("DATE", &date(maker.epoch, "--rfc-email")?),
-        ];
-        let text = fill(Path::new("debian/changelog"), &words)?;
         let place = format!("usr/share/doc/{}/changelog", self.name);
-        stage.write(&place, text)?;
+        stage.write(&place, changelog(maker, self.template, self.version)?)?;
         if maintainer == NOBODY {
             let place = format!("usr/share/lintian/overrides/{}", self.name);
             stage.write(place, fill(Path::new("debian/lintian-overrides"), &[])?)?;
@@ -118,6 +111,17 @@ impl<'a> Deb<'a> {
         stage.write(format!("{place}.gz"), content)?;
         cache::remove(&path)
     }
+}
+
+/// A changelog that names the version.
+pub(super) fn changelog(maker: &Maker, source: &str, version: &str) -> Result<String> {
+    let words = [
+        ("SOURCE", source),
+        ("FULL_VERSION", version),
+        ("MAINTAINER", &maintainer()),
+        ("DATE", &date(maker.epoch, "--rfc-email")?),
+    ];
+    fill(Path::new("debian/changelog"), &words)
 }
 
 fn template(name: &str, kind: &str) -> PathBuf {

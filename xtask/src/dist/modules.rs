@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use barlease_lab::flavour::Flavour;
 use barlease_lab::plan::KernelPlan;
 use barlease_lab::prepare;
 
@@ -208,10 +209,11 @@ fn folders(root: &Path) -> Result<Vec<PathBuf>> {
 
 /// What the lab knows about the packages of the prepared kernel.
 fn plan_of(prepared: &prepare::Prepared) -> Result<KernelPlan> {
-    let plan = prepare::plan(&prepared.cache).context("the cache has lost its plan")?;
-    let kernel = plan
-        .kernels
+    let plans = Flavour::ALL.map(|flavour| prepare::plan_of(&prepared.cache, flavour));
+    let kernel = plans
         .into_iter()
+        .flatten()
+        .flat_map(|plan| plan.kernels)
         .find(|kernel| kernel.release == prepared.kernel.release);
     kernel.context("the cache's plan does not have the kernel that is prepared")
 }

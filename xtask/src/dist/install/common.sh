@@ -1,4 +1,7 @@
 # What all parts of the test of an installation begin with. See ../install.rs.
+#
+# Parts that need a running kernel or systemd run in a guest; the others may run in a chroot of its disk, where
+# `uname -r` says what the guest's does. The repository is in /mnt then, and on the disk afterwards.
 
 set -eu
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
@@ -7,7 +10,9 @@ release=$(uname -r)
 kept=/var/lib/verify
 mkdir -p $kept
 
-step() { echo "== $(cut -d. -f1 /proc/uptime) s: $*"; }
+begun=$(cut -d. -f1 /proc/uptime)
+
+step() { echo "== $(($(cut -d. -f1 /proc/uptime) - begun)) s: $*"; }
 
 fail() {
     echo "FAILED: $*"
@@ -70,4 +75,11 @@ no_unit_has_failed() {
     [ -z "$(systemctl --failed --no-legend --plain)" ] && return
     systemctl --failed --no-pager
     fail "a unit has failed"
+}
+
+# The packages that are in /mnt become those of the repository.
+take_repository() {
+    [ -e /mnt/Packages ] || return 0
+    rm -rf /srv/barlease
+    cp -r /mnt /srv/barlease
 }

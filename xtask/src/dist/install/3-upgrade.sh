@@ -1,21 +1,14 @@
+take_repository
 new=$(cat /srv/barlease/new-version) next=$(cat /srv/barlease/next-release)
-
-step "after a reboot"
-must_have barlease-vfio-pci
-no_unit_has_failed
-leases
-
-step "upgrade of Barlease"
 apt-get update -q
-install barlease barlease-dkms barleased
+
+step "upgrade of the module"
+install barlease-dkms
 must_be_installed barlease "$release"
 [ "$(dpkg-query -W -f '${Version}' barlease-dkms)" = "$new" ] || fail "barlease-dkms is not $new"
 dkms status -m barlease
 [ "$(dkms status -m barlease | wc -l)" = 1 ] || fail "DKMS has more than the new version"
-[ "$(echo /usr/src/barlease-[0-9]*)" = "/usr/src/barlease-$new" ] || fail "sources of another version are left"
-grep -q '# ours' /etc/barlease/policy.d/50-local.toml || fail "a changed policy was lost"
-must_have barlease-vfio-pci
-no_unit_has_failed
+[ "$(echo /usr/src/barlease-[0-9]*)" = "/usr/src/barlease-$new" ] || fail "other sources are left"
 
 step "upgrade of the kernel, without its metadata"
 install "linux-image-$next" "linux-headers-$next"
@@ -27,4 +20,17 @@ step "its metadata"
 install "barlease-rust-overlay-$next"
 must_be_installed barlease "$next"
 must_be_installed barlease "$release"
+
+step "a driver that imports, built with barlease-dev"
+install barlease-dev
+cp -r /usr/share/doc/barlease-dev/examples /tmp/example
+make -C /tmp/example KDIR="/lib/modules/$next/build" >$kept/said 2>&1 ||
+    { cat $kept/said; fail "the example does not build"; }
+cp /tmp/example/barlease_example_importer.ko $kept/
+
+step "a program in C, built with libbarlease-dev"
+install libbarlease-dev
+gcc -Wall -Werror -o $kept/lease /usr/share/doc/libbarlease-dev/examples/lease.c -lbarlease
+ldd $kept/lease | grep libbarlease.so.0
+nm -D $kept/lease | grep -q 'barlease_map@BARLEASE_0.1'
 step done
