@@ -17,8 +17,9 @@
 //! # }
 //! ```
 //!
-//! A run fails, whatever the command said, when the kernel's log has a [splat], when the guest ends without
-//! a verdict, or when it takes too long. The log is kept and its path is part of the failure.
+//! A run fails, whatever the command said, when the kernel's log has a [splat], when the guest ends
+//! without a verdict, or when it takes too long. The log is kept and its path is part of the
+//! failure.
 
 use std::fmt;
 use std::fs;
@@ -49,15 +50,18 @@ use crate::splat::{self, INIT_STARTED, Splat};
 use crate::system::{self, Disk};
 use crate::terminal::RawTerminal;
 
-/// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it is five times that.
+/// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it
+/// is five times that.
 pub const TIMEOUT: Duration = Duration::from_secs(360);
 
-/// How long a guest may take until its init starts, on a kernel of Debian's; twice that on a debug kernel, which takes 20 s.
-/// Of some hundred guests an emulated one stands still while it brings up its second processor.
+/// How long a guest may take until its init starts, on a kernel of Debian's; twice that on a debug
+/// kernel, which takes 20 s. Of some hundred guests an emulated one stands still while it brings up
+/// its second processor.
 const BOOT: Duration = Duration::from_secs(120);
 
-/// How long a guest may say nothing until its init starts, unless it cannot be booted again; twice that on a debug kernel. One that
-/// stands still is found out by that sooner than by the time that it takes.
+/// How long a guest may say nothing until its init starts, unless it cannot be booted again; twice
+/// that on a debug kernel. One that stands still is found out by that sooner than by the time that
+/// it takes.
 const SILENCE: Duration = Duration::from_secs(30);
 
 /// How often a guest is booted again after a fault of the emulator.
@@ -117,7 +121,7 @@ pub struct Outcome {
 pub enum Failure {
     /// The kernel complained.
     Splat {
-        /// What it said.
+        /// Its output.
         splat: Splat,
         /// Its log.
         log: PathBuf,
@@ -142,7 +146,7 @@ pub enum Failure {
     },
     /// The guest ended, but never said how the command did.
     NoVerdict {
-        /// What the emulator said.
+        /// The emulator's output.
         emulator: String,
         /// The end of the kernel's log.
         tail: String,
@@ -267,9 +271,9 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// Boots the Debian system on that disk, instead of the small one in memory. Modules are loaded and endpoints bound
-    /// before systemd starts; the command starts when that has no job left. Files are put onto the disk, where `/lab`
-    /// is a folder in memory.
+    /// Boots the Debian system on that disk, instead of the small one in memory. Modules are loaded
+    /// and endpoints bound before systemd starts; the command starts when that has no job left.
+    /// Files are put onto the disk, where `/lab` is a folder in memory.
     #[must_use]
     pub fn system(mut self, disk: &Disk) -> Self {
         self.machine.memory = self.machine.memory.max(system::MEMORY);
@@ -299,15 +303,15 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// What to run, looked up in `/lab/bin` and busybox when it has no slash.
+    /// The program to run, looked up in `/lab/bin` and busybox when it has no slash.
     #[must_use]
     pub fn command(mut self, words: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.payload = Payload::Command(words.into_iter().map(Into::into).collect());
         self
     }
 
-    /// Runs these one after the other instead, until one fails, as [`series`] says. What comes out of it can be taken apart
-    /// with [`series::Listener`].
+    /// Runs these one after the other instead, until one fails, as [`series`] says. What comes out
+    /// of it can be taken apart with [`series::Listener`].
     #[must_use]
     pub fn series(mut self, parts: Vec<Part>) -> Self {
         self.payload = Payload::Series(parts);
@@ -503,7 +507,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What the emulator did wrong, if it was that.
+/// The emulator's own failure, if it was that.
 fn emulator_fault(result: &Result<Outcome>) -> Option<&'static str> {
     match result.as_ref().err()?.downcast_ref()? {
         Failure::Splat { splat, .. } if splat.emulator_fault => {
@@ -521,12 +525,12 @@ fn file_name(path: &Path) -> Result<String> {
     Ok(name.to_string_lossy().into_owned())
 }
 
-/// What came after init had started, if it had.
+/// The output after init had started, if it had.
 fn since_init(log: &str) -> &str {
     log.find(INIT_STARTED).map_or(log, |at| &log[at..])
 }
 
-/// What the emulator said, without what it always says about features of processors.
+/// The emulator's output, without what it always says about features of processors.
 fn remarks(emulator: &str) -> String {
     let lines = emulator
         .lines()
@@ -600,7 +604,7 @@ enum End {
     NoInit,
 }
 
-/// What the control channel has brought so far.
+/// The messages of the control channel so far.
 #[derive(Debug, Default)]
 struct Progress {
     ready: Option<Instant>,
@@ -807,7 +811,7 @@ impl Guest<'_> {
             Ok(text) => text,
             // An emulator that did not start has made none.
             Err(_) if progress.verdict.is_none() => Vec::new(),
-            // What was not read may have had a splat.
+            // The part that was not read may have had a splat.
             Err(error) => return Err(error).with_context(|| format!("read {}", log.display())),
         };
         let text = String::from_utf8_lossy(&text);
@@ -986,8 +990,9 @@ pub fn needs_libraries(program: &[u8]) -> bool {
     read().unwrap_or(false)
 }
 
-/// Wakes a guest that sleeps, or is about to, by empty lines until it says that it is awake: one that comes too early
-/// wakes nobody. Less and less often, so that a guest that is slow falls asleep in between.
+/// Wakes a guest that sleeps, or is about to, by empty lines until it says that it is awake: one
+/// that comes too early wakes nobody. Less and less often, so that a guest that is slow falls
+/// asleep in between.
 fn wake(mut control: &UnixStream, is_awake: &mpsc::Receiver<()>) {
     let mut pause = Duration::from_millis(250);
     while is_awake.recv_timeout(pause) == Err(mpsc::RecvTimeoutError::Timeout) {
@@ -1063,9 +1068,10 @@ fn copy_output(mut from: &UnixStream, output: &mut Output) -> Vec<u8> {
     captured
 }
 
-/// Sends what is typed to the guest, for as long as the process lives: a read of a terminal cannot be called off.
+/// Sends what is typed to the guest, for as long as the process lives: a read of a terminal cannot
+/// be called off.
 fn forward_input(to: &UnixStream) -> Option<JoinHandle<()>> {
-    /// What a terminal makes an end of input of.
+    /// The byte that a terminal makes an end of input of.
     const END: &[u8] = b"\x04";
     let mut to = to.try_clone().ok()?;
     Some(thread::spawn(move || {

@@ -26,7 +26,7 @@ pub(super) struct Program {
     pub(super) licences: String,
 }
 
-/// What was made of the command.
+/// The files that were made of the command.
 #[derive(Debug)]
 pub(super) struct Built {
     pub(super) program: Program,

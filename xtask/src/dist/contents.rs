@@ -1,4 +1,4 @@
-//! What goes where in each package.
+//! The files of each package, and their places.
 
 use std::fs;
 use std::path::{Path, PathBuf};

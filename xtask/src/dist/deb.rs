@@ -33,7 +33,7 @@ pub(super) struct Deb<'a> {
     pub(super) name: &'a str,
     pub(super) version: &'a str,
     pub(super) arch: &'a str,
-    /// What `dpkg-deb -Z` takes.
+    /// The word that `dpkg-deb -Z` takes.
     pub(super) compression: &'a str,
 }
 
@@ -98,7 +98,7 @@ impl<'a> Deb<'a> {
         Ok(file)
     }
 
-    /// What Debian's tools read; the changes themselves are in `CHANGELOG.md`.
+    /// The changelog for Debian's tools; the changes themselves are in `CHANGELOG.md`.
     fn changelog(&self, maker: &Maker, stage: &Stage, maintainer: &str) -> Result<()> {
         let place = format!("usr/share/doc/{}/changelog", self.name);
         stage.write(&place, changelog(maker, self.template, self.version)?)?;

@@ -1,13 +1,16 @@
-//! Installs, upgrades and removes the packages as a user does, on a disk with a fresh Debian sid and systemd.
+//! Installs, upgrades and removes the packages as a user does, on a disk with a fresh Debian sid
+//! and systemd.
 //!
-//! It has the older of two kernels, its headers, and what our packages depend on, no more; ours come from an apt
-//! repository on the disk. [`PARTS`] one after the other: the module, with a kernel's metadata that comes late; use;
-//! upgrades of Barlease and of the kernel; use in that; the module in the stock one's place; removal. Then the files of
-//! the disk that no package has are compared with those of before.
+//! It has the older of two kernels, its headers, and what our packages depend on, no more; ours
+//! come from an apt repository on the disk. [`PARTS`] one after the other: the module, with a
+//! kernel's metadata that comes late; use; upgrades of Barlease and of the kernel; use in that; the
+//! module in the stock one's place; removal. Then the files of the disk that no package has are
+//! compared with those of before.
 //!
-//! What needs a running kernel or systemd runs in a guest, each time a boot of that disk. Parts that have DKMS build run in
-//! a chroot of the disk where we may mount it, since an emulated processor takes some ten times as long; else in a guest,
-//! too. The lab boots each kernel by itself, so boot loader and initramfs of the host have no part in it.
+//! What needs a running kernel or systemd runs in a guest, each time a boot of that disk. Parts
+//! that have DKMS build run in a chroot of the disk where we may mount it, since an emulated
+//! processor takes some ten times as long; else in a guest, too. The lab boots each kernel by
+//! itself, so boot loader and initramfs of the host have no part in it.
 
 use std::collections::BTreeSet;
 use std::fs;

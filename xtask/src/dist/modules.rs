@@ -1,5 +1,5 @@
-//! The module's packages: its sources for DKMS under either name, what Debian's headers lack, and what drivers that
-//! import leases are built with.
+//! The module's packages: its sources for DKMS under either name, what Debian's headers lack, and
+//! what drivers that import leases are built with.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -218,7 +218,8 @@ fn plan_of(prepared: &prepare::Prepared) -> Result<KernelPlan> {
     kernel.context("the cache's plan does not have the kernel that is prepared")
 }
 
-/// The versions of the package `rustc` that are this compiler: from `rustc 1.97.1 (…)` to 1.97.1 and before 1.97.2.
+/// The versions of the package `rustc` that are this compiler: from `rustc 1.97.1 (…)` to 1.97.1
+/// and before 1.97.2.
 fn rustc_range(version: &str) -> Result<(String, String)> {
     let number = version.split(' ').nth(1).unwrap_or_default();
     let after = number.rsplit_once('.').and_then(|(front, last)| {

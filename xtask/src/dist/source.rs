@@ -1,5 +1,5 @@
-//! The source package: the sources of the last commit, the crates that they need, and a `debian/` whose rules call this
-//! tool again. So what goes where in each package is said in one place.
+//! The source package: the sources of the last commit, the crates that they need, and a `debian/`
+//! whose rules call this tool again. So what goes where in each package is said in one place.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,8 @@ use super::stage::Stage;
 use super::{Maker, fill, need, output};
 use crate::checkout;
 
-/// The binary packages that it makes. The overlay's is not among them: it follows from a kernel's build.
+/// The binary packages that it makes. The overlay's is not among them: it follows from a kernel's
+/// build.
 const PACKAGES: &[&str] = &[
     "barlease",
     "barleased",

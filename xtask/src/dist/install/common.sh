@@ -1,7 +1,7 @@
 # What all parts of the test of an installation begin with. See ../install.rs.
 #
-# Parts that need a running kernel or systemd run in a guest; the others may run in a chroot of its disk, where
-# `uname -r` says what the guest's does. The repository is in /mnt then, and on the disk afterwards.
+# Parts that need a running kernel or systemd run in a guest; the others may run in a chroot of its
+# disk, where `uname -r` says what the guest's does. A new repository is in /mnt, and then on the disk.
 
 set -eu
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
@@ -21,8 +21,8 @@ fail() {
 
 # Installs packages, keeps what was said in $kept/said, and shows what matters of it.
 install() {
-    apt-get install -q -y --no-install-recommends -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confdef "$@" \
-        >$kept/said 2>&1 || { cat $kept/said; fail "apt-get install $*"; }
+    apt-get install -q -y --no-install-recommends -o Dpkg::Use-Pty=0 \
+        -o Dpkg::Options::=--force-confdef "$@" >$kept/said 2>&1 || { cat $kept/said; fail "apt-get install $*"; }
     grep -E '^(Setting up|Removing|barlease:|Building|Autoinstall)' $kept/said || true
 }
 
@@ -55,7 +55,8 @@ leases() {
 
 # All files of the disk that no package has.
 files() {
-    find / -xdev \( -path /proc -o -path /srv -o -path $kept -o -path /tmp -o -path /root \) -prune -o -print |
+    find / -xdev \( -path /proc -o -path /srv -o -path $kept -o -path /tmp -o -path /root \) \
+        -prune -o -print |
         sort >$kept/all
     cat /var/lib/dpkg/info/*.list | sort -u >$kept/owned
     # Packages name files below /lib, /bin and /sbin, which are links.
