@@ -102,9 +102,17 @@ impl<'a> Deb<'a> {
     fn changelog(&self, maker: &Maker, stage: &Stage, maintainer: &str) -> Result<()> {
         let place = format!("usr/share/doc/{}/changelog", self.name);
         stage.write(&place, changelog(maker, self.template, self.version)?)?;
+        let mut overrides = String::new();
         if maintainer == NOBODY {
+            overrides += &fill(Path::new("debian/lintian-overrides"), &[])?;
+        }
+        let own = template(self.template, "lintian-overrides");
+        if checkout::top().join("dist").join(&own).exists() {
+            overrides += &fill(&own, &[])?;
+        }
+        if !overrides.is_empty() {
             let place = format!("usr/share/lintian/overrides/{}", self.name);
-            stage.write(place, fill(Path::new("debian/lintian-overrides"), &[])?)?;
+            stage.write(place, overrides)?;
         }
         let path = stage.root().join(&place);
         let content = gzip(&path)?;

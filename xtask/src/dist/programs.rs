@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use barlease_lab::cache;
 use barlease_lab::report::Step;
 
-use super::command::{Program, licences as linked_in, without_paths};
+use super::command::{Program, gzip, licences as linked_in, without_paths};
 use super::contents::{UNIT_PLACE, UNITS, copyright, documents, licences};
 use super::deb::Deb;
 use super::stage::Stage;
@@ -21,6 +21,9 @@ enum Part {
     Unit,
     Users,
     Folders,
+    Rules,
+    /// An example of a policy.
+    Policy,
     /// The command's, not the service's.
     Other,
 }
@@ -33,8 +36,8 @@ impl Part {
             "service" | "socket" => Self::Unit,
             "sysusers" => Self::Users,
             "tmpfiles" => Self::Folders,
-            "conf" if name.contains("sysusers") => Self::Users,
-            "conf" if name.contains("tmpfiles") => Self::Folders,
+            "rules" => Self::Rules,
+            "toml" => Self::Policy,
             _ => return None,
         })
     }
@@ -45,6 +48,8 @@ impl Part {
             Self::Unit => Path::new(UNIT_PLACE).join(name),
             Self::Users => PathBuf::from("usr/lib/sysusers.d/barleased.conf"),
             Self::Folders => PathBuf::from("usr/lib/tmpfiles.d/barleased.conf"),
+            Self::Rules => Path::new("usr/lib/udev/rules.d").join(name),
+            Self::Policy => Path::new("usr/share/doc/barleased/examples").join(name),
             Self::Other => return None,
         })
     }
@@ -55,7 +60,7 @@ const POLICY: &str = "etc/barlease/policy.d/50-local.toml";
 /// The service: program, units, user, folders, policy.
 pub(super) fn service(maker: &Maker, program: &Program) -> Result<PathBuf> {
     let stage = Stage::new(maker.out.join("stage-barleased"))?;
-    stage.program("usr/bin/barleased", fs::read(&program.file)?)?;
+    stage.program("usr/sbin/barleased", fs::read(&program.file)?)?;
     let mut units = Vec::new();
     for path in super::contents::pages(&checkout::top().join(UNITS))? {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -71,16 +76,13 @@ pub(super) fn service(maker: &Maker, program: &Program) -> Result<PathBuf> {
     }
     // Sockets first: a service that is started by its own does not wait for them.
     units.sort_by_key(|unit| !unit.ends_with(".socket"));
-    stage.write(POLICY, fill(Path::new("policy/50-local.toml"), &[])?)?;
+    stage.write(POLICY, fill(Path::new("service/50-local.toml"), &[])?)?;
     stage.write("DEBIAN/conffiles", format!("/{POLICY}\n"))?;
     let doc = Path::new("usr/share/doc/barleased");
     documents(&stage, doc)?;
     let top = checkout::top();
     stage.copy(&top.join("docs/service.md"), doc.join("service.md"))?;
-    stage.copy(
-        &top.join("dist/policy/example.toml"),
-        doc.join("examples/policy.toml"),
-    )?;
+    manual(&top.join("dist/service/barleased.8"), program, &stage)?;
     stage.write(
         doc.join("copyright"),
         copyright("debian/copyright-service")?,
@@ -88,6 +90,37 @@ pub(super) fn service(maker: &Maker, program: &Program) -> Result<PathBuf> {
     stage.write(doc.join("third-party-licences"), &program.licences)?;
     let units = units.join(" ");
     Deb::new("barleased", &maker.version).pack(maker, &stage, &[("UNITS", &units)])
+}
+
+/// Packs the manual page of the service, which must name each option and command that it has.
+fn manual(page: &Path, program: &Program, stage: &Stage) -> Result<()> {
+    let text = fs::read_to_string(page).with_context(|| format!("read {}", page.display()))?;
+    let mut help = Command::new(&program.file);
+    help.arg("--help").env("COLUMNS", "200");
+    let help = output(&mut help, "ask barleased for its options")?;
+    if let Some(word) = unnamed(&help, &text) {
+        bail!("{}: nothing is said of `{word}`", page.display());
+    }
+    stage.write("usr/share/man/man8/barleased.8.gz", gzip(page)?)
+}
+
+/// The first option or command of a help that a manual page does not name.
+fn unnamed<'a>(help: &'a str, page: &str) -> Option<&'a str> {
+    let page = page.replace("\\-", "-");
+    let commands = help
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.split_whitespace().next());
+    let options = help
+        .split_whitespace()
+        .filter(|word| word.starts_with("--") && word.len() > 2);
+    commands
+        .chain(options)
+        .map(|word| word.trim_end_matches(['`', ',', '.', ';']))
+        .filter(|word| !["help", "--help", "--version"].contains(word))
+        .find(|word| !page.contains(word))
 }
 
 const LIBRARY: &str = "usr/lib/x86_64-linux-gnu";
@@ -119,6 +152,7 @@ pub(super) fn library(maker: &Maker) -> Result<Vec<PathBuf>> {
     documented(&stage, name)?;
     let depends = depends(maker, &stage, &Path::new(LIBRARY).join(&long))?;
     symbols(maker, &stage)?;
+    stage.write("DEBIAN/shlibs", "libbarlease 0 libbarlease0 (>= 0.1.0~)\n")?;
     stage.write("DEBIAN/triggers", "activate-noawait ldconfig\n")?;
     let words = [("DEPENDS", depends.as_str())];
     let runtime = Deb::new(name, &maker.version).pack(maker, &stage, &words)?;
@@ -235,5 +269,14 @@ mod tests {
         assert_eq!(Part::of("barleased.socket"), Some(Part::Unit));
         assert_eq!(Part::of("barlease-bind@.service"), Some(Part::Other));
         assert_eq!(Part::of("README"), None);
+    }
+
+    #[test]
+    fn an_option_that_the_manual_forgets_is_found() {
+        let help =
+            "Usage\n\nCommands:\n  drain  Ends\n\nOptions:\n      --keep <X>  As `--at-stop`.\n";
+        assert_eq!(unnamed(help, "drain \\-\\-keep \\-\\-at\\-stop"), None);
+        assert_eq!(unnamed(help, "drain --at-stop"), Some("--keep"));
+        assert_eq!(unnamed(help, "--keep --at-stop"), Some("drain"));
     }
 }
