@@ -275,6 +275,47 @@ mod tests {
         fs::remove_dir_all(&root).unwrap();
     }
 
+    /// The check's words about a kernel of that release with these options, on a host without
+    /// tools.
+    fn check(release: &str, options: &[&str]) -> String {
+        let kernel = tempfile::tempdir().unwrap();
+        let config: String = options
+            .iter()
+            .map(|name| format!("CONFIG_{name}=y\n"))
+            .collect();
+        fs::write(kernel.path().join(".config"), config).unwrap();
+        let script = checkout::top().join("dist/dkms/check-kernel");
+        let mut check = Command::new("sh");
+        check.arg(script).arg(kernel.path()).arg(release);
+        let done = check
+            .env("RUSTC", "/none")
+            .env("BINDGEN", "/none")
+            .output()
+            .unwrap();
+        assert_eq!(done.status.code(), Some(77), "{release}");
+        String::from_utf8(done.stderr).unwrap()
+    }
+
+    #[test]
+    fn the_check_says_what_each_kernel_lacks() {
+        let needed = ["RUST", "VFIO_PCI_CORE", "MODULES"];
+        for old in ["6.12.9+deb13-amd64", "7.1-rt-amd64", "7.1.20"] {
+            let said = check(old, &needed);
+            assert!(said.contains("is too old"), "{old}: {said}");
+        }
+        assert!(check("7.1-rt-amd64", &needed).contains("linux-image-rt-amd64 "));
+        for new in ["7.2-cloud-amd64", "7.2.13+deb14-amd64", "7.3-arm64-16k", "10.1-amd64"] {
+            let said = check(new, &needed);
+            assert!(said.contains(&format!("overlay-{new}, ")), "{new}: {said}");
+            assert!(!said.contains("too old"), "{new}: {said}");
+        }
+        let said = check("7.3-amd64", &["RUST", "MODULES"]);
+        assert!(said.contains("without CONFIG_VFIO_PCI_CORE"), "{said}");
+        assert!(!said.contains("without CONFIG_RUST"), "{said}");
+        let said = check("7.3-amd64", &needed);
+        assert!(said.contains("note: the kernel 7.3-amd64 was built without CONFIG_PCI_P2PDMA"));
+    }
+
     #[test]
     fn products_and_modules_for_tests_are_not_packaged() {
         for name in [
