@@ -51,7 +51,7 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub(crate) struct Options {
     #[command(flatten)]
     kernel: KernelChoice,
-    /// The packages to make [default: all]
+    /// The packages to make [default: all but the source package]
     what: Vec<What>,
     /// The folder that they are made in [default: target/dist]
     #[arg(long, value_name = "FOLDER")]
@@ -107,10 +107,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let start = Instant::now();
     let all = What::value_variants();
     let what = if options.what.is_empty() {
-        all
+        // Packing all crates takes minutes.
+        let binary = all.iter().copied().filter(|what| *what != What::Source);
+        binary.collect()
     } else {
-        &options.what
+        options.what.clone()
     };
+    let what = &what[..];
     let maker = Maker::new(options.into.clone().unwrap_or_else(folder))?;
     let built = Built::make(&maker, what, &options.kernel)?;
     for thing in all.iter().filter(|thing| what.contains(thing)) {
