@@ -304,7 +304,12 @@ mod tests {
             assert!(said.contains("is too old"), "{old}: {said}");
         }
         assert!(check("7.1-rt-amd64", &needed).contains("linux-image-rt-amd64 "));
-        for new in ["7.2-cloud-amd64", "7.2.13+deb14-amd64", "7.3-arm64-16k", "10.1-amd64"] {
+        for new in [
+            "7.2-cloud-amd64",
+            "7.2.13+deb14-amd64",
+            "7.3-arm64-16k",
+            "10.1-amd64",
+        ] {
             let said = check(new, &needed);
             assert!(said.contains(&format!("overlay-{new}, ")), "{new}: {said}");
             assert!(!said.contains("too old"), "{new}: {said}");

@@ -29,6 +29,15 @@ const PACKAGES: &[&str] = &[
 /// Fields that `dpkg-deb` wants in a control file, and a source package does not.
 const OF_BINARY: &[&str] = &["Version:", "Maintainer:", "Installed-Size:", "Source:"];
 
+/// cargo's setting for it.
+const VENDORED: &str = r#"
+[source.crates-io]
+replace-with = "vendored"
+
+[source.vendored]
+directory = "vendor"
+"#;
+
 pub(super) fn source(maker: &Maker) -> Result<Vec<PathBuf>> {
     need("dpkg-source", "dpkg-dev")?;
     if !checkout::top().join(".git").exists() {
@@ -89,10 +98,10 @@ fn vendor(stage: &Stage) -> Result<()> {
         .arg(stage.root().join("Cargo.toml"))
         .arg("vendor")
         .current_dir(stage.root());
-    let setting = output(&mut vendor, "gather the crates")?;
+    output(&mut vendor, "gather the crates")?;
     let path = stage.root().join(".cargo/config.toml");
     let ours = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    stage.write(".cargo/config.toml", format!("{ours}\n{setting}"))?;
+    stage.write(".cargo/config.toml", format!("{ours}\n{VENDORED}"))?;
     step.done();
     Ok(())
 }
