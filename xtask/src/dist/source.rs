@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use barlease_lab::cache;
 use barlease_lab::report::Step;
+use serde_json::Value;
 
 use super::deb::{changelog, maintainer};
 use super::stage::Stage;
@@ -99,11 +100,38 @@ fn vendor(stage: &Stage) -> Result<()> {
         .arg("vendor")
         .current_dir(stage.root());
     output(&mut vendor, "gather the crates")?;
+    for folder in super::contents::pages(&stage.root().join("vendor"))? {
+        forget_left_out(&folder)?;
+    }
     let path = stage.root().join(".cargo/config.toml");
     let ours = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     stage.write(".cargo/config.toml", format!("{ours}\n{VENDORED}"))?;
     step.done();
     Ok(())
+}
+
+/// Takes the files out of a crate's list of checksums that `dpkg-source` leaves out of its archive.
+fn forget_left_out(folder: &Path) -> Result<()> {
+    let path = folder.join(".cargo-checksum.json");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let mut list: Value = serde_json::from_str(&text).context("read checksums of a crate")?;
+    if let Some(files) = list["files"].as_object_mut() {
+        files.retain(|file, _| !file.split('/').any(is_left_out));
+    }
+    fs::write(&path, list.to_string()).with_context(|| format!("write {}", path.display()))
+}
+
+/// Whether `dpkg-source` leaves a file or folder of that name out: what version control, editors
+/// and compilers leave behind.
+fn is_left_out(name: &str) -> bool {
+    let starts = [".git", ".hg", ".bzr", ".svn", ".cvs", ".arch", ".#", ",,"];
+    let ends = [".a", ".la", ".o", ".so", ".swp", "~"];
+    let names = [
+        "CVS", "RCS", "_MTN", "_darcs", "{arch}", ".shelf", ".deps", ".be", "DEADJOE",
+    ];
+    starts.iter().any(|start| name.starts_with(start))
+        || ends.iter().any(|end| name.ends_with(end))
+        || names.contains(&name)
 }
 
 fn debian(maker: &Maker, stage: &Stage) -> Result<()> {
@@ -143,6 +171,17 @@ fn stanza(template: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn checksums_are_of_what_is_packed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(".cargo-checksum.json");
+        let list = r#"{"files":{"src/a.rs":"1",".gitmodules":"2","lib/x.a":"3",".github/y":"4"}}"#;
+        fs::write(&path, list).unwrap();
+        forget_left_out(folder.path()).unwrap();
+        let left = fs::read_to_string(&path).unwrap();
+        assert_eq!(left, r#"{"files":{"src/a.rs":"1"}}"#);
+    }
 
     #[test]
     fn no_word_is_left_in_the_control_file() {
