@@ -14,7 +14,9 @@ must_have barlease-vfio-pci
 step "the service"
 install barleased
 no_unit_has_failed
-grep -q '^barlease' /etc/passwd || fail "the service has no user"
+must_be_up barleased.socket
+must_be_up barleased.service
+getent passwd barlease >/dev/null || fail "the service has no user"
 cat >/etc/barlease/policy.d/60-card.toml <<END
 [device.card]
 match = "$card"

@@ -1,7 +1,8 @@
 step "in the new kernel"
 must_have barlease-vfio-pci
 no_unit_has_failed
-leases
+must_be_up barleased.service
+service_has_card
 insmod $kept/barlease_example_importer.ko
 rmmod barlease_example_importer
 
@@ -10,6 +11,11 @@ install barlease barleased
 grep -q '# ours' /etc/barlease/policy.d/50-local.toml || fail "a changed policy was lost"
 must_have barlease-vfio-pci
 no_unit_has_failed
+service_has_card
+
+step "the service gives the device up, and the command has it"
+barleased drain
 leases
-systemctl disable "barlease-bind@$card.service"
+systemctl disable --now "barlease-bind@$card.service"
+must_have none
 step done

@@ -72,6 +72,16 @@ must_be_up() {
     fail "$1 is not active"
 }
 
+# Whether the service has opened the device of its policy, and would lease from it.
+service_has_card() {
+    leases=unix:/run/barleased/leases.sock
+    varlinkctl call $leases io.barlease.Leases.Devices '{}' >$kept/said
+    said $card
+    runuser -u holder1 -- varlinkctl call $leases io.barlease.Leases.Explain \
+        '{"pool":"rows","size":4096,"access":"read_write"}' >$kept/said
+    said '"granted" *: *true'
+}
+
 no_unit_has_failed() {
     [ -z "$(systemctl --failed --no-legend --plain)" ] && return
     systemctl --failed --no-pager
