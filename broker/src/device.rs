@@ -3,6 +3,8 @@
 //! There is one implementation, over the library's `Device`. Tests give it a device of the
 //! library's feature `fake`, which answers the same ioctls.
 
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 
 use barlease::BarRange;
@@ -104,6 +106,12 @@ fn find(pci: &Pci, wanted: &policy::Device) -> Result<Bdf, String> {
         return Err(format!("{bdf} is bound to {bound}, not to {driver}"));
     }
     Ok(bdf)
+}
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
 }
 
 impl Device {

@@ -14,6 +14,8 @@ use nix::sys::socket::sockopt::PeerPidfd;
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use rustix::event::Timespec;
+use rustix::process::Pid;
+use rustix::process::PidfdFlags;
 
 /// A peer, and its process. Credentials are those of `connect()`.
 #[derive(Debug)]
@@ -53,6 +55,13 @@ impl Identity {
         }
         Ok(Self { peer, process })
     }
+}
+
+/// Opens a process by its number, if it is still the one that is meant.
+pub(crate) fn open_process(pid: u32, process: ProcessId) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    let opened = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    (id(&opened) == Some(process)).then_some(opened)
 }
 
 /// The number of a process that is unique until the next boot: of kernels from 6.9 on, where all
@@ -113,6 +122,18 @@ mod tests {
         assert_eq!(identity.peer.pid, std::process::id());
         assert_eq!(identity.peer.uid, rustix::process::getuid().as_raw());
         assert!(is_running(&identity.process.unwrap()));
+    }
+
+    #[test]
+    fn a_process_is_opened_by_number_if_it_is_the_one_that_is_meant() {
+        let (one, _other) = UnixStream::pair().unwrap();
+        let peer = Identity::of(&one).unwrap().peer;
+        // Of kernels from 6.9 on.
+        if let Some(process) = peer.process {
+            assert!(open_process(peer.pid, process).is_some());
+            assert!(open_process(peer.pid, ProcessId(process.0 + 1)).is_none());
+            assert!(open_process(u32::MAX, process).is_none());
+        }
     }
 
     #[test]

@@ -104,7 +104,33 @@ mke2fs -q -F -t ext4 -L system -d "$root" "$image"
 rm -rf "$root"
 "#;
 
-/// The script that the guest runs once it is up.
+/// Run in new namespaces: the disk, an empty folder to mount it at, a folder for `/mnt`, the
+/// release of a kernel, and a script. `uname -r` says that release, as it would where that kernel
+/// runs.
+const ENTER: &str = r#"
+set -eu
+disk=$1 root=$2 folder=$3 release=$4 script=$5
+mount -o loop "$disk" "$root"
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs tmpfs "$root/tmp"
+mount -t tmpfs tmpfs "$root/run"
+mount --bind "$folder" "$root/mnt"
+mkdir "$root/run/lab"
+cat >"$root/run/lab/uname" <<END
+#!/bin/sh
+case "\$1" in -r) echo $release ;; *) exec /usr/bin/uname "\$@" ;; esac
+END
+chmod 755 "$root/run/lab/uname"
+code=0
+chroot "$root" /usr/bin/env -i PATH=/run/lab:/usr/sbin:/usr/bin HOME=/root LC_ALL=C.UTF-8 \
+    sh -c "$script" </dev/null || code=$?
+for place in mnt run tmp dev proc; do umount -l "$root/$place"; done
+umount "$root"
+exit $code
+"#;
+
+/// What the guest runs once it is up.
 pub(crate) const AGENT: &str = include_str!("agent.sh");
 
 /// The modules that the kernel needs to have its root on the disk; virtio for PCI is built into it.
@@ -119,6 +145,9 @@ const SETUP: &str = include_str!("system.sh");
 #[derive(Clone, Debug)]
 pub struct Root {
     image: PathBuf,
+    /// What its packages were resolved from, and what that gave.
+    asked: Vec<String>,
+    packages: Vec<Package>,
 }
 
 /// The disk that a guest has its root on.
@@ -148,7 +177,7 @@ impl Root {
         asked.dedup();
         let list = folder.join(format!("{}.json", fingerprint(&asked)));
         if let Some(root) =
-            cache::read_json(&list).and_then(|list: Vec<Package>| ready(&folder, &list))
+            cache::read_json(&list).and_then(|list: Vec<Package>| ready(&folder, &asked, &list))
         {
             return Ok(root);
         }
@@ -158,10 +187,26 @@ impl Root {
             Some(known) => known,
             None => resolve(&apt, &asked, &list)?,
         };
-        if let Some(root) = ready(&folder, &list) {
+        if let Some(root) = ready(&folder, &asked, &list) {
             return Ok(root);
         }
-        make(cache, &apt, &folder, &list)
+        make(cache, &apt, &folder, &asked, &list)
+    }
+
+    /// The files of the packages of Debian's that this system lacks to have these installed, too.
+    ///
+    /// # Errors
+    ///
+    /// When a package is unknown, or cannot be downloaded.
+    pub fn lacks(&self, prepared: &Prepared, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        let (apt, _) = Apt::set_up(&prepared.cache)?;
+        let mut wanted = self.asked.clone();
+        wanted.extend(packages.iter().map(|&name| name.to_owned()));
+        let has = |name: &str| self.packages.iter().any(|package| package.name == name);
+        let mut lacking = apt.closure(&wanted)?;
+        lacking.retain(|package| !has(&package.name));
+        apt.download(&lacking, "for a Debian system to install")?;
+        Ok(lacking.iter().map(|package| apt.file(package)).collect())
     }
 
     /// A disk with the system, whose changes are gone after each run.
@@ -199,6 +244,39 @@ impl Disk {
         }
     }
 
+    /// Runs a script in it without a guest, at the speed of this machine: in a chroot, as root,
+    /// without systemd. What builds much is better done so where a guest is emulated. `/mnt` is a
+    /// folder of this machine; `uname -r` says the release of that kernel. Returns what the script
+    /// said.
+    ///
+    /// # Errors
+    ///
+    /// When we are not root, the disk cannot be mounted, or the script fails.
+    pub fn enter(&self, folder: &Path, prepared: &Prepared, script: &str) -> Result<String> {
+        if !self.kept {
+            bail!("what is written to the disk of every guest would be lost");
+        }
+        let root = self.path.with_extension("mounted");
+        fs::create_dir_all(&root).with_context(|| format!("make {}", root.display()))?;
+        let mut enter = within()?;
+        enter
+            .args(["/bin/sh", "-c", ENTER, "enter"])
+            .args([&self.path, &root])
+            .arg(folder)
+            .args([&prepared.kernel.release, script])
+            .env("PATH", SYSTEM_PATH);
+        let log = self.path.with_extension("log");
+        logged(&mut enter, &log, "run a script in a Debian system")?;
+        fs::remove_dir(&root).with_context(|| format!("remove {}", root.display()))?;
+        fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))
+    }
+
+    /// Whether [`Disk::enter`] can work: only root may mount a file.
+    #[must_use]
+    pub fn can_enter() -> bool {
+        rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists()
+    }
+
     /// QEMU's arguments for it. `init.sh` knows its address.
     pub(crate) fn arguments(&self) -> [String; 4] {
         let snapshot = if self.kept { "off" } else { "on" };
@@ -227,12 +305,22 @@ fn image(folder: &Path, packages: &[Package]) -> PathBuf {
     folder.join(format!("{name}.ext4"))
 }
 
-fn ready(folder: &Path, packages: &[Package]) -> Option<Root> {
+fn ready(folder: &Path, asked: &[String], packages: &[Package]) -> Option<Root> {
     let image = image(folder, packages);
-    image.exists().then_some(Root { image })
+    image.exists().then(|| Root {
+        image,
+        asked: asked.to_vec(),
+        packages: packages.to_vec(),
+    })
 }
 
-fn make(cache: &Cache, apt: &Apt, folder: &Path, packages: &[Package]) -> Result<Root> {
+fn make(
+    cache: &Cache,
+    apt: &Apt,
+    folder: &Path,
+    asked: &[String],
+    packages: &[Package],
+) -> Result<Root> {
     let mke2fs = need("mke2fs", "e2fsprogs")?;
     apt.download(packages, "for a Debian system with systemd")?;
     let image = image(folder, packages);
@@ -262,7 +350,7 @@ fn make(cache: &Cache, apt: &Apt, folder: &Path, packages: &[Package]) -> Result
     fs::rename(&new, &image).with_context(|| format!("keep {}", image.display()))?;
     apt.forget(packages)?;
     step.done();
-    Ok(Root { image })
+    ready(folder, asked, packages).context("the image that was just made is not there")
 }
 
 fn folder_of(program: &Path) -> String {

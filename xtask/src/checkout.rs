@@ -105,6 +105,15 @@ fn executable(messages: &str) -> Option<PathBuf> {
 /// Builds a program of the workspace so that it runs in a guest with that kernel, and returns its
 /// path.
 pub(crate) fn guest_program(prepared: &Prepared, package: &str, program: &str) -> Result<PathBuf> {
+    build_for_guests(prepared, package, "--bin", program)
+}
+
+/// The same, of an example of the package.
+pub(crate) fn guest_example(prepared: &Prepared, package: &str, example: &str) -> Result<PathBuf> {
+    build_for_guests(prepared, package, "--example", example)
+}
+
+fn build_for_guests(prepared: &Prepared, package: &str, kind: &str, name: &str) -> Result<PathBuf> {
     let mut build = guest_cargo(prepared, "build")?;
     build.args([
         "--quiet",
@@ -113,14 +122,14 @@ pub(crate) fn guest_program(prepared: &Prepared, package: &str, program: &str) -
         "json-render-diagnostics",
         "--package",
         package,
-        "--bin",
-        program,
+        kind,
+        name,
     ]);
     build.stderr(Stdio::inherit());
     let output = build.output().context("start cargo")?;
     let path = executable(&String::from_utf8_lossy(&output.stdout));
     match path.filter(|_| output.status.success()) {
         Some(path) => outside(prepared, &path),
-        None => bail!("`{program}` does not build for guests"),
+        None => bail!("`{name}` does not build for guests"),
     }
 }

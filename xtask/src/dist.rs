@@ -4,23 +4,31 @@
 //! |---|---|
 //! | [`stage`] | a folder that becomes a package: files, modes, one time stamp for all |
 //! | [`deb`] | Debian packages, by `dpkg-deb` |
-//! | [`command`] | the command: static binary, completions, licences of what is linked in |
+//! | [`command`] | the programs: static binaries, completions, licences of what is linked in |
 //! | [`manuals`] | its manual pages |
-//! | [`contents`] | what goes where in each package |
+//! | [`contents`] | what goes where in the packages of the command, and in the tarball |
+//! | [`modules`] | the same of the module's packages |
+//! | [`programs`] | the same of the service and of the C library |
+//! | [`source`] | the source package, whose rules call this tool |
 //! | [`verify`] | builds, loads and uses what was packaged |
+//! | [`install`] | installs, upgrades and removes the packages in guests with systemd |
 //!
 //! # Why `dpkg-deb`
 //!
-//! `cargo-deb` packages what cargo builds, which is one of the three packages here; the others hold
-//! the sources of a kernel module and files that the kernel's build made. It would also have to be
-//! installed first. `dpkg-deb` is on every Debian machine (the lab needs it anyway), honours
-//! `SOURCE_DATE_EPOCH`, sorts, and sets the owner; what is left to do for us is a control file from
-//! a template in `dist/debian/`.
+//! `cargo-deb` packages what cargo builds, which is two of the packages here; the others hold the
+//! sources of a kernel module, files that the kernel's build made, and a library that is linked for
+//! C. It would also have to be installed first. `dpkg-deb` is on every Debian machine (the lab
+//! needs it anyway), honours `SOURCE_DATE_EPOCH`, sorts, and sets the owner; what is left to do for
+//! us is a control file from a template in `dist/debian/`.
 
 mod command;
 mod contents;
 mod deb;
+mod install;
 mod manuals;
+mod modules;
+mod programs;
+mod source;
 mod stage;
 mod verify;
 
@@ -43,13 +51,17 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub(crate) struct Options {
     #[command(flatten)]
     kernel: KernelChoice,
-    /// The packages to make [default: all]
+    /// The packages to make [default: all but the source package]
     what: Vec<What>,
+    /// The folder that they are made in [default: target/dist]
+    #[arg(long, value_name = "FOLDER")]
+    into: Option<PathBuf>,
     /// Only say what there is to make
     #[arg(long)]
     list: bool,
-    /// Then build the module from its package, load it in a guest, and use it with the packaged
-    /// command
+    /// Then use them: build the module from its package, load it in a guest, lease with the
+    /// packaged command; and in guests with systemd install, upgrade, remove and purge them all.
+    /// Takes a while
     #[arg(long, conflicts_with_all = ["list", "what"])]
     verify: bool,
 }
@@ -57,13 +69,23 @@ pub(crate) struct Options {
 /// A thing that can be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum What {
-    /// barlease: the command, its manual pages and completions, the C header
+    /// barlease: the command, its manual pages and completions
     Command,
+    /// barleased: the service, its units and its policy
+    Service,
     /// barlease-dkms: the module's sources, built by DKMS for each kernel
     Dkms,
+    /// barlease-dkms-vfio-pci: the same, built to take the place of vfio-pci
+    DkmsVfioPci,
+    /// barlease-dev: what drivers in the kernel need that import leases
+    Importers,
     /// barlease-rust-overlay-<kernel>: what Debian's headers of a kernel lack for modules in Rust
     Overlay,
-    /// barlease-<version>.tar.zst: the same as the first two, for other distributions
+    /// libbarlease0, libbarlease-dev: the library for C
+    Library,
+    /// barlease_<version>.dsc: the source package, of the last commit, with all crates
+    Source,
+    /// barlease-<version>.tar.zst: command and module, for other distributions
     Tarball,
 }
 
@@ -85,19 +107,24 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let start = Instant::now();
     let all = What::value_variants();
     let what = if options.what.is_empty() {
-        all
+        // Packing all crates takes minutes.
+        let binary = all.iter().copied().filter(|what| *what != What::Source);
+        binary.collect()
     } else {
-        &options.what
+        options.what.clone()
     };
-    let maker = Maker::new(what, &options.kernel)?;
+    let what = &what[..];
+    let maker = Maker::new(options.into.clone().unwrap_or_else(folder))?;
+    let built = Built::make(&maker, what, &options.kernel)?;
     for thing in all.iter().filter(|thing| what.contains(thing)) {
-        for file in maker.make(*thing)? {
+        for file in built.package(&maker, *thing)? {
             let size = fs::metadata(&file).map_or(0, |meta| meta.len());
             println!("{}  {}", file.display(), shown(size));
         }
     }
     if options.verify {
-        verify::run(&maker)?;
+        verify::run(&maker, built.prepared()?)?;
+        install::run(&maker, &built)?;
     }
     eprintln!("done after {}", seconds(start.elapsed()));
     Ok(ExitCode::SUCCESS)
@@ -124,64 +151,83 @@ fn folder() -> PathBuf {
     checkout::target().join("dist")
 }
 
-/// Makes packages.
+/// What packages are made into.
+#[derive(Clone, Debug)]
 struct Maker {
     out: PathBuf,
     /// Seconds since 1970 that every file in a package carries.
     epoch: u64,
     /// The version of the packages.
     version: String,
-    command: Option<command::Built>,
-    /// Tool chain, kernel and overlay; only the overlay's package needs them.
-    prepared: Option<Prepared>,
 }
 
 impl Maker {
-    fn new(what: &[What], kernel: &KernelChoice) -> Result<Self> {
+    fn new(out: PathBuf) -> Result<Self> {
         need("dpkg-deb", "dpkg")?;
         need("zstd", "zstd")?;
-        let out = folder();
         fs::create_dir_all(&out).with_context(|| format!("make {}", out.display()))?;
-        let with = |thing| what.contains(&thing);
-        let command = if with(What::Command) || with(What::Tarball) {
-            Some(command::build(&out.join("command"))?)
-        } else {
-            None
-        };
-        let prepared = if with(What::Overlay) {
-            Some(prepare(&Request {
-                kernel: kernel.kernel.clone(),
-                update: false,
-            })?)
-        } else {
-            None
-        };
+        let out = fs::canonicalize(&out)?;
         let epoch = epoch()?;
         Ok(Self {
             version: package_version(epoch)?,
             epoch,
             out,
-            command,
-            prepared,
         })
     }
+}
 
-    fn make(&self, what: What) -> Result<Vec<PathBuf>> {
-        let made = match what {
-            What::Command => contents::command(self)?,
-            What::Dkms => contents::dkms(self)?,
-            What::Overlay => contents::overlay(self)?,
-            What::Tarball => contents::tarball(self)?,
+/// What packages are made of, as far as it takes a build.
+struct Built {
+    command: Option<command::Built>,
+    service: Option<command::Program>,
+    /// Tool chain, kernel and overlay; only the overlay's package needs them.
+    prepared: Option<Prepared>,
+}
+
+impl Built {
+    fn make(maker: &Maker, what: &[What], kernel: &KernelChoice) -> Result<Self> {
+        let with = |thing| what.contains(&thing);
+        let command = with(What::Command) || with(What::Tarball);
+        let command = command.then(|| command::build(&maker.out.join("command")));
+        let service = with(What::Service).then(command::service);
+        let request = Request {
+            kernel: kernel.kernel.clone(),
+            update: false,
         };
-        Ok(vec![made])
+        let prepared = with(What::Overlay).then(|| prepare(&request));
+        Ok(Self {
+            command: command.transpose()?,
+            service: service.transpose()?,
+            prepared: prepared.transpose()?,
+        })
     }
 
     fn command(&self) -> Result<&command::Built> {
         self.command.as_ref().context("the command is not built")
     }
 
+    fn service(&self) -> Result<&command::Program> {
+        self.service.as_ref().context("the service is not built")
+    }
+
     fn prepared(&self) -> Result<&Prepared> {
         self.prepared.as_ref().context("no kernel is prepared")
+    }
+
+    /// The files of the packages of a thing.
+    fn package(&self, maker: &Maker, what: What) -> Result<Vec<PathBuf>> {
+        let made = match what {
+            What::Command => contents::command(maker, self.command()?)?,
+            What::Service => programs::service(maker, self.service()?)?,
+            What::Dkms => modules::dkms(maker, modules::BESIDE)?,
+            What::DkmsVfioPci => modules::dkms(maker, modules::AS_STOCK)?,
+            What::Importers => modules::importers(maker)?,
+            What::Overlay => modules::overlay(maker, self.prepared()?)?,
+            What::Library => return programs::library(maker),
+            What::Source => return source::source(maker),
+            What::Tarball => contents::tarball(maker, self.command()?)?,
+        };
+        Ok(vec![made])
     }
 }
 
@@ -210,6 +256,9 @@ fn epoch() -> Result<u64> {
 /// clone. Outside of git it is `SOURCE_DATE_EPOCH`. Sources with changes that are not committed say
 /// so.
 fn package_version(epoch: u64) -> Result<String> {
+    if let Some(version) = source_version()? {
+        return Ok(version);
+    }
     let commit = commit();
     let seconds = match &commit {
         Some((seconds, _)) => *seconds,
@@ -217,6 +266,19 @@ fn package_version(epoch: u64) -> Result<String> {
     };
     let time = date(seconds, "+%Y%m%d.%H%M%S")?;
     Ok(version_of(&time, commit.as_ref().map(|(_, name)| &**name)))
+}
+
+/// The version of the source package, when that is what this is.
+fn source_version() -> Result<Option<String>> {
+    let changelog = checkout::top().join("debian/changelog");
+    if !changelog.exists() {
+        return Ok(None);
+    }
+    let text =
+        fs::read_to_string(&changelog).with_context(|| format!("read {}", changelog.display()))?;
+    let version = text.split(['(', ')']).nth(1);
+    let version = version.context("debian/changelog begins with a version in parentheses")?;
+    Ok(Some(version.to_owned()))
 }
 
 fn version_of(time: &str, commit: Option<&str>) -> String {

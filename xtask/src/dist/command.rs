@@ -1,4 +1,4 @@
-//! The command: its binary, and what is made from the definition of its command line.
+//! The programs, command and service, and what is made from the definition of the command's line.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -17,28 +17,32 @@ use super::{VERSION, output};
 use crate::checkout;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const PACKAGE: &str = "barlease-cli";
+
+/// A program, statically linked.
+#[derive(Debug)]
+pub(super) struct Program {
+    pub(super) file: PathBuf,
+    /// The licences of all crates that are linked in, with their texts.
+    pub(super) licences: String,
+}
 
 /// The files that were made of the command.
 #[derive(Debug)]
 pub(super) struct Built {
-    /// The program, statically linked.
-    pub(super) program: PathBuf,
+    pub(super) program: Program,
     /// A folder of manual pages.
     pub(super) manuals: PathBuf,
     /// Completions, by shell.
     pub(super) bash: PathBuf,
     pub(super) zsh: PathBuf,
     pub(super) fish: PathBuf,
-    /// The licences of all crates that are linked in, with their texts.
-    pub(super) licences: String,
 }
 
 /// Builds the command into a folder.
 pub(super) fn build(folder: &Path) -> Result<Built> {
     cache::remove(folder)?;
     let step = Step::start("building the command barlease");
-    let program = program()?;
+    let program = program("barlease-cli", "barlease")?;
     let (manuals, completions) = (folder.join("man"), folder.join("completions"));
     fs::create_dir_all(&manuals)
         .and_then(|()| fs::create_dir_all(&completions))
@@ -58,53 +62,63 @@ pub(super) fn build(folder: &Path) -> Result<Built> {
         zsh: complete(Shell::Zsh)?,
         fish: complete(Shell::Fish)?,
         manuals,
-        licences: licences()?,
     };
     step.done();
     Ok(built)
 }
 
-/// Builds the program so that it runs on any distribution: with the C library in it, and without
-/// paths of this machine.
-fn program() -> Result<PathBuf> {
+/// Builds the service.
+pub(super) fn service() -> Result<Program> {
+    let step = Step::start("building the service barleased");
+    let program = program("barleased", "barleased")?;
+    step.done();
+    Ok(program)
+}
+
+/// Flags of the compiler that keep paths of this machine out of what it makes.
+pub(super) fn without_paths() -> [String; 2] {
     let cargo_home = match std::env::var_os("CARGO_HOME") {
         Some(home) => PathBuf::from(home),
         None => PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
     };
-    let flags = [
-        "-Ctarget-feature=+crt-static".to_owned(),
-        "-Cstrip=symbols".to_owned(),
+    [
         format!("--remap-path-prefix={}=cargo", cargo_home.display()),
         format!("--remap-path-prefix={}=barlease", checkout::top().display()),
+    ]
+}
+
+/// Builds a program so that it runs on any distribution: with the C library in it.
+fn program(package: &str, name: &str) -> Result<Program> {
+    let mut flags = vec![
+        "-Ctarget-feature=+crt-static".to_owned(),
+        "-Cstrip=symbols".to_owned(),
     ];
+    flags.extend(without_paths());
     let mut build = checkout::cargo(".");
     build
         .args(["build", "--quiet", "--release", "--locked"])
-        .args([
-            "--package",
-            PACKAGE,
-            "--bin",
-            "barlease",
-            "--target",
-            TARGET,
-        ])
+        .args(["--package", package, "--bin", name, "--target", TARGET])
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
         // Beside the builds with other flags, so that neither makes the other build again.
         .env("CARGO_TARGET_DIR", checkout::target().join("dist-build"));
-    output(&mut build, "build the command")?;
+    output(&mut build, &format!("build {name}"))?;
     let built = checkout::target()
         .join("dist-build")
         .join(TARGET)
-        .join("release/barlease");
+        .join("release")
+        .join(name);
     let content = fs::read(&built).with_context(|| format!("read {}", built.display()))?;
     if needs_libraries(&content) {
         bail!("{} is linked dynamically", built.display());
     }
-    Ok(built)
+    Ok(Program {
+        file: built,
+        licences: licences(package)?,
+    })
 }
 
-/// Name, licence and licence texts of each crate that is linked into the command.
-fn licences() -> Result<String> {
+/// Name, licence and licence texts of each crate that is linked into what a package of ours makes.
+pub(super) fn licences(package: &str) -> Result<String> {
     let mut metadata = checkout::cargo(".");
     metadata.args(["metadata", "--format-version", "1", "--locked"]);
     metadata.args(["--filter-platform", TARGET]);
@@ -114,9 +128,9 @@ fn licences() -> Result<String> {
         .filter_map(|package| Some((package["id"].as_str()?, package)))
         .collect();
 
-    let mut text = String::from("The command barlease is linked with these libraries.\n");
+    let mut text = String::from("Linked in are these libraries.\n");
     let mut seen = BTreeMap::new();
-    for id in linked(&metadata, &packages) {
+    for id in linked(package, &metadata, &packages) {
         let package = packages[id];
         let field = |name: &str| package[name].as_str().unwrap_or_default();
         let name = format!("{} {}", field("name"), field("version"));
@@ -138,15 +152,19 @@ fn licences() -> Result<String> {
     Ok(text)
 }
 
-/// The ids of all crates from elsewhere that the command needs at run time, sorted.
-fn linked<'a>(metadata: &'a Value, packages: &BTreeMap<&str, &'a Value>) -> BTreeSet<&'a str> {
+/// The ids of all crates from elsewhere that a package of ours needs at run time, sorted.
+fn linked<'a>(
+    ours: &str,
+    metadata: &'a Value,
+    packages: &BTreeMap<&str, &'a Value>,
+) -> BTreeSet<&'a str> {
     let nodes: BTreeMap<&str, &Value> = items(&metadata["resolve"]["nodes"])
         .filter_map(|node| Some((node["id"].as_str()?, node)))
         .collect();
     let root = |id: &&&str| {
         packages
             .get(**id)
-            .is_some_and(|package| package["name"] == PACKAGE)
+            .is_some_and(|package| package["name"] == ours)
     };
     let mut open: Vec<&str> = nodes.keys().filter(root).copied().collect();
     let mut seen = BTreeSet::new();
@@ -218,7 +236,7 @@ mod tests {
     fn crates_of_tests_and_our_own_are_not_counted() {
         let metadata = serde_json::json!({
             "packages": [
-                {"id": "cli", "name": PACKAGE, "source": null},
+                {"id": "cli", "name": "ours", "source": null},
                 {"id": "lib", "name": "barlease", "source": null},
                 {"id": "a", "name": "a", "source": "registry"},
                 {"id": "b", "name": "b", "source": "registry"},
@@ -235,6 +253,6 @@ mod tests {
         let packages = items(&metadata["packages"])
             .filter_map(|package| Some((package["id"].as_str()?, package)))
             .collect();
-        assert_eq!(linked(&metadata, &packages), BTreeSet::from(["a"]));
+        assert_eq!(linked("ours", &metadata, &packages), BTreeSet::from(["a"]));
     }
 }

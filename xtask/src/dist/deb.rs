@@ -10,12 +10,13 @@ use barlease_lab::report::Step;
 use super::command::gzip;
 use super::stage::Stage;
 use super::{Maker, date, fill, output};
+use crate::checkout;
 
 /// The maintainer when nobody says otherwise.
 const NOBODY: &str = "The Barlease authors <barlease@localhost>";
 
-/// The maker of the packages, as Debian's tools have it: `DEBFULLNAME` and `DEBEMAIL`.
-fn maintainer() -> String {
+/// Whoever makes the packages, as Debian's tools have it: `DEBFULLNAME` and `DEBEMAIL`.
+pub(super) fn maintainer() -> String {
     let Ok(email) = std::env::var("DEBEMAIL") else {
         return NOBODY.to_owned();
     };
@@ -23,9 +24,12 @@ fn maintainer() -> String {
     format!("{name} <{email}>")
 }
 
-/// A package: the name of its templates in `dist/debian/`, and how the file is called.
+/// A package: its templates in `dist/debian/`, and how the file is called.
 pub(super) struct Deb<'a> {
+    /// The name of the template of its control file.
     pub(super) template: &'a str,
+    /// That of the templates of its maintainer scripts, if it has any.
+    pub(super) scripts: &'a str,
     pub(super) name: &'a str,
     pub(super) version: &'a str,
     pub(super) arch: &'a str,
@@ -33,7 +37,19 @@ pub(super) struct Deb<'a> {
     pub(super) compression: &'a str,
 }
 
-impl Deb<'_> {
+impl<'a> Deb<'a> {
+    /// One for this architecture, with templates of its own name.
+    pub(super) fn new(name: &'a str, version: &'a str) -> Self {
+        Self {
+            template: name,
+            scripts: name,
+            name,
+            version,
+            arch: "amd64",
+            compression: "xz",
+        }
+    }
+
     /// Adds control file and maintainer scripts to a stage and packs it.
     pub(super) fn pack(
         &self,
@@ -50,13 +66,20 @@ impl Deb<'_> {
         let size = stage.kib()?.to_string();
         let words = [
             words,
-            &[("SIZE", size.as_str()), ("MAINTAINER", &maintainer)],
+            &[
+                ("SIZE", size.as_str()),
+                ("MAINTAINER", &maintainer),
+                ("PACKAGE", self.name),
+                ("VERSION", self.version),
+            ],
         ]
         .concat();
-        stage.write("DEBIAN/control", self.fill("control", &words)?)?;
-        for script in ["postinst", "prerm"] {
-            if self.has(script) {
-                stage.program(format!("DEBIAN/{script}"), self.fill(script, &words)?)?;
+        let control = fill(&template(self.template, "control"), &words)?;
+        stage.write("DEBIAN/control", control)?;
+        for script in ["postinst", "prerm", "postrm"] {
+            let template = template(self.scripts, script);
+            if checkout::top().join("dist").join(&template).exists() {
+                stage.program(format!("DEBIAN/{script}"), fill(&template, &words)?)?;
             }
         }
         let new = cache::unfinished(&file);
@@ -77,37 +100,38 @@ impl Deb<'_> {
 
     /// The changelog for Debian's tools; the changes themselves are in `CHANGELOG.md`.
     fn changelog(&self, maker: &Maker, stage: &Stage, maintainer: &str) -> Result<()> {
-        let words = [
-            ("SOURCE", self.template),
-            ("FULL_VERSION", self.version),
-            ("MAINTAINER", maintainer),
-            ("DATE", &date(maker.epoch, "--rfc-email")?),
-        ];
-        let text = fill(Path::new("debian/changelog"), &words)?;
         let place = format!("usr/share/doc/{}/changelog", self.name);
-        stage.write(&place, text)?;
+        stage.write(&place, changelog(maker, self.template, self.version)?)?;
+        let mut overrides = String::new();
         if maintainer == NOBODY {
+            overrides += &fill(Path::new("debian/lintian-overrides"), &[])?;
+        }
+        let own = template(self.template, "lintian-overrides");
+        if checkout::top().join("dist").join(&own).exists() {
+            overrides += &fill(&own, &[])?;
+        }
+        if !overrides.is_empty() {
             let place = format!("usr/share/lintian/overrides/{}", self.name);
-            stage.write(place, fill(Path::new("debian/lintian-overrides"), &[])?)?;
+            stage.write(place, overrides)?;
         }
         let path = stage.root().join(&place);
         let content = gzip(&path)?;
         stage.write(format!("{place}.gz"), content)?;
         cache::remove(&path)
     }
+}
 
-    fn template(&self, kind: &str) -> PathBuf {
-        Path::new("debian").join(format!("{}.{kind}", self.template))
-    }
+/// A changelog that names the version.
+pub(super) fn changelog(maker: &Maker, source: &str, version: &str) -> Result<String> {
+    let words = [
+        ("SOURCE", source),
+        ("FULL_VERSION", version),
+        ("MAINTAINER", &maintainer()),
+        ("DATE", &date(maker.epoch, "--rfc-email")?),
+    ];
+    fill(Path::new("debian/changelog"), &words)
+}
 
-    fn has(&self, kind: &str) -> bool {
-        let path = crate::checkout::top()
-            .join("dist")
-            .join(self.template(kind));
-        path.exists()
-    }
-
-    fn fill(&self, kind: &str, words: &[(&str, &str)]) -> Result<String> {
-        fill(&self.template(kind), words)
-    }
+fn template(name: &str, kind: &str) -> PathBuf {
+    Path::new("debian").join(format!("{name}.{kind}"))
 }

@@ -58,6 +58,14 @@ impl Stage {
         self.write(place, content)
     }
 
+    /// Makes a symbolic link.
+    pub(super) fn link(&self, to: &str, place: impl AsRef<Path>) -> Result<()> {
+        let place = place.as_ref();
+        self.folder(place.parent().unwrap_or(Path::new("")))?;
+        let path = self.root.join(place);
+        std::os::unix::fs::symlink(to, &path).with_context(|| format!("link {}", path.display()))
+    }
+
     /// Copies the files of a folder that a filter wants, and those of the folders in it.
     pub(super) fn copy_tree(
         &self,

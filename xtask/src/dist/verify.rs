@@ -2,7 +2,7 @@
 //! against the headers and the overlay in its package, and is loaded in a guest, where the packaged
 //! command leases with it.
 //!
-//! This does not run the maintainer scripts: `docs/install.md` says how that was done.
+//! [`install`](super::install) runs the maintainer scripts, and DKMS itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ set -eu
 kernel_source_dir=$1 kernelver=$2
 . ./dkms.conf
 ./$PRE_BUILD
-${MAKE[0]/#make/make KERNELRELEASE=$kernelver}
+eval "${MAKE[0]/#make/make KERNELRELEASE=$kernelver}"
 "#;
 
 /// A user's first commands, in a guest where all devices are bound.
@@ -43,8 +43,7 @@ barlease lease take /tmp/lease -- sh -c '
 barlease lease show
 "#;
 
-pub(super) fn run(maker: &Maker) -> Result<()> {
-    let prepared = maker.prepared()?;
+pub(super) fn run(maker: &Maker, prepared: &Prepared) -> Result<()> {
     let folder = maker.out.join("verify");
     cache::remove(&folder)?;
     let release = &prepared.kernel.release;
@@ -93,7 +92,7 @@ fn extract(maker: &Maker, folder: &Path, name: &str) -> Result<PathBuf> {
 
 /// The lab's headers have the overlay laid over them: what is in the package must be exactly that.
 fn compare(maker: &Maker, prepared: &Prepared) -> Result<()> {
-    let name = super::contents::overlay_file(maker, prepared)?;
+    let name = super::modules::overlay_file(maker, prepared)?;
     let step = Step::start(format!("comparing {name} with the headers"));
     let mut files = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
@@ -108,6 +107,7 @@ fn compare(maker: &Maker, prepared: &Prepared) -> Result<()> {
             "--to-command",
             COMPARE,
             "--exclude=./usr/share/doc",
+            "--exclude=./usr/share/lintian",
         ])
         .env("SYSROOT", prepared.sysroot.path(""))
         .stdin(files.stdout.take().map_or_else(Stdio::null, Stdio::from));
