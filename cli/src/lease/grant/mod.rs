@@ -1,9 +1,10 @@
 //! `barlease lease grant`.
 //!
-//! One process grants any number of leases. [`spec`] is what is asked for, [`serve`] the loop, and
-//! [`lines`] what is said and typed.
+//! One process grants any number of leases. [`spec`] is what is asked for, [`serve`] the loop,
+//! [`ending`] how leases end, and [`lines`] what is said and typed.
 
 pub(crate) mod control;
+mod ending;
 mod lines;
 mod serve;
 mod spec;

@@ -12,13 +12,11 @@ use std::time::Instant;
 
 use barlease::Bdf;
 use barlease::Device;
-use barlease::Error;
 use barlease::EventFd;
 use barlease::InterruptKind;
 use barlease::Lease;
 use barlease::LeaseId;
 use barlease::Peer;
-use barlease::Revoked;
 use barlease::Sender;
 use nix::sys::signalfd::SignalFd;
 use rustix::event::PollFd;
@@ -53,44 +51,44 @@ pub(crate) struct Inputs {
     pub(crate) stdin: bool,
 }
 
-struct Owned {
+pub(super) struct Owned {
     /// `None`: closed.
-    device: Option<Device>,
-    bdf: Bdf,
+    pub(super) device: Option<Device>,
+    pub(super) bdf: Bdf,
     /// Signalled when the kernel wants the device back.
-    request: Option<EventFd>,
+    pub(super) request: Option<EventFd>,
     /// Signalled when a lease has drained. Older modules have none.
-    events: Option<EventFd>,
-    wanted: bool,
+    pub(super) events: Option<EventFd>,
+    pub(super) wanted: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(super) enum State {
     Granted,
     /// Revoked; an importer has still to let go.
     Draining(Instant),
     Ended,
 }
 
-struct Granted {
-    spec: Spec,
+pub(super) struct Granted {
+    pub(super) spec: Spec,
     /// Place of its device.
-    owned: usize,
+    pub(super) owned: usize,
     /// As long as the process lives: what is being sent borrows it.
-    lease: &'static Lease,
-    id: LeaseId,
-    socket: Option<Socket>,
+    pub(super) lease: &'static Lease,
+    pub(super) id: LeaseId,
+    pub(super) socket: Option<Socket>,
     /// `None`: its path is too long, or cannot be listened at.
-    control: Option<Socket>,
+    pub(super) control: Option<Socket>,
     /// What is said to those that ask for its end, once it has ended.
-    answer: Answer,
-    expires: Option<Instant>,
-    state: State,
+    pub(super) answer: Answer,
+    pub(super) expires: Option<Instant>,
+    pub(super) state: State,
 }
 
 /// A holder that has its lease, or a part of its description, still to receive.
-struct Connection {
-    granted: usize,
+pub(super) struct Connection {
+    pub(super) granted: usize,
     stream: UnixStream,
     peer: Peer,
     sender: Sender<'static>,
@@ -124,16 +122,16 @@ enum Source {
 
 pub(crate) struct Server {
     output: Output,
-    lines: Lines,
-    inputs: Inputs,
+    pub(super) lines: Lines,
+    pub(super) inputs: Inputs,
     typed: Typed,
-    devices: Vec<Owned>,
-    granted: Vec<Granted>,
-    connections: Vec<Connection>,
+    pub(super) devices: Vec<Owned>,
+    pub(super) granted: Vec<Granted>,
+    pub(super) connections: Vec<Connection>,
     asked: Vec<Asked>,
     accept_from: Option<Instant>,
     /// A lease ended otherwise than by `revoke`.
-    failed: Option<Failure>,
+    pub(super) failed: Option<Failure>,
 }
 
 impl Server {
@@ -212,7 +210,7 @@ impl Server {
         Ok(())
     }
 
-    fn say(&self, event: &Event<'_>) {
+    pub(super) fn say(&self, event: &Event<'_>) {
         self.lines.say(self.output.line(event, &event.text()));
     }
 
@@ -250,26 +248,6 @@ impl Server {
 
     fn is_busy(&self) -> bool {
         self.granted.iter().any(|it| it.state != State::Ended)
-    }
-
-    /// The first time: revokes all. Then: whether to wait no longer.
-    fn signalled(&mut self) -> Result<bool, Failure> {
-        if let Some(signals) = &self.inputs.signals {
-            while let Ok(Some(_)) = signals.read_signal() {}
-        }
-        if self.granted.iter().any(|it| it.state == State::Granted) {
-            self.revoke_all();
-            return Ok(false);
-        }
-        Err(Failure::new(
-            "revoke: an importer has not let go; the device is closed all the same",
-        ))
-    }
-
-    fn revoke_all(&mut self) {
-        for place in 0..self.granted.len() {
-            self.revoke(place);
-        }
     }
 
     fn wait(&mut self) -> Result<Ready, Failure> {
@@ -358,166 +336,6 @@ impl Server {
             }
         }
         Ok(ready)
-    }
-
-    /// The kernel wants a device back: its leases end, and then it is closed.
-    fn requested(&mut self, place: usize) {
-        let Some(owned) = self.devices.get_mut(place) else {
-            return;
-        };
-        owned.wanted = true;
-        let bdf = owned.bdf;
-        self.say(&Event::Requested { bdf });
-        for granted in 0..self.granted.len() {
-            if self
-                .granted
-                .get(granted)
-                .is_some_and(|it| it.owned == place)
-            {
-                self.revoke(granted);
-            }
-        }
-    }
-
-    fn close_wanted(&mut self) {
-        for place in 0..self.devices.len() {
-            let mut its = self.granted.iter().filter(|it| it.owned == place);
-            if its.any(|it| it.state != State::Ended) {
-                continue;
-            }
-            let Some(owned) = self.devices.get_mut(place).filter(|owned| owned.wanted) else {
-                continue;
-            };
-            let bdf = owned.bdf;
-            owned.request = None;
-            owned.events = None;
-            if owned.device.take().is_some() {
-                let reason = "the kernel asked for it";
-                self.say(&Event::Closed { bdf, reason });
-            }
-        }
-    }
-
-    fn expire(&mut self) {
-        let now = Instant::now();
-        for place in 0..self.granted.len() {
-            let over = |it: &&Granted| {
-                it.state == State::Granted && it.expires.is_some_and(|end| end <= now)
-            };
-            if let Some(granted) = self.granted.get(place).filter(over) {
-                self.say(&Event::Expired {
-                    bdf: granted.spec.bdf,
-                    socket: &granted.spec.socket,
-                });
-                self.revoke(place);
-            }
-        }
-    }
-
-    /// Takes a lease away. An importer that does not let go is not waited for here.
-    fn revoke(&mut self, place: usize) {
-        let Some(granted) = self.granted.get_mut(place) else {
-            return;
-        };
-        if granted.state != State::Granted {
-            return;
-        }
-        // Nobody else gets it.
-        granted.socket = None;
-        granted.state = State::Ended;
-        self.connections
-            .retain(|connection| connection.granted != place);
-        let Some(granted) = self.granted.get(place) else {
-            return;
-        };
-        let owned = self.devices.get(granted.owned);
-        let Some(device) = owned.and_then(|owned| owned.device.as_ref()) else {
-            return;
-        };
-        let (bdf, socket) = (granted.spec.bdf, &granted.spec.socket);
-        let start = Instant::now();
-        let answer = match device.leases().revoke_id_nowait(granted.id) {
-            // A module without revocation by id.
-            Err(Error::Unsupported { .. }) => device.revoke(granted.lease).map(|()| Revoked::Done),
-            answer => answer,
-        };
-        match answer {
-            Ok(Revoked::Done) | Err(Error::Dead { .. }) => {
-                self.revoked(place, start);
-            }
-            Ok(Revoked::Draining) => {
-                self.say(&Event::Draining { bdf, socket });
-                if let Some(granted) = self.granted.get_mut(place) {
-                    granted.state = State::Draining(start);
-                }
-            }
-            Err(error @ Error::Unsupported { .. }) => {
-                let reason = error.report().to_string();
-                self.say(&Event::Closed {
-                    bdf,
-                    reason: &reason,
-                });
-                self.ended(place, Answer::Closed { reason });
-            }
-            Err(error) => {
-                let reason = error.report().to_string();
-                self.lines.warn(reason.clone());
-                self.ended(place, Answer::Failed { reason });
-                self.failed = Some(error.into());
-            }
-        }
-    }
-
-    /// Whether importers have let go by now.
-    fn look_at_draining(&mut self) {
-        for owned in &self.devices {
-            if let Some(events) = &owned.events {
-                let _ = events.take();
-            }
-        }
-        for place in 0..self.granted.len() {
-            let Some(granted) = self.granted.get(place) else {
-                continue;
-            };
-            let State::Draining(start) = granted.state else {
-                continue;
-            };
-            let owned = self.devices.get(granted.owned);
-            let Some(device) = owned.and_then(|owned| owned.device.as_ref()) else {
-                continue;
-            };
-            let mut records = device.leases().list();
-            let drains = records.any(|record| match record {
-                Ok(record) => record.id == granted.id && record.draining,
-                // It cannot be told: go on waiting.
-                Err(_) => true,
-            });
-            if drains {
-                continue;
-            }
-            self.revoked(place, start);
-        }
-    }
-
-    fn revoked(&mut self, place: usize, start: Instant) {
-        let microseconds = start.elapsed().as_micros();
-        if let Some(granted) = self.granted.get(place) {
-            self.say(&Event::Revoked {
-                bdf: granted.spec.bdf,
-                socket: &granted.spec.socket,
-                microseconds,
-            });
-        }
-        let microseconds = u64::try_from(microseconds).unwrap_or(u64::MAX);
-        self.ended(place, Answer::Revoked { microseconds });
-    }
-
-    fn ended(&mut self, place: usize, answer: Answer) {
-        if let Some(granted) = self.granted.get_mut(place) {
-            granted.state = State::Ended;
-            granted.control = None;
-            granted.answer = answer;
-        }
     }
 
     fn accept_control(&mut self, place: usize) {
