@@ -75,18 +75,10 @@ pub(crate) enum DeviceCommand {
     /// Bind devices to a vfio driver, taking them from the driver they have: all or none
     ///
     /// The module is loaded if it is not. A device that the host uses (mounted file system, swap,
-    /// network interface that is up, virtual functions) is refused.
-    Bind {
-        /// The devices
-        #[arg(required = true)]
-        bdf: Vec<Bdf>,
-        /// The driver
-        #[arg(long, default_value = "barlease-vfio-pci")]
-        driver: String,
-        /// Take devices that are in use, too: what uses them loses them
-        #[arg(long)]
-        force: bool,
-    },
+    /// network interface that is up, virtual functions) is refused. When a device fails, or a signal
+    /// comes, those before it go back to the drivers that they had. JSON is a list of what was done:
+    /// bdf, before, driver, persistent; after an error, `undone` is the list of what went back.
+    Bind(BindArgs),
     /// Open a device, make a region that maps one of its BARs write-combining, and show it
     ///
     /// It ends with this command, which closes the device. A program that opens the device and asks for an
@@ -107,11 +99,41 @@ pub(crate) enum DeviceCommand {
         force: bool,
     },
     /// Give devices back to the driver that the kernel would choose
-    Unbind {
-        /// The devices
-        #[arg(required = true)]
-        bdf: Vec<Bdf>,
-    },
+    ///
+    /// All or none, as for `bind`.
+    Unbind(UnbindArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct BindArgs {
+    /// The devices
+    #[arg(required = true)]
+    pub(crate) bdf: Vec<Bdf>,
+    /// The driver
+    #[arg(long, default_value = "barlease-vfio-pci")]
+    pub(crate) driver: String,
+    /// Take devices that are in use, too: what uses them loses them
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// The other functions of their IOMMU groups, too, but for bridges
+    #[arg(long)]
+    pub(crate) group: bool,
+    /// At each boot, too: by a rule in /etc/udev/rules.d for each device
+    #[arg(long)]
+    pub(crate) persist: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct UnbindArgs {
+    /// The devices
+    #[arg(required = true)]
+    pub(crate) bdf: Vec<Bdf>,
+    /// The other functions of their IOMMU groups that a vfio driver has, too
+    #[arg(long)]
+    pub(crate) group: bool,
+    /// And do not bind them at the next boot: take back what `bind --persist` did
+    #[arg(long)]
+    pub(crate) persist: bool,
 }
 
 impl Default for DeviceCommand {
@@ -229,10 +251,11 @@ impl Default for LeaseCommand {
 #[derive(Debug, clap::Args)]
 pub(crate) struct GrantArgs {
     /// The device
-    pub(crate) bdf: Bdf,
+    #[arg(required_unless_present_any = ["file", "lease"])]
+    pub(crate) bdf: Option<Bdf>,
     /// The BAR
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
-    #[arg(required_unless_present = "lease")]
+    #[arg(required_unless_present_any = ["file", "lease"])]
     pub(crate) bar: Option<u32>,
     /// A range of the BAR, OFFSET+LENGTH; more ranges make one lease in this order. Without any,
     /// all of the BAR that can be leased
@@ -248,7 +271,7 @@ pub(crate) struct GrantArgs {
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Where holders connect: `barlease lease take PATH`
-    #[arg(long, value_name = "PATH", required_unless_present = "lease")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["file", "lease"])]
     pub(crate) socket: Option<PathBuf>,
     /// Serve processes of this user, by name or number, and let them connect. May be repeated
     #[arg(long, visible_alias = "uid", value_parser = names::user)]
@@ -263,10 +286,19 @@ pub(crate) struct GrantArgs {
     #[arg(long, value_name = "TIME", value_parser = names::duration)]
     pub(crate) term: Option<Duration>,
     /// One of several leases: KEY=VALUE,... of device, bar, range, user, group, socket, name, term,
-    /// memory-type, and the words read-only and once. Keys that it leaves out are as the other options
-    /// do. May be repeated
+    /// memory-type, steering-tag, steering-tag-ext, processing-hint, and the words read-only and
+    /// once. Keys that it leaves out are as the other options say. May be repeated
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub(crate) lease: Vec<String>,
+    /// Leases from a file of TOML: a table [[lease]] for each, with the keys of --lease. Keys before
+    /// the first table are for all of them, as the other options are
+    #[arg(long, value_name = "PATH")]
+    pub(crate) file: Option<PathBuf>,
+    /// Go to the background once everything is granted, and say as which process. What fails before
+    /// that is said, and ends the command as without it. Then standard output and error go where they
+    /// went if that is a file, else nowhere
+    #[arg(long)]
+    pub(crate) detach: bool,
     #[command(flatten)]
     pub(crate) tph: TphArgs,
 }

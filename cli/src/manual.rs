@@ -62,6 +62,10 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
                  --lease range=0+1M,user=root,socket=/run/a --lease range=1M+1M,socket=/run/b",
                 "Two leases for two hours, each at a socket of its own.",
             ),
+            (
+                "barlease lease grant --file /etc/barlease/leases.toml --detach",
+                "What a file asks for, in the background.",
+            ),
         ],
     ),
     (

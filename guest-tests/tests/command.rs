@@ -256,6 +256,63 @@ fn unbinding_ends_a_grant_of_two_leases_at_once() {
     function.bind(barlease_abi::DRIVER_NAME);
 }
 
+/// The shell has its prompt again; the leases are there, and end one by one.
+#[test]
+fn a_grant_of_a_file_goes_to_the_background_and_is_revoked_from_there() {
+    let function = Function::named("memory");
+    function.bind(barlease_abi::DRIVER_NAME);
+    let file = "/tmp/leases.toml";
+    let text = format!(
+        "device = \"{}\"\nbar = 2\nuser = 0\n\
+         [[lease]]\nrange = \"0+64K\"\nsocket = \"/tmp/background-a\"\n\
+         [[lease]]\nrange = [\"64K+4K\", \"1M+4K\"]\nsocket = \"/tmp/background-b\"\n",
+        function.bdf
+    );
+    fs::write(file, text).unwrap();
+    let grant = ["lease", "grant", "--json", "--file", file, "--detach"];
+    let events = Command::json(&Command::start(&grant).end());
+    let names: Vec<_> = events.iter().map(|event| event["event"].clone()).collect();
+    assert_eq!(names, ["granted", "granted", "detached"]);
+    let pid = u32::try_from(events[2]["pid"].as_u64().unwrap()).unwrap();
+    // A session of its own: the end of the shell's sends it no SIGHUP.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let after_name = stat.rsplit_once(") ").unwrap().1;
+    assert_eq!(
+        after_name.split(' ').nth(3),
+        Some(pid.to_string().as_str()),
+        "{stat}"
+    );
+    // Its output was a file, and is still.
+    for (fd, target) in [(0, "/dev/null"), (1, "/tmp/output-")] {
+        let link = fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+        assert!(link.to_str().unwrap().starts_with(target), "{link:?}");
+    }
+
+    let sockets = ["/tmp/background-a", "/tmp/background-b"];
+    let maps = sockets.map(|socket| How::shared().map(take(socket), 0, PAGE).unwrap());
+    let text = Command::start(&["lease", "holders", "--json", &function.bdf]).end();
+    let held = Command::json(&text).remove(0);
+    assert_eq!(held[0]["pid"], pid, "{held}");
+    let revoke = |socket: &str| Command::start(&["lease", "revoke", socket]).end();
+    assert!(revoke(sockets[0]).starts_with("revoked lease"));
+    assert_eq!(maps[0].read(0), Err(Sigbus));
+    maps[1].read(0).unwrap();
+    revoke(sockets[1]);
+    assert_eq!(maps[1].read(0), Err(Sigbus));
+    until("its end", || !fs::exists(format!("/proc/{pid}")).unwrap());
+    assert!(sockets.iter().all(|socket| !fs::exists(socket).unwrap()));
+
+    // A second device of the file is missing: nothing stays.
+    let missing = "/tmp/missing.toml";
+    let more = "[[lease]]\ndevice = \"00:1f.7\"\nsocket = \"/tmp/background-c\"\n";
+    fs::write(missing, fs::read_to_string(file).unwrap() + more).unwrap();
+    let grant = ["lease", "grant", "--json", "--file", missing, "--detach"];
+    let said = Command::json(&Command::start(&grant).end());
+    assert_eq!(said.last().unwrap()["exit_code"], 1, "{said:?}");
+    assert!(!fs::exists(sockets[0]).unwrap());
+    drop(Device::open("memory"));
+}
+
 #[test]
 fn tags_that_a_device_does_not_complete_end_the_grant() {
     let function = Function::named("display");

@@ -2,11 +2,11 @@
 
 mod bind;
 mod in_use;
+mod interrupt;
+mod persist;
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::mpsc;
-use std::time::Duration;
 
 use barlease::Bdf;
 use barlease::Device;
@@ -24,9 +24,6 @@ use crate::output::or_dash;
 use crate::output::print;
 use crate::output::table;
 
-/// How long to wait in silence.
-const PATIENCE: Duration = Duration::from_secs(3);
-
 pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Failure> {
     let pci = Pci::system();
     match command {
@@ -35,14 +32,10 @@ pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Fa
             bdf: Some(bdf),
             features,
         } => show(&pci, bdf, features, output)?,
-        DeviceCommand::Bind { bdf, driver, force } => bind::bind(&pci, &bdf, &driver, force)?,
+        DeviceCommand::Bind(args) => bind::bind(&pci, &args, output)?,
         DeviceCommand::Alias { bdf, bar } => alias(bdf, bar, output)?,
         DeviceCommand::Reset { bdf, force } => reset(&pci, bdf, force)?,
-        DeviceCommand::Unbind { bdf } => {
-            for bdf in bdf {
-                patiently("unbind", bdf, || pci.unbind(bdf))?;
-            }
-        }
+        DeviceCommand::Unbind(args) => bind::unbind(&pci, &args, output)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -64,28 +57,6 @@ fn reset(pci: &Pci, bdf: Bdf, force: bool) -> Result<(), Failure> {
         )));
     }
     Ok(pci.reset(bdf)?)
-}
-
-/// Says what it is waiting for: a vfio driver lets go only when nobody has the device open.
-fn patiently(
-    operation: &str,
-    bdf: Bdf,
-    work: impl FnOnce() -> barlease::Result<()>,
-) -> barlease::Result<()> {
-    let (done, wait) = mpsc::channel::<()>();
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            if wait.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
-                eprintln!(
-                    "barlease: {operation}: {bdf}: waiting for its driver to let go (`barlease lease \
-                     holders {bdf}`)"
-                );
-            }
-        });
-        let answer = work();
-        drop(done);
-        answer
-    })
 }
 
 fn list(pci: &Pci, output: Output) -> Result<(), Failure> {

@@ -1,9 +1,11 @@
 //! `barlease lease grant`.
 //!
 //! One process grants any number of leases. [`spec`] is what is asked for, [`serve`] the loop,
-//! [`ending`] how leases end, and [`lines`] what is said and typed.
+//! [`ending`] how leases end, [`detach`] the way to the background, and [`lines`] what is said and
+//! typed.
 
 pub(crate) mod control;
+mod detach;
 mod ending;
 mod lines;
 mod serve;
@@ -17,6 +19,7 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use barlease::Bdf;
 use barlease::Device;
@@ -33,6 +36,7 @@ use nix::sys::signalfd::SignalFd;
 use rustix::fs::Mode;
 use serde::Serialize;
 
+use self::detach::Side;
 use self::serve::Inputs;
 use self::serve::Server;
 use self::spec::Spec;
@@ -53,6 +57,8 @@ enum Event<'a> {
         id: LeaseId,
         socket: &'a Path,
     },
+    /// In the background from here on.
+    Detached { pid: u32, sockets: &'a [&'a Path] },
     Served {
         /// `None`: of a PID namespace that this process does not see into.
         pid: Option<u32>,
@@ -107,6 +113,15 @@ impl Event<'_> {
                     socket.display()
                 )
             }
+            Self::Detached { pid, sockets } => {
+                let path = |path: &&Path| path.display().to_string();
+                let one = sockets.first().map(path).unwrap_or_default();
+                let which = if sockets.len() > 1 { "one lease" } else { "it" };
+                format!(
+                    "detached as pid {pid} (`barlease lease revoke {one}` ends {which}, \
+                     `kill {pid}` all)"
+                )
+            }
             Self::Served { pid, uid } => format!("served pid {} uid {uid}", shown(*pid)),
             Self::Refused { pid, uid, reason } => {
                 format!("refused pid {} uid {uid}: {reason}", shown(*pid))
@@ -144,19 +159,31 @@ fn shown(pid: Option<u32>) -> String {
     pid.map_or_else(|| "of another namespace".to_owned(), |pid| pid.to_string())
 }
 
-pub(crate) fn run(args: &GrantArgs, output: Output) -> Result<(), Failure> {
+pub(crate) fn run(args: &GrantArgs, output: Output) -> Result<ExitCode, Failure> {
     let specs = Spec::all(args)?;
+    let waiting = match args.detach {
+        true => match detach::split()? {
+            Side::Shell(code) => return Ok(code),
+            Side::Background(waiting) => Some(waiting),
+        },
+        false => None,
+    };
     // Before anything is granted, so that no signal ends the process without a word.
     let inputs = Inputs {
         signals: Some(signals()?),
-        stdin: true,
+        stdin: !args.detach,
     };
     let mut server = Server::new(output, inputs)?;
     let mut opened = Vec::new();
     for spec in specs {
         server.grant(spec, &mut |bdf| open(bdf, &mut opened))?;
     }
-    server.serve()
+    if let Some(waiting) = waiting {
+        server.say_detached();
+        waiting.release()?;
+    }
+    server.serve()?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Opens a device; functions of one IOMMU group are in one address space.

@@ -203,7 +203,10 @@ impl Server {
             socket: Some(socket),
             control,
             answer: Answer::Draining,
-            expires: spec.term.and_then(|term| Instant::now().checked_add(term)),
+            expires: spec
+                .terms
+                .term
+                .and_then(|term| Instant::now().checked_add(term)),
             state: State::Granted,
             spec,
         });
@@ -212,6 +215,16 @@ impl Server {
 
     pub(super) fn say(&self, event: &Event<'_>) {
         self.lines.say(self.output.line(event, &event.text()));
+    }
+
+    /// Says which process goes on in the background, and has all that was said written.
+    pub(crate) fn say_detached(&self) {
+        let paths = self.granted.iter().map(|it| it.spec.socket.as_path());
+        self.say(&Event::Detached {
+            pid: std::process::id(),
+            sockets: &paths.collect::<Vec<_>>(),
+        });
+        self.lines.flush();
     }
 
     /// Until nothing is granted any more.
@@ -390,7 +403,8 @@ impl Server {
     /// By its name or its socket.
     fn named(&self, name: &str) -> Option<usize> {
         self.granted.iter().position(|granted| {
-            granted.spec.name.as_deref() == Some(name) || granted.spec.socket.as_os_str() == name
+            granted.spec.terms.name.as_deref() == Some(name)
+                || granted.spec.socket.as_os_str() == name
         })
     }
 
@@ -464,7 +478,7 @@ impl Server {
                 Ok(true) => {
                     self.say(&Event::Served { pid, uid });
                     let granted = self.granted.get_mut(connection.granted);
-                    if let Some(granted) = granted.filter(|granted| granted.spec.once) {
+                    if let Some(granted) = granted.filter(|granted| granted.spec.terms.once) {
                         granted.socket = None;
                     }
                 }
@@ -485,18 +499,20 @@ impl Granted {
 }
 
 fn export(device: &Device, spec: &Spec) -> Result<Lease, Failure> {
-    let mut builder = device.export(spec.bar).ranges(spec.ranges.iter().copied());
-    if spec.read_only {
+    let mut builder = device
+        .export(spec.bar)
+        .ranges(spec.terms.ranges.iter().copied());
+    if spec.terms.read_only {
         builder = builder.read_only();
     }
     let lease = builder.export()?;
-    if spec.memory_type != barlease::MemoryType::Nc {
-        device.set_memory_type(&lease, spec.memory_type)?;
+    if spec.terms.memory_type != barlease::MemoryType::Nc {
+        device.set_memory_type(&lease, spec.terms.memory_type)?;
     }
-    if let Some(tph) = spec.tph {
+    if let Some(tph) = spec.terms.tph {
         device.set_tph(&lease, tph)?;
     }
-    if let Some(name) = &spec.name {
+    if let Some(name) = &spec.terms.name {
         lease.set_name(name)?;
     }
     Ok(lease)
