@@ -13,6 +13,7 @@ pub mod manual;
 mod names;
 mod number;
 mod output;
+mod process;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -3,6 +3,8 @@
 //! Binding goes through `driver_override`, which concerns one device only and survives nothing but
 //! the running system.
 
+mod bars;
+
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -19,6 +21,8 @@ use crate::Error;
 use crate::GroupMember;
 use crate::Result;
 use crate::error::Object;
+
+pub use bars::Bar;
 
 /// How long to wait for a driver that probes asynchronously.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);

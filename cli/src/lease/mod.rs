@@ -2,7 +2,7 @@
 
 mod access;
 mod grant;
-mod holders;
+pub(crate) mod holders;
 mod revoke;
 mod show;
 mod take;

@@ -10,17 +10,13 @@ use super::warn;
 use crate::Bdf;
 use crate::pci::Pci;
 
-// Flags of resources (`include/linux/ioport.h`).
-const MEMORY: u64 = 0x200;
-const UNSET: u64 = 0x2000_0000;
-
 impl Doctor {
     pub(super) fn memory(&self, pci: &Pci, bdf: Bdf) -> Vec<Check> {
         let open = pci.is_enabled(bdf) == Some(true);
         vec![
             self.decoding(bdf, open),
             self.power(bdf, open),
-            self.bars(bdf),
+            self.bars(pci, bdf),
         ]
     }
 
@@ -62,24 +58,16 @@ impl Doctor {
     }
 
     /// BARs that neither the firmware nor the kernel found a place for.
-    fn bars(&self, bdf: Bdf) -> Check {
+    fn bars(&self, pci: &Pci, bdf: Bdf) -> Check {
         const NAME: &str = "bars";
-        let Ok(text) = fs::read_to_string(self.device_file(bdf, "resource")) else {
+        let known = self.device_file(bdf, "resource").exists();
+        let Some(bars) = pci.bars(bdf).ok().filter(|_| known) else {
             return skip(NAME, "they cannot be read");
         };
-        let bars: Vec<(usize, u64, bool)> = text
-            .lines()
-            .take(6)
-            .enumerate()
-            .filter_map(|(number, line)| {
-                let (size, placed) = memory_bar(line)?;
-                Some((number, size, placed))
-            })
-            .collect();
         let lost: Vec<String> = bars
             .iter()
-            .filter(|(.., placed)| !placed)
-            .map(|(number, size, _)| format!("BAR {number} ({size:#x} bytes)"))
+            .filter(|bar| bar.address.is_none())
+            .map(|bar| format!("BAR {} ({:#x} bytes)", bar.bar, bar.size))
             .collect();
         match (bars.len(), lost.len()) {
             (0, _) => warn(
@@ -95,17 +83,6 @@ impl Doctor {
             ),
         }
     }
-}
-
-/// Size of a BAR of memory, and whether it has an address, from a line of `resource`.
-fn memory_bar(line: &str) -> Option<(u64, bool)> {
-    let mut numbers = line
-        .split_whitespace()
-        .map(|text| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok());
-    let (begin, end, flags) = (numbers.next()??, numbers.next()??, numbers.next()??);
-    let size = end.checked_sub(begin)?.checked_add(1)?;
-    let placed = begin != 0 && flags & UNSET == 0;
-    (flags & MEMORY != 0 && end > begin).then_some((size, placed))
 }
 
 #[cfg(test)]
@@ -145,7 +122,7 @@ mod tests {
               0x0000000000000000 0x0000000003ffffff 0x000000002014220c\n",
         );
         assert_eq!(verdicts(), [Verdict::Warn; 3]);
-        let found = doctor.bars(bdf).found;
+        let found = doctor.bars(&pci, bdf).found;
         assert_eq!(found, "without an address: BAR 1 (0x4000000 bytes)");
 
         // As it must be while nobody uses it.
