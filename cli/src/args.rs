@@ -20,7 +20,7 @@ use crate::number;
     version,
     infer_subcommands = true,
     after_help = "Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not supported by this driver, \
-                  kernel or device, 141 nobody reads the output.\n\
+                  kernel or device, 128 and more ended by a signal, 141 nobody reads the output.\n\
                   Addresses of devices are 0000:00:05.0 or 00:05.0. Numbers are decimal or 0x..., \
                   sizes take K, M and G (powers of 1024)."
 )]
@@ -32,6 +32,11 @@ pub(crate) struct Args {
     /// Print JSON for people to read
     #[arg(short, long, global = true)]
     pub(crate) pretty: bool,
+
+    /// Say on standard error what is done: each write to sysfs, each module that is loaded; twice,
+    /// each ioctl, too
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
 
     #[command(subcommand)]
     pub(crate) object: Object,
@@ -110,7 +115,7 @@ pub(crate) struct BindArgs {
     #[arg(required = true)]
     pub(crate) bdf: Vec<Bdf>,
     /// The driver
-    #[arg(long, default_value = "barlease-vfio-pci")]
+    #[arg(long, default_value = "barlease-vfio-pci", value_parser = names::driver)]
     pub(crate) driver: String,
     /// Take devices that are in use, too: what uses them loses them
     #[arg(long)]
@@ -170,6 +175,10 @@ pub(crate) enum LeaseCommand {
     Revoke {
         /// Socket of `barlease lease grant`
         socket: PathBuf,
+        /// Do not wait for devices that have the lease imported: nobody else has it any more then,
+        /// and what is printed is `draining` while an importer has still to let go
+        #[arg(long)]
+        no_wait: bool,
     },
     /// List the processes that have leases open or mapped, or devices open
     ///

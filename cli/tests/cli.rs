@@ -246,6 +246,27 @@ fn errors_are_json_where_json_is_asked_for() {
 }
 
 #[test]
+fn wrong_usage_is_json_too() {
+    for args in [
+        &["device", "bind", "--json"][..],
+        &["-j", "frobnicate"],
+        &["device", "bind", "00:05.0", "--driver", "a/b", "-p"],
+        &["lease", "grant", ABSENT, "--lease", "bar=0", "-j"],
+    ] {
+        let said = barlease(args).assert().code(2).stderr("");
+        let error: serde_json::Value = serde_json::from_slice(&said.get_output().stdout).unwrap();
+        assert_eq!(error["exit_code"], 2, "{args:?}");
+        assert!(!error["error"].as_str().unwrap().is_empty(), "{error}");
+    }
+    // What is after `--` is another program's.
+    barlease(&["lease", "take", "--", "x", "-j"])
+        .assert()
+        .code(2)
+        .stdout("")
+        .stderr(contains("Usage"));
+}
+
+#[test]
 fn a_number_is_read_in_its_width() {
     let (lease, _) = memory(&[0x78, 0x56, 0x34, 0x12, 0xff]);
     let (_dir, path) = serve(lease, 4);

@@ -469,6 +469,8 @@ fn invalid(operation: &'static str, bdf: Bdf, reason: String) -> Error {
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
+    #[cfg(feature = "log")]
+    crate::trace::write(path, text);
     fs::OpenOptions::new()
         .write(true)
         .truncate(true)

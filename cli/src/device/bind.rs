@@ -86,6 +86,11 @@ pub(super) fn bind(pci: &Pci, args: &BindArgs, output: Output) -> Result<(), Fai
     {
         load()?;
     }
+    if !pci.root().join("bus/pci/drivers").join(driver).is_dir() {
+        return Err(Failure::unsupported(format!(
+            "bind: the driver {driver} is not loaded: load its module"
+        )));
+    }
     let mut steps = Steps::new(pci, "bind")?;
     for device in devices.iter().filter(is_other) {
         let functions = Host::default().end_functions(device.bdf);
@@ -115,7 +120,7 @@ pub(super) fn unbind(pci: &Pci, args: &UnbindArgs, output: Output) -> Result<(),
     for device in &devices {
         // Before the first one is let go of.
         if let (Some(driver), false) = (&device.driver, device.is_vfio()) {
-            return Err(Failure::new(format!(
+            return Err(Failure::unsupported(format!(
                 "unbind: {}: bound to {driver}, which is not a vfio driver",
                 device.bdf
             )));
@@ -298,6 +303,7 @@ fn load() -> Result<(), Failure> {
             "bind: the module {MODULE} is not loaded, and cannot be: {reason} (`barlease doctor`)"
         ))
     };
+    log::debug!("run modprobe -q {MODULE}");
     // Not in the PATH of everybody.
     let run = |program| Command::new(program).args(["-q", MODULE]).output();
     let answer = match run("modprobe") {

@@ -64,6 +64,7 @@ impl Host {
         let number = self.functions(bdf);
         let count = text(&number).parse().unwrap_or(0);
         if count > 0 {
+            log::debug!("write \"0\" to {}", number.display());
             // Whatever is left then ends with the driver.
             let _ = fs::write(number, "0");
         }
@@ -72,7 +73,9 @@ impl Host {
 
     /// Makes virtual functions again that were ended.
     pub(crate) fn make_functions(&self, bdf: Bdf, count: u32) -> io::Result<()> {
-        fs::write(self.functions(bdf), count.to_string())
+        let number = self.functions(bdf);
+        log::debug!("write \"{count}\" to {}", number.display());
+        fs::write(number, count.to_string())
     }
 
     fn functions(&self, bdf: Bdf) -> PathBuf {

@@ -78,6 +78,7 @@ impl Rule {
         fs::create_dir_all(RULES).map_err(failed)?;
         let before = fs::read_to_string(&path).ok();
         // udev may read the folder at any time: it sees the whole file or none.
+        log::debug!("write {}", path.display());
         let unfinished = path.with_extension("new");
         fs::write(&unfinished, text(device, driver, &program))
             .and_then(|()| fs::rename(&unfinished, &path))
@@ -89,6 +90,7 @@ impl Rule {
     pub(super) fn remove(bdf: Bdf) -> Result<Self, Failure> {
         let path = path(bdf);
         let before = fs::read_to_string(&path).ok();
+        log::debug!("remove {}", path.display());
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(Failure::file("unbind", &path, &error))

@@ -26,7 +26,7 @@ pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Fai
     match command {
         LeaseCommand::Show { bdf } => show::run(bdf, output),
         LeaseCommand::Grant(args) => return grant::run(&args, output),
-        LeaseCommand::Revoke { socket } => revoke::run(&socket, output),
+        LeaseCommand::Revoke { socket, no_wait } => revoke::run(&socket, no_wait, output),
         LeaseCommand::Holders { what } => holders::run(what.as_deref(), output),
         LeaseCommand::Take { socket, command } => take::run(&socket, &command),
         LeaseCommand::Dump {

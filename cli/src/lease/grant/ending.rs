@@ -134,7 +134,7 @@ impl Server {
             }
             Err(error) => {
                 let reason = error.report().to_string();
-                self.lines.warn(reason.clone());
+                self.warn(&reason);
                 self.ended(place, Answer::Failed { reason });
                 self.failed = Some(error.into());
             }

@@ -57,7 +57,7 @@ impl Lines {
     }
 
     pub(crate) fn warn(&self, text: String) {
-        self.queue(Line::Err(format!("barlease: {text}")));
+        self.queue(Line::Err(text));
     }
 
     /// Waits until what was said is written, unless nobody reads it.

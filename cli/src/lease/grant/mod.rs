@@ -85,6 +85,8 @@ enum Event<'a> {
         socket: &'a Path,
         microseconds: u128,
     },
+    /// Something failed, and the rest goes on.
+    Error { error: &'a str },
     /// A device; leases that its driver cannot revoke end with it.
     Closed { bdf: Bdf, reason: &'a str },
 }
@@ -150,6 +152,7 @@ impl Event<'_> {
             } => {
                 format!("revoked lease of {bdf} in {microseconds} us")
             }
+            Self::Error { error } => format!("barlease: {error}"),
             Self::Closed { bdf, reason } => format!("closed {bdf}: {reason}"),
         }
     }

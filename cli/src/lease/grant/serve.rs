@@ -186,7 +186,7 @@ impl Server {
         let control = control
             .inspect_err(|_| {
                 let path = spec.socket.display();
-                self.lines.warn(format!(
+                self.warn(&format!(
                     "grant: {path}: not for `lease revoke`, no control socket"
                 ));
             })
@@ -215,6 +215,15 @@ impl Server {
 
     pub(super) fn say(&self, event: &Event<'_>) {
         self.lines.say(self.output.line(event, &event.text()));
+    }
+
+    /// What fails and ends nothing: on standard error, or as an event where events are JSON.
+    pub(super) fn warn(&self, error: &str) {
+        let event = Event::Error { error };
+        match self.output.is_json() {
+            true => self.say(&event),
+            false => self.lines.warn(event.text()),
+        }
     }
 
     /// Says which process goes on in the background, and has all that was said written.
@@ -390,12 +399,10 @@ impl Server {
                 ("revoke" | "quit", "") => self.revoke_all(),
                 ("revoke", name) => match self.named(name) {
                     Some(place) => self.revoke(place),
-                    None => self.lines.warn(format!("no lease is called {name:?}")),
+                    None => self.warn(&format!("no lease is called {name:?}")),
                 },
                 ("status", "") => self.status(),
-                _ => self
-                    .lines
-                    .warn(format!("{line:?} is neither `revoke [NAME]` nor `status`")),
+                _ => self.warn(&format!("{line:?} is neither `revoke [NAME]` nor `status`")),
             }
         }
     }
@@ -419,7 +426,7 @@ impl Server {
                     socket: &granted.spec.socket,
                     status,
                 }),
-                Err(error) => self.lines.warn(error.report().to_string()),
+                Err(error) => self.warn(&error.report().to_string()),
             }
         }
     }
@@ -437,14 +444,14 @@ impl Server {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
                 let path = granted.spec.socket.display();
-                self.lines.warn(format!("accept: {path}: {error}"));
+                self.warn(&format!("accept: {path}: {error}"));
                 self.accept_from = Instant::now().checked_add(ACCEPT_AGAIN);
                 return;
             }
         };
         let peer = match Peer::of(&stream) {
             Ok(peer) => peer,
-            Err(error) => return self.lines.warn(error.report().to_string()),
+            Err(error) => return self.warn(&error.report().to_string()),
         };
         if !granted.spec.is_for(&peer) {
             return self.refuse(peer, "not the user that the lease is for");
