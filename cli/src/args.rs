@@ -58,6 +58,9 @@ pub(crate) enum Object {
     Doctor {
         /// Check this device too
         bdf: Option<Bdf>,
+        /// And whether this other one can reach its leases, by which way
+        #[arg(long, value_name = "BDF", requires = "bdf")]
+        peer: Option<Bdf>,
     },
 }
 

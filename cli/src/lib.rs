@@ -52,7 +52,7 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
     let answer = match args.object {
         Object::Device { command } => device::run(command.unwrap_or_default(), output),
         Object::Lease { command } => lease::run(command.unwrap_or_default(), output),
-        Object::Doctor { bdf } => doctor::run(bdf, output),
+        Object::Doctor { bdf, peer } => doctor::run(bdf, peer, output),
     };
     match answer {
         Ok(code) => code,

@@ -125,10 +125,16 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
     ),
     (
         "doctor",
-        &[(
-            "barlease doctor 01:00.0",
-            "What is wrong with the host, and with a device.",
-        )],
+        &[
+            (
+                "barlease doctor 01:00.0",
+                "What is wrong with the host, and with a device.",
+            ),
+            (
+                "barlease doctor 01:00.0 --peer 02:00.0",
+                "Whether 02:00.0 can import leases of it, by which way, and why not.",
+            ),
+        ],
     ),
 ];
 

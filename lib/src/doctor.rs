@@ -1,6 +1,8 @@
 //! What is missing for leases to work, in the order in which to mend it.
 
 mod device;
+mod kernels;
+mod route;
 mod signature;
 
 use std::fs;
@@ -56,6 +58,10 @@ pub struct Doctor {
     /// Where the kernel has it itself, compressed.
     own_config: PathBuf,
     modules: PathBuf,
+    cpuinfo: PathBuf,
+    /// Of the kernel that runs.
+    release: String,
+    root: PathBuf,
 }
 
 impl Default for Doctor {
@@ -80,6 +86,9 @@ impl Default for Doctor {
             .into(),
             own_config: "/proc/config.gz".into(),
             modules: format!("/lib/modules/{release}").into(),
+            cpuinfo: "/proc/cpuinfo".into(),
+            root: "/".into(),
+            release,
         }
     }
 }
@@ -102,6 +111,9 @@ impl Doctor {
             configs: system.configs.iter().map(|path| below(path)).collect(),
             own_config: below(&system.own_config),
             modules: below(&system.modules),
+            cpuinfo: below(&system.cpuinfo),
+            root: root.to_owned(),
+            release: system.release,
         }
     }
 
@@ -113,6 +125,8 @@ impl Doctor {
             self.kernel(),
             self.module(&pci),
             self.signature(&pci),
+            self.dkms(&pci),
+            self.next_kernel(),
             iommu(&pci),
             self.nodes(),
             memlock(),
@@ -180,7 +194,7 @@ impl Doctor {
             let version = module.version.unwrap_or_else(|| "unknown".to_owned());
             return ok("module", format!("loaded, version {version}"));
         }
-        if self.module_is_installed() {
+        if kernels::has_module(&self.modules) {
             return fail(
                 "module",
                 "installed, not loaded",
@@ -190,15 +204,8 @@ impl Doctor {
         fail(
             "module",
             "not installed for this kernel",
-            "build it: make -C kmod KDIR=/lib/modules/$(uname -r)/build",
+            &self.origin().build(&self.release),
         )
-    }
-
-    fn module_is_installed(&self) -> bool {
-        ["modules.dep", "modules.order"].iter().any(|list| {
-            fs::read_to_string(self.modules.join(list))
-                .is_ok_and(|text| text.contains(&format!("/{}.ko", abi::MODULE_NAME)))
-        })
     }
 
     /// The ways to open a VFIO device.
@@ -491,6 +498,8 @@ mod tests {
                 "kernel",
                 "module",
                 "signature",
+                "dkms",
+                "next-kernel",
                 "iommu",
                 "vfio",
                 "memlock",
@@ -504,7 +513,7 @@ mod tests {
                 "{check:?}"
             );
         }
-        assert_eq!(checks[7].verdict, Verdict::Fail);
+        assert_eq!(checks[9].verdict, Verdict::Fail);
     }
 
     #[test]
