@@ -68,10 +68,12 @@ pub(crate) enum Object {
 pub(crate) enum DeviceCommand {
     /// List PCI devices; of one device, its BARs too. Touches no hardware
     ///
-    /// JSON is a list of devices, of one element where a device is given. Each has bdf, vendor, device,
-    /// class, driver, driver_override, iommu_group, numa_node, vfio, and bars: a list of bar, address,
-    /// size, prefetchable. With --features it has backend, regions and features, too; else these are
-    /// null. Further keys may come.
+    /// Others than root see neither the processes of other users nor where the MSI-X table is. JSON is
+    /// a list of devices, each with the same keys: bdf, vendor, device, class, driver,
+    /// driver_override, iommu_group, iommu_group_type, iommu_group_others, numa_node, vfio,
+    /// persistent, open, openers (pid, uid, command, exe, unit, container), bars (bar, address, size,
+    /// prefetchable, msix_table, msix_pending, exportable), backend, regions, features. docs/json.md
+    /// says what they are.
     #[command(alias = "list")]
     Show {
         /// The device

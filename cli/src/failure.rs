@@ -30,6 +30,8 @@ pub(crate) struct Failure {
     code: u8,
     /// What was undone because of it, as lines for people and as JSON.
     undone: Option<(Vec<String>, Value)>,
+    /// It is a part of what was printed.
+    is_said: bool,
 }
 
 impl Failure {
@@ -56,6 +58,7 @@ impl Failure {
             text: text.into(),
             code,
             undone: None,
+            is_said: false,
         }
     }
 
@@ -64,6 +67,12 @@ impl Failure {
         let list = serde_json::to_value(list).unwrap_or_default();
         self.undone = Some((lines.to_vec(), list));
         self
+    }
+
+    /// Its keys in JSON, for an object that is being printed when it happens.
+    pub(crate) fn keys(&mut self) -> String {
+        self.is_said = true;
+        format!("\"error\":{},\"exit_code\":{}", json!(self.text), self.code)
     }
 
     /// A system call on a file failed.
@@ -86,6 +95,7 @@ impl Failure {
         }
         let said = match (self.code, output.is_json()) {
             (UNREAD, _) => true,
+            _ if self.is_said => true,
             (_, true) => output.document(&document).is_ok(),
             (_, false) => false,
         };

@@ -51,13 +51,26 @@ kill -TERM $!
 wait $! || true
 test ! -e /var/lib/kept
 uname -r >/var/lib/kept
+driver() { basename "$(readlink /sys/bus/pci/devices/0000:01:00.0/driver || true)"; }
+barlease device unbind 0000:01:00.0
+barlease device bind --persist 0000:01:00.0
+barlease device unbind 0000:01:00.0
+test "$(driver)" = ""
+udevadm trigger --action=add /sys/bus/pci/devices/0000:01:00.0
+udevadm settle
+test "$(driver)" = barlease-vfio-pci
 "#;
 
 const SECOND: &str = r#"
 set -eu
 systemctl is-system-running
 test "$(cat /var/lib/kept)" = "$(uname -r)"
-test "$(readlink /sys/bus/pci/devices/0000:01:00.0/driver || true)" = ""
+driver() { basename "$(readlink /sys/bus/pci/devices/0000:01:00.0/driver || true)"; }
+test "$(driver)" = barlease-vfio-pci
+barlease device unbind --persist 0000:01:00.0
+udevadm trigger --action=add /sys/bus/pci/devices/0000:01:00.0
+udevadm settle
+test "$(driver)" = ""
 echo found what was kept
 exit 7
 "#;

@@ -245,6 +245,23 @@ fn take(socket: &str) -> Lease {
     Lease::receive(stream.unwrap()).unwrap()
 }
 
+/// The page of the documentation that says what the keys are.
+const DOCUMENTED: &str = include_str!("../../../docs/json.md");
+
+/// That each key of it, and of what is in it, is documented.
+fn check_documented(value: &Value) {
+    match value {
+        Value::Array(list) => list.iter().for_each(check_documented),
+        Value::Object(map) => {
+            for (key, value) in map {
+                assert!(DOCUMENTED.contains(&format!("`{key}`")), "{key}: {value}");
+                check_documented(value);
+            }
+        }
+        _ => {}
+    }
+}
+
 /// Each BAR as the open device tells it, and the processes that have it open, with nothing opened.
 #[test]
 fn device_show_tells_openers_and_what_can_be_leased() {
@@ -277,6 +294,7 @@ fn device_show_tells_openers_and_what_can_be_leased() {
         assert_eq!(open["openers"][0]["pid"], std::process::id(), "{open}");
         let exe = std::env::current_exe().unwrap();
         assert_eq!(open["openers"][0]["exe"], json!(exe), "{open}");
+        check_documented(&open);
         let text = Command::start(&["device", "show", &function.bdf]).end();
         assert!(text.contains(exe.to_str().unwrap()), "{text}");
         // Somebody else sees that it is open, and neither by whom nor all of config space.
@@ -287,4 +305,20 @@ fn device_show_tells_openers_and_what_can_be_leased() {
         assert_eq!(seen["openers"], json!([]));
         assert!(seen["bars"][0]["exportable"].is_null(), "{seen}");
     }
+}
+
+/// As the importer of the lab does: it is edu that reads and writes.
+#[test]
+fn the_doctor_says_that_another_device_reaches_leases() {
+    let [memory, edu] = ["memory", "edu"].map(Function::named);
+    let args = ["doctor", "--json", &memory.bdf, "--peer", &edu.bdf];
+    let checks = Command::json(&Command::start(&args).end()).remove(0);
+    check_documented(&checks);
+    let its = |name: &str| {
+        let mut list = checks.as_array().unwrap().iter();
+        list.find(|it| it["name"] == name).unwrap().clone()
+    };
+    assert_eq!(its("p2p-route")["verdict"], "ok", "{checks}");
+    assert_eq!(its("p2p-translation")["verdict"], "ok", "{checks}");
+    assert_eq!(its("next-kernel")["verdict"], "ok", "{checks}");
 }
