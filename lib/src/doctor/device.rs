@@ -57,6 +57,40 @@ impl Doctor {
         }
     }
 
+    /// Whoever has claimed a part of a BAR and is not the device's driver. For root: others see no
+    /// addresses, but names and their order.
+    fn claimed(&self, pci: &Pci, bdf: Bdf) -> Option<String> {
+        let text = fs::read_to_string(&self.iomem).ok()?;
+        let device = pci.device(bdf).ok();
+        // A host's driver may claim under any name.
+        if device
+            .as_ref()
+            .is_some_and(|it| it.driver.is_some() && !it.is_vfio())
+        {
+            return None;
+        }
+        let entry = |line: &str| {
+            let depth = line.len() - line.trim_start().len();
+            let (_, name) = line.split_once(" : ")?;
+            Some((depth, name.trim().to_owned()))
+        };
+        let mut its = None;
+        for (depth, name) in text.lines().filter_map(entry) {
+            if its.is_some_and(|top| depth <= top) {
+                its = None;
+            }
+            match its {
+                None if name == bdf.to_string() => its = Some(depth),
+                // That of VFIO, whatever the variant.
+                Some(_) if !name.starts_with("vfio") => {
+                    return Some(name);
+                }
+                _ => {}
+            }
+        }
+        None
+    }
+
     /// BARs that neither the firmware nor the kernel found a place for.
     fn bars(&self, pci: &Pci, bdf: Bdf) -> Check {
         const NAME: &str = "bars";
@@ -69,6 +103,14 @@ impl Doctor {
             .filter(|bar| bar.address.is_none())
             .map(|bar| format!("BAR {} ({:#x} bytes)", bar.bar, bar.size))
             .collect();
+        if let Some(claim) = self.claimed(pci, bdf) {
+            return warn(
+                NAME,
+                format!("a part of them is claimed by {claim}"),
+                "stop that: a console of the firmware's (efifb, simplefb) with \
+                 initcall_blacklist=sysfb_init on the kernel's command line",
+            );
+        }
         match (bars.len(), lost.len()) {
             (0, _) => warn(
                 NAME,
@@ -124,6 +166,21 @@ mod tests {
         assert_eq!(verdicts(), [Verdict::Warn; 3]);
         let found = doctor.bars(&pci, bdf).found;
         assert_eq!(found, "without an address: BAR 1 (0x4000000 bytes)");
+
+        let iomem = root.path().join("proc/iomem");
+        fs::create_dir_all(iomem.parent().unwrap()).unwrap();
+        let tree = |child: &str| {
+            format!(
+                "fe000000-fe0fffff : PCI Bus 0000:00\n  fe000000-fe000fff : {bdf}\n    {child}\n"
+            )
+        };
+        let claimed = || doctor.bars(&pci, bdf).found;
+        fs::write(&iomem, tree("fe000000-fe0000ff : efifb")).unwrap();
+        assert_eq!(claimed(), "a part of them is claimed by efifb");
+        let neighbour =
+            "fe000000-fe000fff : vfio-pci\n  fe001000-fe001fff : 0000:00:06.0\n    x : nvme";
+        fs::write(&iomem, tree(neighbour)).unwrap();
+        assert!(claimed().starts_with("without an address"), "{}", claimed());
 
         // As it must be while nobody uses it.
         put("enable", b"0\n");
