@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use barlease::BarRange;
 use barlease::Bdf;
+use barlease::VfToken;
 use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
@@ -81,6 +82,9 @@ pub(crate) enum DeviceCommand {
         /// Ask the device for its regions and features, which opens and resets it
         #[arg(long, requires = "bdf")]
         features: bool,
+        /// The token of a virtual function, to open it: see `lease grant --help`
+        #[arg(long, value_name = "UUID", requires = "features")]
+        vf_token: Option<VfToken>,
     },
     /// Bind devices to a vfio driver, taking them from the driver they have: all or none
     ///
@@ -99,6 +103,9 @@ pub(crate) enum DeviceCommand {
         /// The BAR
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
         bar: u32,
+        /// The token of a virtual function: see `lease grant --help`
+        #[arg(long, value_name = "UUID")]
+        vf_token: Option<VfToken>,
     },
     /// Reset a device that nobody has open
     Reset {
@@ -151,6 +158,7 @@ impl Default for DeviceCommand {
         Self::Show {
             bdf: None,
             features: false,
+            vf_token: None,
         }
     }
 }
@@ -300,10 +308,15 @@ pub(crate) struct GrantArgs {
     #[arg(long, value_name = "TIME", value_parser = names::duration)]
     pub(crate) term: Option<Duration>,
     /// One of several leases: KEY=VALUE,... of device, bar, range, user, group, socket, name, term,
-    /// memory-type, steering-tag, steering-tag-ext, processing-hint, and the words read-only and
-    /// once. Keys that it leaves out are as the other options say. May be repeated
+    /// memory-type, vf-token, steering-tag, steering-tag-ext, processing-hint, and the words
+    /// read-only and once. Keys that it leaves out are as the other options say. May be repeated
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub(crate) lease: Vec<String>,
+    /// Of a virtual function: the token that the owner of its physical function has set. Of a physical
+    /// function: the token that its virtual functions need from now on. Others see it in the list of
+    /// processes, unless it is in a file
+    #[arg(long, value_name = "UUID")]
+    pub(crate) vf_token: Option<VfToken>,
     /// Leases from a file of TOML: a table [[lease]] for each, with the keys of --lease. Keys before
     /// the first table are for all of them, as the other options are
     #[arg(long, value_name = "PATH")]

@@ -11,7 +11,9 @@ use std::process::ExitCode;
 use barlease::Bdf;
 use barlease::Device;
 use barlease::MemoryType;
+use barlease::OpenOptions;
 use barlease::Region;
+use barlease::VfToken;
 use barlease::pci::Pci;
 
 use crate::args::DeviceCommand;
@@ -27,9 +29,10 @@ pub(crate) fn run(command: DeviceCommand, output: Output) -> Result<ExitCode, Fa
         DeviceCommand::Show {
             bdf: Some(bdf),
             features,
-        } => show::one(&pci, bdf, features, output)?,
+            vf_token,
+        } => show::one(&pci, bdf, features.then_some(vf_token), output)?,
         DeviceCommand::Bind(args) => bind::bind(&pci, &args, output)?,
-        DeviceCommand::Alias { bdf, bar } => alias(bdf, bar, output)?,
+        DeviceCommand::Alias { bdf, bar, vf_token } => alias(bdf, bar, vf_token, output)?,
         DeviceCommand::Reset { bdf, force } => reset(&pci, bdf, force)?,
         DeviceCommand::Unbind(args) => bind::unbind(&pci, &args, output)?,
     }
@@ -55,8 +58,8 @@ fn reset(pci: &Pci, bdf: Bdf, force: bool) -> Result<(), Failure> {
     Ok(pci.reset(bdf)?)
 }
 
-fn alias(bdf: Bdf, bar: u32, output: Output) -> Result<(), Failure> {
-    let device = Device::open(bdf)?;
+fn alias(bdf: Bdf, bar: u32, token: Option<VfToken>, output: Output) -> Result<(), Failure> {
+    let device = open(bdf, token)?;
     let region = device.region(device.alias_region(bar, MemoryType::Wc)?)?;
     if output.is_json() {
         return Ok(output.document(&region)?);
@@ -78,6 +81,15 @@ fn alias(bdf: Bdf, bar: u32, output: Output) -> Result<(), Failure> {
         memory_types(&region),
     ]);
     Ok(print(&table)?)
+}
+
+fn open(bdf: Bdf, token: Option<VfToken>) -> barlease::Result<Device> {
+    let options = OpenOptions::new();
+    match token {
+        Some(token) => options.vf_token(token),
+        None => options,
+    }
+    .open(bdf)
 }
 
 fn access(region: &Region) -> String {

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use barlease::BarRange;
 use barlease::Bdf;
-use barlease::Device;
 use barlease::Features;
 use barlease::Region;
+use barlease::VfToken;
 use barlease::pci::Bar;
 use barlease::pci::Pci;
 use barlease::pci::PciDevice;
@@ -106,11 +106,17 @@ pub(super) fn list(pci: &Pci, output: Output) -> Result<(), Failure> {
     print_devices(devices.iter())
 }
 
-pub(super) fn one(pci: &Pci, bdf: Bdf, features: bool, output: Output) -> Result<(), Failure> {
+/// `features`: to be asked for, with the token of a virtual function.
+pub(super) fn one(
+    pci: &Pci,
+    bdf: Bdf,
+    features: Option<Option<VfToken>>,
+    output: Output,
+) -> Result<(), Failure> {
     // Before this process is one of those that have it open.
     let openers = openers(Path::new("/proc"));
     let mut shown = Shown::new(pci, pci.device(bdf)?, &openers);
-    let opened = if features { Some(open(bdf)?) } else { None };
+    let opened = features.map(|token| open(bdf, token)).transpose()?;
     if output.is_json() {
         if let Some(opened) = opened {
             shown.backend = opened.backend;
@@ -239,8 +245,8 @@ fn print_opened(opened: &Opened) -> Result<(), Failure> {
     Ok(print(&features)?)
 }
 
-fn open(bdf: Bdf) -> barlease::Result<Opened> {
-    let device = Device::open(bdf)?;
+fn open(bdf: Bdf, token: Option<VfToken>) -> barlease::Result<Opened> {
+    let device = super::open(bdf, token)?;
     Ok(Opened {
         backend: device.backend(),
         regions: device.regions()?,

@@ -7,6 +7,7 @@ use std::{
         fd::AsFd,
         unix::{fs::FileTypeExt, net::UnixStream},
     },
+    path::Path,
 };
 
 use barlease::{Lease, MemoryType};
@@ -14,13 +15,13 @@ use barlease_guest_tests::{
     HUGE, PAGE,
     importer::Importer,
     map::{How, Sigbus},
-    pci::Function,
+    pci::{self, Function},
     probe,
     process::{self, Child},
     terminal::{self, Terminal},
     vfio::Device,
     wait::until,
-    witness::Witness,
+    witness::{Witness, sysfs},
 };
 use serde_json::{Value, json};
 
@@ -384,4 +385,94 @@ fn a_revocation_need_not_wait_for_an_importer() {
     attachment.signal().unwrap();
     let events = Command::json(&grant.end());
     assert_eq!(events.last().unwrap()["event"], "revoked", "{events:?}");
+}
+
+/// Functions of one IOMMU group share what only one process can open.
+#[test]
+fn two_functions_of_a_group_are_leased_by_one_command() {
+    let pair = ["pair0", "pair1"].map(Function::named);
+    assert_eq!(pair[0].group(), pair[1].group());
+    let sockets = ["/tmp/pair0", "/tmp/pair1"];
+    let leases: Vec<String> = (0..2)
+        .map(|n| format!("--lease=device={},socket={}", pair[n].bdf, sockets[n]))
+        .collect();
+    for function in &pair {
+        function.bind(barlease_abi::DRIVER_NAME);
+    }
+    let grant = [
+        "lease", "grant", "--json", "--bar=2", &leases[0], &leases[1],
+    ];
+    let command = Command::start(&grant);
+    let maps = sockets.map(|socket| How::shared().map(take(socket), 0, PAGE).unwrap());
+    // Somebody else is told that it is in use, and by whom to ask.
+    let other = [
+        "lease",
+        "grant",
+        "--json",
+        &pair[1].bdf,
+        "--bar=2",
+        "--socket=/tmp/third",
+    ];
+    let said = failure(&other);
+    assert!(said.contains("lease holders"), "{said}");
+    command.child.link.send_line("revoke");
+    command.end();
+    for map in maps {
+        assert_eq!(map.read(0), Err(Sigbus));
+    }
+}
+
+/// Each owner needs the token that the physical function's owner has set.
+#[test]
+fn a_virtual_function_is_opened_with_its_token() {
+    const TOKEN: &str = "14d63f20-8445-11ea-8900-1f9ce7d5650d";
+    let physical = Function::named("igb");
+    physical.bind(barlease_abi::DRIVER_NAME);
+    let parameter = Path::new("/sys/module/barlease_vfio_pci/parameters/enable_sriov");
+    pci::write(parameter, "1").unwrap();
+    let owner = Command::start(&[
+        "lease",
+        "grant",
+        "--json",
+        &physical.bdf,
+        "--bar=0",
+        "--vf-token",
+        TOKEN,
+        "--socket=/tmp/physical",
+    ]);
+    drop(take("/tmp/physical"));
+    let number = sysfs(&physical, "sriov_numvfs");
+    pci::write(&number, "1").unwrap();
+    let link = fs::read_link(sysfs(&physical, "virtfn0")).unwrap();
+    let bdf = link.file_name().unwrap().to_str().unwrap();
+    let function = Function {
+        bdf: bdf.to_owned(),
+    };
+    assert_ne!(function.group(), physical.group());
+    function.bind(barlease_abi::DRIVER_NAME);
+    let said = failure(&["device", "show", "--json", "--features", bdf]);
+    assert!(said.contains("token"), "{said}");
+    let show = [
+        "device",
+        "show",
+        "--json",
+        "--features",
+        "--vf-token",
+        TOKEN,
+        bdf,
+    ];
+    let shown = Command::json(&Command::ends_with(0, None, &show));
+    assert_eq!(shown[0][0]["features"]["revoke"], true, "{shown:?}");
+    let lease = format!("--lease=vf-token={TOKEN},socket=/tmp/virtual");
+    let holder = Command::start(&["lease", "grant", "--json", bdf, "--bar=0", &lease]);
+    let map = How::shared().map(take("/tmp/virtual"), 0, PAGE).unwrap();
+    map.read(0).unwrap();
+    // The writer waits for the owner, which answers.
+    pci::write(&number, "0").unwrap();
+    assert_eq!(map.read(0), Err(Sigbus));
+    let events = Command::json(&holder.end());
+    assert_eq!(events.last().unwrap()["event"], "closed", "{events:?}");
+    owner.child.link.send_line("revoke");
+    owner.end();
+    pci::write(parameter, "0").unwrap();
 }

@@ -179,7 +179,7 @@ pub(crate) fn run(args: &GrantArgs, output: Output) -> Result<ExitCode, Failure>
     let mut server = Server::new(output, inputs)?;
     let mut opened = Vec::new();
     for spec in specs {
-        server.grant(spec, &mut |bdf| open(bdf, &mut opened))?;
+        server.grant(spec, &mut |spec| open(spec, &mut opened))?;
     }
     if let Some(waiting) = waiting {
         server.say_detached();
@@ -190,11 +190,15 @@ pub(crate) fn run(args: &GrantArgs, output: Output) -> Result<ExitCode, Failure>
 }
 
 /// Opens a device; functions of one IOMMU group are in one address space.
-fn open(bdf: Bdf, opened: &mut Vec<(u32, Iommu)>) -> Result<Device, Failure> {
+fn open(spec: &Spec, opened: &mut Vec<(u32, Iommu)>) -> Result<Device, Failure> {
+    let bdf = spec.bdf;
     let group = Pci::system().device(bdf)?.iommu_group;
     let mut options = OpenOptions::new();
     if let Some((_, iommu)) = opened.iter().find(|(number, _)| Some(*number) == group) {
         options = options.iommu(iommu);
+    }
+    if let Some(token) = spec.terms.vf_token {
+        options = options.vf_token(token);
     }
     let device = options.open(bdf)?;
     if let (Some(group), Some(iommu)) = (group, device.iommu()) {

@@ -155,12 +155,12 @@ impl Server {
     pub(crate) fn grant(
         &mut self,
         spec: Spec,
-        open: &mut dyn FnMut(Bdf) -> Result<Device, Failure>,
+        open: &mut dyn FnMut(&Spec) -> Result<Device, Failure>,
     ) -> Result<(), Failure> {
         let owned = match self.devices.iter().position(|owned| owned.bdf == spec.bdf) {
             Some(place) => place,
             None => {
-                let device = open(spec.bdf)?;
+                let device = open(&spec)?;
                 self.devices.push(Owned {
                     request: device.enable_interrupt(InterruptKind::Request).ok(),
                     events: device.leases().events().ok(),

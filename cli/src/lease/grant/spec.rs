@@ -10,6 +10,7 @@ use barlease::Bdf;
 use barlease::MemoryType;
 use barlease::Peer;
 use barlease::Tph;
+use barlease::VfToken;
 use toml::Table;
 use toml::Value;
 
@@ -34,6 +35,8 @@ pub(crate) struct Terms {
     pub(crate) read_only: bool,
     pub(crate) memory_type: MemoryType,
     pub(crate) tph: Option<Tph>,
+    /// To open the device.
+    pub(crate) vf_token: Option<VfToken>,
     pub(crate) name: Option<String>,
     pub(crate) users: Vec<u32>,
     pub(crate) groups: Vec<u32>,
@@ -62,6 +65,7 @@ impl Spec {
                 read_only: args.read_only,
                 memory_type: args.memory_type.into(),
                 tph: args.tph.tph(),
+                vf_token: args.vf_token,
                 name: args.name.clone(),
                 users: args.user.clone(),
                 groups: args.group.clone(),
@@ -162,6 +166,10 @@ impl Draft {
                         "wc" => MemoryType::Wc,
                         _ => return Err(format!("{value:?} is neither nc nor wc")),
                     }
+                }
+                "vf-token" => {
+                    let token = value.parse();
+                    terms.vf_token = Some(token.map_err(|error| format!("vf-token: {error}"))?);
                 }
                 "steering-tag" => tph(terms).steering_tag = Some(number::integer_of(&value)?),
                 "steering-tag-ext" => {
@@ -288,6 +296,7 @@ mod tests {
             ("socket=/x,term=soon", "soon"),
             ("socket=/x,user=no-such-user-here", "no user"),
             ("socket=/x,processing-hint=4", "hint"),
+            ("socket=/x,vf-token=1234", "not a UUID"),
             ("", "not understood"),
         ] {
             let error = group(text).unwrap_err();
