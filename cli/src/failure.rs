@@ -29,7 +29,7 @@ pub(crate) struct Failure {
     text: String,
     code: u8,
     /// What was undone because of it, as lines for people and as JSON.
-    undone: Option<(Vec<String>, Value)>,
+    undone: Option<Box<(Vec<String>, Value)>>,
     /// It is a part of what was printed.
     is_said: bool,
 }
@@ -65,7 +65,7 @@ impl Failure {
     /// The same, with what was undone.
     pub(crate) fn undone(mut self, lines: &[String], list: &impl Serialize) -> Self {
         let list = serde_json::to_value(list).unwrap_or_default();
-        self.undone = Some((lines.to_vec(), list));
+        self.undone = Some(Box::new((lines.to_vec(), list)));
         self
     }
 
@@ -89,7 +89,7 @@ impl Failure {
     pub(crate) fn exit(self, output: Output) -> ExitCode {
         let mut document = json!({"error": self.text, "exit_code": self.code});
         let mut lines = vec![self.text];
-        if let Some((more, list)) = self.undone {
+        if let Some((more, list)) = self.undone.map(|undone| *undone) {
             document["undone"] = list;
             lines.extend(more.into_iter().map(|line| format!("undone: {line}")));
         }

@@ -66,31 +66,42 @@ pub struct Doctor {
     root: PathBuf,
 }
 
-/// Parameters of the module, their defaults, and values that are dangerous.
-const PARAMETERS: &[(&str, &str, Option<(&str, &str)>)] = &[
-    (
-        "msix_export",
-        "auto",
-        Some((
+/// A parameter of the module.
+struct Parameter {
+    name: &'static str,
+    default: &'static str,
+    /// A value, and what may come of it.
+    danger: Option<(&'static str, &'static str)>,
+}
+
+const PARAMETERS: &[Parameter] = &[
+    Parameter {
+        name: "msix_export",
+        default: "auto",
+        danger: Some((
             "always",
             "a holder that can write an MSI-X table can raise any interrupt of the host where the \
              IOMMU does not isolate them",
         )),
-    ),
-    ("enable_sriov", "N", None),
-    (
-        "disable_denylist",
-        "N",
-        Some(("Y", "devices that are known to harm the host can be bound")),
-    ),
-    (
-        "stock_dma_buf",
-        "N",
-        Some((
+    },
+    Parameter {
+        name: "enable_sriov",
+        default: "N",
+        danger: None,
+    },
+    Parameter {
+        name: "disable_denylist",
+        default: "N",
+        danger: Some(("Y", "devices that are known to harm the host can be bound")),
+    },
+    Parameter {
+        name: "stock_dma_buf",
+        default: "N",
+        danger: Some((
             "Y",
             "exports are the kernel's own: they cannot be mapped or revoked",
         )),
-    ),
+    },
 ];
 
 impl Default for Doctor {
@@ -186,13 +197,13 @@ impl Doctor {
         };
         let mut set = Vec::new();
         let mut warnings = Vec::new();
-        for (name, default, danger) in PARAMETERS {
-            let value = value(name);
-            if value.is_empty() || value == *default {
+        for parameter in PARAMETERS {
+            let (name, value) = (parameter.name, value(parameter.name));
+            if value.is_empty() || value == parameter.default {
                 continue;
             }
             set.push(format!("{name}={value}"));
-            if let Some((_, what)) = danger.filter(|(bad, _)| *bad == value) {
+            if let Some((_, what)) = parameter.danger.filter(|(bad, _)| *bad == value) {
                 warnings.push(format!("{name}={value}: {what}"));
             }
         }

@@ -477,7 +477,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
         .open(path)
         .and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
         .map_err(|error| {
-            Error::from_io("write", Object::file(path), error).with_remedy("run as root")
+            Error::from_io("write", Object::file(path), error).if_denied("run as root")
         })
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use barlease_lab::cache::Cache;
@@ -125,6 +126,8 @@ fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
         let run = with_module(guest(options, prepared, &disk)?, prepared)?;
         let outcome = run
             .output(Output::Capture)
+            // Twice what it takes on a busy machine.
+            .timeout(Duration::from_secs(900))
             .command(["sh", "-c", script])
             .run()?;
         let said = String::from_utf8_lossy(&outcome.output);
