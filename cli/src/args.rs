@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use barlease::BarRange;
 use barlease::Bdf;
+use barlease::VfToken;
 use clap::Parser;
 use clap::Subcommand;
 use clap::ValueEnum;
@@ -20,7 +21,7 @@ use crate::number;
     version,
     infer_subcommands = true,
     after_help = "Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not supported by this driver, \
-                  kernel or device, 141 nobody reads the output.\n\
+                  kernel or device, 128 and more ended by a signal, 141 nobody reads the output.\n\
                   Addresses of devices are 0000:00:05.0 or 00:05.0. Numbers are decimal or 0x..., \
                   sizes take K, M and G (powers of 1024)."
 )]
@@ -32,6 +33,11 @@ pub(crate) struct Args {
     /// Print JSON for people to read
     #[arg(short, long, global = true)]
     pub(crate) pretty: bool,
+
+    /// Say on standard error what is done: each write to sysfs, each module that is loaded; twice,
+    /// each ioctl, too
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
 
     #[command(subcommand)]
     pub(crate) object: Object,
@@ -53,6 +59,9 @@ pub(crate) enum Object {
     Doctor {
         /// Check this device too
         bdf: Option<Bdf>,
+        /// And whether this other one can reach its leases, by which way
+        #[arg(long, value_name = "BDF", requires = "bdf")]
+        peer: Option<Bdf>,
     },
 }
 
@@ -60,10 +69,12 @@ pub(crate) enum Object {
 pub(crate) enum DeviceCommand {
     /// List PCI devices; of one device, its BARs too. Touches no hardware
     ///
-    /// JSON is a list of devices, of one element where a device is given. Each has bdf, vendor, device,
-    /// class, driver, driver_override, iommu_group, numa_node, vfio, and bars: a list of bar, address,
-    /// size, prefetchable. With --features it has backend, regions and features, too; else these are
-    /// null. Further keys may come.
+    /// Others than root see neither the processes of other users nor where the MSI-X table is. JSON is
+    /// a list of devices, each with the same keys: bdf, vendor, device, class, driver,
+    /// driver_override, iommu_group, iommu_group_type, iommu_group_others, numa_node, vfio,
+    /// persistent, open, openers (pid, uid, command, exe, unit, container), bars (bar, address, size,
+    /// prefetchable, msix_table, msix_pending, exportable), backend, regions, features. docs/json.md
+    /// says what they are.
     #[command(alias = "list")]
     Show {
         /// The device
@@ -71,22 +82,17 @@ pub(crate) enum DeviceCommand {
         /// Ask the device for its regions and features, which opens and resets it
         #[arg(long, requires = "bdf")]
         features: bool,
+        /// The token of a virtual function, to open it: see `lease grant --help`
+        #[arg(long, value_name = "UUID", requires = "features")]
+        vf_token: Option<VfToken>,
     },
     /// Bind devices to a vfio driver, taking them from the driver they have: all or none
     ///
     /// The module is loaded if it is not. A device that the host uses (mounted file system, swap,
-    /// network interface that is up, virtual functions) is refused.
-    Bind {
-        /// The devices
-        #[arg(required = true)]
-        bdf: Vec<Bdf>,
-        /// The driver
-        #[arg(long, default_value = "barlease-vfio-pci")]
-        driver: String,
-        /// Take devices that are in use, too: what uses them loses them
-        #[arg(long)]
-        force: bool,
-    },
+    /// network interface that is up, virtual functions) is refused. When a device fails, or a signal
+    /// comes, those before it go back to the drivers that they had. JSON is a list of what was done:
+    /// bdf, before, driver, persistent; after an error, `undone` is the list of what went back.
+    Bind(BindArgs),
     /// Open a device, make a region that maps one of its BARs write-combining, and show it
     ///
     /// It ends with this command, which closes the device. A program that opens the device and asks for an
@@ -97,6 +103,9 @@ pub(crate) enum DeviceCommand {
         /// The BAR
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
         bar: u32,
+        /// The token of a virtual function: see `lease grant --help`
+        #[arg(long, value_name = "UUID")]
+        vf_token: Option<VfToken>,
     },
     /// Reset a device that nobody has open
     Reset {
@@ -107,11 +116,41 @@ pub(crate) enum DeviceCommand {
         force: bool,
     },
     /// Give devices back to the driver that the kernel would choose
-    Unbind {
-        /// The devices
-        #[arg(required = true)]
-        bdf: Vec<Bdf>,
-    },
+    ///
+    /// All or none, as for `bind`.
+    Unbind(UnbindArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct BindArgs {
+    /// The devices
+    #[arg(required = true)]
+    pub(crate) bdf: Vec<Bdf>,
+    /// The driver
+    #[arg(long, default_value = "barlease-vfio-pci", value_parser = names::driver)]
+    pub(crate) driver: String,
+    /// Take devices that are in use, too: what uses them loses them
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// The other functions of their IOMMU groups, too, but for bridges
+    #[arg(long)]
+    pub(crate) group: bool,
+    /// At each boot, too: by a rule in /etc/udev/rules.d for each device
+    #[arg(long)]
+    pub(crate) persist: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct UnbindArgs {
+    /// The devices
+    #[arg(required = true)]
+    pub(crate) bdf: Vec<Bdf>,
+    /// The other functions of their IOMMU groups that a vfio driver has, too
+    #[arg(long)]
+    pub(crate) group: bool,
+    /// And do not bind them at the next boot: take back what `bind --persist` did
+    #[arg(long)]
+    pub(crate) persist: bool,
 }
 
 impl Default for DeviceCommand {
@@ -119,6 +158,7 @@ impl Default for DeviceCommand {
         Self::Show {
             bdf: None,
             features: false,
+            vf_token: None,
         }
     }
 }
@@ -148,6 +188,10 @@ pub(crate) enum LeaseCommand {
     Revoke {
         /// Socket of `barlease lease grant`
         socket: PathBuf,
+        /// Do not wait for devices that have the lease imported: nobody else has it any more then,
+        /// and what is printed is `draining` while an importer has still to let go
+        #[arg(long)]
+        no_wait: bool,
     },
     /// List the processes that have leases open or mapped, or devices open
     ///
@@ -229,10 +273,11 @@ impl Default for LeaseCommand {
 #[derive(Debug, clap::Args)]
 pub(crate) struct GrantArgs {
     /// The device
-    pub(crate) bdf: Bdf,
+    #[arg(required_unless_present_any = ["file", "lease"])]
+    pub(crate) bdf: Option<Bdf>,
     /// The BAR
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..6))]
-    #[arg(required_unless_present = "lease")]
+    #[arg(required_unless_present_any = ["file", "lease"])]
     pub(crate) bar: Option<u32>,
     /// A range of the BAR, OFFSET+LENGTH; more ranges make one lease in this order. Without any,
     /// all of the BAR that can be leased
@@ -248,7 +293,7 @@ pub(crate) struct GrantArgs {
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Where holders connect: `barlease lease take PATH`
-    #[arg(long, value_name = "PATH", required_unless_present = "lease")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["file", "lease"])]
     pub(crate) socket: Option<PathBuf>,
     /// Serve processes of this user, by name or number, and let them connect. May be repeated
     #[arg(long, visible_alias = "uid", value_parser = names::user)]
@@ -263,10 +308,24 @@ pub(crate) struct GrantArgs {
     #[arg(long, value_name = "TIME", value_parser = names::duration)]
     pub(crate) term: Option<Duration>,
     /// One of several leases: KEY=VALUE,... of device, bar, range, user, group, socket, name, term,
-    /// memory-type, and the words read-only and once. Keys that it leaves out are as the other options
-    /// do. May be repeated
+    /// memory-type, vf-token, steering-tag, steering-tag-ext, processing-hint, and the words
+    /// read-only and once. Keys that it leaves out are as the other options say. May be repeated
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub(crate) lease: Vec<String>,
+    /// Of a virtual function: the token that the owner of its physical function has set. Of a physical
+    /// function: the token that its virtual functions need from now on. Others see it in the list of
+    /// processes, unless it is in a file
+    #[arg(long, value_name = "UUID")]
+    pub(crate) vf_token: Option<VfToken>,
+    /// Leases from a file of TOML: a table [[lease]] for each, with the keys of --lease. Keys before
+    /// the first table are for all of them, as the other options are
+    #[arg(long, value_name = "PATH")]
+    pub(crate) file: Option<PathBuf>,
+    /// Go to the background once everything is granted, and say as which process. What fails before
+    /// that is said, and ends the command as without it. Then standard output and error go where they
+    /// went if that is a file, else nowhere
+    #[arg(long)]
+    pub(crate) detach: bool,
     #[command(flatten)]
     pub(crate) tph: TphArgs,
 }

@@ -12,8 +12,15 @@ use crate::output::print;
 use crate::output::table;
 
 /// Exit code 1 if anything fails.
-pub(crate) fn run(bdf: Option<Bdf>, output: Output) -> Result<ExitCode, Failure> {
-    let checks = Doctor::new().examine(bdf);
+pub(crate) fn run(
+    bdf: Option<Bdf>,
+    peer: Option<Bdf>,
+    output: Output,
+) -> Result<ExitCode, Failure> {
+    let mut checks = Doctor::new().examine(bdf);
+    if let (Some(bdf), Some(peer)) = (bdf, peer) {
+        checks.extend(Doctor::new().examine_route(bdf, peer));
+    }
     if output.is_json() {
         output.document(&checks)?;
     } else {

@@ -5,6 +5,9 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use nix::sys::signal::Signal;
+use serde::Serialize;
+use serde_json::Value;
 use serde_json::json;
 
 use crate::output::Output;
@@ -15,6 +18,8 @@ const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
 /// Exit code when the driver, kernel or device does not have what is asked for.
 const UNSUPPORTED: u8 = 3;
+/// Exit code of a command that a signal ended, less the number of the signal.
+const SIGNALS: u8 = 128;
 /// Exit code when nobody reads the output any more: what a shell says of programs that SIGPIPE ends.
 const UNREAD: u8 = 141;
 
@@ -23,28 +28,51 @@ const UNREAD: u8 = 141;
 pub(crate) struct Failure {
     text: String,
     code: u8,
+    /// What was undone because of it, as lines for people and as JSON.
+    undone: Option<Box<(Vec<String>, Value)>>,
+    /// It is a part of what was printed.
+    is_said: bool,
 }
 
 impl Failure {
     pub(crate) fn new(text: impl Into<String>) -> Self {
-        Self {
-            text: text.into(),
-            code: FAILURE,
-        }
+        Self::coded(FAILURE, text)
     }
 
     pub(crate) fn usage(text: impl Into<String>) -> Self {
-        Self {
-            text: text.into(),
-            code: USAGE,
-        }
+        Self::coded(USAGE, text)
     }
 
     pub(crate) fn unsupported(text: impl Into<String>) -> Self {
+        Self::coded(UNSUPPORTED, text)
+    }
+
+    /// A signal ended it: what a shell says of programs that it ends at once.
+    pub(crate) fn interrupted(operation: &str, signal: Signal) -> Self {
+        let code = u8::try_from(signal as i32).map_or(FAILURE, |number| SIGNALS + number);
+        Self::coded(code, format!("{operation}: interrupted by {signal}"))
+    }
+
+    fn coded(code: u8, text: impl Into<String>) -> Self {
         Self {
             text: text.into(),
-            code: UNSUPPORTED,
+            code,
+            undone: None,
+            is_said: false,
         }
+    }
+
+    /// The same, with what was undone.
+    pub(crate) fn undone(mut self, lines: &[String], list: &impl Serialize) -> Self {
+        let list = serde_json::to_value(list).unwrap_or_default();
+        self.undone = Some(Box::new((lines.to_vec(), list)));
+        self
+    }
+
+    /// Its keys in JSON, for an object that is being printed when it happens.
+    pub(crate) fn keys(&mut self) -> String {
+        self.is_said = true;
+        format!("\"error\":{},\"exit_code\":{}", json!(self.text), self.code)
     }
 
     /// A system call on a file failed.
@@ -59,16 +87,21 @@ impl Failure {
     /// Says it: on standard output as `{"error", "exit_code"}` where JSON is asked for, else on
     /// standard error.
     pub(crate) fn exit(self, output: Output) -> ExitCode {
+        let mut document = json!({"error": self.text, "exit_code": self.code});
+        let mut lines = vec![self.text];
+        if let Some((more, list)) = self.undone.map(|undone| *undone) {
+            document["undone"] = list;
+            lines.extend(more.into_iter().map(|line| format!("undone: {line}")));
+        }
         let said = match (self.code, output.is_json()) {
             (UNREAD, _) => true,
-            (_, true) => output
-                .document(&json!({"error": self.text, "exit_code": self.code}))
-                .is_ok(),
+            _ if self.is_said => true,
+            (_, true) => output.document(&document).is_ok(),
             (_, false) => false,
         };
-        if !said {
+        for line in lines.iter().filter(|_| !said) {
             // There is nobody to tell that it cannot be said.
-            let _ = writeln!(io::stderr(), "barlease: {}", self.text);
+            let _ = writeln!(io::stderr(), "barlease: {line}");
         }
         ExitCode::from(self.code)
     }
@@ -89,10 +122,7 @@ impl From<barlease::Error> for Failure {
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         if error.kind() == io::ErrorKind::BrokenPipe {
-            return Self {
-                text: String::new(),
-                code: UNREAD,
-            };
+            return Self::coded(UNREAD, "");
         }
         Self::new(format!("print: standard output: {error}"))
     }

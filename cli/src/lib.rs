@@ -13,6 +13,8 @@ pub mod manual;
 mod names;
 mod number;
 mod output;
+mod process;
+mod verbose;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -22,6 +24,7 @@ use clap::Parser;
 
 use args::Args;
 use args::Object;
+use failure::Failure;
 use output::Output;
 
 /// The definition of the command line, for completions and manual pages.
@@ -39,16 +42,42 @@ pub fn main() -> ExitCode {
 /// Runs the command with these arguments, the first of which is its name.
 #[must_use]
 pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> ExitCode {
-    // Usage errors end the process with code 2 in here.
-    let args = Args::parse_from(args);
+    let words: Vec<OsString> = args.into_iter().map(Into::into).collect();
+    let args = match Args::try_parse_from(&words) {
+        Ok(args) => args,
+        Err(error) => return misused(&error, &words),
+    };
     let output = Output::new(args.json, args.pretty);
+    verbose::begin(args.verbose);
     let answer = match args.object {
         Object::Device { command } => device::run(command.unwrap_or_default(), output),
         Object::Lease { command } => lease::run(command.unwrap_or_default(), output),
-        Object::Doctor { bdf } => doctor::run(bdf, output),
+        Object::Doctor { bdf, peer } => doctor::run(bdf, peer, output),
     };
     match answer {
         Ok(code) => code,
         Err(failure) => failure.exit(output),
     }
+}
+
+/// Help, the version, or a wrong command line, whose options tell nothing yet but whether they ask
+/// for JSON.
+fn misused(error: &clap::Error, words: &[OsString]) -> ExitCode {
+    let words = words.iter().skip(1).take_while(|word| *word != "--");
+    let words: Vec<&str> = words.filter_map(|word| word.to_str()).collect();
+    let asks = |long: &str, short: char| {
+        let is_short = |word: &str| word.starts_with('-') && !word.starts_with("--");
+        let has = |word: &&str| is_short(word) && word.contains(short);
+        words.contains(&long) || words.iter().any(has)
+    };
+    let output = Output::new(asks("--json", 'j'), asks("--pretty", 'p'));
+    if error.use_stderr() && output.is_json() {
+        let text = error.render().to_string();
+        // What follows is the usage.
+        let text = text.split("\n\n").next().unwrap_or_default();
+        return Failure::usage(text.trim_start_matches("error: ")).exit(output);
+    }
+    // There is nobody to tell that it cannot be said.
+    let _ = error.print();
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1))
 }

@@ -17,10 +17,16 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
     ),
     (
         "device bind",
-        &[(
-            "barlease device bind 01:00.0 01:00.1",
-            "Both functions of a card, or neither.",
-        )],
+        &[
+            (
+                "barlease device bind 01:00.0 01:00.1",
+                "Both functions of a card, or neither.",
+            ),
+            (
+                "barlease device bind --group --persist 01:00.0",
+                "All that is in its IOMMU group, at each boot, too.",
+            ),
+        ],
     ),
     (
         "device alias",
@@ -38,10 +44,13 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
     ),
     (
         "device unbind",
-        &[(
-            "barlease device unbind 01:00.0",
-            "Back to the driver that the kernel chooses.",
-        )],
+        &[
+            (
+                "barlease device unbind 01:00.0",
+                "Back to the driver that the kernel chooses.",
+            ),
+            ("barlease device unbind --persist 01:00.0", "And for good."),
+        ],
     ),
     (
         "lease show",
@@ -62,14 +71,24 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
                  --lease range=0+1M,user=root,socket=/run/a --lease range=1M+1M,socket=/run/b",
                 "Two leases for two hours, each at a socket of its own.",
             ),
+            (
+                "barlease lease grant --file /etc/barlease/leases.toml --detach",
+                "What a file asks for, in the background.",
+            ),
         ],
     ),
     (
         "lease revoke",
-        &[(
-            "barlease lease revoke /run/lease",
-            "Takes away what was granted at that socket.",
-        )],
+        &[
+            (
+                "barlease lease revoke /run/lease",
+                "Takes away what was granted at that socket.",
+            ),
+            (
+                "barlease lease revoke --no-wait --json /run/lease",
+                "The same, not waiting for a device that has it imported.",
+            ),
+        ],
     ),
     (
         "lease holders",
@@ -121,22 +140,34 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
     ),
     (
         "doctor",
-        &[(
-            "barlease doctor 01:00.0",
-            "What is wrong with the host, and with a device.",
-        )],
+        &[
+            (
+                "barlease doctor 01:00.0",
+                "What is wrong with the host, and with a device.",
+            ),
+            (
+                "barlease doctor 01:00.0 --peer 02:00.0",
+                "Whether 02:00.0 can import leases of it, by which way, and why not.",
+            ),
+        ],
     ),
 ];
 
 /// Exit codes and what they mean.
 pub const EXIT_STATUS: &[(&str, &str)] = &[
     ("0", "Success."),
-    ("1", "Failure; of doctor: something does not work."),
+    (
+        "1",
+        "Failure: no such device, no permission, in use, a dead lease, a value that the device \
+         refuses; of doctor: something does not work.",
+    ),
     ("2", "Wrong usage."),
     (
         "3",
-        "The driver, kernel or device does not have what is asked for.",
+        "The driver, kernel or device does not have what is asked for: another driver is bound, the \
+         module is not loaded.",
     ),
+    ("128+N", "Signal N ended it: 130 SIGINT, 143 SIGTERM."),
     ("141", "Nobody reads the output any more."),
 ];
 
@@ -152,6 +183,10 @@ pub const FILES: &[(&str, &str)] = &[
         "SOCKET.control",
         "Beside the socket of each lease that is granted: for lease revoke, for the user that grants \
          it and root.",
+    ),
+    (
+        "/etc/udev/rules.d/70-barlease-BDF.rules",
+        "A device that device bind --persist binds at each boot.",
     ),
     ("/dev/vfio", "Devices of VFIO."),
     (

@@ -27,6 +27,15 @@ fn number_of(text: &str, database: &str) -> Option<u32> {
         .map(|(_, number)| number)
 }
 
+/// Name of a driver, which becomes a part of paths and of rules.
+pub(crate) fn driver(text: &str) -> Result<String, String> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text.is_empty() || text.starts_with('.') || !text.chars().all(is_plain) {
+        return Err(format!("{text:?} is no name of a driver"));
+    }
+    Ok(text.to_owned())
+}
+
 /// Name and number of a line of either file.
 fn entry(line: &str) -> Option<(&str, u32)> {
     let mut fields = line.split(':');
@@ -110,6 +119,14 @@ mod tests {
         assert!(!listed(users, groups, 1001, 45));
         assert!(!listed(users, groups, 0, 44));
         assert!(is_member(7, 9, 9));
+    }
+
+    #[test]
+    fn a_driver_is_no_path_and_no_rule() {
+        assert_eq!(driver("vfio-pci"), Ok("vfio-pci".to_owned()));
+        for wrong in ["", "..", "a/b", "a\" b", "a%k", "a\nb"] {
+            assert!(driver(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

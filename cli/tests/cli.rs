@@ -246,6 +246,27 @@ fn errors_are_json_where_json_is_asked_for() {
 }
 
 #[test]
+fn wrong_usage_is_json_too() {
+    for args in [
+        &["device", "bind", "--json"][..],
+        &["-j", "frobnicate"],
+        &["device", "bind", "00:05.0", "--driver", "a/b", "-p"],
+        &["lease", "grant", ABSENT, "--lease", "bar=0", "-j"],
+    ] {
+        let said = barlease(args).assert().code(2).stderr("");
+        let error: serde_json::Value = serde_json::from_slice(&said.get_output().stdout).unwrap();
+        assert_eq!(error["exit_code"], 2, "{args:?}");
+        assert!(!error["error"].as_str().unwrap().is_empty(), "{error}");
+    }
+    // What is after `--` is another program's.
+    barlease(&["lease", "take", "--", "x", "-j"])
+        .assert()
+        .code(2)
+        .stdout("")
+        .stderr(contains("Usage"));
+}
+
+#[test]
 fn a_number_is_read_in_its_width() {
     let (lease, _) = memory(&[0x78, 0x56, 0x34, 0x12, 0xff]);
     let (_dir, path) = serve(lease, 4);
@@ -323,6 +344,7 @@ fn several_leases_are_understood_before_a_device_is_touched() {
         barlease(&args).assert()
     };
     grant(&["bar=0"]).code(2).stderr(contains("no socket=PATH"));
+    grant(&["socket=/x"]).code(2).stderr(contains("no bar=N"));
     grant(&["bar=0,socket=/x", "bar=2,socket=/x"])
         .code(2)
         .stderr(contains("cannot share a socket"));
@@ -362,4 +384,51 @@ fn device_show_has_one_shape_with_and_without_a_device() {
         first["bars"].is_array() && first["features"].is_null(),
         "{first}"
     );
+}
+
+#[test]
+fn leases_of_a_file_are_understood_before_a_device_is_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("leases.toml");
+    let path = path.to_str().unwrap();
+    let grant = |text: &str| {
+        std::fs::write(path, text).unwrap();
+        barlease(&["lease", "grant", "--file", path]).assert()
+    };
+    let lease = format!("[[lease]]\nbar = 0\ndevice = \"{ABSENT}\"\nsocket = \"/nonexistent/a\"\n");
+    grant(&lease).code(1).stderr(contains("no such PCI device"));
+    grant(&format!("{lease}{lease}"))
+        .code(2)
+        .stderr(contains("two leases cannot share a socket"));
+    grant(&format!("{lease}colour = 1\n"))
+        .code(2)
+        .stderr(contains(format!(
+            "{path}: lease 1: \"colour=1\" is not understood"
+        )));
+    barlease(&["lease", "grant", "--file", "/nonexistent/leases"])
+        .assert()
+        .code(1)
+        .stderr(contains("grant: /nonexistent/leases: "));
+}
+
+#[test]
+fn what_fails_before_a_grant_is_in_the_background_is_said_in_the_shell() {
+    let detach = |more: &[&str]| {
+        let grant = [
+            "lease",
+            "grant",
+            ABSENT,
+            "--bar=0",
+            "--socket=/x",
+            "--detach",
+        ];
+        barlease(&[&grant[..], more].concat()).assert()
+    };
+    detach(&[])
+        .code(1)
+        .stdout("")
+        .stderr(contains("no such PCI device"));
+    let said = detach(&["--json"]).code(1).stderr("").get_output().clone();
+    let said: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+    assert_eq!(said["exit_code"], 1);
 }

@@ -84,7 +84,10 @@ impl Child {
     pub fn join(mut self) {
         let end = self.wait();
         let mut text = String::new();
-        let _ = self.report.read_to_string(&mut text);
+        // A child of its own that lives on has the other end, too.
+        if end != End::Code(0) {
+            let _ = self.report.read_to_string(&mut text);
+        }
         assert_eq!(end, End::Code(0), "a child process failed: {text}");
     }
 
@@ -167,6 +170,28 @@ pub fn become_command(link: &Link, output: impl AsFd) {
         let answer = unsafe { libc::dup2(fd.as_raw_fd(), number) };
         assert_eq!(answer, number, "dup2: {}", io::Error::last_os_error());
     }
+}
+
+/// Gives an open file this number in this process, a child.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn inherit(file: impl AsFd, number: RawFd) {
+    // SAFETY: Nobody in this process, a child with one thread, uses the number.
+    let answer = unsafe { libc::dup2(file.as_fd().as_raw_fd(), number) };
+    assert_eq!(answer, number, "dup2: {}", io::Error::last_os_error());
+}
+
+/// Where this process, a child, says its errors from here on.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn say_errors_to(output: impl AsFd) {
+    // SAFETY: Standard error belongs to the whole process, and this is its only thread.
+    let answer = unsafe { libc::dup2(output.as_fd().as_raw_fd(), 2) };
+    assert_eq!(answer, 2, "dup2: {}", io::Error::last_os_error());
 }
 
 /// Runs `body` in a forked process, from whatever thread, and says whether it returned true.

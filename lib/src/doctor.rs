@@ -1,6 +1,10 @@
 //! What is missing for leases to work, in the order in which to mend it.
 
 mod device;
+mod kernels;
+mod mappings;
+mod opening;
+mod route;
 mod signature;
 
 use std::fs;
@@ -13,7 +17,6 @@ use rustix::process::Resource;
 use serde::Serialize;
 
 use crate::Bdf;
-use crate::device::permission_remedy;
 use crate::pci::Pci;
 use crate::pci::PciDevice;
 
@@ -56,7 +59,50 @@ pub struct Doctor {
     /// Where the kernel has it itself, compressed.
     own_config: PathBuf,
     modules: PathBuf,
+    cpuinfo: PathBuf,
+    iomem: PathBuf,
+    /// Of the kernel that runs.
+    release: String,
+    root: PathBuf,
 }
+
+/// A parameter of the module.
+struct Parameter {
+    name: &'static str,
+    default: &'static str,
+    /// A value, and what may come of it.
+    danger: Option<(&'static str, &'static str)>,
+}
+
+const PARAMETERS: &[Parameter] = &[
+    Parameter {
+        name: "msix_export",
+        default: "auto",
+        danger: Some((
+            "always",
+            "a holder that can write an MSI-X table can raise any interrupt of the host where the \
+             IOMMU does not isolate them",
+        )),
+    },
+    Parameter {
+        name: "enable_sriov",
+        default: "N",
+        danger: None,
+    },
+    Parameter {
+        name: "disable_denylist",
+        default: "N",
+        danger: Some(("Y", "devices that are known to harm the host can be bound")),
+    },
+    Parameter {
+        name: "stock_dma_buf",
+        default: "N",
+        danger: Some((
+            "Y",
+            "exports are the kernel's own: they cannot be mapped or revoked",
+        )),
+    },
+];
 
 impl Default for Doctor {
     fn default() -> Self {
@@ -80,6 +126,10 @@ impl Default for Doctor {
             .into(),
             own_config: "/proc/config.gz".into(),
             modules: format!("/lib/modules/{release}").into(),
+            cpuinfo: "/proc/cpuinfo".into(),
+            iomem: "/proc/iomem".into(),
+            root: "/".into(),
+            release,
         }
     }
 }
@@ -102,6 +152,10 @@ impl Doctor {
             configs: system.configs.iter().map(|path| below(path)).collect(),
             own_config: below(&system.own_config),
             modules: below(&system.modules),
+            cpuinfo: below(&system.cpuinfo),
+            iomem: below(&system.iomem),
+            root: root.to_owned(),
+            release: system.release,
         }
     }
 
@@ -113,6 +167,9 @@ impl Doctor {
             self.kernel(),
             self.module(&pci),
             self.signature(&pci),
+            self.dkms(&pci),
+            self.next_kernel(),
+            self.parameters(),
             iommu(&pci),
             self.nodes(),
             memlock(),
@@ -122,6 +179,46 @@ impl Doctor {
             checks.extend(self.device(&pci, bdf));
         }
         checks
+    }
+
+    /// Parameters of the module that are not as they are by default.
+    fn parameters(&self) -> Check {
+        const NAME: &str = "parameters";
+        let folder = [abi::MODULE_NAME, "vfio_pci"]
+            .map(|name| self.sysfs.join("module").join(name).join("parameters"))
+            .into_iter()
+            .find(|folder| folder.join("msix_export").exists());
+        let Some(folder) = folder else {
+            return skip(NAME, "the module is not loaded");
+        };
+        let value = |name: &str| {
+            let text = fs::read_to_string(folder.join(name)).unwrap_or_default();
+            text.trim().to_owned()
+        };
+        let mut set = Vec::new();
+        let mut warnings = Vec::new();
+        for parameter in PARAMETERS {
+            let (name, value) = (parameter.name, value(parameter.name));
+            if value.is_empty() || value == parameter.default {
+                continue;
+            }
+            set.push(format!("{name}={value}"));
+            if let Some((_, what)) = parameter.danger.filter(|(bad, _)| *bad == value) {
+                warnings.push(format!("{name}={value}: {what}"));
+            }
+        }
+        match (set.is_empty(), warnings.is_empty()) {
+            (true, _) => ok(NAME, "all as by default"),
+            (false, true) => ok(NAME, set.join(" ")),
+            (false, false) => warn(
+                NAME,
+                warnings.join("; "),
+                &format!(
+                    "echo DEFAULT > {}/NAME, and look into /etc/modprobe.d",
+                    folder.display()
+                ),
+            ),
+        }
     }
 
     /// What the running kernel says of itself, which no file of another one can belie.
@@ -137,15 +234,18 @@ impl Doctor {
         String::from_utf8(text).ok()
     }
 
-    /// The options that the module needs.
-    fn kernel(&self) -> Check {
+    fn config(&self) -> Option<String> {
         let files = self.configs.iter();
-        let config = self.own_config().or_else(|| {
+        self.own_config().or_else(|| {
             files
                 .filter_map(|path| fs::read_to_string(path).ok())
                 .next()
-        });
-        let Some(config) = config else {
+        })
+    }
+
+    /// The options that the module needs.
+    fn kernel(&self) -> Check {
+        let Some(config) = self.config() else {
             return skip(
                 "kernel",
                 format!(
@@ -154,10 +254,14 @@ impl Doctor {
                 ),
             );
         };
-        let missing: Vec<&str> = ["CONFIG_RUST", "CONFIG_VFIO_PCI", "CONFIG_DMA_SHARED_BUFFER"]
-            .into_iter()
-            .filter(|option| !has_option(&config, option))
-            .collect();
+        let missing: Vec<&str> = [
+            "CONFIG_RUST",
+            "CONFIG_VFIO_PCI_CORE",
+            "CONFIG_DMA_SHARED_BUFFER",
+        ]
+        .into_iter()
+        .filter(|option| !has_option(&config, option))
+        .collect();
         if !missing.is_empty() {
             return fail(
                 "kernel",
@@ -180,7 +284,7 @@ impl Doctor {
             let version = module.version.unwrap_or_else(|| "unknown".to_owned());
             return ok("module", format!("loaded, version {version}"));
         }
-        if self.module_is_installed() {
+        if kernels::has_module(&self.modules) {
             return fail(
                 "module",
                 "installed, not loaded",
@@ -190,30 +294,8 @@ impl Doctor {
         fail(
             "module",
             "not installed for this kernel",
-            "build it: make -C kmod KDIR=/lib/modules/$(uname -r)/build",
+            &self.origin().build(&self.release),
         )
-    }
-
-    fn module_is_installed(&self) -> bool {
-        ["modules.dep", "modules.order"].iter().any(|list| {
-            fs::read_to_string(self.modules.join(list))
-                .is_ok_and(|text| text.contains(&format!("/{}.ko", abi::MODULE_NAME)))
-        })
-    }
-
-    /// The ways to open a VFIO device.
-    fn nodes(&self) -> Check {
-        let group = self.dev.join("vfio/vfio").exists();
-        let cdev = self.dev.join("iommu").exists();
-        match (group, cdev) {
-            (_, true) => ok("vfio", "iommufd"),
-            (true, false) => ok("vfio", "groups and containers"),
-            (false, false) => fail(
-                "vfio",
-                "neither /dev/vfio/vfio nor /dev/iommu exists",
-                "modprobe vfio_iommu_type1",
-            ),
-        }
     }
 
     /// Whether a mapping that asks for write-combining gets it. On x86 that takes PAT, and the
@@ -231,36 +313,6 @@ impl Doctor {
             NAME,
             "refused: PAT is off",
             "boot without nopat; a hypervisor may have to show PAT to its guest",
-        )
-    }
-
-    /// Which memory type the mappings have that there are of a device's leases and BARs. What a
-    /// lease says is the type of its next mapping.
-    fn mappings(&self, bdf: Bdf) -> Check {
-        const NAME: &str = "mappings";
-        let path = self
-            .sysfs
-            .join(format!("kernel/debug/barlease/{bdf}/buffers"));
-        let Ok(text) = fs::read_to_string(&path) else {
-            return skip(NAME, format!("{} cannot be read", path.display()));
-        };
-        let Some(mappings) = Mappings::count(&text) else {
-            return skip(NAME, "the loaded module does not tell their memory type");
-        };
-        let found = format!(
-            "{} uncached, {} write-combining",
-            mappings.uncached, mappings.combining
-        );
-        if mappings.left_behind == 0 {
-            return ok(NAME, found);
-        }
-        warn(
-            NAME,
-            format!(
-                "{found}; {} of the uncached ones are of leases that are write-combining now",
-                mappings.left_behind
-            ),
-            "map these leases again: a mapping keeps the type that it was made with",
         )
     }
 
@@ -288,105 +340,6 @@ impl Doctor {
         ];
         checks.extend(self.memory(pci, bdf));
         checks
-    }
-
-    fn group(&self, pci: &Pci, device: &PciDevice) -> Check {
-        let Some(group) = device.iommu_group else {
-            return fail(
-                "group",
-                "the device is in no IOMMU group",
-                "turn the IOMMU on: in the firmware, and on Intel with intel_iommu=on",
-            );
-        };
-        let obstacles: Vec<String> = pci
-            .group_obstacles(group)
-            .into_iter()
-            .filter(|other| other.bdf != device.bdf)
-            .map(|other| other.bdf.to_string())
-            .collect();
-        let attribute = |name: &str| {
-            let path = self
-                .sysfs
-                .join(format!("kernel/iommu_groups/{group}/{name}"));
-            let text = fs::read_to_string(path).unwrap_or_default();
-            text.trim().to_owned()
-        };
-        if attribute("name") == "vfio-noiommu" {
-            return warn(
-                "group",
-                format!("group {group} is one without an IOMMU: its DMA reaches all memory"),
-                "turn the IOMMU on, and vfio's enable_unsafe_noiommu_mode off",
-            );
-        }
-        if obstacles.is_empty() {
-            // That of the host's own driver. VFIO makes a domain of its own.
-            let domain = match attribute("type").as_str() {
-                "" => String::new(),
-                kind => format!(" (domain type {kind})"),
-            };
-            return ok("group", format!("IOMMU group {group}{domain} is viable"));
-        }
-        let list = obstacles.join(" ");
-        fail(
-            "group",
-            format!("IOMMU group {group} has devices in use by the host: {list}"),
-            &format!("barlease device bind {list}"),
-        )
-    }
-
-    /// Whether this user may open it.
-    fn permission(&self, device: &PciDevice) -> Check {
-        let node = match (&device.vfio, device.iommu_group) {
-            (Some(vfio), _) if self.dev.join("iommu").exists() => {
-                self.dev.join("vfio/devices").join(vfio)
-            }
-            (_, Some(group)) => self.dev.join("vfio").join(group.to_string()),
-            _ => return skip("permission", "there is no device node"),
-        };
-        if !node.exists() {
-            return skip("permission", format!("{} does not exist", node.display()));
-        }
-        let access = rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK;
-        match rustix::fs::access(&node, access) {
-            Ok(()) => ok("permission", format!("{} can be opened", node.display())),
-            Err(_) => fail(
-                "permission",
-                format!("{} cannot be opened", node.display()),
-                &permission_remedy(&node),
-            ),
-        }
-    }
-}
-
-/// Mappings by memory type.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Mappings {
-    uncached: u64,
-    combining: u64,
-    /// Uncached ones, made before their lease became write-combining.
-    left_behind: u64,
-}
-
-impl Mappings {
-    /// Adds up the lines of a `buffers` file. `None` when it lacks a column.
-    fn count(text: &str) -> Option<Self> {
-        let mut lines = text.lines();
-        let header: Vec<&str> = lines.next()?.split_whitespace().collect();
-        let column = |name| header.iter().position(|column| *column == name);
-        let (memattr, all, combining) = (column("memattr")?, column("mmaps")?, column("wc_mmaps")?);
-        let mut sum = Self::default();
-        for line in lines {
-            let cells: Vec<&str> = line.split_whitespace().collect();
-            let number = |at: usize| cells.get(at)?.parse::<u64>().ok();
-            let (all, combining) = (number(all)?, number(combining)?);
-            let uncached = all.saturating_sub(combining);
-            sum.uncached += uncached;
-            sum.combining += combining;
-            if cells.get(memattr) == Some(&"WC") {
-                sum.left_behind += uncached;
-            }
-        }
-        Some(sum)
     }
 }
 
@@ -491,6 +444,9 @@ mod tests {
                 "kernel",
                 "module",
                 "signature",
+                "dkms",
+                "next-kernel",
+                "parameters",
                 "iommu",
                 "vfio",
                 "memlock",
@@ -504,12 +460,12 @@ mod tests {
                 "{check:?}"
             );
         }
-        assert_eq!(checks[7].verdict, Verdict::Fail);
+        assert_eq!(checks[10].verdict, Verdict::Fail);
     }
 
     #[test]
     fn the_configuration_is_found_wherever_it_is() {
-        const ALL: &str = "CONFIG_RUST=y\nCONFIG_VFIO_PCI=m\nCONFIG_DMA_SHARED_BUFFER=y\n\
+        const ALL: &str = "CONFIG_RUST=y\nCONFIG_VFIO_PCI_CORE=m\nCONFIG_DMA_SHARED_BUFFER=y\n\
                            CONFIG_PCI_P2PDMA=y\n";
         let root = tempfile::tempdir().unwrap();
         let doctor = Doctor::at(root.path());
@@ -529,32 +485,26 @@ mod tests {
         fs::write(&doctor.own_config, gzip.stdout).unwrap();
         let check = doctor.kernel();
         assert_eq!(check.verdict, Verdict::Fail, "{check:?}");
-        assert!(check.found.contains("CONFIG_VFIO_PCI"), "{check:?}");
+        assert!(check.found.contains("CONFIG_VFIO_PCI_CORE"), "{check:?}");
     }
 
     #[test]
-    fn a_group_tells_its_domain_and_whether_there_is_an_iommu() {
+    fn parameters_that_are_dangerous_are_said() {
         let root = tempfile::tempdir().unwrap();
-        let sys = root.path().join("sys");
-        let bdf = "00:05.0".parse().unwrap();
-        let device = sys.join("bus/pci/devices/0000:00:05.0");
-        let group = sys.join("kernel/iommu_groups/7");
-        fs::create_dir_all(&device).unwrap();
-        fs::create_dir_all(group.join("devices/0000:00:05.0")).unwrap();
-        for (file, text) in [("vendor", "0x1af4\n"), ("device", "0x1110\n")] {
-            fs::write(device.join(file), text).unwrap();
-        }
-        std::os::unix::fs::symlink(&group, device.join("iommu_group")).unwrap();
-        fs::write(group.join("type"), "DMA-FQ\n").unwrap();
-        let pci = Pci::at(&sys);
         let doctor = Doctor::at(root.path());
-        let check = || doctor.group(&pci, &pci.device(bdf).unwrap());
-        assert_eq!(
-            check().found,
-            "IOMMU group 7 (domain type DMA-FQ) is viable"
-        );
-        fs::write(group.join("name"), "vfio-noiommu\n").unwrap();
-        assert_eq!(check().verdict, Verdict::Warn);
+        assert_eq!(doctor.parameters().verdict, Verdict::Skip);
+        let folder = root.path().join("sys/module/barlease_vfio_pci/parameters");
+        fs::create_dir_all(&folder).unwrap();
+        let put = |name: &str, value: &str| fs::write(folder.join(name), value).unwrap();
+        put("msix_export", "auto\n");
+        put("enable_sriov", "N\n");
+        assert_eq!(doctor.parameters().found, "all as by default");
+        put("enable_sriov", "Y\n");
+        assert_eq!(doctor.parameters().found, "enable_sriov=Y");
+        put("msix_export", "always\n");
+        let check = doctor.parameters();
+        assert_eq!(check.verdict, Verdict::Warn);
+        assert!(check.found.starts_with("msix_export=always: "), "{check:?}");
     }
 
     #[test]
@@ -567,29 +517,6 @@ mod tests {
         assert_eq!(verdict(), Verdict::Warn);
         fs::write(folder.join("pat_memtype_list"), "").unwrap();
         assert_eq!(verdict(), Verdict::Ok);
-    }
-
-    #[test]
-    fn mappings_are_counted_by_the_type_that_they_have() {
-        let root = tempfile::tempdir().unwrap();
-        let bdf = "00:05.0".parse().unwrap();
-        let check = || Doctor::at(root.path()).mappings(bdf);
-        assert_eq!(check().verdict, Verdict::Skip);
-        let folder = root.path().join("sys/kernel/debug/barlease/0000:00:05.0");
-        fs::create_dir_all(&folder).unwrap();
-        let write = |text: &str| fs::write(folder.join("buffers"), text).unwrap();
-        write("name memattr mmaps\na NC 1\n");
-        assert_eq!(check().verdict, Verdict::Skip);
-        write("name memattr mmaps wc_mmaps\na NC 3 1\nb WC 2 2\n");
-        let found = check();
-        assert_eq!(
-            (found.verdict, found.found.as_str()),
-            (Verdict::Ok, "2 uncached, 3 write-combining")
-        );
-        write("name memattr mmaps wc_mmaps\na NC 3 1\nb WC 2 1\n");
-        let found = check();
-        assert_eq!(found.verdict, Verdict::Warn);
-        assert!(found.found.contains("; 1 of the uncached"), "{found:?}");
     }
 
     #[test]

@@ -447,9 +447,17 @@ impl Error {
         }
     }
 
-    /// Says how to get permission or hold of it, if that is what is missing.
-    pub(crate) fn with_remedy(mut self, text: impl Into<Cow<'static, str>>) -> Self {
-        if let Self::Denied { remedy, .. } | Self::Busy { remedy, .. } = &mut self {
+    /// Says how to get permission, if that is what is missing.
+    pub(crate) fn if_denied(mut self, text: impl Into<Cow<'static, str>>) -> Self {
+        if let Self::Denied { remedy, .. } = &mut self {
+            *remedy = Some(text.into());
+        }
+        self
+    }
+
+    /// Says what to do about it if somebody else uses it.
+    pub(crate) fn if_busy(mut self, text: impl Into<Cow<'static, str>>) -> Self {
+        if let Self::Busy { remedy, .. } = &mut self {
             *remedy = Some(text.into());
         }
         self
@@ -515,14 +523,22 @@ impl Error {
             Self::Denied { remedy, .. } => remedy.as_deref().map(Cow::Borrowed),
             Self::Busy { remedy, object, .. } => Some(match (remedy, object) {
                 (Some(remedy), _) => Cow::Borrowed(remedy.as_ref()),
-                (None, Object::File(path)) => format!(
+                (None, Object::File(path)) if !path.starts_with("/dev/vfio") => format!(
                     "`fuser -v {}` names the process that has it",
                     path.display()
                 )
                 .into(),
-                (None, _) => "one process at a time can have it open: \
-                     `fuser -v /dev/vfio/* /dev/vfio/devices/*` names the one"
-                    .into(),
+                (None, object) => {
+                    let which = match object {
+                        Object::Device(bdf) => format!(" {bdf}"),
+                        _ => String::new(),
+                    };
+                    format!(
+                        "one process at a time can have it open: `barlease lease holders{which}` \
+                         names the one; a mapping of a BAR that is left counts, of this process, too"
+                    )
+                    .into()
+                }
             }),
             Self::Unsupported { remedy, .. } => Some(Cow::Borrowed(remedy)),
             Self::Revoked { .. } => Some("try again when the lease is back".into()),
@@ -581,9 +597,24 @@ mod tests {
         assert!(report.starts_with("open: /dev/vfio/1: "), "{report}");
         assert_eq!(report.matches("busy").count(), 1, "{report}");
         assert!(
-            report.ends_with("(`fuser -v /dev/vfio/1` names the process that has it)"),
+            report.contains("(one process at a time can have it open: `barlease lease holders` "),
             "{report}"
         );
+    }
+
+    #[test]
+    fn what_is_busy_is_not_told_to_get_permission() {
+        let remedy = |errno| {
+            let error = Error::from_errno("open", Object::file("/dev/x"), errno);
+            let error = error.if_denied("run as root").if_busy("wait");
+            error.remedy().map(Cow::into_owned)
+        };
+        assert_eq!(remedy(Errno::BUSY).as_deref(), Some("wait"));
+        assert_eq!(remedy(Errno::ACCESS).as_deref(), Some("run as root"));
+        assert_eq!(remedy(Errno::NOENT), None);
+        let busy = Error::from_errno("open", Object::file("/dev/x"), Errno::BUSY);
+        let busy = busy.if_denied("run as root");
+        assert!(busy.remedy().unwrap().starts_with("`fuser"), "{busy:?}");
     }
 
     #[test]

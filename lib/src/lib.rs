@@ -161,6 +161,8 @@ pub mod pci;
 mod record;
 mod registers;
 mod sys;
+#[cfg(feature = "log")]
+mod trace;
 mod types;
 
 pub use bdf::Bdf;

@@ -3,6 +3,8 @@
 //! Binding goes through `driver_override`, which concerns one device only and survives nothing but
 //! the running system.
 
+mod bars;
+
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -19,6 +21,8 @@ use crate::Error;
 use crate::GroupMember;
 use crate::Result;
 use crate::error::Object;
+
+pub use bars::Bar;
 
 /// How long to wait for a driver that probes asynchronously.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -338,7 +342,8 @@ impl Pci {
 
         let answer = self.switch(bdf, &before, driver);
         if answer.is_err() {
-            self.restore(bdf, &before);
+            // As good as possible: there is an error to report already.
+            drop(self.put_back(&before));
         }
         answer
     }
@@ -357,13 +362,37 @@ impl Pci {
         ))
     }
 
-    /// As good as possible: there is an error to report already.
-    fn restore(&self, bdf: Bdf, before: &PciDevice) {
-        drop(self.set_override(bdf, before.driver_override.as_deref()));
-        if let Some(driver) = &before.driver {
-            drop(self.probe(bdf));
-            self.wait_for(bdf, |now| now == Some(driver));
+    /// Puts a device back to what it was: its driver, and the only driver that may bind to it.
+    /// `before` is what [`Pci::device`] said then.
+    ///
+    /// Errors: [`Error::NoDevice`]; [`Error::Invalid`]: the driver did not take it back;
+    /// [`Error::Denied`]; [`Error::Io`].
+    pub fn put_back(&self, before: &PciDevice) -> Result<()> {
+        let bdf = before.bdf;
+        let now = self.device(bdf)?;
+        if now.driver == before.driver {
+            return self.set_override(bdf, before.driver_override.as_deref());
         }
+        // The kernel might choose another one than it had.
+        self.set_override(bdf, before.driver.as_deref())?;
+        self.release("put back", bdf, now.driver.as_deref())?;
+        let taken = match before.driver.as_deref() {
+            Some(driver) => {
+                self.probe(bdf)?;
+                self.wait_for(bdf, |now| now == Some(driver))
+            }
+            None => true,
+        };
+        self.set_override(bdf, before.driver_override.as_deref())?;
+        if taken {
+            return Ok(());
+        }
+        let driver = before.driver.as_deref().unwrap_or_default();
+        Err(invalid(
+            "put back",
+            bdf,
+            format!("the driver {driver} did not take the device back: see dmesg"),
+        ))
     }
 
     /// Takes a device from its vfio driver and gives it back to the driver that the kernel would
@@ -440,13 +469,15 @@ fn invalid(operation: &'static str, bdf: Bdf, reason: String) -> Error {
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
+    #[cfg(feature = "log")]
+    crate::trace::write(path, text);
     fs::OpenOptions::new()
         .write(true)
         .truncate(true)
         .open(path)
         .and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
         .map_err(|error| {
-            Error::from_io("write", Object::file(path), error).with_remedy("run as root")
+            Error::from_io("write", Object::file(path), error).if_denied("run as root")
         })
 }
 

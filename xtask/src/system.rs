@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use barlease_lab::cache::Cache;
@@ -53,13 +54,26 @@ kill -TERM $!
 wait $! || true
 test ! -e /var/lib/kept
 uname -r >/var/lib/kept
+driver() { basename "$(readlink /sys/bus/pci/devices/0000:01:00.0/driver || true)"; }
+barlease device unbind 0000:01:00.0
+barlease device bind --persist 0000:01:00.0
+barlease device unbind 0000:01:00.0
+test "$(driver)" = ""
+udevadm trigger --action=add /sys/bus/pci/devices/0000:01:00.0
+udevadm settle
+test "$(driver)" = barlease-vfio-pci
 "#;
 
 const SECOND: &str = r#"
 set -eu
 systemctl is-system-running
 test "$(cat /var/lib/kept)" = "$(uname -r)"
-test "$(readlink /sys/bus/pci/devices/0000:01:00.0/driver || true)" = ""
+driver() { basename "$(readlink /sys/bus/pci/devices/0000:01:00.0/driver || true)"; }
+test "$(driver)" = barlease-vfio-pci
+barlease device unbind --persist 0000:01:00.0
+udevadm trigger --action=add /sys/bus/pci/devices/0000:01:00.0
+udevadm settle
+test "$(driver)" = ""
 echo found what was kept
 exit 7
 "#;
@@ -135,6 +149,8 @@ fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
         }
         let outcome = run
             .output(Output::Capture)
+            // Twice what it takes on a busy machine.
+            .timeout(Duration::from_secs(900))
             .command(["sh", "-c", script])
             .run()?;
         let said = String::from_utf8_lossy(&outcome.output);

@@ -1,6 +1,7 @@
 //! The host's uses of a device, which would be lost if its driver were taken away.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::path::PathBuf;
 
@@ -55,17 +56,31 @@ impl Host {
         uses
     }
 
-    /// Ends its virtual functions, if it has any, as far as its driver lets that be.
+    /// Ends its virtual functions, if it has any, as far as its driver lets that be. How many.
     ///
     /// A vfio driver that is unbound ends them too, but without the kernel's lock of rescans
     /// (`vfio_pci_core_unregister_device`, Linux 7.3), of which lockdep warns.
-    pub(crate) fn end_functions(&self, bdf: Bdf) {
-        let path = self.sysfs.join("bus/pci/devices").join(bdf.to_string());
-        let number = path.join("sriov_numvfs");
-        if !matches!(&*text(&number), "" | "0") {
+    pub(crate) fn end_functions(&self, bdf: Bdf) -> u32 {
+        let number = self.functions(bdf);
+        let count = text(&number).parse().unwrap_or(0);
+        if count > 0 {
+            log::debug!("write \"0\" to {}", number.display());
             // Whatever is left then ends with the driver.
             let _ = fs::write(number, "0");
         }
+        count
+    }
+
+    /// Makes virtual functions again that were ended.
+    pub(crate) fn make_functions(&self, bdf: Bdf, count: u32) -> io::Result<()> {
+        let number = self.functions(bdf);
+        log::debug!("write \"{count}\" to {}", number.display());
+        fs::write(number, count.to_string())
+    }
+
+    fn functions(&self, bdf: Bdf) -> PathBuf {
+        let path = self.sysfs.join("bus/pci/devices").join(bdf.to_string());
+        path.join("sriov_numvfs")
     }
 
     /// The entries of a class that are of the device.
@@ -181,8 +196,10 @@ mod tests {
                 "the network interface eth0 is up",
             ]
         );
-        host.end_functions(bdf);
+        assert_eq!(host.end_functions(bdf), 2);
         assert_eq!(text(&at(device).join("sriov_numvfs")), "0");
+        host.make_functions(bdf, 2).unwrap();
+        assert_eq!(text(&at(device).join("sriov_numvfs")), "2");
         assert!(host.uses("00:06.0".parse().unwrap()).is_empty());
     }
 }

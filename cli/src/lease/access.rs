@@ -32,11 +32,26 @@ pub(crate) fn dump(
     });
     let mut out = BufWriter::new(io::stdout().lock());
     if output.is_json() {
-        // Piece by piece; the same as of a document of an offset and its bytes.
-        write!(out, "{{\"offset\":{},\"bytes\":\"", range.offset)?;
-        each_window(&lease, range, width, |bytes| {
+        // Piece by piece; the same as of a document of an offset and its bytes. What fails before
+        // there are any is an error like others, what fails later ends the document.
+        let begin = format!("{{\"offset\":{},\"bytes\":\"", range.offset);
+        let mut begun = false;
+        let answer = each_window(&lease, range, width, |bytes| {
+            if !begun {
+                begun = true;
+                out.write_all(begin.as_bytes())?;
+            }
             bytes.iter().try_for_each(|byte| write!(out, "{byte:02x}"))
-        })?;
+        });
+        if let Err(mut failure) = answer {
+            if begun {
+                writeln!(out, "\",{}}}", failure.keys())?;
+            }
+            return Err(failure);
+        }
+        if !begun {
+            out.write_all(begin.as_bytes())?;
+        }
         writeln!(out, "\"}}")?;
     } else {
         let mut rows = Rows::new(range.offset);

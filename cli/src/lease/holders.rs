@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use barlease::Bdf;
@@ -14,6 +13,7 @@ use crate::output::Output;
 use crate::output::or_dash;
 use crate::output::print;
 use crate::output::table;
+use crate::process::Process;
 
 /// What the driver calls itself as an exporter of dma-bufs.
 const EXPORTER: &str = "barlease";
@@ -29,9 +29,8 @@ enum Object {
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Holder {
-    pid: u32,
-    uid: u32,
-    command: String,
+    #[serde(flatten)]
+    process: Process,
     #[serde(flatten)]
     object: Object,
     fds: usize,
@@ -50,7 +49,7 @@ pub(crate) fn run(wanted: Option<&str>, output: Output) -> Result<(), Failure> {
         return Ok(output.document(&found)?);
     }
     let mut table = table([
-        "PID", "UID", "COMMAND", "KIND", "WHAT", "NAME", "FDS", "MAPS",
+        "PID", "UID", "COMMAND", "UNIT", "KIND", "WHAT", "NAME", "FDS", "MAPS",
     ]);
     for holder in &found {
         let (kind, what, name) = match &holder.object {
@@ -58,9 +57,10 @@ pub(crate) fn run(wanted: Option<&str>, output: Output) -> Result<(), Failure> {
             Object::Device { bdf } => ("device", bdf.to_string(), "-".to_owned()),
         };
         table.add_row([
-            holder.pid.to_string(),
-            holder.uid.to_string(),
-            holder.command.clone(),
+            holder.process.pid.to_string(),
+            holder.process.uid.to_string(),
+            holder.process.command.clone(),
+            or_dash(holder.process.unit.as_ref()),
             kind.to_owned(),
             what,
             name,
@@ -76,6 +76,17 @@ fn is(object: &Object, wanted: &str) -> bool {
         Object::Lease { id, name } => name.as_deref() == Some(wanted) || wanted.parse() == Ok(*id),
         Object::Device { bdf } => wanted.parse() == Ok(*bdf),
     }
+}
+
+/// The processes that have devices open, with each device.
+pub(crate) fn openers(proc: &Path) -> Vec<(Bdf, Process)> {
+    // Leases are of no interest here.
+    let holders = holders(proc, BTreeSet::new()).unwrap_or_default();
+    let device = |holder: Holder| match holder.object {
+        Object::Device { bdf } => Some((bdf, holder.process)),
+        Object::Lease { .. } => None,
+    };
+    holders.into_iter().filter_map(device).collect()
 }
 
 /// The leases in the kernel's list of all dma-bufs: size, flags, mode, count, exporter, inode, name.
@@ -121,12 +132,12 @@ fn holders(proc: &Path, mut known: BTreeSet<u64>) -> std::io::Result<Vec<Holder>
             let object = object.unwrap_or(Object::Lease { id, name });
             counts.entry(object).or_default().1 += 1;
         }
-        let text = |file: &str| fs::read_to_string(folder.join(file)).unwrap_or_default();
-        let uid = fs::metadata(&folder).map_or(u32::MAX, |it| it.uid());
+        if counts.is_empty() {
+            continue;
+        }
+        let process = Process::of(proc, pid);
         found.extend(counts.into_iter().map(|(object, (fds, maps))| Holder {
-            pid,
-            uid,
-            command: text("comm").trim().to_owned(),
+            process: process.clone(),
             object,
             fds,
             maps,
@@ -212,8 +223,8 @@ mod tests {
             .iter()
             .map(|it| {
                 (
-                    it.pid,
-                    it.command.as_str(),
+                    it.process.pid,
+                    it.process.command.as_str(),
                     it.object.clone(),
                     it.fds,
                     it.maps,

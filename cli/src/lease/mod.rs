@@ -2,7 +2,7 @@
 
 mod access;
 mod grant;
-mod holders;
+pub(crate) mod holders;
 mod revoke;
 mod show;
 mod take;
@@ -25,8 +25,8 @@ const RECEIVE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Failure> {
     match command {
         LeaseCommand::Show { bdf } => show::run(bdf, output),
-        LeaseCommand::Grant(args) => grant::run(&args, output),
-        LeaseCommand::Revoke { socket } => revoke::run(&socket, output),
+        LeaseCommand::Grant(args) => return grant::run(&args, output),
+        LeaseCommand::Revoke { socket, no_wait } => revoke::run(&socket, no_wait, output),
         LeaseCommand::Holders { what } => holders::run(what.as_deref(), output),
         LeaseCommand::Take { socket, command } => take::run(&socket, &command),
         LeaseCommand::Dump {

@@ -14,8 +14,8 @@ use super::grant::control::Answer;
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// Has the process that granted a lease revoke it, and waits for the end.
-pub(crate) fn run(socket: &Path, output: Output) -> Result<(), Failure> {
+/// Has the process that granted a lease revoke it, and waits for the end, or not for importers.
+pub(crate) fn run(socket: &Path, no_wait: bool, output: Output) -> Result<(), Failure> {
     let path = control::path(socket);
     let mut stream = UnixStream::connect(&path).map_err(|error| refused(&path, &error))?;
     let failed = |error: io::Error| Failure::file("revoke", &path, &error);
@@ -28,6 +28,17 @@ pub(crate) fn run(socket: &Path, output: Output) -> Result<(), Failure> {
             .map_err(|error| Failure::new(format!("revoke: {}: {error}", path.display())))?;
         let socket = socket.display();
         match answer {
+            Answer::Draining if no_wait && output.is_json() => {
+                let told = json!({"event": "draining", "socket": socket.to_string()});
+                return Ok(output.document(&told)?);
+            }
+            Answer::Draining if no_wait => {
+                writeln!(
+                    io::stdout(),
+                    "draining lease at {socket}: revoked, but an importer has still to let go of it"
+                )?;
+                return Ok(());
+            }
             Answer::Draining => eprintln!(
                 "barlease: revoke: {socket}: nobody has it any more; waiting for an importer to let \
                  go of it"

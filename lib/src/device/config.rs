@@ -66,6 +66,8 @@ impl Capability {
     pub const MSIX: u8 = 0x11;
     /// Something of the vendor's.
     pub const VENDOR: u8 = 0x09;
+    /// Of the status register: there is a list of them.
+    const LIST: u16 = 1 << 4;
 }
 
 /// An extended capability, from byte 256 of config space on.
@@ -355,8 +357,7 @@ impl<'fd> ConfigSpace<'fd> {
     ///
     /// Errors: [`Error::Malformed`]: the chain leaves its place or does not end; [`Error::Io`].
     pub fn capabilities(&self) -> Result<Vec<Capability>> {
-        const LIST: u16 = 1 << 4;
-        if self.read_u16(0x06)? & LIST == 0 {
+        if self.read_u16(0x06)? & Capability::LIST == 0 {
             return Ok(Vec::new());
         }
         let first = self.read_u8(0x34)?;
@@ -451,7 +452,25 @@ impl<'fd> ConfigSpace<'fd> {
             return Ok(None);
         };
         let at = u64::from(offset);
-        let control = self.read_u16(at + 2)?;
+        let registers = [self.read_u32(at + 4)?, self.read_u32(at + 8)?];
+        Ok(Some(Msix::decode(
+            offset,
+            self.read_u16(at + 2)?,
+            registers,
+        )))
+    }
+
+    /// What of a BAR of `size` bytes has no page in common with the MSI-X table or its pending
+    /// bits.
+    pub(crate) fn exportable_ranges(&self, bar: u32, size: u64) -> Result<Vec<BarRange>> {
+        let msix = self.msix()?;
+        Ok(Msix::leaves(msix.as_ref(), bar, size))
+    }
+}
+
+impl Msix {
+    /// `registers`: where the table and the pending bits are.
+    fn decode(offset: u16, control: u16, registers: [u32; 2]) -> Self {
         let vectors = (control & 0x7ff) + 1;
         let place = |register: u32, length| {
             let range = BarRange {
@@ -460,29 +479,53 @@ impl<'fd> ConfigSpace<'fd> {
             };
             ((register & 0b111) as u8, range)
         };
-        Ok(Some(Msix {
+        let [table, pending] = registers;
+        Self {
             offset,
             vectors,
-            table: place(self.read_u32(at + 4)?, u64::from(vectors) * 16),
+            table: place(table, u64::from(vectors) * 16),
             // A bit a vector, in words of 64.
-            pending: place(self.read_u32(at + 8)?, u64::from(vectors).div_ceil(64) * 8),
+            pending: place(pending, u64::from(vectors).div_ceil(64) * 8),
             enabled: control & 1 << 15 != 0,
             masked: control & 1 << 14 != 0,
-        }))
+        }
     }
 
-    /// What of a BAR of `size` bytes has no page in common with the MSI-X table or its pending
-    /// bits.
-    pub(crate) fn exportable_ranges(&self, bar: u32, size: u64) -> Result<Vec<BarRange>> {
+    /// That in the bytes of config space. The outer `None`: they do not tell, since only the header
+    /// may be read, or the device is gone.
+    pub(crate) fn of_bytes(config: &[u8]) -> Option<Option<Self>> {
+        let byte = |at: u16| config.get(usize::from(at)).copied();
+        let word = |at: u16| Some(u16::from_le_bytes([byte(at)?, byte(at + 1)?]));
+        let long = |at: u16| Some(u32::from(word(at)?) | u32::from(word(at + 2)?) << 16);
+        if config.len() < usize::from(END) || byte(0) == Some(0xff) && byte(1) == Some(0xff) {
+            return None;
+        }
+        let first = match word(0x06)? & Capability::LIST {
+            0 => return Some(None),
+            _ => byte(0x34)?,
+        };
+        // All of it is there, so nothing fails but the chain.
+        let list = walk(first, |at| {
+            Ok([byte(at).unwrap_or(0), byte(at + 1).unwrap_or(0)])
+        });
+        let its = |one: &Capability| one.id == Capability::MSIX;
+        let Some(at) = list.ok()??.into_iter().find(its).map(|it| it.offset) else {
+            return Some(None);
+        };
+        let registers = [long(at + 4)?, long(at + 8)?];
+        Some(Some(Self::decode(at, word(at + 2)?, registers)))
+    }
+
+    /// What of a BAR of `size` bytes has no page in common with the table or its pending bits.
+    pub(crate) fn leaves(msix: Option<&Self>, bar: u32, size: u64) -> Vec<BarRange> {
         let page = rustix::param::page_size() as u64;
-        let taken: Vec<BarRange> = self
-            .msix()?
+        let taken: Vec<BarRange> = msix
             .into_iter()
             .flat_map(|msix| [msix.table, msix.pending])
             .filter(|(its, _)| u32::from(*its) == bar)
             .map(|(_, range)| range)
             .collect();
-        Ok(around(size, page, &taken))
+        around(size, page, &taken)
     }
 }
 

@@ -231,7 +231,7 @@ impl<'fd> ExportBuilder<'fd> {
         let object = self.handle.region_object(self.bar);
         self.handle
             .unsupported_or("export", object, errno)
-            .with_remedy(
+            .if_denied(
                 "the range overlaps the MSI-X table, with which a holder could raise interrupts: \
                  lease what `exportable_ranges` answers; the parameter msix_export of \
                  barlease_vfio_pci permits the rest",

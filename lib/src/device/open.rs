@@ -324,7 +324,7 @@ impl OpenOptions {
 
     /// What may be missing when the nodes could be opened and the device not.
     fn explain_denied(&self, error: Error) -> Error {
-        error.with_remedy(match self.token {
+        error.if_denied(match self.token {
             Some(_) => {
                 "the token is not that of the physical function, or it is no virtual function"
             }
@@ -352,7 +352,7 @@ fn retry<T>(mut attempt: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
 /// Opens a device node. A refusal names owner and mode.
 pub(crate) fn open_node(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
-        Error::from_errno("open", Object::file(path), errno).with_remedy(permission_remedy(path))
+        Error::from_errno("open", Object::file(path), errno).if_denied(permission_remedy(path))
     })
 }
 

@@ -156,7 +156,7 @@ impl Device {
                 errno => Error::from_errno("hot reset", handle.object(), errno),
             })
             .map_err(|error| {
-                error.with_remedy(
+                error.if_denied(
                     "every function of `hot_reset_set` must be open in this process, or bound to a \
                  vfio driver and in a group of the same Iommu",
                 )

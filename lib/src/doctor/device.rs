@@ -10,17 +10,13 @@ use super::warn;
 use crate::Bdf;
 use crate::pci::Pci;
 
-// Flags of resources (`include/linux/ioport.h`).
-const MEMORY: u64 = 0x200;
-const UNSET: u64 = 0x2000_0000;
-
 impl Doctor {
     pub(super) fn memory(&self, pci: &Pci, bdf: Bdf) -> Vec<Check> {
         let open = pci.is_enabled(bdf) == Some(true);
         vec![
             self.decoding(bdf, open),
             self.power(bdf, open),
-            self.bars(bdf),
+            self.bars(pci, bdf),
         ]
     }
 
@@ -61,26 +57,60 @@ impl Doctor {
         }
     }
 
+    /// Whoever has claimed a part of a BAR and is not the device's driver. For root: others see no
+    /// addresses, but names and their order.
+    fn claimed(&self, pci: &Pci, bdf: Bdf) -> Option<String> {
+        let text = fs::read_to_string(&self.iomem).ok()?;
+        let device = pci.device(bdf).ok();
+        // A host's driver may claim under any name.
+        if device
+            .as_ref()
+            .is_some_and(|it| it.driver.is_some() && !it.is_vfio())
+        {
+            return None;
+        }
+        let entry = |line: &str| {
+            let depth = line.len() - line.trim_start().len();
+            let (_, name) = line.split_once(" : ")?;
+            Some((depth, name.trim().to_owned()))
+        };
+        let mut its = None;
+        for (depth, name) in text.lines().filter_map(entry) {
+            if its.is_some_and(|top| depth <= top) {
+                its = None;
+            }
+            match its {
+                None if name == bdf.to_string() => its = Some(depth),
+                // That of VFIO, whatever the variant.
+                Some(_) if !name.starts_with("vfio") => {
+                    return Some(name);
+                }
+                _ => {}
+            }
+        }
+        None
+    }
+
     /// BARs that neither the firmware nor the kernel found a place for.
-    fn bars(&self, bdf: Bdf) -> Check {
+    fn bars(&self, pci: &Pci, bdf: Bdf) -> Check {
         const NAME: &str = "bars";
-        let Ok(text) = fs::read_to_string(self.device_file(bdf, "resource")) else {
+        let known = self.device_file(bdf, "resource").exists();
+        let Some(bars) = pci.bars(bdf).ok().filter(|_| known) else {
             return skip(NAME, "they cannot be read");
         };
-        let bars: Vec<(usize, u64, bool)> = text
-            .lines()
-            .take(6)
-            .enumerate()
-            .filter_map(|(number, line)| {
-                let (size, placed) = memory_bar(line)?;
-                Some((number, size, placed))
-            })
-            .collect();
         let lost: Vec<String> = bars
             .iter()
-            .filter(|(.., placed)| !placed)
-            .map(|(number, size, _)| format!("BAR {number} ({size:#x} bytes)"))
+            .filter(|bar| bar.address.is_none())
+            .map(|bar| format!("BAR {} ({:#x} bytes)", bar.bar, bar.size))
             .collect();
+        if let Some(claim) = self.claimed(pci, bdf) {
+            return warn(
+                NAME,
+                format!("a part of them is claimed by {claim}"),
+                "stop that: a console of the firmware's (efifb, simplefb) with \
+                 initcall_blacklist=sysfb_init on the kernel's command line",
+            );
+        }
         match (bars.len(), lost.len()) {
             (0, _) => warn(
                 NAME,
@@ -95,17 +125,6 @@ impl Doctor {
             ),
         }
     }
-}
-
-/// Size of a BAR of memory, and whether it has an address, from a line of `resource`.
-fn memory_bar(line: &str) -> Option<(u64, bool)> {
-    let mut numbers = line
-        .split_whitespace()
-        .map(|text| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok());
-    let (begin, end, flags) = (numbers.next()??, numbers.next()??, numbers.next()??);
-    let size = end.checked_sub(begin)?.checked_add(1)?;
-    let placed = begin != 0 && flags & UNSET == 0;
-    (flags & MEMORY != 0 && end > begin).then_some((size, placed))
 }
 
 #[cfg(test)]
@@ -145,8 +164,23 @@ mod tests {
               0x0000000000000000 0x0000000003ffffff 0x000000002014220c\n",
         );
         assert_eq!(verdicts(), [Verdict::Warn; 3]);
-        let found = doctor.bars(bdf).found;
+        let found = doctor.bars(&pci, bdf).found;
         assert_eq!(found, "without an address: BAR 1 (0x4000000 bytes)");
+
+        let iomem = root.path().join("proc/iomem");
+        fs::create_dir_all(iomem.parent().unwrap()).unwrap();
+        let tree = |child: &str| {
+            format!(
+                "fe000000-fe0fffff : PCI Bus 0000:00\n  fe000000-fe000fff : {bdf}\n    {child}\n"
+            )
+        };
+        let claimed = || doctor.bars(&pci, bdf).found;
+        fs::write(&iomem, tree("fe000000-fe0000ff : efifb")).unwrap();
+        assert_eq!(claimed(), "a part of them is claimed by efifb");
+        let neighbour =
+            "fe000000-fe000fff : vfio-pci\n  fe001000-fe001fff : 0000:00:06.0\n    x : nvme";
+        fs::write(&iomem, tree(neighbour)).unwrap();
+        assert!(claimed().starts_with("without an address"), "{}", claimed());
 
         // As it must be while nobody uses it.
         put("enable", b"0\n");

@@ -12,6 +12,7 @@ use barlease_abi as abi;
 use super::Check;
 use super::Doctor;
 use super::fail;
+use super::kernels::Origin;
 use super::ok;
 use super::skip;
 use super::warn;
@@ -38,8 +39,18 @@ impl Doctor {
         if !self.demands_signatures() {
             return ok(NAME, format!("{boot}; the kernel demands none"));
         }
-        let remedy = "sign it, and enroll the key: mokutil --import (see Secure Boot in \
-                      docs/install.md)";
+        let remedy = match self.origin() {
+            Origin::Make => {
+                "/lib/modules/$(uname -r)/build/scripts/sign-file sha256 mok.key mok.der FILE, with a \
+                 key that is enrolled: mokutil --import mok.der, and reboot"
+                    .to_owned()
+            }
+            // It signs what it builds, where openssl is.
+            Origin::Package(version) | Origin::Dkms(version) => format!(
+                "with openssl installed: dkms install --force barlease/{version}; then mokutil --import \
+                 /var/lib/dkms/mok.pub, and reboot"
+            ),
+        };
         match self.module_file().map(|path| (is_signed(&path), path)) {
             None => skip(NAME, format!("{boot}; signatures are demanded")),
             Some((Some(true), _)) => ok(
@@ -49,7 +60,7 @@ impl Doctor {
             Some((Some(false), path)) => fail(
                 NAME,
                 format!("{boot}; the kernel refuses {}: not signed", path.display()),
-                remedy,
+                &remedy,
             ),
             Some((None, path)) => warn(
                 NAME,

@@ -322,7 +322,7 @@ impl Iommu {
             // Set before, by us or by whoever had the container.
             Err(Errno::INVAL) if has_iommu(fd.as_fd(), *model) => {}
             Err(errno) => {
-                return Err(failed("set up the IOMMU", errno).with_remedy(
+                return Err(failed("set up the IOMMU", errno).if_denied(
                     "the platform has no interrupt remapping; the parameter \
                      allow_unsafe_interrupts of vfio_iommu_type1 does without, at a risk",
                 ));
@@ -551,7 +551,7 @@ impl Iommu {
                 }
                 if !iovas.take_at(iova, length) {
                     return Err(failed("map", Errno::BUSY)
-                        .with_remedy("something is mapped there: choose another address"));
+                        .if_busy("something is mapped there: choose another address"));
                 }
                 iova
             }
@@ -758,7 +758,7 @@ fn iommufd_flags(access: DmaAccess) -> u32 {
 
 fn map_failed(errno: Errno) -> Error {
     match errno {
-        Errno::EXIST | Errno::ADDRINUSE => failed("map", Errno::BUSY).with_remedy(
+        Errno::EXIST | Errno::ADDRINUSE => failed("map", Errno::BUSY).if_busy(
             "somebody else has mapped something at this address: keep it from being used with \
              `reserve`",
         ),

@@ -99,7 +99,7 @@ pub(super) fn arm(source: &Source<'_>) -> Result<()> {
     }
     sigbus::arm().map_err(|errno| match errno {
         Errno::BUSY => Error::from_errno("install a SIGBUS handler", Object::Process, errno)
-            .with_remedy(
+            .if_busy(
                 "other handlers were installed over it too often: install them once, before \
                  the first guarded mapping",
             ),

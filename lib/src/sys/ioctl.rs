@@ -230,8 +230,16 @@ unsafe fn issue(
     argument: *mut c_void,
     length: usize,
 ) -> Result<i32, Errno> {
+    #[cfg(feature = "log")]
+    let second = (length >= 8).then(|| {
+        let words = argument.cast::<u32>();
+        // SAFETY: the caller says that eight bytes and more are initialised and ours.
+        unsafe { words.wrapping_add(1).read_unaligned() }
+    });
     // SAFETY: the caller says that the kernel may use the argument.
     let answer = unsafe { rustix::ioctl::ioctl(fd, Call { opcode, argument }) };
+    #[cfg(feature = "log")]
+    crate::trace::ioctl(opcode, second, &answer);
     #[cfg(any(test, feature = "fake"))]
     if answer == Err(Errno::NOTTY) {
         // SAFETY: the caller says that these bytes are exclusively ours.
@@ -368,6 +376,8 @@ fn call_integer(fd: BorrowedFd<'_>, opcode: Opcode, argument: usize) -> Result<i
     // SAFETY: every caller passes an opcode for which the kernel takes the argument as a number
     // and follows no pointer.
     let answer = unsafe { rustix::ioctl::ioctl(fd, call) };
+    #[cfg(feature = "log")]
+    crate::trace::ioctl(opcode, None, &answer);
     #[cfg(any(test, feature = "fake"))]
     if answer == Err(Errno::NOTTY) {
         let mut bytes = (argument as u64).to_ne_bytes();

@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 enum Line {
     Out(String),
     Err(String),
+    /// Those before it are written.
+    Written(mpsc::Sender<()>),
 }
 
 /// Standard output and standard error.
@@ -39,6 +41,7 @@ impl Lines {
                     let _ = match line {
                         Line::Out(text) => put(&mut io::stdout(), &text),
                         Line::Err(text) => put(&mut io::stderr(), &text),
+                        Line::Written(answer) => answer.send(()).map_err(io::Error::other),
                     };
                 }
                 let _ = end.send(());
@@ -54,7 +57,14 @@ impl Lines {
     }
 
     pub(crate) fn warn(&self, text: String) {
-        self.queue(Line::Err(format!("barlease: {text}")));
+        self.queue(Line::Err(text));
+    }
+
+    /// Waits until what was said is written, unless nobody reads it.
+    pub(crate) fn flush(&self) {
+        let (answer, written) = mpsc::channel();
+        self.queue(Line::Written(answer));
+        let _ = written.recv_timeout(PATIENCE);
     }
 
     fn queue(&self, line: Line) {

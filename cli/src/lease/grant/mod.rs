@@ -1,9 +1,12 @@
 //! `barlease lease grant`.
 //!
-//! One process grants any number of leases. [`spec`] is what is asked for, [`serve`] the loop, and
-//! [`lines`] what is said and typed.
+//! One process grants any number of leases. [`spec`] is what is asked for, [`serve`] the loop,
+//! [`ending`] how leases end, [`detach`] the way to the background, and [`lines`] what is said and
+//! typed.
 
 pub(crate) mod control;
+mod detach;
+mod ending;
 mod lines;
 mod serve;
 mod spec;
@@ -16,6 +19,7 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use barlease::Bdf;
 use barlease::Device;
@@ -32,6 +36,7 @@ use nix::sys::signalfd::SignalFd;
 use rustix::fs::Mode;
 use serde::Serialize;
 
+use self::detach::Side;
 use self::serve::Inputs;
 use self::serve::Server;
 use self::spec::Spec;
@@ -52,6 +57,8 @@ enum Event<'a> {
         id: LeaseId,
         socket: &'a Path,
     },
+    /// In the background from here on.
+    Detached { pid: u32, sockets: &'a [&'a Path] },
     Served {
         /// `None`: of a PID namespace that this process does not see into.
         pid: Option<u32>,
@@ -78,6 +85,8 @@ enum Event<'a> {
         socket: &'a Path,
         microseconds: u128,
     },
+    /// Something failed, and the rest goes on.
+    Error { error: &'a str },
     /// A device; leases that its driver cannot revoke end with it.
     Closed { bdf: Bdf, reason: &'a str },
 }
@@ -104,6 +113,15 @@ impl Event<'_> {
                         "read-only"
                     },
                     socket.display()
+                )
+            }
+            Self::Detached { pid, sockets } => {
+                let path = |path: &&Path| path.display().to_string();
+                let one = sockets.first().map(path).unwrap_or_default();
+                let which = if sockets.len() > 1 { "one lease" } else { "it" };
+                format!(
+                    "detached as pid {pid} (`barlease lease revoke {one}` ends {which}, \
+                     `kill {pid}` all)"
                 )
             }
             Self::Served { pid, uid } => format!("served pid {} uid {uid}", shown(*pid)),
@@ -134,6 +152,7 @@ impl Event<'_> {
             } => {
                 format!("revoked lease of {bdf} in {microseconds} us")
             }
+            Self::Error { error } => format!("barlease: {error}"),
             Self::Closed { bdf, reason } => format!("closed {bdf}: {reason}"),
         }
     }
@@ -143,27 +162,43 @@ fn shown(pid: Option<u32>) -> String {
     pid.map_or_else(|| "of another namespace".to_owned(), |pid| pid.to_string())
 }
 
-pub(crate) fn run(args: &GrantArgs, output: Output) -> Result<(), Failure> {
+pub(crate) fn run(args: &GrantArgs, output: Output) -> Result<ExitCode, Failure> {
     let specs = Spec::all(args)?;
+    let waiting = match args.detach {
+        true => match detach::split()? {
+            Side::Shell(code) => return Ok(code),
+            Side::Background(waiting) => Some(waiting),
+        },
+        false => None,
+    };
     // Before anything is granted, so that no signal ends the process without a word.
     let inputs = Inputs {
         signals: Some(signals()?),
-        stdin: true,
+        stdin: !args.detach,
     };
     let mut server = Server::new(output, inputs)?;
     let mut opened = Vec::new();
     for spec in specs {
-        server.grant(spec, &mut |bdf| open(bdf, &mut opened))?;
+        server.grant(spec, &mut |spec| open(spec, &mut opened))?;
     }
-    server.serve()
+    if let Some(waiting) = waiting {
+        server.say_detached();
+        waiting.release()?;
+    }
+    server.serve()?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Opens a device; functions of one IOMMU group are in one address space.
-fn open(bdf: Bdf, opened: &mut Vec<(u32, Iommu)>) -> Result<Device, Failure> {
+fn open(spec: &Spec, opened: &mut Vec<(u32, Iommu)>) -> Result<Device, Failure> {
+    let bdf = spec.bdf;
     let group = Pci::system().device(bdf)?.iommu_group;
     let mut options = OpenOptions::new();
     if let Some((_, iommu)) = opened.iter().find(|(number, _)| Some(*number) == group) {
         options = options.iommu(iommu);
+    }
+    if let Some(token) = spec.terms.vf_token {
+        options = options.vf_token(token);
     }
     let device = options.open(bdf)?;
     if let (Some(group), Some(iommu)) = (group, device.iommu()) {

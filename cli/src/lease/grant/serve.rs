@@ -12,13 +12,11 @@ use std::time::Instant;
 
 use barlease::Bdf;
 use barlease::Device;
-use barlease::Error;
 use barlease::EventFd;
 use barlease::InterruptKind;
 use barlease::Lease;
 use barlease::LeaseId;
 use barlease::Peer;
-use barlease::Revoked;
 use barlease::Sender;
 use nix::sys::signalfd::SignalFd;
 use rustix::event::PollFd;
@@ -53,44 +51,44 @@ pub(crate) struct Inputs {
     pub(crate) stdin: bool,
 }
 
-struct Owned {
+pub(super) struct Owned {
     /// `None`: closed.
-    device: Option<Device>,
-    bdf: Bdf,
+    pub(super) device: Option<Device>,
+    pub(super) bdf: Bdf,
     /// Signalled when the kernel wants the device back.
-    request: Option<EventFd>,
+    pub(super) request: Option<EventFd>,
     /// Signalled when a lease has drained. Older modules have none.
-    events: Option<EventFd>,
-    wanted: bool,
+    pub(super) events: Option<EventFd>,
+    pub(super) wanted: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(super) enum State {
     Granted,
     /// Revoked; an importer has still to let go.
     Draining(Instant),
     Ended,
 }
 
-struct Granted {
-    spec: Spec,
+pub(super) struct Granted {
+    pub(super) spec: Spec,
     /// Place of its device.
-    owned: usize,
+    pub(super) owned: usize,
     /// As long as the process lives: what is being sent borrows it.
-    lease: &'static Lease,
-    id: LeaseId,
-    socket: Option<Socket>,
+    pub(super) lease: &'static Lease,
+    pub(super) id: LeaseId,
+    pub(super) socket: Option<Socket>,
     /// `None`: its path is too long, or cannot be listened at.
-    control: Option<Socket>,
+    pub(super) control: Option<Socket>,
     /// What is said to those that ask for its end, once it has ended.
-    answer: Answer,
-    expires: Option<Instant>,
-    state: State,
+    pub(super) answer: Answer,
+    pub(super) expires: Option<Instant>,
+    pub(super) state: State,
 }
 
 /// A holder that has its lease, or a part of its description, still to receive.
-struct Connection {
-    granted: usize,
+pub(super) struct Connection {
+    pub(super) granted: usize,
     stream: UnixStream,
     peer: Peer,
     sender: Sender<'static>,
@@ -124,16 +122,16 @@ enum Source {
 
 pub(crate) struct Server {
     output: Output,
-    lines: Lines,
-    inputs: Inputs,
+    pub(super) lines: Lines,
+    pub(super) inputs: Inputs,
     typed: Typed,
-    devices: Vec<Owned>,
-    granted: Vec<Granted>,
-    connections: Vec<Connection>,
+    pub(super) devices: Vec<Owned>,
+    pub(super) granted: Vec<Granted>,
+    pub(super) connections: Vec<Connection>,
     asked: Vec<Asked>,
     accept_from: Option<Instant>,
     /// A lease ended otherwise than by `revoke`.
-    failed: Option<Failure>,
+    pub(super) failed: Option<Failure>,
 }
 
 impl Server {
@@ -157,12 +155,12 @@ impl Server {
     pub(crate) fn grant(
         &mut self,
         spec: Spec,
-        open: &mut dyn FnMut(Bdf) -> Result<Device, Failure>,
+        open: &mut dyn FnMut(&Spec) -> Result<Device, Failure>,
     ) -> Result<(), Failure> {
         let owned = match self.devices.iter().position(|owned| owned.bdf == spec.bdf) {
             Some(place) => place,
             None => {
-                let device = open(spec.bdf)?;
+                let device = open(&spec)?;
                 self.devices.push(Owned {
                     request: device.enable_interrupt(InterruptKind::Request).ok(),
                     events: device.leases().events().ok(),
@@ -188,7 +186,7 @@ impl Server {
         let control = control
             .inspect_err(|_| {
                 let path = spec.socket.display();
-                self.lines.warn(format!(
+                self.warn(&format!(
                     "grant: {path}: not for `lease revoke`, no control socket"
                 ));
             })
@@ -205,15 +203,37 @@ impl Server {
             socket: Some(socket),
             control,
             answer: Answer::Draining,
-            expires: spec.term.and_then(|term| Instant::now().checked_add(term)),
+            expires: spec
+                .terms
+                .term
+                .and_then(|term| Instant::now().checked_add(term)),
             state: State::Granted,
             spec,
         });
         Ok(())
     }
 
-    fn say(&self, event: &Event<'_>) {
+    pub(super) fn say(&self, event: &Event<'_>) {
         self.lines.say(self.output.line(event, &event.text()));
+    }
+
+    /// What fails and ends nothing: on standard error, or as an event where events are JSON.
+    pub(super) fn warn(&self, error: &str) {
+        let event = Event::Error { error };
+        match self.output.is_json() {
+            true => self.say(&event),
+            false => self.lines.warn(event.text()),
+        }
+    }
+
+    /// Says which process goes on in the background, and has all that was said written.
+    pub(crate) fn say_detached(&self) {
+        let paths = self.granted.iter().map(|it| it.spec.socket.as_path());
+        self.say(&Event::Detached {
+            pid: std::process::id(),
+            sockets: &paths.collect::<Vec<_>>(),
+        });
+        self.lines.flush();
     }
 
     /// Until nothing is granted any more.
@@ -250,26 +270,6 @@ impl Server {
 
     fn is_busy(&self) -> bool {
         self.granted.iter().any(|it| it.state != State::Ended)
-    }
-
-    /// The first time: revokes all. Then: whether to wait no longer.
-    fn signalled(&mut self) -> Result<bool, Failure> {
-        if let Some(signals) = &self.inputs.signals {
-            while let Ok(Some(_)) = signals.read_signal() {}
-        }
-        if self.granted.iter().any(|it| it.state == State::Granted) {
-            self.revoke_all();
-            return Ok(false);
-        }
-        Err(Failure::new(
-            "revoke: an importer has not let go; the device is closed all the same",
-        ))
-    }
-
-    fn revoke_all(&mut self) {
-        for place in 0..self.granted.len() {
-            self.revoke(place);
-        }
     }
 
     fn wait(&mut self) -> Result<Ready, Failure> {
@@ -360,166 +360,6 @@ impl Server {
         Ok(ready)
     }
 
-    /// The kernel wants a device back: its leases end, and then it is closed.
-    fn requested(&mut self, place: usize) {
-        let Some(owned) = self.devices.get_mut(place) else {
-            return;
-        };
-        owned.wanted = true;
-        let bdf = owned.bdf;
-        self.say(&Event::Requested { bdf });
-        for granted in 0..self.granted.len() {
-            if self
-                .granted
-                .get(granted)
-                .is_some_and(|it| it.owned == place)
-            {
-                self.revoke(granted);
-            }
-        }
-    }
-
-    fn close_wanted(&mut self) {
-        for place in 0..self.devices.len() {
-            let mut its = self.granted.iter().filter(|it| it.owned == place);
-            if its.any(|it| it.state != State::Ended) {
-                continue;
-            }
-            let Some(owned) = self.devices.get_mut(place).filter(|owned| owned.wanted) else {
-                continue;
-            };
-            let bdf = owned.bdf;
-            owned.request = None;
-            owned.events = None;
-            if owned.device.take().is_some() {
-                let reason = "the kernel asked for it";
-                self.say(&Event::Closed { bdf, reason });
-            }
-        }
-    }
-
-    fn expire(&mut self) {
-        let now = Instant::now();
-        for place in 0..self.granted.len() {
-            let over = |it: &&Granted| {
-                it.state == State::Granted && it.expires.is_some_and(|end| end <= now)
-            };
-            if let Some(granted) = self.granted.get(place).filter(over) {
-                self.say(&Event::Expired {
-                    bdf: granted.spec.bdf,
-                    socket: &granted.spec.socket,
-                });
-                self.revoke(place);
-            }
-        }
-    }
-
-    /// Takes a lease away. An importer that does not let go is not waited for here.
-    fn revoke(&mut self, place: usize) {
-        let Some(granted) = self.granted.get_mut(place) else {
-            return;
-        };
-        if granted.state != State::Granted {
-            return;
-        }
-        // Nobody else gets it.
-        granted.socket = None;
-        granted.state = State::Ended;
-        self.connections
-            .retain(|connection| connection.granted != place);
-        let Some(granted) = self.granted.get(place) else {
-            return;
-        };
-        let owned = self.devices.get(granted.owned);
-        let Some(device) = owned.and_then(|owned| owned.device.as_ref()) else {
-            return;
-        };
-        let (bdf, socket) = (granted.spec.bdf, &granted.spec.socket);
-        let start = Instant::now();
-        let answer = match device.leases().revoke_id_nowait(granted.id) {
-            // A module without revocation by id.
-            Err(Error::Unsupported { .. }) => device.revoke(granted.lease).map(|()| Revoked::Done),
-            answer => answer,
-        };
-        match answer {
-            Ok(Revoked::Done) | Err(Error::Dead { .. }) => {
-                self.revoked(place, start);
-            }
-            Ok(Revoked::Draining) => {
-                self.say(&Event::Draining { bdf, socket });
-                if let Some(granted) = self.granted.get_mut(place) {
-                    granted.state = State::Draining(start);
-                }
-            }
-            Err(error @ Error::Unsupported { .. }) => {
-                let reason = error.report().to_string();
-                self.say(&Event::Closed {
-                    bdf,
-                    reason: &reason,
-                });
-                self.ended(place, Answer::Closed { reason });
-            }
-            Err(error) => {
-                let reason = error.report().to_string();
-                self.lines.warn(reason.clone());
-                self.ended(place, Answer::Failed { reason });
-                self.failed = Some(error.into());
-            }
-        }
-    }
-
-    /// Whether importers have let go by now.
-    fn look_at_draining(&mut self) {
-        for owned in &self.devices {
-            if let Some(events) = &owned.events {
-                let _ = events.take();
-            }
-        }
-        for place in 0..self.granted.len() {
-            let Some(granted) = self.granted.get(place) else {
-                continue;
-            };
-            let State::Draining(start) = granted.state else {
-                continue;
-            };
-            let owned = self.devices.get(granted.owned);
-            let Some(device) = owned.and_then(|owned| owned.device.as_ref()) else {
-                continue;
-            };
-            let mut records = device.leases().list();
-            let drains = records.any(|record| match record {
-                Ok(record) => record.id == granted.id && record.draining,
-                // It cannot be told: go on waiting.
-                Err(_) => true,
-            });
-            if drains {
-                continue;
-            }
-            self.revoked(place, start);
-        }
-    }
-
-    fn revoked(&mut self, place: usize, start: Instant) {
-        let microseconds = start.elapsed().as_micros();
-        if let Some(granted) = self.granted.get(place) {
-            self.say(&Event::Revoked {
-                bdf: granted.spec.bdf,
-                socket: &granted.spec.socket,
-                microseconds,
-            });
-        }
-        let microseconds = u64::try_from(microseconds).unwrap_or(u64::MAX);
-        self.ended(place, Answer::Revoked { microseconds });
-    }
-
-    fn ended(&mut self, place: usize, answer: Answer) {
-        if let Some(granted) = self.granted.get_mut(place) {
-            granted.state = State::Ended;
-            granted.control = None;
-            granted.answer = answer;
-        }
-    }
-
     fn accept_control(&mut self, place: usize) {
         let control = self.granted.get(place).and_then(|it| it.control.as_ref());
         // A peer that is gone again, or that may not ask, is not worth a word.
@@ -559,12 +399,10 @@ impl Server {
                 ("revoke" | "quit", "") => self.revoke_all(),
                 ("revoke", name) => match self.named(name) {
                     Some(place) => self.revoke(place),
-                    None => self.lines.warn(format!("no lease is called {name:?}")),
+                    None => self.warn(&format!("no lease is called {name:?}")),
                 },
                 ("status", "") => self.status(),
-                _ => self
-                    .lines
-                    .warn(format!("{line:?} is neither `revoke [NAME]` nor `status`")),
+                _ => self.warn(&format!("{line:?} is neither `revoke [NAME]` nor `status`")),
             }
         }
     }
@@ -572,7 +410,8 @@ impl Server {
     /// By its name or its socket.
     fn named(&self, name: &str) -> Option<usize> {
         self.granted.iter().position(|granted| {
-            granted.spec.name.as_deref() == Some(name) || granted.spec.socket.as_os_str() == name
+            granted.spec.terms.name.as_deref() == Some(name)
+                || granted.spec.socket.as_os_str() == name
         })
     }
 
@@ -587,7 +426,7 @@ impl Server {
                     socket: &granted.spec.socket,
                     status,
                 }),
-                Err(error) => self.lines.warn(error.report().to_string()),
+                Err(error) => self.warn(&error.report().to_string()),
             }
         }
     }
@@ -605,14 +444,14 @@ impl Server {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
                 let path = granted.spec.socket.display();
-                self.lines.warn(format!("accept: {path}: {error}"));
+                self.warn(&format!("accept: {path}: {error}"));
                 self.accept_from = Instant::now().checked_add(ACCEPT_AGAIN);
                 return;
             }
         };
         let peer = match Peer::of(&stream) {
             Ok(peer) => peer,
-            Err(error) => return self.lines.warn(error.report().to_string()),
+            Err(error) => return self.warn(&error.report().to_string()),
         };
         if !granted.spec.is_for(&peer) {
             return self.refuse(peer, "not the user that the lease is for");
@@ -646,7 +485,7 @@ impl Server {
                 Ok(true) => {
                     self.say(&Event::Served { pid, uid });
                     let granted = self.granted.get_mut(connection.granted);
-                    if let Some(granted) = granted.filter(|granted| granted.spec.once) {
+                    if let Some(granted) = granted.filter(|granted| granted.spec.terms.once) {
                         granted.socket = None;
                     }
                 }
@@ -667,18 +506,20 @@ impl Granted {
 }
 
 fn export(device: &Device, spec: &Spec) -> Result<Lease, Failure> {
-    let mut builder = device.export(spec.bar).ranges(spec.ranges.iter().copied());
-    if spec.read_only {
+    let mut builder = device
+        .export(spec.bar)
+        .ranges(spec.terms.ranges.iter().copied());
+    if spec.terms.read_only {
         builder = builder.read_only();
     }
     let lease = builder.export()?;
-    if spec.memory_type != barlease::MemoryType::Nc {
-        device.set_memory_type(&lease, spec.memory_type)?;
+    if spec.terms.memory_type != barlease::MemoryType::Nc {
+        device.set_memory_type(&lease, spec.terms.memory_type)?;
     }
-    if let Some(tph) = spec.tph {
+    if let Some(tph) = spec.terms.tph {
         device.set_tph(&lease, tph)?;
     }
-    if let Some(name) = &spec.name {
+    if let Some(name) = &spec.terms.name {
         lease.set_name(name)?;
     }
     Ok(lease)

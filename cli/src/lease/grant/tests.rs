@@ -8,22 +8,15 @@ use barlease::InterruptKind;
 use barlease::Receiver;
 use barlease::fake::FakeDevice;
 
+use super::spec::Terms;
 use super::*;
 
 fn spec(socket: &Path, bdf: Bdf) -> Spec {
     Spec {
         bdf,
         bar: 0,
-        ranges: Vec::new(),
-        read_only: false,
-        memory_type: barlease::MemoryType::Nc,
-        tph: None,
-        name: None,
         socket: socket.to_owned(),
-        users: Vec::new(),
-        groups: Vec::new(),
-        once: false,
-        term: None,
+        terms: Terms::default(),
     }
 }
 
@@ -87,7 +80,7 @@ fn a_term_ends_its_lease_only() {
     let fake = FakeDevice::builder().bar(0, 1 << 20).build().unwrap();
     let [short, long] = ["short", "long"].map(|name| dir.path().join(name));
     let mut first = spec(&short, fake.bdf());
-    first.term = Some(Duration::from_millis(500));
+    first.terms.term = Some(Duration::from_millis(500));
     let thread = serve(&fake, vec![first, spec(&long, fake.bdf())]);
     let begin = Instant::now();
     while short.exists() {
@@ -106,7 +99,7 @@ fn a_holder_that_does_not_read_holds_nobody_up() {
     let socket = dir.path().join("socket");
     let mut many = spec(&socket, fake.bdf());
     // Its description does not fit into a socket.
-    many.ranges = (0..65_536)
+    many.terms.ranges = (0..65_536)
         .map(|n| barlease::BarRange {
             offset: n * 0x2000,
             length: 0x1000,
@@ -162,7 +155,7 @@ fn a_lease_is_revoked_from_elsewhere_and_alone() {
     let [a, b] = ["a", "b"].map(|name| dir.path().join(name));
     let mut first = spec(&a, fake.bdf());
     // Its socket for holders is gone after the first of them, the other one is not.
-    first.once = true;
+    first.terms.once = true;
     let thread = serve(&fake, vec![first, spec(&b, fake.bdf())]);
     let mode = fs::metadata(control::path(&b)).unwrap().permissions();
     assert_eq!(mode.mode() & 0o777, 0o600);

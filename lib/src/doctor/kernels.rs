@@ -1,0 +1,317 @@
+//! How Barlease came onto the machine, and whether the module is there for the kernels that it
+//! boots: this one and the next.
+
+use std::cmp::Ordering;
+use std::fs;
+use std::path::Path;
+
+use barlease_abi as abi;
+
+use super::Check;
+use super::Doctor;
+use super::fail;
+use super::ok;
+use super::skip;
+use super::warn;
+use crate::pci::Pci;
+
+/// The name of the sources for DKMS.
+const SOURCES: &str = "barlease-";
+
+/// Who builds the module.
+pub(super) enum Origin {
+    /// DKMS, from the package barlease-dkms: its version.
+    Package(String),
+    /// DKMS, from sources that were put there by hand.
+    Dkms(String),
+    /// Somebody with make.
+    Make,
+}
+
+impl Origin {
+    /// The command that makes the module for a kernel.
+    pub(super) fn build(&self, release: &str) -> String {
+        match self {
+            Self::Package(version) => format!(
+                "apt-get install linux-headers-{release}, and barlease-rust-overlay-{release} \
+                 (`cargo xtask dist overlay --kernel {release}` makes it); then dkms install \
+                 barlease/{version} -k {release}; what is missing says \
+                 /usr/src/barlease-{version}/check-kernel /lib/modules/{release}/build {release}"
+            ),
+            Self::Dkms(version) => format!(
+                "dkms install barlease/{version} -k {release}; what is missing says \
+                 /usr/src/barlease-{version}/check-kernel /lib/modules/{release}/build {release}"
+            ),
+            Self::Make => format!(
+                "in the unpacked tarball: make install-module KDIR=/lib/modules/{release}/build; in a \
+                 checkout: make -C kmod KDIR=/lib/modules/{release}/build, and the same with \
+                 modules_install"
+            ),
+        }
+    }
+}
+
+impl Doctor {
+    pub(super) fn origin(&self) -> Origin {
+        let sources = self.root.join("usr/src");
+        let names = fs::read_dir(sources).into_iter().flatten();
+        let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut versions: Vec<String> = names
+            .filter_map(|name| Some(name.strip_prefix(SOURCES)?.to_owned()))
+            .filter(|version| {
+                let file = format!("usr/src/{SOURCES}{version}/dkms.conf");
+                self.root.join(file).is_file()
+            })
+            .collect();
+        versions.sort_unstable_by(|a, b| compare(a, b));
+        let is_package = self
+            .root
+            .join("var/lib/dpkg/info/barlease-dkms.list")
+            .is_file();
+        match versions.pop() {
+            Some(version) if is_package => Origin::Package(version),
+            Some(version) => Origin::Dkms(version),
+            None => Origin::Make,
+        }
+    }
+
+    /// What DKMS has made of the sources for the kernel that runs.
+    pub(super) fn dkms(&self, pci: &Pci) -> Check {
+        const NAME: &str = "dkms";
+        let (Origin::Package(version) | Origin::Dkms(version)) = self.origin() else {
+            return skip(NAME, "DKMS has no sources of it");
+        };
+        let tree = self.root.join("var/lib/dkms/barlease");
+        let release = &self.release;
+        let built = tree.join(&version).join(release);
+        let found = |state: &str| format!("barlease/{version}, {release}: {state}");
+        if !tree.join(&version).is_dir() {
+            return warn(
+                NAME,
+                found("not added"),
+                &format!("dkms install barlease/{version} -k {release}"),
+            );
+        }
+        // A link to what is installed: `kernel-RELEASE-ARCH`.
+        let link = format!("kernel-{release}-");
+        let links = fs::read_dir(&tree).into_iter().flatten().flatten();
+        let installed = links
+            .filter(|entry| {
+                entry
+                    .file_name()
+                    .to_str()
+                    .is_some_and(|it| it.starts_with(&link))
+            })
+            .find_map(|entry| fs::read_link(entry.path()).ok());
+        match installed {
+            Some(target) if is_of(&target, &version) => ok(NAME, found("installed")),
+            Some(target) => warn(
+                NAME,
+                format!(
+                    "{}; installed is {}",
+                    found("not installed"),
+                    target.display()
+                ),
+                &format!("dkms install barlease/{version} -k {release}"),
+            ),
+            None if built.is_dir() => warn(
+                NAME,
+                found("built, not installed"),
+                &format!("dkms install barlease/{version} -k {release}"),
+            ),
+            // Somebody may have put it there otherwise.
+            None if pci.module().is_some() => ok(NAME, found("added; the module is loaded")),
+            None => fail(
+                NAME,
+                found("added, not built"),
+                &self.origin().build(release),
+            ),
+        }
+    }
+
+    /// The kernels that are newer than the one that runs: a machine boots the newest.
+    pub(super) fn next_kernel(&self) -> Check {
+        const NAME: &str = "next-kernel";
+        let folder = self.root.join("lib/modules");
+        let names = fs::read_dir(&folder).into_iter().flatten();
+        let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut newer: Vec<String> = names
+            .filter(|release| compare(release, &self.release) == Ordering::Greater)
+            .filter(|release| self.boots(release))
+            .collect();
+        newer.sort_unstable_by(|a, b| compare(a, b));
+        let Some(newest) = newer.last() else {
+            return ok(
+                NAME,
+                format!("{} is the newest that is installed", self.release),
+            );
+        };
+        let lacking: Vec<&str> = newer
+            .iter()
+            .filter(|release| !has_module(&folder.join(release)))
+            .map(String::as_str)
+            .collect();
+        match lacking.last() {
+            None => ok(NAME, format!("{newest} has the module, too")),
+            Some(release) => warn(
+                NAME,
+                format!(
+                    "installed without the module: {}; a boot into it has no Barlease",
+                    lacking.join(", ")
+                ),
+                &self.origin().build(release),
+            ),
+        }
+    }
+
+    /// Whether there is a kernel, and not only headers or what a removal has left.
+    fn boots(&self, release: &str) -> bool {
+        let modules = self.root.join("lib/modules").join(release);
+        let image = self.root.join(format!("boot/vmlinuz-{release}"));
+        image.exists() || modules.join("vmlinuz").exists()
+    }
+}
+
+/// DKMS writes the target from its tree's top, or whole.
+fn is_of(target: &Path, version: &str) -> bool {
+    target.iter().any(|part| part == version)
+}
+
+/// In the lists of depmod, which are made after the module is put there.
+pub(super) fn has_module(modules: &Path) -> bool {
+    ["modules.dep", "modules.order"].iter().any(|list| {
+        fs::read_to_string(modules.join(list))
+            .is_ok_and(|text| text.contains(&format!("/{}.ko", abi::MODULE_NAME)))
+    })
+}
+
+/// Versions, number by number; what is before a `~` is older with it than without.
+fn compare(a: &str, b: &str) -> Ordering {
+    let pieces = |text: &str| {
+        let mut pieces: Vec<(u8, u64, String)> = Vec::new();
+        let mut rest = text;
+        while let Some(first) = rest.chars().next() {
+            let is_digit = first.is_ascii_digit();
+            let end = rest
+                .find(|c: char| c.is_ascii_digit() != is_digit || (c == '~' && first != '~'))
+                .unwrap_or(rest.len());
+            let (piece, tail) = rest.split_at(end.max(first.len_utf8()));
+            pieces.push(match is_digit {
+                true => (2, piece.parse().unwrap_or(u64::MAX), String::new()),
+                false => (u8::from(first != '~') * 3, 0, piece.to_owned()),
+            });
+            rest = tail;
+        }
+        // The end: after a `~`, before all else.
+        pieces.push((1, 0, String::new()));
+        pieces
+    };
+    pieces(a).cmp(&pieces(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::super::Verdict;
+    use super::*;
+
+    fn put(path: &Path, text: &str) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    #[test]
+    fn versions_grow_as_a_distribution_counts() {
+        let order = [
+            "6.12.48+deb13-amd64",
+            "7.2.9-amd64",
+            "7.2.13+deb14-amd64",
+            "7.3~rc7-amd64",
+            "7.3-amd64",
+            "7.3.1-amd64",
+            "7.10-amd64",
+        ];
+        for (n, a) in order.iter().enumerate() {
+            for (m, b) in order.iter().enumerate() {
+                assert_eq!(compare(a, b), n.cmp(&m), "{a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_next_kernel_is_one_that_boots_and_has_no_module() {
+        let root = tempfile::tempdir().unwrap();
+        let mut doctor = Doctor::at(root.path());
+        doctor.release = "7.2.13-amd64".to_owned();
+        let modules = root.path().join("lib/modules");
+        for release in ["7.2.13-amd64", "7.3-amd64", "7.2.9-amd64"] {
+            put(&modules.join(release).join("modules.dep"), "");
+        }
+        let check = || doctor.next_kernel();
+        // Without an image nothing boots it.
+        assert_eq!(check().verdict, Verdict::Ok, "{:?}", check());
+        put(&root.path().join("boot/vmlinuz-7.2.9-amd64"), "");
+        assert_eq!(check().verdict, Verdict::Ok);
+        put(&root.path().join("boot/vmlinuz-7.3-amd64"), "");
+        let lacks = check();
+        assert_eq!(lacks.verdict, Verdict::Warn);
+        assert!(lacks.found.contains("7.3-amd64"), "{lacks:?}");
+        let remedy = lacks.remedy.unwrap();
+        assert!(
+            remedy.contains("make install-module KDIR=/lib/modules/7.3-amd64/build"),
+            "{remedy}"
+        );
+        put(
+            &modules.join("7.3-amd64/modules.dep"),
+            "updates/barlease_vfio_pci.ko: x\n",
+        );
+        assert_eq!(check().found, "7.3-amd64 has the module, too");
+    }
+
+    #[test]
+    fn remedies_fit_how_it_was_installed() {
+        let root = tempfile::tempdir().unwrap();
+        let mut doctor = Doctor::at(root.path());
+        doctor.release = "7.3-amd64".to_owned();
+        let pci = Pci::at(root.path().join("sys"));
+        let at = |path: &str| root.path().join(path);
+        assert_eq!(doctor.dkms(&pci).verdict, Verdict::Skip);
+        assert!(doctor.module(&pci).remedy.unwrap().contains("make "));
+        for version in ["0.1.0~git1.a", "0.1.0~git2.b"] {
+            put(&at(&format!("usr/src/barlease-{version}/dkms.conf")), "");
+        }
+        put(&at("usr/src/barlease-vfio-pci-1/kmod"), "");
+        assert_eq!(
+            doctor.dkms(&pci).found,
+            "barlease/0.1.0~git2.b, 7.3-amd64: not added"
+        );
+        let tree = at("var/lib/dkms/barlease/0.1.0~git2.b");
+        fs::create_dir_all(&tree).unwrap();
+        let check = doctor.dkms(&pci);
+        assert_eq!(check.verdict, Verdict::Fail);
+        let remedy = check.remedy.unwrap();
+        assert!(
+            remedy.starts_with("dkms install barlease/0.1.0~git2.b -k 7.3-amd64"),
+            "{remedy}"
+        );
+        put(&at("var/lib/dpkg/info/barlease-dkms.list"), "");
+        let remedy = doctor.module(&pci).remedy.unwrap();
+        assert!(
+            remedy.contains("apt-get install linux-headers-7.3-amd64"),
+            "{remedy}"
+        );
+
+        fs::create_dir_all(tree.join("7.3-amd64/x86_64")).unwrap();
+        assert!(doctor.dkms(&pci).found.ends_with("built, not installed"));
+        let link = at("var/lib/dkms/barlease/kernel-7.3-amd64-x86_64");
+        symlink("0.1.0~git1.a/7.3-amd64/x86_64", &link).unwrap();
+        assert_eq!(doctor.dkms(&pci).verdict, Verdict::Warn);
+        fs::remove_file(&link).unwrap();
+        symlink("0.1.0~git2.b/7.3-amd64/x86_64", &link).unwrap();
+        assert_eq!(
+            doctor.dkms(&pci).found,
+            "barlease/0.1.0~git2.b, 7.3-amd64: installed"
+        );
+    }
+}
