@@ -148,6 +148,7 @@ mod error;
 mod event;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+mod fields;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -1,6 +1,7 @@
 //! A PCI device that this process owns through VFIO.
 
 mod adopt;
+mod attach;
 mod caps;
 pub mod config;
 mod export;
@@ -90,6 +91,8 @@ pub struct Device {
     iommu: Option<Iommu>,
     bdf: Bdf,
     driver: Option<String>,
+    /// Its id in its iommufd, if we have bound it.
+    iommufd_id: Option<u32>,
     /// Whether the driver was asked about aliases: before that, no BAR says that it can have one.
     asked: OnceLock<()>,
     /// Where the fixed regions are, as far as they were asked for: it does not change.
@@ -115,6 +118,7 @@ impl Device {
             iommu,
             bdf,
             driver,
+            iommufd_id: None,
             asked: OnceLock::new(),
             places: Default::default(),
         };

@@ -276,8 +276,10 @@ impl Iommu {
         }
     }
 
-    /// The groups that are in the container.
-    pub(crate) fn groups(&self) -> Vec<(u32, Arc<OwnedFd>)> {
+    /// The groups that are in the container, by number, as for KVM's own VFIO device
+    /// (`KVM_DEV_VFIO_FILE_ADD`). None of an iommufd: there KVM takes the descriptor of the device.
+    #[must_use]
+    pub fn groups(&self) -> Vec<(u32, Arc<OwnedFd>)> {
         let groups = lock(&self.inner.groups);
         groups
             .iter()
@@ -339,29 +341,22 @@ impl Iommu {
         ioctl::group_device(group, &name)
     }
 
-    /// Binds a character device to the iommufd, and attaches it to the address space.
+    /// Binds a character device to the iommufd, and answers its id there.
     pub(crate) fn bind(
         &self,
         device: BorrowedFd<'_>,
         token: Option<&[u8; 16]>,
-    ) -> Result<(), Errno> {
+    ) -> Result<u32, Errno> {
         let Kind::Iommufd { fd, .. } = &self.inner.kind else {
             return Err(Errno::INVAL);
         };
-        ioctl::bind_iommufd(device, fd.as_fd(), token)?;
-        self.attach(device)
+        ioctl::bind_iommufd(device, fd.as_fd(), token)
     }
 
     /// Attaches a character device that is bound to the iommufd to the address space.
     pub(crate) fn attach(&self, device: BorrowedFd<'_>) -> Result<(), Errno> {
-        let Kind::Iommufd { ioas, .. } = &self.inner.kind else {
-            return Err(Errno::INVAL);
-        };
-        let mut attach = vfio::vfio_device_attach_iommufd_pt {
-            pt_id: *ioas,
-            ..Default::default()
-        };
-        ioctl::call(device, ioctl::DEVICE_ATTACH_IOMMUFD_PT, &mut attach).map(drop)
+        let ioas = self.ioas().ok_or(Errno::INVAL)?;
+        ioctl::attach(device, ioas, None)
     }
 
     /// Addresses that can be mapped, as the IOMMU and the devices that are in it now allow.
@@ -377,6 +372,15 @@ impl Iommu {
     /// Errors: as for [`Iommu::allowed_ranges`].
     pub fn page_size(&self) -> Result<u64> {
         Ok(self.limits()?.page)
+    }
+
+    /// How many more mappings the IOMMU takes, each of them a [`DmaBuffer`] or [`DmaMapping`]
+    /// (parameter `dma_entry_limit` of vfio_iommu_type1). `None`: there is no such limit, as of an
+    /// iommufd.
+    ///
+    /// Errors: as for [`Iommu::allowed_ranges`].
+    pub fn available_mappings(&self) -> Result<Option<u32>> {
+        Ok(self.limits()?.available)
     }
 
     fn limits(&self) -> Result<Limits> {
@@ -400,6 +404,7 @@ impl Iommu {
                 Ok(Limits {
                     ranges: ranges.collect(),
                     page: align.max(rustix::param::page_size() as u64),
+                    available: None,
                 })
             }
         }
@@ -747,6 +752,7 @@ impl Drop for DmaMapping {
 struct Limits {
     ranges: Vec<IovaRange>,
     page: u64,
+    available: Option<u32>,
 }
 
 fn iommufd_flags(access: DmaAccess) -> u32 {
@@ -819,22 +825,26 @@ fn type1_limits(container: BorrowedFd<'_>) -> Result<Limits> {
             0 => 0,
             _ => words.u32(offset_of!(vfio::vfio_iommu_type1_info, cap_offset)),
         };
-        let ranges = type1_ranges(&words, first as usize)
+        let (ranges, available) = type1_capabilities(&words, first as usize)
             .ok_or_else(|| malformed("the capability chain is broken"))?;
         return Ok(Limits {
             ranges,
             page: page.max(rustix::param::page_size() as u64),
+            available,
         });
     }
     Err(malformed("the answer grows each time that it is asked for"))
 }
 
-/// The allowed ranges in the capabilities of an answer; everything where it does not say.
-fn type1_ranges(words: &Words, first: usize) -> Option<Vec<IovaRange>> {
+/// The allowed ranges in the capabilities of an answer, everything where it does not say; and how
+/// many mappings are left.
+fn type1_capabilities(words: &Words, first: usize) -> Option<(Vec<IovaRange>, Option<u32>)> {
     const HEADER: usize = size_of::<vfio::vfio_info_cap_header>();
     const ARRAY: usize = HEADER + 8;
     let mut last = size_of::<vfio::vfio_iommu_type1_info>();
     let mut at = first;
+    let mut allowed = None;
+    let mut available = None;
     while at != 0 {
         // Each lies behind the one before, so that the chain ends.
         if at < last || at % 8 != 0 || at.checked_add(HEADER)? > words.len() {
@@ -842,7 +852,11 @@ fn type1_ranges(words: &Words, first: usize) -> Option<Vec<IovaRange>> {
         }
         let [low, high, ..] = words.u32(at).to_ne_bytes();
         let id = u16::from_ne_bytes([low, high]);
-        if u32::from(id) == vfio::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE {
+        if u32::from(id) == vfio::VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL {
+            let value = at + HEADER;
+            available = (value + 4 <= words.len()).then(|| words.u32(value));
+        }
+        if u32::from(id) == vfio::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE && allowed.is_none() {
             let count = words.u32(at + HEADER) as usize;
             let start = at.checked_add(ARRAY)?;
             if start.checked_add(count.checked_mul(16)?)? > words.len() {
@@ -852,15 +866,16 @@ fn type1_ranges(words: &Words, first: usize) -> Option<Vec<IovaRange>> {
                 first: words.u64(start + n * 16),
                 last: words.u64(start + n * 16 + 8),
             });
-            return Some(ranges.collect());
+            allowed = Some(ranges.collect());
         }
         last = at + HEADER;
         at = words.u32(at + 4) as usize;
     }
-    Some(vec![IovaRange {
+    let all = IovaRange {
         first: 0,
         last: u64::MAX,
-    }])
+    };
+    Some((allowed.unwrap_or_else(|| vec![all]), available))
 }
 
 #[cfg(test)]
@@ -896,13 +911,28 @@ mod tests {
             (1, &[2, 0, 0xfedf_ffff, 0xfef0_0000, u64::MAX]),
         ]);
         let expected = [range(0, 0xfedf_ffff), range(0xfef0_0000, u64::MAX)];
-        assert_eq!(type1_ranges(&words, 24).unwrap(), expected);
-        assert_eq!(type1_ranges(&words, 0).unwrap(), [range(0, u64::MAX)]);
+        let ranges = |first| Some(type1_capabilities(&words, first)?.0);
+        assert_eq!(ranges(24).unwrap(), expected);
+        assert_eq!(ranges(0).unwrap(), [range(0, u64::MAX)]);
         // Into the structure, past the end, more ranges than there is room for.
-        assert_eq!(type1_ranges(&words, 8), None);
-        assert_eq!(type1_ranges(&words, 4096), None);
+        assert_eq!(ranges(8), None);
+        assert_eq!(ranges(4096), None);
         let long = answer(&[(1, &[255])]);
-        assert_eq!(type1_ranges(&long, 24), None);
+        assert_eq!(type1_capabilities(&long, 24), None);
+    }
+
+    #[test]
+    fn how_many_mappings_are_left_is_found_in_the_chain() {
+        let available = |words: &Words| type1_capabilities(words, 24).unwrap().1;
+        for words in [
+            answer(&[(1, &[1, 0, 0xffff]), (3, &[65535])]),
+            answer(&[(3, &[65535]), (1, &[1, 0, 0xffff])]),
+        ] {
+            assert_eq!(available(&words), Some(65535));
+            let (ranges, _) = type1_capabilities(&words, 24).unwrap();
+            assert_eq!(ranges, [range(0, 0xffff)]);
+        }
+        assert_eq!(available(&answer(&[(2, &[0, 0])])), None);
     }
 
     proptest! {
@@ -915,7 +945,7 @@ mod tests {
             for (n, value) in values.iter().enumerate() {
                 words.put_u64(n * 8, value & 0x0000_01ff_0000_0001);
             }
-            if let Some(ranges) = type1_ranges(&words, first) {
+            if let Some((ranges, _)) = type1_capabilities(&words, first) {
                 prop_assert!(ranges.len() <= values.len());
             }
         }
