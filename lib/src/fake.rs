@@ -116,9 +116,7 @@ fn failed(errno: Errno) -> Error {
 }
 
 fn memfd(name: &str, length: u64) -> Result<OwnedFd, Errno> {
-    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?;
-    rustix::fs::ftruncate(&fd, length)?;
-    Ok(fd)
+    sys::memory::memfd(name, length, MemfdFlags::empty())
 }
 
 /// Answers an ioctl that the kernel has not; `None` if the descriptor is none of ours.

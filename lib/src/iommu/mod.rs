@@ -28,13 +28,11 @@ use crate::device::open_node;
 use crate::error::Object;
 use crate::sys::ioctl;
 use crate::sys::ioctl::Words;
+use crate::sys::memory;
 
 pub use buffer::DmaBuffer;
 pub use buffer::DmaOptions;
 use iova::Iovas;
-
-/// Size of a large page of most IOMMUs.
-const HUGE: u64 = crate::sys::memory::HUGE as u64;
 
 /// Longest answer about an IOMMU that is believed.
 const MAX_INFO: u32 = 1 << 20;
@@ -567,8 +565,9 @@ impl Iommu {
                 });
                 let below: Vec<IovaRange> = below.collect();
                 // So that the IOMMU can use large pages, where there is room for that.
-                let huge = (length >= HUGE)
-                    .then(|| iovas.take(&below, length, HUGE.max(limits.page)))
+                let huge = memory::huge() as u64;
+                let huge = (length >= huge)
+                    .then(|| iovas.take(&below, length, huge.max(limits.page)))
                     .flatten();
                 huge.or_else(|| iovas.take(&below, length, limits.page))
                     .ok_or_else(|| failed("find an address", Errno::NOMEM))?
@@ -952,9 +951,7 @@ mod tests {
     }
 
     fn memfd(length: u64) -> OwnedFd {
-        let fd = rustix::fs::memfd_create("dma", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&fd, length).unwrap();
-        fd
+        memory::memfd("dma", length, rustix::fs::MemfdFlags::empty()).unwrap()
     }
 
     #[test]

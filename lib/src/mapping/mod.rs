@@ -207,8 +207,13 @@ impl<'m> Window<'m> {
         self.span.as_ptr()
     }
 
-    fn object(&self) -> Object {
+    pub(crate) fn object(&self) -> Object {
         object(self.offset, self.span)
+    }
+
+    /// Where in the lease or BAR an offset is.
+    pub(crate) fn place(&self, offset: usize) -> u64 {
+        self.offset.saturating_add(offset as u64)
     }
 
     fn part(&self, offset: usize, length: usize) -> Result<Span<'m>> {
@@ -246,12 +251,10 @@ impl<'m> Window<'m> {
             BlockError::Lost(unit) => Error::Revoked {
                 operation,
                 object: Object::Mapping {
-                    offset: self
-                        .offset
-                        .saturating_add(offset as u64)
-                        .saturating_add(unit as u64),
+                    offset: self.place(offset).saturating_add(unit as u64),
                     length: (length - unit.min(length)) as u64,
                 },
+                done: unit as u64,
                 source: None,
             },
         }
@@ -264,7 +267,7 @@ impl<'m> Window<'m> {
         let range = resolve(range, self.len(), || self.object())?;
         Ok(Self {
             span: self.part(range.start, range.len())?,
-            offset: self.offset.saturating_add(range.start as u64),
+            offset: self.place(range.start),
             writable: self.writable,
         })
     }

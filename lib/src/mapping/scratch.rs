@@ -132,6 +132,7 @@ impl ScratchMapping {
                 offset: self.offset,
                 length: self.len() as u64,
             },
+            done: 0,
             source: None,
         })
     }
