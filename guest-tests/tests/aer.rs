@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use barlease::InterruptKind;
 use barlease_abi::{ALIAS_WC, REASON_ERROR, REASON_MEMORY_OFF};
 use barlease_guest_tests::{
     PAGE,
@@ -20,7 +21,7 @@ use barlease_guest_tests::{
     observe,
     pci::{self, BARLEASE, Function},
     process, race,
-    vfio::{Device, ERR_IRQ, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, MSIX_IRQ},
+    vfio::{Device, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, MSIX_IRQ},
     wait::{self, LONG},
 };
 
@@ -49,7 +50,7 @@ impl Scene {
         Function::named(NEIGHBOUR).bind(BARLEASE);
         let device = Device::open(DEVICE);
         let told = process::eventfd();
-        device.trigger(ERR_IRQ, &told).unwrap();
+        device.trigger(InterruptKind::Error, &told).unwrap();
         let fd = device.export(BAR, &[(0, 2 * PAGE)]).unwrap();
         let alias = device.alias(BAR, ALIAS_WC).unwrap();
         let through_fd = |region: u32| {
@@ -415,7 +416,7 @@ fn an_error_of_one_function_takes_away_from_the_other() {
     let scene = Scene::new();
     let other = open_beside(&scene.device, NEIGHBOUR);
     let told = process::eventfd();
-    other.trigger(ERR_IRQ, &told).unwrap();
+    other.trigger(InterruptKind::Error, &told).unwrap();
     let fd = other.export(BAR, &[(0, PAGE)]).unwrap();
     let map = Map::new(&fd, PAGE).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();

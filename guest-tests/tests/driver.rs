@@ -385,7 +385,7 @@ fn a_descriptor_is_all_that_leases_need() {
 #[test]
 fn a_container_with_devices_in_it_is_taken_over() {
     let theirs = vfio::Device::open("edu");
-    let container = theirs.group().container().try_clone_to_owned().unwrap();
+    let container = theirs.group().iommu().as_fd().try_clone_to_owned().unwrap();
     let iommu = Iommu::from_container(container).unwrap();
     let group = theirs.group().as_fd().try_clone_to_owned().unwrap();
     let number = theirs.function().group().parse().unwrap();

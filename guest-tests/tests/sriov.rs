@@ -8,6 +8,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use barlease::InterruptKind;
 use barlease_guest_tests::{
     PAGE,
     errno::{Answer, EACCES, EBADFD, ENODEV, ENOENT},
@@ -17,7 +18,7 @@ use barlease_guest_tests::{
     observe,
     pci::{self, BARLEASE, Function, STOCK},
     process,
-    vfio::{COMMAND_MEMORY, Device, Group, REQUEST_IRQ, SET, VF_TOKEN},
+    vfio::{COMMAND_MEMORY, Device, Group, SET, VF_TOKEN},
     wait::{self, LONG},
     witness::sysfs,
 };
@@ -119,7 +120,7 @@ impl Virtual {
     fn of(physical: &Physical, n: usize) -> Self {
         let device = physical.open(n);
         let wanted = process::eventfd();
-        device.trigger(REQUEST_IRQ, &wanted).unwrap();
+        device.trigger(InterruptKind::Request, &wanted).unwrap();
         let fd = device.export(BAR, &[(0, BYTES)]).unwrap();
         let map = Map::new(&fd, BYTES).unwrap();
         let bar = How::shared().map(&device, 0, BYTES).unwrap();

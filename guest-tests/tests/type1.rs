@@ -4,6 +4,7 @@
 
 use std::{os::fd::AsFd, sync::Arc};
 
+use barlease::DmaAccess;
 use barlease_abi::{ALIAS_WC, MEMATTR_WC};
 use barlease_guest_tests::{
     HUGE, PAGE,
@@ -11,7 +12,7 @@ use barlease_guest_tests::{
     map::{How, Map, READ, Sigbus},
     pci::{BARLEASE, Function, STOCK},
     probe::{self, MemoryType},
-    vfio::{COMMAND_MASTER, DMA_READ, DMA_WRITE, Device, Group},
+    vfio::{COMMAND_MASTER, Device, Group},
     wait::until,
 };
 
@@ -20,7 +21,6 @@ const BAR: u32 = 2;
 const LEN: u64 = 2 * HUGE;
 /// Where edu finds it: it has 32 bits.
 const IOVA: u64 = 0x4000_0000;
-const BOTH: u32 = DMA_READ | DMA_WRITE;
 
 /// edu, driven through its registers by a process that has it by vfio-pci.
 struct Edu(Device);
@@ -110,9 +110,11 @@ fn a_bar_that_is_mapped_through_the_device_fd_is_mapped_for_dma_as_with_stock() 
                 map.touch_all().unwrap();
             }
             let group = device.group();
-            assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
+            let mapped = group
+                .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, LEN)
+                .unwrap();
             assert_reaches(&edu, &map, 0x1234_0000 + touched as u32);
-            assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+            mapped.unmap().unwrap();
         }
     }
 }
@@ -124,13 +126,15 @@ fn a_read_only_mapping_is_mapped_for_reading_only_as_with_stock() {
         let how = How::shared().protection(READ);
         let map = bar(&device, how, BAR);
         let group = device.group();
-        let answer = group.map_dma(BOTH, map.address(), IOVA, LEN);
+        let answer = group.map_dma(DmaAccess::ReadWrite, map.address(), IOVA, LEN);
         assert!(
             matches!(answer, Err(EFAULT | EPERM)),
             "{driver}: {answer:?}"
         );
-        assert_eq!(group.map_dma(DMA_READ, map.address(), IOVA, LEN), Ok(()));
-        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+        let mapped = group
+            .map_dma(DmaAccess::Read, map.address(), IOVA, LEN)
+            .unwrap();
+        mapped.unmap().unwrap();
     }
 }
 
@@ -145,19 +149,18 @@ fn what_is_left_of_a_mapping_that_was_split_is_mapped_for_dma_as_with_stock() {
         map.unmap(HUGE / 2, PAGE);
         let group = device.group();
         // A page that may be read only, a hole, and what is behind them.
-        assert_eq!(
-            group.map_dma(BOTH, map.address(), IOVA, LEN),
-            Err(EFAULT),
-            "{driver}"
-        );
+        let refused = group.map_dma(DmaAccess::ReadWrite, map.address(), IOVA, LEN);
+        assert_eq!(refused.map(drop), Err(EFAULT), "{driver}");
         let (start, len) = (HUGE + PAGE, HUGE - PAGE);
         let address = map.address() + start as usize;
-        assert_eq!(group.map_dma(BOTH, address, IOVA, len), Ok(()), "{driver}");
+        let mapped = group
+            .map_dma(DmaAccess::ReadWrite, address, IOVA, len)
+            .unwrap();
         map.write(start, 0x77).unwrap();
         map.write(start + 4, 0).unwrap();
         edu.copy(IOVA, IOVA + 4);
         assert_eq!(map.read(start + 4), Ok(0x77), "{driver}");
-        assert_eq!(group.unmap_dma(IOVA, len), Ok(len), "{driver}");
+        mapped.unmap().unwrap();
     }
 }
 
@@ -180,13 +183,15 @@ fn write_combining_mappings_and_leases_are_mapped_for_dma_too() {
     ];
     for (n, (map, memory_type)) in maps.iter().enumerate() {
         let group = device.group();
-        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
+        let mapped = group
+            .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, LEN)
+            .unwrap();
         // What the kernel faulted in for it is of the mapping's own type.
         for at in [0, LEN - PAGE] {
             assert_eq!(probe::memory_type(map, at), Some(*memory_type), "{n}");
         }
         assert_reaches(&edu, map, 0x600d_0000 + n as u32);
-        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN));
+        mapped.unmap().unwrap();
     }
 }
 
@@ -198,22 +203,23 @@ fn what_is_taken_away_is_not_mapped_for_dma_as_with_stock() {
         map.touch_all().unwrap();
         device.set_memory(false);
         let group = device.group();
-        assert_eq!(
-            group.map_dma(BOTH, map.address(), IOVA, LEN),
-            Err(EFAULT),
-            "{driver}"
-        );
+        let refused = group.map_dma(DmaAccess::ReadWrite, map.address(), IOVA, LEN);
+        assert_eq!(refused.map(drop), Err(EFAULT), "{driver}");
         device.set_memory(true);
-        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
-        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+        let mapped = group
+            .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, LEN)
+            .unwrap();
+        mapped.unmap().unwrap();
     }
     let device = Device::open("memory");
     let fd = device.export(BAR, &[(0, LEN)]).unwrap();
     let map = Map::new(&fd, LEN).unwrap();
     map.touch_all().unwrap();
     device.revoke(&fd).unwrap();
-    let answer = device.group().map_dma(BOTH, map.address(), IOVA, LEN);
-    assert_eq!(answer, Err(EFAULT));
+    let answer = device
+        .group()
+        .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, LEN);
+    assert_eq!(answer.map(drop), Err(EFAULT));
 }
 
 /// The kernel has looked the address up once, and keeps the frames: `docs/threat-model.md` says so.
@@ -224,7 +230,9 @@ fn what_was_mapped_for_dma_stays_so_until_it_is_unmapped_as_with_stock() {
         let edu = Edu::beside(device.group());
         let map = bar(&device, How::shared().align(HUGE), BAR);
         let group = device.group();
-        group.map_dma(BOTH, map.address(), IOVA, LEN).unwrap();
+        let mapped = group
+            .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, LEN)
+            .unwrap();
         assert_reaches(&edu, &map, 0x11);
         device.set_memory(false);
         assert_eq!(map.read(0), Err(Sigbus), "{driver}");
@@ -238,7 +246,7 @@ fn what_was_mapped_for_dma_stays_so_until_it_is_unmapped_as_with_stock() {
         device.write32(BAR, 0x104, 0);
         edu.copy(IOVA + 0x100, IOVA + 0x104);
         assert_eq!(device.read32(BAR, 0x104), 0x44, "{driver}");
-        assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN), "{driver}");
+        mapped.unmap().unwrap();
         device.write32(BAR, 0x104, 0);
         edu.copy(IOVA + 0x100, IOVA + 0x104);
         assert_eq!(device.read32(BAR, 0x104), 0, "{driver}");
@@ -253,12 +261,14 @@ fn a_lease_that_was_mapped_for_dma_by_its_address_stays_so_after_a_revocation() 
     let fd = device.export(BAR, &[(0, LEN)]).unwrap();
     let map = Map::new(&fd, LEN).unwrap();
     let group = edu.0.group();
-    group.map_dma(BOTH, map.address(), IOVA, LEN).unwrap();
+    let mapped = group
+        .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, LEN)
+        .unwrap();
     device.revoke(&fd).unwrap();
     assert_eq!(map.read(0), Err(Sigbus));
     device.write32(BAR, 0, 0x55);
     device.write32(BAR, 4, 0);
     edu.copy(IOVA, IOVA + 4);
     assert_eq!(device.read32(BAR, 4), 0x55);
-    assert_eq!(group.unmap_dma(IOVA, LEN), Ok(LEN));
+    mapped.unmap().unwrap();
 }

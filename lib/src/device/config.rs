@@ -368,6 +368,25 @@ impl<'fd> ConfigSpace<'fd> {
         self.write_u16(0x06, (errors & Status::ERRORS).bits())
     }
 
+    /// Sets these bits of COMMAND, and leaves the others as they are.
+    ///
+    /// Errors: [`Error::Io`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(device: &barlease::Device) -> barlease::Result<()> {
+    /// use barlease::config::Command;
+    ///
+    /// // It may do DMA and send MSIs.
+    /// device.config()?.enable(Command::MASTER)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn enable(&self, bits: Command) -> Result<()> {
+        self.update_command(|command| command | bits)
+    }
+
     /// All capabilities, in the order of the chain.
     ///
     /// Errors: [`Error::Malformed`]: the chain leaves its place or does not end; [`Error::Io`].
@@ -575,10 +594,9 @@ mod tests {
         let identity = config.identity().unwrap();
         assert_eq!((identity.header, identity.multi_function), (0, false));
 
-        config
-            .update_command(|command| command | Command::MASTER)
-            .unwrap();
-        assert!(config.command().unwrap().contains(Command::MASTER));
+        config.enable(Command::MASTER).unwrap();
+        let both = Command::MASTER | Command::MEMORY;
+        assert_eq!(config.command().unwrap(), both);
         assert!(matches!(
             config.read_u32(0x1000 - 2),
             Err(Error::OutOfBounds { .. })

@@ -25,6 +25,7 @@ use vfio_bindings::bindings::vfio;
 
 use crate::BarRange;
 use crate::Bdf;
+use crate::DmaBuffer;
 use crate::Error;
 use crate::GuardedMapping;
 use crate::Iommu;
@@ -170,6 +171,13 @@ impl Device {
                 "the device was adopted: say with `with_iommu` which address space it is in",
             )
         })
+    }
+
+    /// Memory for DMA in its address space: [`DmaBuffer::new`] with [`Device::require_iommu`].
+    ///
+    /// Errors: as for these.
+    pub fn dma_buffer(&self, length: u64) -> Result<DmaBuffer> {
+        DmaBuffer::new(self.require_iommu()?, length)
     }
 
     fn object(&self) -> Object {

@@ -113,29 +113,7 @@ impl GuardedMapping {
         Self { plain }
     }
 
-    /// Length in bytes; see [`Mapping::len`].
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.plain.len()
-    }
-
-    /// Never: there are no mappings of 0 bytes.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.plain.is_empty()
-    }
-
-    /// Where the mapping begins in the lease or BAR, in bytes.
-    #[must_use]
-    pub fn offset(&self) -> u64 {
-        self.plain.offset()
-    }
-
-    /// Whether it can be written.
-    #[must_use]
-    pub fn is_writable(&self) -> bool {
-        self.plain.is_writable()
-    }
+    extent!();
 
     /// Address of the first byte; see [`Mapping::as_ptr`]. An access through it is not guarded.
     #[must_use]

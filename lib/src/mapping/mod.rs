@@ -1,5 +1,34 @@
 //! Mappings of leases and BARs, and access to device memory through them.
 
+/// What a mapping that has a plain one in it passes on to that.
+macro_rules! extent {
+    () => {
+        /// Length in bytes; see [`Mapping::len`](crate::Mapping::len).
+        #[must_use]
+        pub fn len(&self) -> usize {
+            self.plain.len()
+        }
+
+        /// Never: there are no mappings of 0 bytes.
+        #[must_use]
+        pub fn is_empty(&self) -> bool {
+            self.plain.is_empty()
+        }
+
+        /// Where the mapping begins in the lease or BAR, in bytes.
+        #[must_use]
+        pub fn offset(&self) -> u64 {
+            self.plain.offset()
+        }
+
+        /// Whether it can be written.
+        #[must_use]
+        pub fn is_writable(&self) -> bool {
+            self.plain.is_writable()
+        }
+    };
+}
+
 mod block;
 mod guarded;
 mod options;
