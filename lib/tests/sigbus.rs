@@ -98,6 +98,8 @@ const CASES: &[(&str, Case)] = &[
     ("blocked and touched", blocked_and_touched),
     ("in a handler", in_a_handler),
     ("real time", real_time),
+    ("thread's end", access_at_the_end_of_a_thread),
+    ("fork", access_in_a_forked_child),
     ("fill", fill_of_a_revoked_gibibyte),
     ("locked", locked_memory),
     ("no limit left", no_limit_left),
@@ -538,6 +540,72 @@ fn real_time() {
         });
         let longest = ordinary.join().unwrap();
         assert!(longest < STARVED, "it did not sleep");
+    });
+}
+
+#[test]
+fn a_thread_that_ends_may_access_a_guarded_mapping() {
+    finishes("thread's end");
+}
+
+/// Accesses the mapping when the thread ends, whose alternate stack may be gone then.
+struct AtTheEnd(std::sync::Arc<GuardedMapping>);
+
+impl Drop for AtTheEnd {
+    fn drop(&mut self) {
+        assert!(is_revoked(self.0.write(0, 1u32)));
+        LOST.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+static LOST: AtomicU64 = AtomicU64::new(0);
+
+fn access_at_the_end_of_a_thread() {
+    thread_local! {
+        static LAST: std::cell::RefCell<Option<AtTheEnd>> = const { std::cell::RefCell::new(None) };
+    }
+    let fake = Fake::new(SIZE);
+    let mapping = std::sync::Arc::new(fake.guarded());
+    fake.revoke();
+    for round in 1..=10 {
+        let its = AtTheEnd(std::sync::Arc::clone(&mapping));
+        std::thread::spawn(|| LAST.set(Some(its))).join().unwrap();
+        assert_eq!(LOST.load(Ordering::Relaxed), round);
+    }
+}
+
+#[test]
+fn a_forked_child_may_access_a_guarded_mapping() {
+    finishes("fork");
+}
+
+fn access_in_a_forked_child() {
+    let fake = Fake::new(SIZE);
+    let mapping = fake.guarded();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Others are in the middle of losses when the process forks.
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = mapping.write(0, 1u32);
+            }
+        });
+        for _ in 0..20 {
+            fake.revoke();
+            // SAFETY: the child makes accesses and exits.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                let lost = matches!(mapping.register::<u32>(8).map(|it| it.read()), Ok(Err(_)));
+                // SAFETY: no pointer.
+                unsafe { libc::_exit(i32::from(!lost)) };
+            }
+            let mut status = 0;
+            // SAFETY: the status is live.
+            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+            assert_eq!(status, 0);
+            fake.give_back();
+        }
+        stop.store(true, Ordering::Relaxed);
     });
 }
 
