@@ -22,14 +22,17 @@ barlease::register_value! {
 }
 
 barlease::register_value! {
-    /// Causes of interrupts: which there are, which are wanted, which to make up.
-    pub struct Causes: u32 {
-        /// The link came or went.
-        link, with_link: 2;
-        /// There is a cause that is wanted.
-        asserted, with_asserted: 31;
+    /// MDIC: how registers of the part that drives the cable (the PHY) are accessed.
+    struct Phy: u32 {
+        data, with_data: 0..=15;
+        register, with_register: 16..=20;
+        address, with_address: 21..=25;
+        write, with_write: 26;
+        ready, with_ready: 28;
     }
 }
+
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What the adapter says.
 #[derive(Debug)]
@@ -38,8 +41,6 @@ pub struct Found {
     pub address: [u8; 6],
     /// Its link.
     pub status: Status,
-    /// Why it has interrupted.
-    pub causes: Causes,
     /// The number of the interrupt on this host: `/proc/irq/N` says which CPUs serve it.
     pub irq: Option<u32>,
 }
@@ -50,28 +51,32 @@ pub fn run(bdf: Bdf) -> Result<Found, Box<dyn Error>> {
     device.config()?.enable(Command::MASTER)?;
     let registers = device.map_region(0, ..)?;
 
-    let status = registers.typed_read_only::<Status>(0x0008)?;
     // Two registers: the address is little-endian in them.
     let [low, high] = [0x5400, 0x5404].map(|offset| registers.typed_read_only::<u32>(offset));
     let [a, b, c, d] = low?.read().to_le_bytes();
     let [e, f, ..] = high?.read().to_le_bytes();
 
-    // It asks for an interrupt as if the link had changed. Reading the causes clears them.
-    let interrupt = device.enable_interrupt(InterruptKind::Msi)?;
-    let causes = registers.typed_read_only::<Causes>(0x1500)?;
-    let made_up = registers.write_only::<Causes>(0x1504)?;
-    let wanted = registers.typed::<Causes>(0x1508)?;
-    let link = Causes::default().with_link(true);
-    wanted.write(link);
-    made_up.write(link);
-    interrupt
-        .wait_timeout(Duration::from_secs(60))?
-        .ok_or("no interrupt came")?;
+    // The PHY is to negotiate the link anew: its first register, CONTROL.
+    let phy = registers.typed::<Phy>(0x0020)?;
+    let control = Phy::default().with_address(1).with_data(0x1200);
+    phy.write(control.with_write(true));
+    phy.poll(TIMEOUT, Phy::ready)?;
+    let status = registers.typed_read_only::<Status>(0x0008)?;
+    let status = status.poll(TIMEOUT, Status::link)?;
+
+    // One bit a vector; vector 1 is wanted, and made up.
+    let vectors = device.enable_interrupts(InterruptKind::Msix, 2)?;
+    registers.write(0x1514, 1u32 << 4)?;
+    let wanted = registers.typed::<u32>(0x1524)?;
+    let made_up = registers.write_only::<u32>(0x1520)?;
+    wanted.write(1 << 1);
+    made_up.write(1 << 1);
+    let came = vectors[1].wait_timeout(TIMEOUT)?;
+    came.ok_or("no interrupt came")?;
     Ok(Found {
         address: [a, b, c, d, e, f],
-        status: status.read(),
-        causes: causes.read(),
-        irq: device.irq_number(InterruptKind::Msi, 0)?,
+        status,
+        irq: device.irq_number(InterruptKind::Msix, 1)?,
     })
 }
 

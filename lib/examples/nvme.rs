@@ -73,7 +73,10 @@ pub fn run(bdf: Bdf, mut holder: &UnixStream) -> Result<(String, [u8; 512])> {
     // Identify the controller.
     let buffer = device.dma_buffer(4096)?;
     let data = buffer.iova();
-    let ring = |tail| Ok(doorbells.get_write_only(0)?.write(tail));
+    let ring = |tail| {
+        doorbells.get_write_only(0)?.write(tail);
+        Ok(())
+    };
     admin.run([0x06, 0, 1, 0], data, ring)?;
     let mut model = [0; 40];
     buffer.copy_to(24, &mut model)?;

@@ -72,7 +72,9 @@ pub struct Msi {
     pub length: u8,
     /// Number of vectors that the function can send: 1 to 32.
     pub vectors: u8,
-    /// Number of vectors that it may send now.
+    /// Number of vectors that it may send now. This and the next are as they were written through
+    /// config space: [`Device::enable_interrupts`](crate::Device::enable_interrupts) does not show
+    /// in it.
     pub vectors_enabled: u8,
     /// Whether it is on.
     pub enabled: bool,
@@ -118,7 +120,7 @@ pub struct Msix {
     pub table: (u8, BarRange),
     /// The BAR that has the pending bits, and where in it, in bytes.
     pub pending: (u8, BarRange),
-    /// Whether it is on.
+    /// Whether it is on, as it was written through config space: see [`Msi::vectors_enabled`].
     pub enabled: bool,
     /// Whether all vectors are masked.
     pub masked: bool,
