@@ -16,6 +16,8 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 
 use iommufd_bindings as iommufd;
+use rustix::fs::OFlags;
+use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio;
 
@@ -421,8 +423,9 @@ impl Iommu {
     /// Devices write to the file as other processes do that have mapped it.
     ///
     /// Errors: [`Error::Invalid`], [`Error::Busy`] (something is mapped at `iova`),
-    /// [`Error::Unsupported`] (no IOMMU, or no such file can be mapped); [`Error::Io`] (`ENOMEM`:
-    /// over the limit of locked memory, or no addresses left).
+    /// [`Error::ReadOnly`] (devices may write, and this process may not: the file is open for reading
+    /// only, or sealed), [`Error::Unsupported`] (no IOMMU, or no such file can be mapped);
+    /// [`Error::Io`] (`ENOMEM`: over the limit of locked memory, or no addresses left).
     pub fn map_file(
         &self,
         file: impl AsFd,
@@ -431,6 +434,12 @@ impl Iommu {
         access: DmaAccess,
     ) -> Result<DmaMapping> {
         let file = file.as_fd();
+        if access != DmaAccess::Read && !is_writable(file)? {
+            return Err(Error::ReadOnly {
+                operation: "map",
+                object: Object::Iommu,
+            });
+        }
         let length = range.end.saturating_sub(range.start);
         let place = self.place(length, iova.into())?;
         if place.map_file((file, range.start), access)? {
@@ -441,12 +450,6 @@ impl Iommu {
             .try_clone_to_owned()
             .map_err(|error| Error::from_io("map", Object::Iommu, error))?;
         let window = Lease::from_fd(again)?.map_range(range)?;
-        if access != DmaAccess::Read && !window.is_writable() {
-            return Err(Error::ReadOnly {
-                operation: "map",
-                object: Object::Iommu,
-            });
-        }
         place.map_window(window, access)
     }
 
@@ -754,6 +757,16 @@ struct Limits {
     available: Option<u32>,
 }
 
+/// Whether this process may write to a file through the descriptor. iommufd asks neither for the
+/// mode of the descriptor nor for seals, by which others know that nobody writes.
+fn is_writable(file: BorrowedFd<'_>) -> Result<bool> {
+    let mode = rustix::fs::fcntl_getfl(file).map_err(|errno| failed("map", errno))?;
+    // Files that are no memfd have none.
+    let seals = rustix::fs::fcntl_get_seals(file).unwrap_or(SealFlags::empty());
+    let kept = seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
+    Ok(mode & OFlags::RWMODE == OFlags::RDWR && !kept)
+}
+
 fn iommufd_flags(access: DmaAccess) -> u32 {
     access.flags(
         iommufd::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE,
@@ -1020,5 +1033,28 @@ mod tests {
         assert!(mapping.unmap().is_err());
         assert!(matches!(map(), Err(Error::Busy { .. })));
         assert!(!iommu.reserve(0x7000, 0x1000));
+    }
+
+    #[test]
+    fn devices_do_not_write_where_the_process_may_not() {
+        let fake = FakeIommu::new().unwrap();
+        let iommu = fake.iommu().unwrap();
+        let file = memory::memfd("dma", 0x1000, rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+        let map = |file: &OwnedFd, access| iommu.map_file(file, 0..0x1000, None, access);
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+        let reader: OwnedFd = std::fs::File::open(path).unwrap().into();
+        let refused = |file: &OwnedFd, access| {
+            let answer = map(file, access);
+            assert!(matches!(answer, Err(Error::ReadOnly { .. })), "{answer:?}");
+        };
+        map(&file, DmaAccess::ReadWrite).unwrap().unmap().unwrap();
+        refused(&reader, DmaAccess::ReadWrite);
+        refused(&reader, DmaAccess::Write);
+        map(&reader, DmaAccess::Read).unwrap().unmap().unwrap();
+        for seal in [SealFlags::FUTURE_WRITE, SealFlags::WRITE] {
+            rustix::fs::fcntl_add_seals(&file, seal).unwrap();
+            refused(&file, DmaAccess::ReadWrite);
+            map(&file, DmaAccess::Read).unwrap().unmap().unwrap();
+        }
     }
 }
