@@ -107,6 +107,13 @@ struct barlease_record {
  */
 const char *barlease_last_error(void);
 
+/*
+ * barlease_last_done - how many bytes of a block the calling thread's last call that
+ * failed had copied: of barlease_read_block() and barlease_write_block() with
+ * -EREMOTEIO. 0 of every other error.
+ */
+size_t barlease_last_done(void);
+
 /* ---- Owners: devices -------------------------------------------------------------------- */
 
 /*
@@ -387,8 +394,7 @@ int barlease_write64(const struct barlease_mapping *mapping, size_t offset, uint
  * mapping, and may be NULL if `length` is 0.
  *
  * -ERANGE, -EROFS: nothing was copied; -EREMOTEIO: guarded, and the lease is
- * revoked: a part may have been copied, and `target` may have been overwritten;
- * -EOPNOTSUPP: a scratch mapping.
+ * revoked: barlease_last_done() bytes were copied; -EOPNOTSUPP: a scratch mapping.
  */
 int barlease_read_block(const struct barlease_mapping *mapping, size_t offset, void *target,
 			size_t length);

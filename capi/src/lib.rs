@@ -43,6 +43,11 @@ mod functions {
         error::last()
     }
 
+    #[unsafe(no_mangle)]
+    pub unsafe extern "C" fn barlease_last_done() -> usize {
+        error::last_done()
+    }
+
     // ---- Owners: devices ------
 
     fn bdf(text: &str) -> Result<Bdf, Failure> {

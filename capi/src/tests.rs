@@ -520,6 +520,22 @@ fn a_guarded_access_to_what_is_gone_is_an_error_until_it_is_back() {
         let source = block.as_ptr().cast();
         let written = barlease_write_block(mapping, 16, source, 64);
         refused(written, error::EREMOTEIO, "revoked");
+        assert_eq!(barlease_last_done(), 0);
+        // All but the last 16 bytes are there.
+        file.set_len(PAGE as u64).unwrap();
+        let written = barlease_write_block(mapping, PAGE - 48, source, 64);
+        refused(
+            written,
+            error::EREMOTEIO,
+            "0x10 mapped bytes at offset 0x1000",
+        );
+        assert_eq!(barlease_last_done(), 48);
+        refused(
+            barlease_read32(mapping, 1, &mut value),
+            error::EINVAL,
+            "align",
+        );
+        assert_eq!(barlease_last_done(), 0);
     }
     file.set_len(2 * PAGE as u64).unwrap();
     // SAFETY: Handles and a place; none is used afterwards.
