@@ -30,8 +30,8 @@
  * may while it is freed. A process that forks uses handles of before in one of
  * the two processes only, but for leases and mappings.
  *
- * Signals. A guarded mapping installs a handler of SIGBUS. A thread that
- * accesses a guarded mapping must not block SIGBUS, and a handler that is
+ * Signals. A guarded mapping, and a scratch one, install a handler of SIGBUS. A
+ * thread that accesses one of them must not block SIGBUS, and a handler that is
  * installed later must pass on what is not its own. The shared library cannot
  * be unloaded by dlclose().
  */
@@ -106,6 +106,13 @@ struct barlease_record {
  * next call of this library that fails. Never NULL.
  */
 const char *barlease_last_error(void);
+
+/*
+ * barlease_last_done - how many bytes of a block the calling thread's last call that
+ * failed had copied: of barlease_read_block() and barlease_write_block() with
+ * -EREMOTEIO. 0 of every other error.
+ */
+size_t barlease_last_done(void);
 
 /* ---- Owners: devices -------------------------------------------------------------------- */
 
@@ -334,6 +341,7 @@ void barlease_lease_close(struct barlease_lease *lease);
 
 #define BARLEASE_MAP_GUARDED 1 /* a lost access is -EREMOTEIO, and not SIGBUS */
 #define BARLEASE_MAP_READ_ONLY 2
+#define BARLEASE_MAP_SCRATCH 4 /* for code that has its address: barlease_section() */
 
 /*
  * barlease_map - map `length` bytes of a lease from `offset` on, or all with 0, 0
@@ -357,7 +365,8 @@ size_t barlease_mapping_length(const struct barlease_mapping *mapping);
 /*
  * barlease_mapping_address - where a mapping begins; NULL of NULL
  *
- * An access through it is never guarded. It is valid until barlease_unmap().
+ * An access through it is never guarded; see barlease_section() for what can be
+ * done about that. It is valid until barlease_unmap().
  */
 void *barlease_mapping_address(const struct barlease_mapping *mapping);
 
@@ -366,7 +375,7 @@ void *barlease_mapping_address(const struct barlease_mapping *mapping);
  *
  * -ERANGE: past the end; -EINVAL: not aligned to its width; -EROFS: a write to a
  * read-only mapping; -EREMOTEIO: guarded, and the lease is revoked: nothing was
- * written, and no value was read.
+ * written, and no value was read; -EOPNOTSUPP: a scratch mapping.
  */
 int barlease_read8(const struct barlease_mapping *mapping, size_t offset, uint8_t *value);
 int barlease_read16(const struct barlease_mapping *mapping, size_t offset, uint16_t *value);
@@ -385,12 +394,48 @@ int barlease_write64(const struct barlease_mapping *mapping, size_t offset, uint
  * mapping, and may be NULL if `length` is 0.
  *
  * -ERANGE, -EROFS: nothing was copied; -EREMOTEIO: guarded, and the lease is
- * revoked: a part may have been copied, and `target` may have been overwritten.
+ * revoked: barlease_last_done() bytes were copied; -EOPNOTSUPP: a scratch mapping.
  */
 int barlease_read_block(const struct barlease_mapping *mapping, size_t offset, void *target,
 			size_t length);
 int barlease_write_block(const struct barlease_mapping *mapping, size_t offset,
 			 const void *source, size_t length);
+
+/*
+ * barlease_section - call `access` with the address of a scratch mapping, and tell
+ * whether all its accesses went to the lease
+ *
+ * For code that must have an address, such as another library. When an access
+ * faults since the lease is revoked, memory of zeroes takes the place of the
+ * mapping, at the same address, so that `access` comes to its end. Returns what
+ * `access` returns. `access` must return: no longjmp, no exception. It must not
+ * return a negative number, which would be taken for an error of this function.
+ *
+ * -EREMOTEIO: the mapping is lost. What was read must not be used, and what was
+ * written may or may not have reached the device. If it was lost before, `access`
+ * is not called. -EINVAL: not made with BARLEASE_MAP_SCRATCH.
+ */
+int barlease_section(const struct barlease_mapping *mapping,
+		     int (*access)(void *address, void *context), void *context);
+
+/*
+ * barlease_is_lost - 1: a section found the lease revoked, and barlease_recover()
+ * has not mapped it again, 0: not
+ *
+ * -EINVAL: not made with BARLEASE_MAP_SCRATCH.
+ */
+int barlease_is_lost(const struct barlease_mapping *mapping);
+
+/*
+ * barlease_recover - map the lease again, at the same address, after it was lost
+ *
+ * Does nothing if it is not. 0 says that the lease is mapped; if it is still
+ * revoked the next section is lost again. Not for signal handlers.
+ *
+ * -ESTALE: the lease is dead; -ENOMEM: the address may be lost for good then;
+ * -EINVAL: not made with BARLEASE_MAP_SCRATCH.
+ */
+int barlease_recover(const struct barlease_mapping *mapping);
 
 /* barlease_unmap - unmap, and free the handle. No errors. */
 void barlease_unmap(struct barlease_mapping *mapping);

@@ -1,6 +1,6 @@
 //! Errors of the library as numbers, with a text for each thread.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_char, c_int};
 use std::io;
 
@@ -28,6 +28,8 @@ pub(super) const EMEDIUMTYPE: c_int = 124;
 
 thread_local! {
     static LAST: RefCell<Option<CString>> = const { RefCell::new(None) };
+    /// How many bytes of a block were copied before the last failure.
+    static DONE: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Why a function fails: its errno, and the text.
@@ -35,6 +37,8 @@ thread_local! {
 pub(super) struct Failure {
     errno: c_int,
     text: String,
+    /// Bytes of a block that were copied.
+    done: usize,
 }
 
 impl Failure {
@@ -42,6 +46,7 @@ impl Failure {
         Self {
             errno,
             text: text.into(),
+            done: 0,
         }
     }
 
@@ -79,7 +84,14 @@ impl From<Error> for Failure {
             Error::Io { source, .. } => errno_of(source),
             other => other.errno().filter(|errno| *errno > 0).unwrap_or(EIO),
         };
-        Self::new(errno, error.report().to_string())
+        let done = match &error {
+            Error::Revoked { done, .. } => usize::try_from(*done).unwrap_or(0),
+            _ => 0,
+        };
+        Self {
+            done,
+            ..Self::new(errno, error.report().to_string())
+        }
     }
 }
 
@@ -93,6 +105,7 @@ pub(super) fn answer(result: Result<c_int, Failure>) -> c_int {
             let text = CString::new(text).unwrap_or_default();
             // Not while the thread ends: then nobody asks for the text.
             let _ = LAST.try_with(|last| last.replace(Some(text)));
+            let _ = DONE.try_with(|done| done.set(failure.done));
             -failure.errno
         }
     }
@@ -102,4 +115,9 @@ pub(super) fn answer(result: Result<c_int, Failure>) -> c_int {
 pub(super) fn last() -> *const c_char {
     let pointer = LAST.try_with(|last| last.borrow().as_ref().map(|text| text.as_ptr()));
     pointer.ok().flatten().unwrap_or(c"".as_ptr())
+}
+
+/// Bytes of a block that the thread's last failure had copied.
+pub(super) fn last_done() -> usize {
+    DONE.try_with(Cell::get).unwrap_or(0)
 }

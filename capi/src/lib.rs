@@ -34,13 +34,18 @@ mod functions {
     use barlease::{BarRange, Bdf, Device, EventFd, Lease, LeaseId, Receiver, Revoked};
 
     use super::error::{self, EINPROGRESS, EINVAL, Failure, answer};
-    use super::mapping::Either;
+    use super::mapping::Any;
     use super::raw::{self, Output};
     use super::types::{self, CRange, CRecord, CStatus, check_flags};
 
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn barlease_last_error() -> *const c_char {
         error::last()
+    }
+
+    #[unsafe(no_mangle)]
+    pub unsafe extern "C" fn barlease_last_done() -> usize {
+        error::last_done()
     }
 
     // ---- Owners: devices ------
@@ -417,26 +422,26 @@ mod functions {
         offset: u64,
         length: u64,
         flags: u32,
-        mapping: *mut *mut Either,
+        mapping: *mut *mut Any,
     ) -> c_int {
         answer((|| {
             // SAFETY: C promises a handle.
             let lease = unsafe { raw::borrow(lease, "lease") }?;
             // SAFETY: C promises a place.
             let place = unsafe { Output::new(mapping, "mapping") }?;
-            place.put_handle(Either::new(lease, offset, length, flags)?);
+            place.put_handle(Any::new(lease, offset, length, flags)?);
             Ok(0)
         })())
     }
 
     #[unsafe(no_mangle)]
-    pub unsafe extern "C" fn barlease_mapping_length(mapping: *const Either) -> usize {
+    pub unsafe extern "C" fn barlease_mapping_length(mapping: *const Any) -> usize {
         // SAFETY: C promises a handle.
-        unsafe { raw::borrow(mapping, "mapping") }.map_or(0, Either::length)
+        unsafe { raw::borrow(mapping, "mapping") }.map_or(0, Any::length)
     }
 
     #[unsafe(no_mangle)]
-    pub unsafe extern "C" fn barlease_mapping_address(mapping: *const Either) -> *mut c_void {
+    pub unsafe extern "C" fn barlease_mapping_address(mapping: *const Any) -> *mut c_void {
         // SAFETY: C promises a handle.
         let mapping = unsafe { raw::borrow(mapping, "mapping") };
         mapping.map_or(std::ptr::null_mut(), |mapping| mapping.address().cast())
@@ -446,7 +451,7 @@ mod functions {
         ($($read:ident $write:ident $value:ident),+) => {$(
             #[unsafe(no_mangle)]
             pub unsafe extern "C" fn $read(
-                mapping: *const Either,
+                mapping: *const Any,
                 offset: usize,
                 value: *mut $value,
             ) -> c_int {
@@ -462,7 +467,7 @@ mod functions {
 
             #[unsafe(no_mangle)]
             pub unsafe extern "C" fn $write(
-                mapping: *const Either,
+                mapping: *const Any,
                 offset: usize,
                 value: $value,
             ) -> c_int {
@@ -485,7 +490,7 @@ mod functions {
 
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn barlease_read_block(
-        mapping: *const Either,
+        mapping: *const Any,
         offset: usize,
         target: *mut c_void,
         length: usize,
@@ -506,7 +511,7 @@ mod functions {
 
     #[unsafe(no_mangle)]
     pub unsafe extern "C" fn barlease_write_block(
-        mapping: *const Either,
+        mapping: *const Any,
         offset: usize,
         source: *const c_void,
         length: usize,
@@ -521,8 +526,44 @@ mod functions {
         })())
     }
 
+    type Section = unsafe extern "C" fn(address: *mut c_void, context: *mut c_void) -> c_int;
+
     #[unsafe(no_mangle)]
-    pub unsafe extern "C" fn barlease_unmap(mapping: *mut Either) {
+    pub unsafe extern "C" fn barlease_section(
+        mapping: *const Any,
+        access: Option<Section>,
+        context: *mut c_void,
+    ) -> c_int {
+        answer((|| {
+            // SAFETY: C promises a handle.
+            let mapping = unsafe { raw::borrow(mapping, "mapping") }?.scratch()?;
+            let access = access.ok_or_else(|| Failure::new(error::EFAULT, "access is NULL"))?;
+            // SAFETY: C promises a function that takes the address of a mapping and this context.
+            Ok(mapping.section(|address| unsafe { access(address.cast(), context) })?)
+        })())
+    }
+
+    #[unsafe(no_mangle)]
+    pub unsafe extern "C" fn barlease_recover(mapping: *const Any) -> c_int {
+        answer((|| {
+            // SAFETY: C promises a handle.
+            let mapping = unsafe { raw::borrow(mapping, "mapping") }?;
+            mapping.scratch()?.recover()?;
+            Ok(0)
+        })())
+    }
+
+    #[unsafe(no_mangle)]
+    pub unsafe extern "C" fn barlease_is_lost(mapping: *const Any) -> c_int {
+        answer((|| {
+            // SAFETY: C promises a handle.
+            let mapping = unsafe { raw::borrow(mapping, "mapping") }?;
+            Ok(mapping.scratch()?.is_lost().into())
+        })())
+    }
+
+    #[unsafe(no_mangle)]
+    pub unsafe extern "C" fn barlease_unmap(mapping: *mut Any) {
         // SAFETY: C promises a handle that nobody uses any more.
         unsafe { raw::free(mapping) };
     }

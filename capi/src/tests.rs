@@ -20,7 +20,7 @@ use barlease::{Device, Lease, Reasons};
 
 use super::error;
 use super::functions::*;
-use super::mapping::Either;
+use super::mapping::Any;
 use super::types::{self, CRange, CRecord, CStatus};
 
 const HEADER: &str = include_str!("../include/barlease-lib.h");
@@ -89,11 +89,12 @@ fn c_type(rust: &str) -> String {
         "usize" => "size_t",
         "Device" => "struct barlease_device",
         "Lease" => "struct barlease_lease",
-        "Either" => "struct barlease_mapping",
+        "Any" => "struct barlease_mapping",
         "CRange" => "struct barlease_range",
         "CStatus" => "struct barlease_status",
         "CRecord" => "struct barlease_record",
         "Option<Each>" => "callback",
+        "Option<Section>" => "section",
         unknown => panic!("no type of C's for {unknown}"),
     }
     .to_owned()
@@ -135,7 +136,8 @@ fn compile(name: &str, compiler: &[&str], text: &str) {
 fn the_header_declares_every_function_as_it_is() {
     let mut text = String::from(
         "#include <barlease-lib.h>\n\
-         typedef int (*callback)(const struct barlease_record *, void *);\n",
+         typedef int (*callback)(const struct barlease_record *, void *);\n\
+         typedef int (*section)(void *, void *);\n",
     );
     let functions = functions();
     assert!(functions.len() >= 35, "{functions:?}");
@@ -218,7 +220,7 @@ fn structures_and_constants_are_those_of_the_header() {
     constants! {
         LEASE_OK LEASE_REVOKED LEASE_DEAD UNCACHED WRITE_COMBINING RECORD_INTERNAL
         RECORD_DRAINING RECORD_WRITABLE EXPORT_READ_ONLY REVOKE_DO_NOT_WAIT RECEIVE_ANY_FILE
-        MAP_GUARDED MAP_READ_ONLY
+        MAP_GUARDED MAP_READ_ONLY MAP_SCRATCH
     }
     macro_rules! errnos {
         ($($name:ident)+) => {$(
@@ -266,7 +268,7 @@ fn handles_may_be_used_by_any_thread() {
     fn shared<T: Send + Sync>() {}
     shared::<Device>();
     shared::<Lease>();
-    shared::<Either>();
+    shared::<Any>();
 }
 
 // ---- The functions --------------------
@@ -518,6 +520,22 @@ fn a_guarded_access_to_what_is_gone_is_an_error_until_it_is_back() {
         let source = block.as_ptr().cast();
         let written = barlease_write_block(mapping, 16, source, 64);
         refused(written, error::EREMOTEIO, "revoked");
+        assert_eq!(barlease_last_done(), 0);
+        // All but the last 16 bytes are there.
+        file.set_len(PAGE as u64).unwrap();
+        let written = barlease_write_block(mapping, PAGE - 48, source, 64);
+        refused(
+            written,
+            error::EREMOTEIO,
+            "0x10 mapped bytes at offset 0x1000",
+        );
+        assert_eq!(barlease_last_done(), 48);
+        refused(
+            barlease_read32(mapping, 1, &mut value),
+            error::EINVAL,
+            "align",
+        );
+        assert_eq!(barlease_last_done(), 0);
     }
     file.set_len(2 * PAGE as u64).unwrap();
     // SAFETY: Handles and a place; none is used afterwards.
@@ -527,6 +545,78 @@ fn a_guarded_access_to_what_is_gone_is_an_error_until_it_is_back() {
         assert_eq!(value, 9);
         barlease_lease_close(lease);
         barlease_unmap(mapping);
+    }
+}
+
+/// Stores a number, whose address is the context, at the beginning and the end of a page.
+unsafe extern "C" fn store(address: *mut c_void, context: *mut c_void) -> c_int {
+    // SAFETY: As the tests call it.
+    let value = unsafe { *context.cast::<u32>() };
+    for at in [0, PAGE - 4] {
+        let place = address.wrapping_byte_add(at).cast::<u32>();
+        // SAFETY: As above.
+        unsafe { place.write_volatile(value) };
+    }
+    7
+}
+
+#[test]
+fn code_that_has_the_address_survives_a_loss() {
+    let (file, lease) = file(2 * PAGE as u64);
+    let (mut mapping, mut guarded, mut value) = (null_mut(), null_mut(), 5_u32);
+    let context = (&raw mut value).cast::<c_void>();
+    let (offset, scratch) = (PAGE as u64, types::MAP_SCRATCH);
+    // SAFETY: Handles, places, a page, and a context of 4 bytes.
+    unsafe {
+        let both = scratch | types::MAP_GUARDED;
+        let mapped = barlease_map(lease, 0, 0, both, &mut mapping);
+        refused(mapped, error::EINVAL, "not both");
+        let mapped = barlease_map(lease, offset, 0, scratch, &mut mapping);
+        assert_eq!(mapped, 0, "{}", message());
+        assert_eq!(barlease_section(mapping, Some(store), context), 7);
+        assert_eq!(barlease_is_lost(mapping), 0);
+
+        // Other functions know what it is.
+        refused(
+            barlease_section(mapping, None, context),
+            error::EFAULT,
+            "access",
+        );
+        refused(
+            barlease_read32(mapping, 0, &mut value),
+            error::EOPNOTSUPP,
+            "barlease_section",
+        );
+        let mapped = barlease_map(lease, 0, 0, types::MAP_GUARDED, &mut guarded);
+        assert_eq!(mapped, 0, "{}", message());
+        refused(
+            barlease_section(guarded, Some(store), context),
+            error::EINVAL,
+            "SCRATCH",
+        );
+        refused(barlease_recover(guarded), error::EINVAL, "SCRATCH");
+        assert_eq!(barlease_read32(guarded, PAGE, &mut value), 0);
+        assert_eq!(value, 5);
+
+        file.set_len(0).unwrap();
+        assert_eq!(barlease_is_lost(mapping), 0);
+        let lost = barlease_section(mapping, Some(store), context);
+        refused(lost, error::EREMOTEIO, "revoked");
+        assert_eq!(barlease_is_lost(mapping), 1);
+        file.set_len(2 * PAGE as u64).unwrap();
+        refused(
+            barlease_section(mapping, Some(store), context),
+            error::EREMOTEIO,
+            "revoked",
+        );
+        assert_eq!(barlease_recover(mapping), 0, "{}", message());
+        value = 6;
+        assert_eq!(barlease_section(mapping, Some(store), context), 7);
+        assert_eq!(barlease_read32(guarded, 2 * PAGE - 4, &mut value), 0);
+        assert_eq!(value, 6);
+        barlease_lease_close(lease);
+        barlease_unmap(mapping);
+        barlease_unmap(guarded);
     }
 }
 

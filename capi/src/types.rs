@@ -22,6 +22,7 @@ pub(super) const REVOKE_DO_NOT_WAIT: u32 = 1;
 pub(super) const RECEIVE_ANY_FILE: u32 = 1;
 pub(super) const MAP_GUARDED: u32 = 1;
 pub(super) const MAP_READ_ONLY: u32 = 2;
+pub(super) const MAP_SCRATCH: u32 = 4;
 
 /// `struct barlease_range`.
 #[derive(Clone, Copy, Debug)]

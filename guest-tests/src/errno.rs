@@ -63,3 +63,20 @@ pub fn answer<T: Copy + PartialEq + From<i8>>(result: T) -> Answer<T> {
         Ok(result)
     }
 }
+
+/// The answer of the library's, for tests that look at the errno.
+///
+/// # Errors
+///
+/// That of the call; `ENODEV` where the library found no device, or none that is bound.
+///
+/// # Panics
+///
+/// When it is an error of another kind.
+pub fn answered<T>(result: barlease::Result<T>) -> Answer<T> {
+    result.map_err(|error| match (error.errno(), &error) {
+        (Some(number), _) => Errno(number),
+        (None, barlease::Error::NoDevice { .. } | barlease::Error::NotBound { .. }) => ENODEV,
+        (None, error) => panic!("not an error of the system: {error}"),
+    })
+}

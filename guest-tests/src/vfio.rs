@@ -1,20 +1,23 @@
-//! VFIO groups and devices, by raw ioctls (`linux/vfio.h`).
+//! VFIO groups and devices.
+//!
+//! What a driver does goes through the library. By raw ioctls (`linux/vfio.h`) go requests whose
+//! errno tests look at, that are wrong on purpose, or that are compared with the stock driver byte
+//! by byte.
 
 use std::{
     ffi::CString,
-    fs::{File, OpenOptions},
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
-        unix::fs::FileExt,
-    },
+    fs::File,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
 };
 
+use barlease::{DmaAccess, DmaMapping, InterruptKind, Iommu, OpenOptions, config};
+
 use crate::{
-    errno::{Answer, Errno, answer},
+    errno::{Answer, Errno, answer, answered},
     observe,
     pci::{BARLEASE, Function},
 };
@@ -23,23 +26,14 @@ const fn ioctl_number(number: u64) -> u64 {
     (b';' as u64) << 8 | (100 + number)
 }
 
-const SET_IOMMU: u64 = ioctl_number(2);
-const GROUP_SET_CONTAINER: u64 = ioctl_number(4);
 const GROUP_GET_DEVICE_FD: u64 = ioctl_number(6);
 const GET_INFO: u64 = ioctl_number(7);
 const GET_REGION_INFO: u64 = ioctl_number(8);
 const GET_IRQ_INFO: u64 = ioctl_number(9);
 const SET_IRQS: u64 = ioctl_number(10);
-const RESET: u64 = ioctl_number(11);
 const GET_HOT_RESET_INFO: u64 = ioctl_number(12);
 const HOT_RESET: u64 = ioctl_number(13);
-/// Of a container.
-const MAP_DMA: u64 = ioctl_number(13);
-/// Of a container.
-const UNMAP_DMA: u64 = ioctl_number(14);
 const FEATURE: u64 = ioctl_number(17);
-
-const TYPE1V2_IOMMU: usize = 3;
 
 /// `VFIO_DEVICE_FEATURE`: read.
 pub const GET: u32 = 1 << 16;
@@ -68,10 +62,6 @@ pub const VGA_REGION: u32 = 8;
 pub const MSI_IRQ: u32 = 1;
 /// Index of the MSI-X interrupts.
 pub const MSIX_IRQ: u32 = 2;
-/// Index of the "interrupt" that tells of an error of the device.
-pub const ERR_IRQ: u32 = 3;
-/// Index of the "interrupt" that asks for the device back.
-pub const REQUEST_IRQ: u32 = 4;
 /// `vfio_irq_set`: no data.
 pub const IRQ_DATA_NONE: u32 = 1 << 0;
 /// `vfio_irq_set`: an eventfd an interrupt.
@@ -96,16 +86,11 @@ fn ioctl_on(fd: BorrowedFd<'_>, number: u64, argument: &mut [u32]) -> Answer<i32
     answer(unsafe { libc::ioctl(fd.as_raw_fd(), number, argument.as_mut_ptr()) })
 }
 
-/// `vfio_iommu_type1_dma_map`: the device may read.
-pub const DMA_READ: u32 = 1 << 0;
-/// `vfio_iommu_type1_dma_map`: the device may write.
-pub const DMA_WRITE: u32 = 1 << 1;
-
 /// A group with its container, which several may share.
 #[derive(Debug)]
 pub struct Group {
-    file: File,
-    container: Arc<File>,
+    file: OwnedFd,
+    iommu: Iommu,
 }
 
 impl Group {
@@ -117,18 +102,13 @@ impl Group {
     #[must_use]
     pub fn open(function: &Function) -> Arc<Self> {
         observe::mark_test();
-        let container = read_write("/dev/vfio/vfio");
-        let group = Self::attach(function, Arc::new(container));
-        // SAFETY: The argument is a number.
-        let set = unsafe { libc::ioctl(group.container.as_raw_fd(), SET_IOMMU, TYPE1V2_IOMMU) };
-        answer(set).expect("set the IOMMU");
-        group
+        Self::attach(function, Iommu::container().expect("a container"))
     }
 
     /// The container.
     #[must_use]
-    pub fn container(&self) -> BorrowedFd<'_> {
-        self.container.as_fd()
+    pub fn iommu(&self) -> &Iommu {
+        &self.iommu
     }
 
     /// Opens the group of another function, in the same container.
@@ -138,41 +118,40 @@ impl Group {
     /// When that does not work.
     #[must_use]
     pub fn beside(&self, function: &Function) -> Arc<Self> {
-        Self::attach(function, Arc::clone(&self.container))
+        Self::attach(function, self.iommu.clone())
     }
 
-    fn attach(function: &Function, container: Arc<File>) -> Arc<Self> {
-        let file = read_write(&format!("/dev/vfio/{}", function.group()));
-        let fd = container.as_raw_fd();
-        // SAFETY: The argument is a pointer to a valid fd.
-        let set = unsafe { libc::ioctl(file.as_raw_fd(), GROUP_SET_CONTAINER, &fd) };
-        answer(set).expect("set the container");
-        Arc::new(Self { file, container })
+    fn attach(function: &Function, iommu: Iommu) -> Arc<Self> {
+        let number = function.group();
+        let path = format!("/dev/vfio/{number}");
+        let file = File::options().read(true).write(true).open(&path);
+        let file = file.unwrap_or_else(|error| panic!("open {path}: {error}"));
+        let again = file.try_clone().expect("another descriptor");
+        let number = number.parse().expect("the number of a group");
+        iommu
+            .add_group(number, again)
+            .expect("add the group to the container");
+        Arc::new(Self {
+            file: file.into(),
+            iommu,
+        })
     }
 
-    /// `VFIO_IOMMU_MAP_DMA` of memory of this process, from an address on.
+    /// Maps memory of this process for DMA, from an address on.
     ///
     /// # Errors
     ///
     /// That of the ioctl.
-    pub fn map_dma(&self, flags: u32, address: usize, iova: u64, len: u64) -> Answer<()> {
-        let [address, iova, len] = [address as u64, iova, len].map(words);
-        let mut map = [
-            32, flags, address[0], address[1], iova[0], iova[1], len[0], len[1],
-        ];
-        ioctl_on(self.container.as_fd(), MAP_DMA, &mut map).map(drop)
-    }
-
-    /// `VFIO_IOMMU_UNMAP_DMA`: how many bytes were mapped there.
-    ///
-    /// # Errors
-    ///
-    /// That of the ioctl.
-    pub fn unmap_dma(&self, iova: u64, len: u64) -> Answer<u64> {
-        let [iova, len] = [iova, len].map(words);
-        let mut unmap = [24, 0, iova[0], iova[1], len[0], len[1]];
-        ioctl_on(self.container.as_fd(), UNMAP_DMA, &mut unmap)?;
-        Ok(u64::from(unmap[4]) | u64::from(unmap[5]) << 32)
+    pub fn map_dma(
+        &self,
+        access: DmaAccess,
+        address: usize,
+        iova: u64,
+        len: u64,
+    ) -> Answer<DmaMapping> {
+        let address = std::ptr::with_exposed_provenance_mut(address);
+        // SAFETY: The tests map BARs and leases, to which there are no references.
+        answered(unsafe { self.iommu.map_memory(address, len, iova, access) })
     }
 
     /// Opens a device of the group.
@@ -198,9 +177,12 @@ impl Group {
         let fd = self.file.as_raw_fd();
         // SAFETY: The argument is a C string.
         let fd = answer(unsafe { libc::ioctl(fd, GROUP_GET_DEVICE_FD, name.as_ptr()) })?;
+        // SAFETY: The fd is new and nobody else's.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let bdf = function.bdf.parse().expect("an address");
+        let device = answered(barlease::Device::from_fd_of(fd, bdf))?;
         Ok(Device {
-            // SAFETY: The fd is new and nobody else's.
-            file: File::from(unsafe { OwnedFd::from_raw_fd(fd) }),
+            device: device.with_iommu(&self.iommu),
             group: Arc::clone(self),
             function: function.clone(),
         })
@@ -216,14 +198,14 @@ impl AsFd for Group {
 /// An open device. Closed when dropped, unless something else holds it open.
 #[derive(Debug)]
 pub struct Device {
-    file: File,
+    device: barlease::Device,
     group: Arc<Group>,
     function: Function,
 }
 
 impl AsFd for Device {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.device.as_fd()
     }
 }
 
@@ -271,9 +253,14 @@ impl Device {
     pub fn open_with(name: &str, driver: &str) -> Self {
         let function = Function::named(name);
         function.bind(driver);
-        Group::open(&function)
-            .device(&function)
-            .expect("open the device")
+        let group = Group::open(&function);
+        let bdf = function.bdf.parse().expect("an address");
+        let options = OpenOptions::new().iommu(&group.iommu);
+        Self {
+            device: options.open(bdf).expect("open the device"),
+            group,
+            function,
+        }
     }
 
     /// Its function.
@@ -349,14 +336,13 @@ impl Device {
         ioctl_on(self.as_fd(), SET_IRQS, &mut set).map(drop)
     }
 
-    /// Has the first interrupt of an index signal an eventfd.
+    /// Has the first interrupt of a kind signal an eventfd.
     ///
     /// # Errors
     ///
     /// That of the ioctl.
-    pub fn trigger(&self, index: u32, event: impl AsFd) -> Answer<()> {
-        let flags = IRQ_DATA_EVENTFD | IRQ_ACTION_TRIGGER;
-        self.set_irqs(index, flags, 1, &[event.as_fd().as_raw_fd()])
+    pub fn trigger(&self, kind: InterruptKind, event: impl AsFd) -> Answer<()> {
+        answered(self.device.set_interrupts(kind, 0, &[Some(event.as_fd())]))
     }
 
     /// `VFIO_DEVICE_RESET`.
@@ -365,8 +351,7 @@ impl Device {
     ///
     /// That of the ioctl.
     pub fn reset(&self) -> Answer<()> {
-        // SAFETY: The ioctl has no argument.
-        answer(unsafe { libc::ioctl(self.file.as_raw_fd(), RESET) }).map(drop)
+        answered(self.device.reset())
     }
 
     /// The functions that a hot reset of this one resets.
@@ -425,7 +410,8 @@ impl Device {
         argument.extend_from_slice(payload);
         assert!(argsz as usize <= argument.len());
         // SAFETY: The kernel writes at most `argsz` bytes, which `argument` has.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FEATURE, argument.as_mut_ptr()) };
+        let result =
+            unsafe { libc::ioctl(self.as_fd().as_raw_fd(), FEATURE, argument.as_mut_ptr()) };
         payload.copy_from_slice(&argument[8..]);
         answer(result)
     }
@@ -447,7 +433,7 @@ impl Device {
         argument.extend_from_slice(readable);
         let address = edge.put(&argument);
         // SAFETY: The kernel finds the argument and then no memory: it cannot write elsewhere.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FEATURE, address) };
+        let result = unsafe { libc::ioctl(self.as_fd().as_raw_fd(), FEATURE, address) };
         answer(result)
     }
 
@@ -471,7 +457,7 @@ impl Device {
         let address = payload.as_ptr();
         // SAFETY: The kernel reads and writes at most `argsz` bytes of memory that is there and may
         // change.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FEATURE, address) };
+        let result = unsafe { libc::ioctl(self.as_fd().as_raw_fd(), FEATURE, address) };
         answer(result)
     }
 
@@ -489,7 +475,7 @@ impl Device {
         let address = edge.put(&argument);
         edge.make_read_only();
         // SAFETY: The kernel finds the argument and cannot write.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), FEATURE, address) };
+        let result = unsafe { libc::ioctl(self.as_fd().as_raw_fd(), FEATURE, address) };
         answer(result)
     }
 
@@ -500,7 +486,7 @@ impl Device {
     ///
     /// That of the ioctl.
     pub fn raw_ioctl(&self, number: u64, argument: &mut [u8; 4096]) -> Answer<i32> {
-        let fd = self.file.as_raw_fd();
+        let fd = self.as_fd().as_raw_fd();
         // SAFETY: Of these structures the kernel writes what it knows, whatever `argsz` says: less
         // than a page. Nothing in them is an address.
         answer(unsafe { libc::ioctl(fd, ioctl_number(number), argument.as_mut_ptr()) })
@@ -515,7 +501,7 @@ impl Device {
         let edge = crate::map::Edge::new();
         let nowhere = edge.put(&[]);
         let at = u64::from(region) << 40 | offset;
-        let fd = self.file.as_raw_fd();
+        let fd = self.as_fd().as_raw_fd();
         // SAFETY: The kernel finds no memory.
         answer(unsafe { libc::pread(fd, nowhere.cast(), len, at as libc::off_t) })
     }
@@ -535,7 +521,7 @@ impl Device {
         let edge = crate::map::Edge::new();
         let bytes = edge.put(&vec![0; readable]);
         let at = u64::from(region) << 40 | offset;
-        let fd = self.file.as_raw_fd();
+        let fd = self.as_fd().as_raw_fd();
         // SAFETY: The kernel reads what is there, and then finds no memory.
         answer(unsafe { libc::pwrite(fd, bytes.cast(), len, at as libc::off_t) })
     }
@@ -547,8 +533,8 @@ impl Device {
     /// That of the call.
     pub fn read(&self, region: u32, offset: u64, bytes: &mut [u8]) -> Answer<usize> {
         let at = u64::from(region) << 40 | offset;
-        let read = self.file.read_at(bytes, at);
-        read.map_err(|error| Errno::of(&error))
+        let read = rustix::io::pread(self, bytes, at);
+        read.map_err(|errno| Errno(errno.raw_os_error()))
     }
 
     /// Writes to a region.
@@ -558,8 +544,8 @@ impl Device {
     /// That of the call.
     pub fn write(&self, region: u32, offset: u64, bytes: &[u8]) -> Answer<usize> {
         let at = u64::from(region) << 40 | offset;
-        let written = self.file.write_at(bytes, at);
-        written.map_err(|error| Errno::of(&error))
+        let written = rustix::io::pwrite(self, bytes, at);
+        written.map_err(|errno| Errno(errno.raw_os_error()))
     }
 
     /// Reads four bytes of a region.
@@ -637,23 +623,38 @@ impl Device {
     /// The kernel must be allowed to read `len` bytes at `bytes`, if they are there.
     unsafe fn pwrite_config(&self, offset: u64, bytes: *const u8, len: usize) -> Answer<isize> {
         let at = u64::from(CONFIG_REGION) << 40 | offset;
-        let fd = self.file.as_raw_fd();
+        let fd = self.as_fd().as_raw_fd();
         // SAFETY: By the caller.
         answer(unsafe { libc::pwrite(fd, bytes.cast(), len, at as libc::off_t) })
     }
 
+    fn config_space(&self) -> config::ConfigSpace<'_> {
+        self.device.config().expect("config space")
+    }
+
     /// COMMAND.
+    ///
+    /// # Panics
+    ///
+    /// When config space cannot be read.
     #[must_use]
     pub fn command(&self) -> u16 {
-        u16::from_le_bytes(self.config(COMMAND))
+        self.config_space().command().expect("COMMAND").bits()
     }
 
     /// Writes COMMAND.
+    ///
+    /// # Panics
+    ///
+    /// When config space cannot be written.
     pub fn set_command(&self, command: u16) {
-        self.set_config(COMMAND, &command.to_le_bytes());
+        let command = config::Command::from_bits_retain(command);
+        self.config_space()
+            .set_command(command)
+            .expect("write COMMAND");
     }
 
-    /// Turns memory decoding on or off.
+    /// Turns memory decoding on or off, by a write in any case.
     pub fn set_memory(&self, on: bool) {
         let command = self.command() & !COMMAND_MEMORY;
         self.set_command(if on {
@@ -664,21 +665,14 @@ impl Device {
     }
 
     /// The offset of a capability in config space.
+    ///
+    /// # Panics
+    ///
+    /// When config space cannot be read.
     #[must_use]
     pub fn capability(&self, id: u8) -> Option<u64> {
-        let [first] = self.config(0x34);
-        let mut at = u64::from(first & !3);
-        for _ in 0..48 {
-            if at == 0 {
-                return None;
-            }
-            let [this, next] = self.config(at);
-            if this == id {
-                return Some(at);
-            }
-            at = u64::from(next & !3);
-        }
-        None
+        let found = self.config_space().capability(id).expect("the chain");
+        found.map(u64::from)
     }
 
     /// The offset of PMCSR.
@@ -688,32 +682,32 @@ impl Device {
     /// When it has no power-management capability.
     #[must_use]
     pub fn pmcsr(&self) -> u64 {
-        self.capability(0x01).expect("a PM capability") + 4
+        self.capability(config::Capability::POWER_MANAGEMENT)
+            .expect("a PM capability")
+            + 4
     }
 
     /// Asks for a power state, 0 to 3.
+    ///
+    /// # Panics
+    ///
+    /// When config space cannot be written.
     pub fn set_power_state(&self, state: u16) {
-        let [low, high]: [u8; 2] = self.config(self.pmcsr());
-        let control = u16::from_le_bytes([low, high]) & !3 | state;
-        self.set_config(self.pmcsr(), &control.to_le_bytes());
+        let (config, at) = (self.config_space(), self.pmcsr());
+        let control = config.read_u16(at).expect("PMCSR") & !3 | state;
+        config.write_u16(at, control).expect("write PMCSR");
     }
 
     /// Its power state, 0 to 3.
+    ///
+    /// # Panics
+    ///
+    /// When it has no power-management capability.
     #[must_use]
     pub fn power_state(&self) -> u8 {
-        let [low] = self.config(self.pmcsr());
-        low & 3
+        let power = self.config_space().power_management().expect("the chain");
+        power.expect("a PM capability").state
     }
-}
-
-fn read_write(path: &str) -> File {
-    let open = OpenOptions::new().read(true).write(true).open(path);
-    open.unwrap_or_else(|error| panic!("open {path}: {error}"))
-}
-
-/// Two words of a structure, the lower first.
-fn words(value: u64) -> [u32; 2] {
-    [value as u32, (value >> 32) as u32]
 }
 
 /// The capability chain of a region's info.

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use barlease::InterruptKind;
 use barlease_abi::{ALIAS_WC, REASON_ERROR, REASON_MEMORY_OFF};
 use barlease_guest_tests::{
     aer::{
@@ -20,7 +21,7 @@ use barlease_guest_tests::{
     observe, page_size,
     pci::{self, BARLEASE, Function},
     process, race,
-    vfio::{Device, ERR_IRQ, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, MSIX_IRQ},
+    vfio::{Device, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, MSIX_IRQ},
     wait::{self, LONG},
 };
 
@@ -50,7 +51,7 @@ impl Scene {
         Function::named(NEIGHBOUR).bind(BARLEASE);
         let device = Device::open(DEVICE);
         let told = process::eventfd();
-        device.trigger(ERR_IRQ, &told).unwrap();
+        device.trigger(InterruptKind::Error, &told).unwrap();
         let fd = device.export(BAR, &[(0, 2 * page_size())]).unwrap();
         let alias = device.alias(BAR, ALIAS_WC).unwrap();
         let through_fd = |region: u32| {
@@ -417,7 +418,7 @@ fn an_error_of_one_function_takes_away_from_the_other() {
     let scene = Scene::new();
     let other = open_beside(&scene.device, NEIGHBOUR);
     let told = process::eventfd();
-    other.trigger(ERR_IRQ, &told).unwrap();
+    other.trigger(InterruptKind::Error, &told).unwrap();
     let fd = other.export(BAR, &[(0, page_size())]).unwrap();
     let map = Map::new(&fd, page_size()).unwrap();
     let attachment = Importer::open().attach(&fd).unwrap();

@@ -6,13 +6,14 @@
 use std::{
     fs,
     os::fd::{AsFd, AsRawFd},
+    path::Path,
     thread,
     time::Duration,
 };
 
 use barlease::{
-    Bdf, Device, DmaAccess, DmaBuffer, DmaOptions, Error, EventFd, InterruptKind, Iommu, LeaseId,
-    Leases, Mapping, OpenOptions, Reasons, Revoked, State, VfToken,
+    Backend, Bdf, Device, DmaAccess, DmaBuffer, DmaOptions, Error, EventFd, InterruptKind, Iommu,
+    LeaseId, Leases, Mapping, OpenOptions, Reasons, Revoked, State, VfToken,
     config::{Capability, Command},
     pci::Pci,
 };
@@ -251,6 +252,69 @@ fn an_owner_is_asked_for_its_device() {
     assert_eq!(Pci::system().device(bdf).unwrap().driver, None);
 }
 
+#[test]
+fn a_container_tells_its_groups_and_how_many_mappings_it_takes() {
+    let bdf = bdf("edu");
+    let options = OpenOptions::new().backend(Backend::Group);
+    let device = options.open(bdf).unwrap();
+    let iommu = device.require_iommu().unwrap();
+    let left = || iommu.available_mappings().unwrap().unwrap();
+    let before = left();
+    let buffer = DmaBuffer::new(iommu, PAGE).unwrap();
+    assert_eq!(left(), before - 1);
+    drop(buffer);
+    assert_eq!(left(), before);
+
+    let number = Pci::system().device(bdf).unwrap().iommu_group.unwrap();
+    let groups: Vec<_> = iommu.groups().into_iter().map(|group| group.0).collect();
+    assert_eq!(groups, [number]);
+    assert_eq!(device.iommufd_id(), None);
+    assert_error!(device.attach_page_table(1), Invalid);
+}
+
+#[test]
+fn a_device_of_an_iommufd_does_dma_where_it_is_attached() {
+    let bdf = bdf("edu");
+    if !Path::new("/dev/iommu").exists() {
+        assert!(Iommu::iommufd().is_err());
+        return;
+    }
+    let iommu = Iommu::iommufd().unwrap();
+    assert_eq!(iommu.available_mappings().unwrap(), None);
+    let options = OpenOptions::new().iommu(&iommu).unattached();
+    let edu = Edu::new(options.open(bdf).unwrap());
+    assert!(edu.device.iommufd_id().is_some());
+    let buffer = DmaOptions::new().below(1 << 32).allocate(&iommu, PAGE);
+    let buffer = buffer.unwrap();
+    // Whether what the device does reaches the buffer.
+    let reaches = |value: u32| {
+        buffer.write(0, value).unwrap();
+        buffer.write(64, 0u32).unwrap();
+        edu.transfer(buffer.iova(), buffer.iova() + 64, 4);
+        buffer.read::<u32>(64).unwrap() == value
+    };
+    let attach = |iommu: &Iommu| {
+        let id = iommu.ioas().unwrap();
+        edu.device.attach_page_table(id).unwrap();
+    };
+    assert!(!reaches(1));
+    attach(&iommu);
+    assert!(reaches(2));
+    let fd = iommu.as_fd().try_clone_to_owned().unwrap();
+    let other = Iommu::from_iommufd(fd, None).unwrap();
+    attach(&other);
+    assert!(!reaches(3));
+    attach(&iommu);
+    assert!(reaches(4));
+    edu.device.detach_page_table().unwrap();
+    assert!(!reaches(5));
+
+    assert_error!(edu.device.attach_page_table(0x7777), Invalid);
+    // It has no address spaces of processes.
+    let answer = edu.device.attach_pasid(1, iommu.ioas().unwrap());
+    assert!(answer.is_err(), "{answer:?}");
+}
+
 // ---- Config space, resets -----------------------------------------------------------------------
 
 #[test]
@@ -393,7 +457,7 @@ fn a_descriptor_is_all_that_leases_need() {
 #[test]
 fn a_container_with_devices_in_it_is_taken_over() {
     let theirs = vfio::Device::open("edu");
-    let container = theirs.group().container().try_clone_to_owned().unwrap();
+    let container = theirs.group().iommu().as_fd().try_clone_to_owned().unwrap();
     let iommu = Iommu::from_container(container).unwrap();
     let group = theirs.group().as_fd().try_clone_to_owned().unwrap();
     let number = theirs.function().group().parse().unwrap();

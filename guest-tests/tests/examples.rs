@@ -13,6 +13,9 @@ use barlease_guest_tests::{
 #[path = "../../lib/examples/edu.rs"]
 #[allow(dead_code, missing_docs, unreachable_pub, reason = "it is a program")]
 mod edu;
+#[path = "../../lib/examples/nic.rs"]
+#[allow(dead_code, missing_docs, unreachable_pub, reason = "it is a program")]
+mod nic;
 #[path = "../../lib/examples/nvme.rs"]
 #[allow(dead_code, missing_docs, unreachable_pub, reason = "it is a program")]
 mod nvme;
@@ -39,14 +42,24 @@ fn edu_computes_and_copies() {
 }
 
 #[test]
+fn an_adapter_tells_its_address_and_interrupts() {
+    let found = nic::run(bdf("igb").parse().unwrap()).unwrap();
+    // As QEMU gives addresses out.
+    assert_eq!(found.address[..5], [0x52, 0x54, 0x00, 0x12, 0x34]);
+    assert!(found.status.link(), "{found:?}");
+    assert_eq!(found.status.speed(), 2, "{found:?}");
+    assert!(found.irq.is_some(), "{found:?}");
+}
+
+#[test]
 fn a_block_is_read_by_a_doorbell_that_another_process_rings() {
     let bdf = bdf("nvme").parse().unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let holder = Child::start(&[theirs.as_fd()], |_| nvme::hold(&theirs).unwrap());
-    let found = nvme::run(bdf, &ours).unwrap();
-    assert_eq!(found.model, "QEMU NVMe Ctrl");
+    let (model, block) = nvme::run(bdf, &ours).unwrap();
+    assert_eq!(model, "QEMU NVMe Ctrl");
     // The disk of this machine is empty.
-    assert_eq!(found.block, [0; 512]);
+    assert_eq!(block, [0; 512]);
     drop(ours);
     holder.join();
 }

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use barlease::InterruptKind;
 use barlease_abi::{ALIAS_WC, BUFFER_DRAINING};
 use barlease_guest_tests::{
     errno::ENODEV,
@@ -18,7 +19,7 @@ use barlease_guest_tests::{
     process::{self, Child},
     race,
     slot::{DEVICE, Slot, Unproved, ask_back},
-    vfio::{Device, REQUEST_IRQ},
+    vfio::Device,
     wait::{self, LONG},
 };
 
@@ -48,7 +49,7 @@ impl Scene {
     fn new() -> Self {
         let device = Device::open(DEVICE);
         let wanted = process::eventfd();
-        device.trigger(REQUEST_IRQ, &wanted).unwrap();
+        device.trigger(InterruptKind::Request, &wanted).unwrap();
         let fd = device
             .export(BAR, &[(0, 2 * page_size()), (3 * page_size(), page_size())])
             .unwrap();
@@ -219,7 +220,7 @@ fn a_holder_sees_nothing_but_sigbus() {
     let (slot, _unproved) = slot();
     let device = Device::open(DEVICE);
     let wanted = process::eventfd();
-    device.trigger(REQUEST_IRQ, &wanted).unwrap();
+    device.trigger(InterruptKind::Request, &wanted).unwrap();
     let fd = device.export(BAR, &[(0, page_size())]).unwrap();
     let child = Child::start(&[fd.as_fd()], |link| {
         let map = Map::new(&fd, page_size()).unwrap();

@@ -8,6 +8,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use barlease::InterruptKind;
 use barlease_guest_tests::{
     errno::{Answer, EACCES, EBADFD, ENODEV, ENOENT},
     importer::{Attachment, Importer, check_that_nothing_is_left},
@@ -16,7 +17,7 @@ use barlease_guest_tests::{
     observe, page_size,
     pci::{self, BARLEASE, Function, STOCK},
     process,
-    vfio::{COMMAND_MEMORY, Device, Group, REQUEST_IRQ, SET, VF_TOKEN},
+    vfio::{COMMAND_MEMORY, Device, Group, SET, VF_TOKEN},
     wait::{self, LONG},
     witness::sysfs,
 };
@@ -123,7 +124,7 @@ impl Virtual {
     fn of(physical: &Physical, n: usize) -> Self {
         let device = physical.open(n);
         let wanted = process::eventfd();
-        device.trigger(REQUEST_IRQ, &wanted).unwrap();
+        device.trigger(InterruptKind::Request, &wanted).unwrap();
         let fd = device.export(BAR, &[(0, bytes())]).unwrap();
         let map = Map::new(&fd, bytes()).unwrap();
         let bar = How::shared().map(&device, 0, bytes()).unwrap();

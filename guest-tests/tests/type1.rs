@@ -5,6 +5,7 @@
 
 use std::{os::fd::AsFd, sync::Arc};
 
+use barlease::DmaAccess;
 use barlease_abi::{ALIAS_WC, MEMATTR_WC};
 use barlease_guest_tests::{
     errno::{EFAULT, EPERM},
@@ -13,7 +14,7 @@ use barlease_guest_tests::{
     page_size,
     pci::{BARLEASE, Function, STOCK},
     probe::{self, MemoryType},
-    vfio::{COMMAND_MASTER, DMA_READ, DMA_WRITE, Device, Group},
+    vfio::{COMMAND_MASTER, Device, Group},
     wait::until,
 };
 
@@ -24,7 +25,6 @@ fn length() -> u64 {
 }
 /// Where edu finds it: it has 32 bits.
 const IOVA: u64 = 0x4000_0000;
-const BOTH: u32 = DMA_READ | DMA_WRITE;
 
 /// edu, driven through its registers by a process that has it by vfio-pci.
 struct Edu(Device);
@@ -114,9 +114,11 @@ fn a_bar_that_is_mapped_through_the_device_fd_is_mapped_for_dma_as_with_stock() 
                 map.touch_all().unwrap();
             }
             let group = device.group();
-            assert_eq!(group.map_dma(BOTH, map.address(), IOVA, length()), Ok(()));
+            let mapped = group
+                .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, length())
+                .unwrap();
             assert_reaches(&edu, &map, 0x1234_0000 + touched as u32);
-            assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()), "{driver}");
+            mapped.unmap().unwrap();
         }
     }
 }
@@ -128,16 +130,15 @@ fn a_read_only_mapping_is_mapped_for_reading_only_as_with_stock() {
         let how = How::shared().protection(READ);
         let map = bar(&device, how, BAR);
         let group = device.group();
-        let answer = group.map_dma(BOTH, map.address(), IOVA, length());
+        let answer = group.map_dma(DmaAccess::ReadWrite, map.address(), IOVA, length());
         assert!(
             matches!(answer, Err(EFAULT | EPERM)),
             "{driver}: {answer:?}"
         );
-        assert_eq!(
-            group.map_dma(DMA_READ, map.address(), IOVA, length()),
-            Ok(())
-        );
-        assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()), "{driver}");
+        let mapped = group
+            .map_dma(DmaAccess::Read, map.address(), IOVA, length())
+            .unwrap();
+        mapped.unmap().unwrap();
     }
 }
 
@@ -152,19 +153,18 @@ fn what_is_left_of_a_mapping_that_was_split_is_mapped_for_dma_as_with_stock() {
         map.unmap(huge_size() / 2, page_size());
         let group = device.group();
         // A page that may be read only, a hole, and what is behind them.
-        assert_eq!(
-            group.map_dma(BOTH, map.address(), IOVA, length()),
-            Err(EFAULT),
-            "{driver}"
-        );
+        let refused = group.map_dma(DmaAccess::ReadWrite, map.address(), IOVA, length());
+        assert_eq!(refused.map(drop), Err(EFAULT), "{driver}");
         let (start, len) = (huge_size() + page_size(), huge_size() - page_size());
         let address = map.address() + start as usize;
-        assert_eq!(group.map_dma(BOTH, address, IOVA, len), Ok(()), "{driver}");
+        let mapped = group
+            .map_dma(DmaAccess::ReadWrite, address, IOVA, len)
+            .unwrap();
         map.write(start, 0x77).unwrap();
         map.write(start + 4, 0).unwrap();
         edu.copy(IOVA, IOVA + 4);
         assert_eq!(map.read(start + 4), Ok(0x77), "{driver}");
-        assert_eq!(group.unmap_dma(IOVA, len), Ok(len), "{driver}");
+        mapped.unmap().unwrap();
     }
 }
 
@@ -190,13 +190,15 @@ fn write_combining_mappings_and_leases_are_mapped_for_dma_too() {
     ];
     for (n, (map, memory_type)) in maps.iter().enumerate() {
         let group = device.group();
-        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, length()), Ok(()));
+        let mapped = group
+            .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, length())
+            .unwrap();
         // The entries that the kernel faulted in for it are of the mapping's own type.
         for at in [0, length() - page_size()] {
             assert_eq!(probe::memory_type(map, at), Some(*memory_type), "{n}");
         }
         assert_reaches(&edu, map, 0x600d_0000 + n as u32);
-        assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()));
+        mapped.unmap().unwrap();
     }
 }
 
@@ -208,22 +210,23 @@ fn what_is_taken_away_is_not_mapped_for_dma_as_with_stock() {
         map.touch_all().unwrap();
         device.set_memory(false);
         let group = device.group();
-        assert_eq!(
-            group.map_dma(BOTH, map.address(), IOVA, length()),
-            Err(EFAULT),
-            "{driver}"
-        );
+        let refused = group.map_dma(DmaAccess::ReadWrite, map.address(), IOVA, length());
+        assert_eq!(refused.map(drop), Err(EFAULT), "{driver}");
         device.set_memory(true);
-        assert_eq!(group.map_dma(BOTH, map.address(), IOVA, length()), Ok(()));
-        assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()), "{driver}");
+        let mapped = group
+            .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, length())
+            .unwrap();
+        mapped.unmap().unwrap();
     }
     let device = Device::open("memory");
     let fd = device.export(BAR, &[(0, length())]).unwrap();
     let map = Map::new(&fd, length()).unwrap();
     map.touch_all().unwrap();
     device.revoke(&fd).unwrap();
-    let answer = device.group().map_dma(BOTH, map.address(), IOVA, length());
-    assert_eq!(answer, Err(EFAULT));
+    let answer = device
+        .group()
+        .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, length());
+    assert_eq!(answer.map(drop), Err(EFAULT));
 }
 
 /// The kernel has looked the address up once, and keeps the frames: `docs/threat-model.md` says so.
@@ -234,7 +237,9 @@ fn what_was_mapped_for_dma_stays_so_until_it_is_unmapped_as_with_stock() {
         let edu = Edu::beside(device.group());
         let map = bar(&device, How::shared().align(huge_size()), BAR);
         let group = device.group();
-        group.map_dma(BOTH, map.address(), IOVA, length()).unwrap();
+        let mapped = group
+            .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, length())
+            .unwrap();
         assert_reaches(&edu, &map, 0x11);
         device.set_memory(false);
         assert_eq!(map.read(0), Err(Sigbus), "{driver}");
@@ -248,7 +253,7 @@ fn what_was_mapped_for_dma_stays_so_until_it_is_unmapped_as_with_stock() {
         device.write32(BAR, 0x104, 0);
         edu.copy(IOVA + 0x100, IOVA + 0x104);
         assert_eq!(device.read32(BAR, 0x104), 0x44, "{driver}");
-        assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()), "{driver}");
+        mapped.unmap().unwrap();
         device.write32(BAR, 0x104, 0);
         edu.copy(IOVA + 0x100, IOVA + 0x104);
         assert_eq!(device.read32(BAR, 0x104), 0, "{driver}");
@@ -263,12 +268,14 @@ fn a_lease_that_was_mapped_for_dma_by_its_address_stays_so_after_a_revocation() 
     let fd = device.export(BAR, &[(0, length())]).unwrap();
     let map = Map::new(&fd, length()).unwrap();
     let group = edu.0.group();
-    group.map_dma(BOTH, map.address(), IOVA, length()).unwrap();
+    let mapped = group
+        .map_dma(DmaAccess::ReadWrite, map.address(), IOVA, length())
+        .unwrap();
     device.revoke(&fd).unwrap();
     assert_eq!(map.read(0), Err(Sigbus));
     device.write32(BAR, 0, 0x55);
     device.write32(BAR, 4, 0);
     edu.copy(IOVA, IOVA + 4);
     assert_eq!(device.read32(BAR, 4), 0x55);
-    assert_eq!(group.unmap_dma(IOVA, length()), Ok(length()));
+    mapped.unmap().unwrap();
 }

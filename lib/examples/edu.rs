@@ -9,34 +9,21 @@
 use std::error::Error;
 use std::time::Duration;
 
-use barlease::{Bdf, Device, DmaOptions, InterruptKind, RegisterValue, config::Command, dma};
+use barlease::{Bdf, Device, DmaOptions, InterruptKind, config::Command, dma};
 
-/// STATUS: what the device does, and what it is to do.
-#[derive(Clone, Copy)]
-struct Status(u32);
-
-impl Status {
-    const INTERRUPT_WHEN_DONE: u32 = 0x80;
-}
-
-impl RegisterValue for Status {
-    type Raw = u32;
-
-    fn from_raw(raw: u32) -> Self {
-        Self(raw)
-    }
-
-    fn into_raw(self) -> u32 {
-        self.0
+barlease::register_value! {
+    /// STATUS: what the device does, and what it is to do.
+    struct Status: u32 {
+        /// Raise an interrupt when the factorial is there.
+        interrupt, with_interrupt: 7;
     }
 }
 
 /// Computes the factorial of a number, and has it copied through the device's own memory.
 pub fn run(bdf: Bdf, number: u32) -> Result<u32, Box<dyn Error>> {
     let device = Device::open(bdf)?;
-    let config = device.config()?;
-    // It decodes its memory, and may send interrupts and do DMA.
-    config.update_command(|command| command | Command::MEMORY | Command::MASTER)?;
+    // It may send interrupts and do DMA.
+    device.config()?.enable(Command::MASTER)?;
     let registers = device.map_region(0, ..0x1000)?;
 
     // Each of these is checked here, once: the accesses below check nothing.
@@ -46,7 +33,7 @@ pub fn run(bdf: Bdf, number: u32) -> Result<u32, Box<dyn Error>> {
     let acknowledge = registers.write_only::<u32>(0x64)?;
 
     let interrupt = device.enable_interrupt(InterruptKind::Msi)?;
-    status.modify(|status| Status(status.0 | Status::INTERRUPT_WHEN_DONE));
+    status.modify(|status| status.with_interrupt(true));
     factorial.write(number);
     let timeout = Duration::from_secs(60);
     interrupt

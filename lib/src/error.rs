@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::io;
+use std::num::NonZeroU8;
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -94,11 +95,34 @@ impl fmt::Display for Object {
 ///
 /// `?` makes an [`Error`] of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("access: offset {offset:#x}: revoked")]
-#[non_exhaustive]
+#[error("access: {width} bytes at offset {offset:#x}: revoked")]
 pub struct Lost {
-    /// Offset of the access in the lease or BAR, in bytes.
-    pub offset: u64,
+    offset: u64,
+    // Never 0, so that a result is not larger for it.
+    width: NonZeroU8,
+}
+
+impl Lost {
+    /// An access of a `T`.
+    pub(crate) fn of<T>(offset: u64) -> Self {
+        let width = u8::try_from(size_of::<T>()).ok().and_then(NonZeroU8::new);
+        Self {
+            offset,
+            width: width.unwrap_or(NonZeroU8::MIN),
+        }
+    }
+
+    /// Where the access was in the lease or BAR, in bytes.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// How many bytes it was about: 1, 2, 4 or 8, of which none was read or written.
+    #[must_use]
+    pub fn width(&self) -> u8 {
+        self.width.get()
+    }
 }
 
 /// A device that keeps an IOMMU group from being viable.
@@ -201,15 +225,21 @@ pub enum Error {
         source: Option<io::Error>,
     },
 
-    /// The lease is inaccessible for now, or for good: a later attempt may succeed. Of an access to a mapping: it was lost; a read value must
-    /// not be used, a written value may or may not have reached the device.
+    /// The lease is inaccessible for now, or for good: a later attempt may succeed.
+    ///
+    /// Of an access to a [`GuardedMapping`](crate::GuardedMapping) `object` is what was not read or
+    /// written, and `done` how much of a block was before. Of a section of a
+    /// [`ScratchMapping`](crate::ScratchMapping) nothing is known: what was read must not be used,
+    /// and what was written may or may not have reached the device.
     #[non_exhaustive]
     #[error("{operation}: {object}: revoked")]
     Revoked {
         /// What was attempted.
         operation: &'static str,
-        /// On what.
+        /// On what. Of an access: the bytes that were not read or written, as far as that is known.
         object: Object,
+        /// How many bytes of a block were read or written before.
+        done: u64,
         /// The kernel's answer, if it was asked.
         source: Option<io::Error>,
     },
@@ -561,8 +591,9 @@ impl From<Lost> for Error {
             operation: "access",
             object: Object::Mapping {
                 offset: lost.offset,
-                length: 0,
+                length: lost.width.get().into(),
             },
+            done: 0,
             source: None,
         }
     }
@@ -645,9 +676,14 @@ mod tests {
 
     #[test]
     fn a_lost_access_is_a_revocation() {
-        let error = Error::from(Lost { offset: 0x40 });
-        assert!(matches!(error, Error::Revoked { .. }));
-        assert!(error.to_string().contains("0x40"), "{error}");
+        let error = Error::from(Lost::of::<u16>(0x40));
+        assert!(matches!(error, Error::Revoked { done: 0, .. }));
+        assert!(
+            error
+                .to_string()
+                .contains("0x2 mapped bytes at offset 0x40"),
+            "{error}"
+        );
     }
 
     #[test]

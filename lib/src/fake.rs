@@ -125,9 +125,7 @@ fn failed(errno: Errno) -> Error {
 }
 
 fn memfd(name: &str, length: u64) -> Result<OwnedFd, Errno> {
-    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?;
-    rustix::fs::ftruncate(&fd, length)?;
-    Ok(fd)
+    sys::memory::memfd(name, length, MemfdFlags::empty())
 }
 
 /// Answers an ioctl that the kernel has not; `None` if the descriptor is none of ours.
@@ -451,6 +449,18 @@ impl FakeDevice {
         state.tell();
     }
 
+    /// Its id in every iommufd.
+    #[cfg(test)]
+    pub(crate) fn iommufd_id(&self) -> u32 {
+        self.fake().iommufd_id()
+    }
+
+    /// What it is attached to, or its address space `pasid`.
+    #[cfg(test)]
+    pub(crate) fn page_table(&self, pasid: Option<u32>) -> Option<u32> {
+        lock(&self.fake().state).page_tables.get(&pasid).copied()
+    }
+
     /// Has every page of the list begin from the beginning, as no driver should.
     #[cfg(test)]
     pub(crate) fn repeat_list(&self) {
@@ -479,6 +489,8 @@ struct State {
     /// BARs that have an alias, and whether somebody has asked about aliases.
     aliases: [bool; 6],
     asked: bool,
+    /// Page tables that it is attached to, by address space; `None` is that of the device.
+    page_tables: BTreeMap<Option<u32>, u32>,
     resets: u32,
     ioctls: u32,
     repeat: bool,
@@ -545,6 +557,11 @@ impl Buffer {
 }
 
 impl Fake {
+    /// As an iommufd would number it.
+    fn iommufd_id(&self) -> u32 {
+        0x100 + u32::from(self.bdf.device())
+    }
+
     fn ioctl(&self, number: u8, bytes: &mut [u8]) -> Result<Answer, Errno> {
         let mut state = lock(&self.state);
         state.ioctls += 1;
@@ -560,8 +577,14 @@ impl Fake {
                 Ok(0)
             }
             17 => return self.feature(&mut state, &mut argument),
-            // Of a character device: bind, attach.
-            18 | 19 => Ok(0),
+            // Of a character device.
+            18 => {
+                let at = offset_of!(vfio::vfio_device_bind_iommufd, out_devid);
+                argument.put_u32(at, self.iommufd_id());
+                Ok(0)
+            }
+            19 => attach(&mut state, &argument),
+            20 => detach(&mut state, &argument),
             _ => Err(Errno::NOTTY),
         };
         number.map(Answer::Number)
@@ -836,6 +859,34 @@ impl Fake {
         payload.put_u32(offset_of!(Alias, alias_index), ALIASES + bar);
         Ok(0)
     }
+}
+
+/// The address space that an argument is about.
+fn pasid(flags: u32, number: u32) -> Option<u32> {
+    (flags & vfio::VFIO_DEVICE_ATTACH_PASID != 0).then_some(number)
+}
+
+fn attach(state: &mut State, argument: &Argument<'_>) -> Result<i32, Errno> {
+    type Attach = vfio::vfio_device_attach_iommufd_pt;
+    let page_table = argument.u32(offset_of!(Attach, pt_id));
+    if page_table == 0 {
+        return Err(Errno::NOENT);
+    }
+    let flags = argument.u32(offset_of!(Attach, flags));
+    let space = pasid(flags, argument.u32(offset_of!(Attach, pasid)));
+    state.page_tables.insert(space, page_table);
+    Ok(0)
+}
+
+fn detach(state: &mut State, argument: &Argument<'_>) -> Result<i32, Errno> {
+    type Detach = vfio::vfio_device_detach_iommufd_pt;
+    let flags = argument.u32(offset_of!(Detach, flags));
+    let space = pasid(flags, argument.u32(offset_of!(Detach, pasid)));
+    state
+        .page_tables
+        .remove(&space)
+        .map(|_| 0)
+        .ok_or(Errno::INVAL)
 }
 
 /// The buffer that a payload names by its descriptor, which is in its first field.

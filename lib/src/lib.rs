@@ -30,15 +30,15 @@
 //!
 //! ```no_run
 //! # fn example(device: &barlease::Device) -> barlease::Result<()> {
-//! use barlease::{DmaBuffer, InterruptKind, config::Command, dma};
+//! use barlease::{InterruptKind, config::Command, dma};
 //! use std::time::Duration;
 //!
-//! device.config()?.update_command(|command| command | Command::MASTER)?;
+//! device.config()?.enable(Command::MASTER)?;
 //! let registers = device.map_region(0, ..)?;
 //! let status = registers.typed_read_only::<u32>(0x1c)?;
 //! let doorbells = registers.array::<u32>(0x1000, 16, 8)?;
 //!
-//! let queue = DmaBuffer::new(device.require_iommu()?, 4096)?;
+//! let queue = device.dma_buffer(4096)?;
 //! registers.write(0x28, queue.iova())?;
 //! status.poll_until(1, 1, Duration::from_secs(5))?;
 //!
@@ -148,6 +148,7 @@ mod error;
 mod event;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+mod fields;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;

@@ -133,7 +133,8 @@ fn encode<T: RegisterValue>(value: T) -> T::Raw {
 #[derive(Clone, Copy, Debug)]
 pub struct TypedRegister<'m, T: RegisterValue> {
     register: Register<'m, T::Raw>,
-    offset: usize,
+    /// Where it is in the lease or BAR, for errors.
+    place: u64,
     _value: PhantomData<T>,
 }
 
@@ -184,7 +185,7 @@ impl<T: RegisterValue> TypedRegister<'_, T> {
     ///
     /// Errors: [`Error::Io`] with `ETIMEDOUT`.
     pub fn poll(&self, timeout: Duration, done: impl FnMut(T) -> bool) -> Result<T> {
-        poll(self.offset, timeout, || self.read(), done)
+        poll::<T::Raw, _>(self.place, timeout, || self.read(), done)
     }
 }
 
@@ -193,7 +194,8 @@ impl<T: RegisterValue> TypedRegister<'_, T> {
 #[derive(Clone, Copy, Debug)]
 pub struct GuardedTypedRegister<'m, T: RegisterValue> {
     register: GuardedRegister<'m, T::Raw>,
-    offset: usize,
+    /// As above.
+    place: u64,
     _value: PhantomData<T>,
 }
 
@@ -234,7 +236,12 @@ impl<T: RegisterValue> GuardedTypedRegister<'_, T> {
     /// Errors: [`Error::Revoked`]; [`Error::Io`] with `ETIMEDOUT`.
     pub fn poll(&self, timeout: Duration, mut done: impl FnMut(T) -> bool) -> Result<T> {
         let done = |read: Result<T, Lost>| read.map_or(true, &mut done);
-        Ok(poll(self.offset, timeout, || self.read(), done)??)
+        Ok(poll::<T::Raw, _>(
+            self.place,
+            timeout,
+            || self.read(),
+            done,
+        )??)
     }
 }
 
@@ -245,7 +252,7 @@ impl<'m> GuardedWindow<'m> {
     pub fn typed<T: RegisterValue>(&self, offset: usize) -> Result<GuardedTypedRegister<'m, T>> {
         Ok(GuardedTypedRegister {
             register: self.register(offset)?,
-            offset,
+            place: self.place(offset),
             _value: PhantomData,
         })
     }
@@ -262,7 +269,8 @@ impl GuardedMapping {
 #[derive(Clone, Copy, Debug)]
 pub struct TypedReadOnlyRegister<'m, T: RegisterValue> {
     register: ReadOnlyRegister<'m, T::Raw>,
-    offset: usize,
+    /// As above.
+    place: u64,
     _value: PhantomData<T>,
 }
 
@@ -285,7 +293,7 @@ impl<T: RegisterValue> TypedReadOnlyRegister<'_, T> {
     ///
     /// Errors: [`Error::Io`] with `ETIMEDOUT`.
     pub fn poll(&self, timeout: Duration, done: impl FnMut(T) -> bool) -> Result<T> {
-        poll(self.offset, timeout, || self.read(), done)
+        poll::<T::Raw, _>(self.place, timeout, || self.read(), done)
     }
 }
 
@@ -333,10 +341,7 @@ impl<'m, T: RegisterValue> RegisterArray<'m, T> {
             return Ok(index * self.stride);
         }
         Err(Error::OutOfBounds {
-            object: Object::Mapping {
-                offset: 0,
-                length: self.window.len() as u64,
-            },
+            object: self.window.object(),
             offset: (index as u64).saturating_mul(self.stride as u64),
             length: size_of::<T::Raw>() as u64,
         })
@@ -371,7 +376,7 @@ impl<'m> Window<'m> {
     pub fn typed<T: RegisterValue>(&self, offset: usize) -> Result<TypedRegister<'m, T>> {
         Ok(TypedRegister {
             register: self.register(offset)?,
-            offset,
+            place: self.place(offset),
             _value: PhantomData,
         })
     }
@@ -385,7 +390,7 @@ impl<'m> Window<'m> {
     ) -> Result<TypedReadOnlyRegister<'m, T>> {
         Ok(TypedReadOnlyRegister {
             register: self.read_only_register(offset)?,
-            offset,
+            place: self.place(offset),
             _value: PhantomData,
         })
     }
@@ -436,10 +441,7 @@ impl<'m> Window<'m> {
         }
         if stride % width != 0 {
             return Err(Error::Misaligned {
-                object: Object::Mapping {
-                    offset: 0,
-                    length: window.len() as u64,
-                },
+                object: window.object(),
                 offset: stride as u64,
                 align: width as u64,
             });
@@ -545,16 +547,16 @@ impl Mapping {
 }
 
 /// Reads until it is done.
-fn poll<T: Copy>(
-    offset: usize,
+fn poll<Raw, T: Copy>(
+    offset: u64,
     timeout: Duration,
     read: impl Fn() -> T,
     mut done: impl FnMut(T) -> bool,
 ) -> Result<T> {
-    const SPINS: u32 = 64;
+    const SPINS: u64 = 64;
     let deadline = Instant::now().checked_add(timeout);
     let mut pause = Duration::from_micros(4);
-    for turn in 0u32.. {
+    for turn in 0u64.. {
         // Before the look, so that a thread that was not run for long looks all the same.
         let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
         let value = read();
@@ -572,8 +574,8 @@ fn poll<T: Copy>(
         }
     }
     let object = Object::Mapping {
-        offset: offset as u64,
-        length: 0,
+        offset,
+        length: size_of::<Raw>() as u64,
     };
     Err(Error::from_errno("poll", object, Errno::TIMEDOUT))
 }

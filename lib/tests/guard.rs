@@ -68,8 +68,8 @@ fn every_access_to_a_revoked_lease_is_an_error() {
     assert_eq!(register.read().unwrap(), 7);
 
     fake.revoke();
-    assert_eq!(register.write(8).unwrap_err().offset, 4096);
-    assert_eq!(register.read().unwrap_err().offset, 4096);
+    assert_eq!(register.write(8).unwrap_err().offset(), 4096);
+    assert_eq!(register.read().unwrap_err().offset(), 4096);
     assert!(is_revoked(mapping.read::<u8>(0)));
     assert!(is_revoked(mapping.read::<u16>(2)));
     assert!(is_revoked(mapping.read::<u64>(8)));
@@ -112,15 +112,27 @@ fn a_block_says_where_it_was_lost() {
     for access in accesses {
         let Err(Error::Revoked {
             object: barlease::Object::Mapping { offset, length, .. },
+            done,
             ..
         }) = access(&mapping)
         else {
             panic!("not revoked");
         };
-        assert_eq!(offset, 8192);
+        assert_eq!((offset, done), (8192, 4096));
         assert!(length == 4096 || length == SIZE - 8192, "{length:#x}");
     }
     assert_eq!(fake.content(8184), u64::from_ne_bytes([7; 8]));
+
+    // A single access, through a window.
+    let lost = mapping.window(4096..).unwrap().register::<u16>(4098);
+    let lost = lost.unwrap().write(7).unwrap_err();
+    assert_eq!((lost.offset(), lost.width()), (8194, 2));
+    let typed = mapping.window(4096..).unwrap().typed::<u64>(4096).unwrap();
+    let error = typed
+        .poll_until(1, 1, std::time::Duration::MAX)
+        .unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("0x8 mapped bytes at offset 0x2000"), "{text}");
 }
 
 #[test]

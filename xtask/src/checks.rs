@@ -22,6 +22,23 @@ pub(crate) fn host(steps: &mut Steps) {
     book(steps);
 }
 
+/// The library with all its features, which nothing else in the workspace turns on.
+pub(crate) fn library(steps: &mut Steps) {
+    let all = ["-p", "barlease", "--all-features"];
+    let clippy = [&["clippy", "--quiet", "--all-targets"], &all[..]].concat();
+    let clippy = [&clippy[..], &["--", "-D", "warnings"]].concat();
+    steps.cargo("clippy on the library, all features", "", &clippy);
+    let test = [&["test", "--no-fail-fast"], &all[..]].concat();
+    steps.cargo("tests of the library, all features", "", &test);
+    steps.command(
+        "documentation of the library, as docs.rs builds it",
+        checkout::cargo("")
+            .env("RUSTDOCFLAGS", "-D warnings")
+            .args(["doc", "--quiet", "--no-deps"])
+            .args(all),
+    );
+}
+
 fn dependencies(steps: &mut Steps) {
     let name = "dependencies (cargo deny)";
     match tool("cargo-deny", "0.20.2", &[]) {

@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use barlease::InterruptKind;
 use barlease_abi::{
     ALIAS_WC, BUFFER_DRAINING, BUFFER_INTERNAL, DmaBufRecord, DmaBufStatus, DmaBufTph,
     REVOKE_NOWAIT, STATE_DEAD, STATE_OK,
@@ -40,8 +41,8 @@ use crate::{
     process::{self, Child},
     slot::{Slot, Unproved},
     vfio::{
-        COMMAND, COMMAND_MASTER, COMMAND_MEMORY, CONFIG_REGION, Device, ERR_IRQ, Group,
-        LOW_POWER_ENTRY, LOW_POWER_ENTRY_WITH_WAKEUP, LOW_POWER_EXIT, REQUEST_IRQ, SET,
+        COMMAND, COMMAND_MASTER, COMMAND_MEMORY, CONFIG_REGION, Device, Group, LOW_POWER_ENTRY,
+        LOW_POWER_ENTRY_WITH_WAKEUP, LOW_POWER_EXIT, SET,
     },
     wait::{self, LONG},
 };
@@ -125,7 +126,7 @@ pub struct Machine {
 enum Made {
     Nothing,
     Buffer(OwnedFd),
-    Device(Device),
+    Device(Box<Device>),
     Attachment(Attachment),
     Event(OwnedFd),
     Changes(Option<Events>),
@@ -959,10 +960,14 @@ impl Machine {
             Ok(device) => {
                 let memory = device.command() & COMMAND_MEMORY != 0;
                 if spec.registers {
-                    let index = if spec.slot { REQUEST_IRQ } else { ERR_IRQ };
-                    device.trigger(index, told).expect("a trigger");
+                    let kind = if spec.slot {
+                        InterruptKind::Request
+                    } else {
+                        InterruptKind::Error
+                    };
+                    device.trigger(kind, told).expect("a trigger");
                 }
-                (Outcome::Opened(memory), Made::Device(device))
+                (Outcome::Opened(memory), Made::Device(Box::new(device)))
             }
             Err(errno) => (Outcome::Refused(errno.0), Made::Nothing),
         }
@@ -1129,7 +1134,7 @@ impl Machine {
                 let group = device.group();
                 let name = device.function().group();
                 self.groups.insert(name, Arc::clone(group));
-                self.devices[number].device = Some(device);
+                self.devices[number].device = Some(*device);
             }
             (Made::Event(event), &Op::EnterLowPower { device, wake_up }) if wake_up => {
                 self.devices[device].events.push(event);

@@ -12,9 +12,10 @@ use std::{
 
 use barlease::{Lease, MemoryType};
 use barlease_guest_tests::{
-    huge_size, page_size,
+    huge_size,
     importer::Importer,
     map::{How, Sigbus},
+    page_size,
     pci::{self, Function},
     probe,
     process::{self, Child},
@@ -465,7 +466,9 @@ fn a_virtual_function_is_opened_with_its_token() {
     assert_eq!(shown[0][0]["features"]["revoke"], true, "{shown:?}");
     let lease = format!("--lease=vf-token={TOKEN},socket=/tmp/virtual");
     let holder = Command::start(&["lease", "grant", "--json", bdf, "--bar=0", &lease]);
-    let map = How::shared().map(take("/tmp/virtual"), 0, page_size()).unwrap();
+    let map = How::shared()
+        .map(take("/tmp/virtual"), 0, page_size())
+        .unwrap();
     map.read(0).unwrap();
     // The writer waits for the owner, which answers.
     pci::write(&number, "0").unwrap();

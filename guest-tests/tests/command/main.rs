@@ -22,8 +22,9 @@ use barlease::{
 };
 use barlease_abi::{ALIAS_WC, MEMATTR_NC, MEMATTR_WC};
 use barlease_guest_tests::{
-    huge_size, page_size,
+    huge_size,
     map::{How, READ},
+    page_size,
     pci::Function,
     process::{self, Child},
     vfio::Device,

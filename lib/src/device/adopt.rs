@@ -83,8 +83,9 @@ impl Device {
     /// Errors: [`Error::Invalid`]: `iommu` is a container; as for [`Device::from_fd`].
     pub fn from_cdev(fd: impl Into<OwnedFd>, iommu: &Iommu) -> Result<Self> {
         let fd = fd.into();
-        adopted(iommu.bind(fd.as_fd(), None))?;
-        Ok(Self::from_fd(fd)?.with_iommu(iommu))
+        let id = adopted(iommu.bind(fd.as_fd(), None))?;
+        adopted(iommu.attach(fd.as_fd()))?;
+        Ok(Self::from_fd(fd)?.with_iommu(iommu).bound_as(id))
     }
 
     /// Takes over a character device that is bound to the iommufd of `iommu`, as a VMM leaves it;
@@ -117,7 +118,7 @@ impl Device {
     }
 }
 
-fn adopted(answer: Result<(), rustix::io::Errno>) -> Result<()> {
+fn adopted<T>(answer: Result<T, rustix::io::Errno>) -> Result<T> {
     answer.map_err(|errno| match errno {
         rustix::io::Errno::INVAL => Error::invalid(
             "adopt",

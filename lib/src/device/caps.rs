@@ -28,6 +28,15 @@ pub enum RegionCapability {
         /// Flags that an alias can have (`ALIAS_*` of the uAPI).
         supported_mapping_flags: u32,
     },
+    /// What a region of the device's driver is, as the kernel's header has it
+    /// (`VFIO_REGION_TYPE_*`).
+    #[non_exhaustive]
+    Type {
+        /// Its type.
+        kind: u32,
+        /// Which one of that type.
+        subtype: u32,
+    },
     /// One that this library does not know.
     #[non_exhaustive]
     Other {
@@ -35,6 +44,8 @@ pub enum RegionCapability {
         id: u16,
         /// Its version.
         version: u16,
+        /// What is in it, up to where the next one begins.
+        payload: Vec<u8>,
     },
 }
 
@@ -48,14 +59,12 @@ const AREA: usize = 16;
 
 /// Parses the chain that begins at byte `first` of the answer; 0 means that there is none.
 ///
-/// Each capability must lie behind the one before. So a chain has no loop, and is not longer than
-/// the answer has room for. Nor are all areas together more than there is room for, so that an
-/// answer in which capabilities share what follows them costs no more than it has bytes.
+/// Each capability must lie behind the one before, and ends where the next one begins. So a chain has
+/// no loop, and all of it together is not longer than the answer.
 pub(super) fn parse(answer: &[u8], first: u32) -> Result<Vec<RegionCapability>, BadChain> {
     let mut found = Vec::new();
     let mut last = size_of::<vfio::vfio_region_info>();
     let mut next = first as usize;
-    let mut room = answer.len() / AREA;
     while next != 0 {
         if next < last {
             return Err(BadChain);
@@ -65,10 +74,11 @@ pub(super) fn parse(answer: &[u8], first: u32) -> Result<Vec<RegionCapability>, 
         let version = u16_at(capability, 2).ok_or(BadChain)?;
         let follows = u32_at(capability, 4).ok_or(BadChain)?;
         let payload = capability.get(HEADER..).ok_or(BadChain)?;
+        // Those that follow each other do not overlap, so all payloads together are no longer than
+        // the answer.
+        let end = (follows as usize).checked_sub(next + HEADER);
+        let payload = end.and_then(|end| payload.get(..end)).unwrap_or(payload);
         let capability = parse_one(id, version, payload).ok_or(BadChain)?;
-        if let RegionCapability::SparseMmap(areas) = &capability {
-            room = room.checked_sub(areas.len()).ok_or(BadChain)?;
-        }
         found.push(capability);
         last = next + HEADER;
         next = follows as usize;
@@ -82,6 +92,10 @@ fn parse_one(id: u16, version: u16, payload: &[u8]) -> Option<RegionCapability> 
             RegionCapability::SparseMmap(areas(payload)?)
         }
         (vfio::VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, 1) => RegionCapability::MsixMappable,
+        (vfio::VFIO_REGION_INFO_CAP_TYPE, 1) => RegionCapability::Type {
+            kind: u32_at(payload, 0)?,
+            subtype: u32_at(payload, 4)?,
+        },
         _ => match (id, version) {
             (abi::REGION_CAP_ALIAS, abi::REGION_CAP_VERSION) => RegionCapability::Alias {
                 region: u32_at(payload, 0)?,
@@ -90,7 +104,11 @@ fn parse_one(id: u16, version: u16, payload: &[u8]) -> Option<RegionCapability> 
             (abi::REGION_CAP_ALIASABLE, abi::REGION_CAP_VERSION) => RegionCapability::Aliasable {
                 supported_mapping_flags: u32_at(payload, 0)?,
             },
-            (id, version) => RegionCapability::Other { id, version },
+            (id, version) => RegionCapability::Other {
+                id,
+                version,
+                payload: payload.to_vec(),
+            },
         },
     };
     Some(capability)
@@ -152,9 +170,10 @@ mod tests {
         let bytes = answer(&[
             (1, vec![2, 0, 0, 0, 0x1000, 0, 0x3000, 0, 0x1000, 0]),
             (3, vec![]),
+            (2, vec![0x8000_8086, 1]),
             (abi::REGION_CAP_ALIAS, vec![2, 1]),
             (abi::REGION_CAP_ALIASABLE, vec![1, 0]),
-            (77, vec![]),
+            (77, vec![5, 6]),
         ]);
         let range = |offset, length| BarRange { offset, length };
         assert_eq!(
@@ -162,6 +181,10 @@ mod tests {
             [
                 RegionCapability::SparseMmap(vec![range(0, 0x1000), range(0x3000, 0x1000)]),
                 RegionCapability::MsixMappable,
+                RegionCapability::Type {
+                    kind: 0x8000_8086,
+                    subtype: 1
+                },
                 RegionCapability::Alias {
                     region: 2,
                     mapping_flags: 1
@@ -169,7 +192,11 @@ mod tests {
                 RegionCapability::Aliasable {
                     supported_mapping_flags: 1
                 },
-                RegionCapability::Other { id: 77, version: 1 },
+                RegionCapability::Other {
+                    id: 77,
+                    version: 1,
+                    payload: [5u32, 6].map(u32::to_ne_bytes).concat(),
+                },
             ]
         );
         assert_eq!(parse(&bytes, 0), Ok(vec![]));
@@ -193,7 +220,7 @@ mod tests {
         for first in [4, 40, u32::MAX] {
             assert_eq!(parse(&answer(&[(3, vec![])]), first), Err(BadChain));
         }
-        // Capabilities that all claim the same areas.
+        // Capabilities that claim the areas of others.
         let mut shared = vec![0; 32];
         for n in 1..5u32 {
             let next = if n == 4 { 0 } else { 32 + n * 16 };
@@ -220,7 +247,11 @@ mod tests {
             let first = if list.is_empty() { 0 } else { 32 };
             let expected: Vec<_> = ids
                 .iter()
-                .map(|id| RegionCapability::Other { id: *id, version: 1 })
+                .map(|id| RegionCapability::Other {
+                    id: *id,
+                    version: 1,
+                    payload: vec![0; usize::from(id % 3) * 4],
+                })
                 .collect();
             prop_assert_eq!(parse(&answer(&list), first).unwrap(), expected);
         }

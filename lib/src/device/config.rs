@@ -2,6 +2,8 @@
 //!
 //! What config space says is not believed: every chain ends, and every offset is checked.
 
+mod typed;
+
 use std::fmt;
 
 use vfio_bindings::bindings::vfio;
@@ -10,6 +12,14 @@ use super::Handle;
 use crate::BarRange;
 use crate::Error;
 use crate::Result;
+
+pub use typed::Express;
+pub use typed::ExpressKind;
+pub use typed::ExtendedVendorCapability;
+pub use typed::Msi;
+pub use typed::Msix;
+pub use typed::PowerManagement;
+pub use typed::VendorCapability;
 
 const INDEX: u32 = vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 
@@ -45,6 +55,44 @@ bitflags::bitflags! {
     }
 }
 
+bitflags::bitflags! {
+    /// The STATUS register. The errors stay until they are cleared by
+    /// [`ConfigSpace::clear_status`].
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct Status: u16 {
+        /// The device is ready without the waits of the specification after a reset.
+        const IMMEDIATE_READINESS = 1 << 0;
+        /// The device wants to raise INTx.
+        const INTX = 1 << 3;
+        /// There is a chain of capabilities.
+        const CAPABILITIES = 1 << 4;
+        /// Error: parity, of data that it has asked for.
+        const MASTER_PARITY = 1 << 8;
+        /// Error: it has ended a request with an abort.
+        const SIGNALED_TARGET_ABORT = 1 << 11;
+        /// Error: a request of its own was ended with an abort.
+        const RECEIVED_TARGET_ABORT = 1 << 12;
+        /// Error: nobody has answered a request of its own.
+        const RECEIVED_MASTER_ABORT = 1 << 13;
+        /// Error: it has reported one to the root complex.
+        const SIGNALED_SYSTEM_ERROR = 1 << 14;
+        /// Error: parity.
+        const PARITY = 1 << 15;
+        // Bits that this version does not know stay as they are.
+        const _ = !0;
+    }
+}
+
+impl Status {
+    /// Those that are cleared by writing them.
+    pub const ERRORS: Self = Self::MASTER_PARITY
+        .union(Self::SIGNALED_TARGET_ABORT)
+        .union(Self::RECEIVED_TARGET_ABORT)
+        .union(Self::RECEIVED_MASTER_ABORT)
+        .union(Self::SIGNALED_SYSTEM_ERROR)
+        .union(Self::PARITY);
+}
+
 /// A capability in the first 256 bytes of config space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -66,8 +114,12 @@ impl Capability {
     pub const MSIX: u8 = 0x11;
     /// Something of the vendor's.
     pub const VENDOR: u8 = 0x09;
-    /// Of the status register: there is a list of them.
-    const LIST: u16 = 1 << 4;
+    /// Vital Product Data.
+    pub const VITAL_PRODUCT_DATA: u8 = 0x03;
+    /// Conventional PCI Advanced Features: function-level reset of what has no PCI Express.
+    pub const ADVANCED_FEATURES: u8 = 0x13;
+    /// Enhanced Allocation: BARs at fixed addresses.
+    pub const ENHANCED_ALLOCATION: u8 = 0x14;
 }
 
 /// An extended capability, from byte 256 of config space on.
@@ -117,64 +169,10 @@ pub struct Identity {
     pub class: u32,
     /// Revision.
     pub revision: u8,
-}
-
-/// What kind of a PCI Express function something is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ExpressKind {
-    /// An endpoint.
-    Endpoint,
-    /// A legacy endpoint.
-    LegacyEndpoint,
-    /// An endpoint that is part of the root complex.
-    IntegratedEndpoint,
-    /// Something else, with the number that the capability has.
-    Other(u8),
-}
-
-/// The PCI Express capability.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Express {
-    /// Where it is in config space.
-    pub offset: u16,
-    /// Version of the capability.
-    pub version: u8,
-    /// What the function is.
-    pub kind: ExpressKind,
-    /// Most bytes of payload that the function can take, 128 to 4096.
-    pub max_payload_supported: u16,
-    /// Most bytes of payload that it sends now.
-    pub max_payload: u16,
-    /// Most bytes that it asks for in one read.
-    pub max_read_request: u16,
-    /// Whether it can be reset by itself.
-    pub function_level_reset: bool,
-    /// Speed of its link now: 1 is 2.5 GT/s, 2 is 5 GT/s, 3 is 8 GT/s and so on. 0: no link.
-    pub link_speed: u8,
-    /// Lanes of its link now. 0: no link.
-    pub link_width: u8,
-    /// Whether it completes requests with 8-bit steering tags, and with 16-bit ones.
-    pub tph_completer: (bool, bool),
-}
-
-/// The MSI-X capability.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Msix {
-    /// Where it is in config space.
-    pub offset: u16,
-    /// Number of vectors, 1 to 2048.
-    pub vectors: u16,
-    /// The BAR that has the table, and where in it, in bytes.
-    pub table: (u8, BarRange),
-    /// The BAR that has the pending bits, and where in it, in bytes.
-    pub pending: (u8, BarRange),
-    /// Whether it is on.
-    pub enabled: bool,
-    /// Whether all vectors are masked.
-    pub masked: bool,
+    /// Layout of the header: 0 is a device, 1 a bridge.
+    pub header: u8,
+    /// Whether its device has other functions.
+    pub multi_function: bool,
 }
 
 /// Config space of a device, by system calls: [`Device::config`](crate::Device::config).
@@ -317,6 +315,7 @@ impl<'fd> ConfigSpace<'fd> {
     /// Errors: [`Error::Io`].
     pub fn identity(&self) -> Result<Identity> {
         let class = self.read_u32(0x08)?;
+        let header = self.read_u8(0x0e)?;
         Ok(Identity {
             vendor: self.read_u16(0x00)?,
             device: self.read_u16(0x02)?,
@@ -324,6 +323,8 @@ impl<'fd> ConfigSpace<'fd> {
             subsystem: self.read_u16(0x2e)?,
             class: class >> 8,
             revision: class as u8,
+            header: header & 0x7f,
+            multi_function: header & 0x80 != 0,
         })
     }
 
@@ -353,11 +354,44 @@ impl<'fd> ConfigSpace<'fd> {
         self.set_command(after)
     }
 
+    /// STATUS.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn status(&self) -> Result<Status> {
+        Ok(Status::from_bits_retain(self.read_u16(0x06)?))
+    }
+
+    /// Clears these [`Status::ERRORS`] of STATUS, and no others.
+    ///
+    /// Errors: [`Error::Io`].
+    pub fn clear_status(&self, errors: Status) -> Result<()> {
+        self.write_u16(0x06, (errors & Status::ERRORS).bits())
+    }
+
+    /// Sets these bits of COMMAND, and leaves the others as they are.
+    ///
+    /// Errors: [`Error::Io`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn example(device: &barlease::Device) -> barlease::Result<()> {
+    /// use barlease::config::Command;
+    ///
+    /// // It may do DMA and send MSIs.
+    /// device.config()?.enable(Command::MASTER)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn enable(&self, bits: Command) -> Result<()> {
+        self.update_command(|command| command | bits)
+    }
+
     /// All capabilities, in the order of the chain.
     ///
     /// Errors: [`Error::Malformed`]: the chain leaves its place or does not end; [`Error::Io`].
     pub fn capabilities(&self) -> Result<Vec<Capability>> {
-        if self.read_u16(0x06)? & Capability::LIST == 0 {
+        if !self.status()?.contains(Status::CAPABILITIES) {
             return Ok(Vec::new());
         }
         let first = self.read_u8(0x34)?;
@@ -401,65 +435,6 @@ impl<'fd> ConfigSpace<'fd> {
         )
     }
 
-    /// The PCI Express capability.
-    ///
-    /// Errors: as for [`ConfigSpace::capabilities`].
-    pub fn express(&self) -> Result<Option<Express>> {
-        let Some(offset) = self.capability(Capability::EXPRESS)? else {
-            return Ok(None);
-        };
-        let at = u64::from(offset);
-        let flags = self.read_u16(at + 2)?;
-        let supported = self.read_u32(at + 4)?;
-        let control = self.read_u16(at + 8)?;
-        let version = (flags & 0xf) as u8;
-        // Of an integrated endpoint, and of version 1, these registers need not be there.
-        let kind = match (flags >> 4) & 0xf {
-            0 => ExpressKind::Endpoint,
-            1 => ExpressKind::LegacyEndpoint,
-            9 => ExpressKind::IntegratedEndpoint,
-            other => ExpressKind::Other(other as u8),
-        };
-        let link = match kind {
-            ExpressKind::IntegratedEndpoint => 0,
-            _ => self.read_u16(at + 0x12)?,
-        };
-        let supported_2 = if version >= 2 {
-            self.read_u32(at + 0x24)?
-        } else {
-            0
-        };
-        let tph = (supported_2 >> 12) & 0b11;
-        Ok(Some(Express {
-            offset,
-            version,
-            kind,
-            max_payload_supported: 128 << (supported & 0b111).min(5),
-            max_payload: 128 << ((control >> 5) & 0b111).min(5),
-            max_read_request: 128 << ((control >> 12) & 0b111).min(5),
-            function_level_reset: supported & 1 << 28 != 0,
-            link_speed: (link & 0xf) as u8,
-            link_width: ((link >> 4) & 0x3f) as u8,
-            tph_completer: (tph & 1 != 0, tph == 0b11),
-        }))
-    }
-
-    /// The MSI-X capability.
-    ///
-    /// Errors: as for [`ConfigSpace::capabilities`].
-    pub fn msix(&self) -> Result<Option<Msix>> {
-        let Some(offset) = self.capability(Capability::MSIX)? else {
-            return Ok(None);
-        };
-        let at = u64::from(offset);
-        let registers = [self.read_u32(at + 4)?, self.read_u32(at + 8)?];
-        Ok(Some(Msix::decode(
-            offset,
-            self.read_u16(at + 2)?,
-            registers,
-        )))
-    }
-
     /// What of a BAR of `size` bytes has no page in common with the MSI-X table or its pending
     /// bits.
     pub(crate) fn exportable_ranges(&self, bar: u32, size: u64) -> Result<Vec<BarRange>> {
@@ -500,7 +475,7 @@ impl Msix {
         if config.len() < usize::from(END) || byte(0) == Some(0xff) && byte(1) == Some(0xff) {
             return None;
         }
-        let first = match word(0x06)? & Capability::LIST {
+        let first = match word(0x06)? & Status::CAPABILITIES.bits() {
             0 => return Some(None),
             _ => byte(0x34)?,
         };
@@ -666,13 +641,16 @@ mod tests {
             0x1000
         );
 
-        let express = config.express().unwrap().unwrap();
-        assert_eq!(express.kind, ExpressKind::Endpoint);
-        assert!(express.function_level_reset);
-        config
-            .update_command(|command| command | Command::MASTER)
-            .unwrap();
-        assert!(config.command().unwrap().contains(Command::MASTER));
+        let status = config.status().unwrap();
+        assert!(status.contains(Status::CAPABILITIES) && !status.intersects(Status::ERRORS));
+        config.clear_status(Status::all()).unwrap();
+        assert_eq!(config.read_u16(0x06).unwrap(), Status::ERRORS.bits());
+        let identity = config.identity().unwrap();
+        assert_eq!((identity.header, identity.multi_function), (0, false));
+
+        config.enable(Command::MASTER).unwrap();
+        let both = Command::MASTER | Command::MEMORY;
+        assert_eq!(config.command().unwrap(), both);
         assert!(matches!(
             config.read_u32(0x1000 - 2),
             Err(Error::OutOfBounds { .. })

@@ -10,9 +10,11 @@ use vfio_bindings::bindings::vfio;
 
 use super::Device;
 use super::Handle;
+use crate::Bdf;
 use crate::Error;
 use crate::EventFd;
 use crate::Result;
+use crate::error::Object;
 use crate::sys::ioctl;
 use crate::sys::ioctl::Words;
 
@@ -131,7 +133,41 @@ impl Handle<'_> {
     }
 }
 
+/// What `vfio_pci_core` calls the handler of a vector.
+fn handler_name(kind: InterruptKind, vector: u32, bdf: Bdf) -> Option<String> {
+    match kind {
+        InterruptKind::Intx => Some(format!("vfio-intx({bdf})")),
+        InterruptKind::Msi => Some(format!("vfio-msi[{vector}]({bdf})")),
+        InterruptKind::Msix => Some(format!("vfio-msix[{vector}]({bdf})")),
+        InterruptKind::Error | InterruptKind::Request => None,
+    }
+}
+
+/// The number of the interrupt that has this handler, in the text of `/proc/interrupts`. Several
+/// handlers of one interrupt are separated by commas.
+fn find_number(interrupts: &str, handler: &str) -> Option<u32> {
+    let line = interrupts.lines().find(|line| {
+        let mut words = line.split(|c: char| c.is_whitespace() || c == ',');
+        words.any(|word| word == handler)
+    })?;
+    line.split_once(':')?.0.trim().parse().ok()
+}
+
 impl Device {
+    /// The host's number of an interrupt that is on, as in `/proc/irq`: to say which CPUs serve it
+    /// (`smp_affinity_list`). `None`: it is not on, or it is one that only VFIO knows.
+    ///
+    /// Errors: [`Error::Io`]: `/proc/interrupts` cannot be read.
+    pub fn irq_number(&self, kind: InterruptKind, vector: u32) -> Result<Option<u32>> {
+        let Some(name) = handler_name(kind, vector, self.bdf()) else {
+            return Ok(None);
+        };
+        let path = "/proc/interrupts";
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Error::from_io("read", Object::file(path), error))?;
+        Ok(find_number(&text, &name))
+    }
+
     /// What VFIO says about interrupts of a kind. A kind that the device does not have has no
     /// vectors.
     ///
@@ -338,6 +374,27 @@ impl Device {
 mod tests {
     use super::*;
     use crate::fake::FakeDevice;
+
+    #[test]
+    fn the_number_of_an_interrupt_is_found() {
+        let text = "            CPU0       CPU1\n   \
+                    9:          0          0  IO-APIC    9-fasteoi   acpi\n  \
+                    11:         0          1  IO-APIC   11-fasteoi   ahci, vfio-intx(0000:01:00.0)\n \
+                    124:        7          0  PCI-MSIX-0000:01:00.0  1-edge  vfio-msix[1](0000:01:00.0)\n \
+                    125:        7          0  PCI-MSIX-0000:01:00.0 11-edge  vfio-msix[11](0000:01:00.0)\n\
+                    NMI:        0          0   Non-maskable interrupts\n";
+        let bdf = "01:00.0".parse().unwrap();
+        let number = |kind, vector| find_number(text, &handler_name(kind, vector, bdf)?);
+        assert_eq!(number(InterruptKind::Msix, 1), Some(124));
+        assert_eq!(number(InterruptKind::Msix, 11), Some(125));
+        assert_eq!(number(InterruptKind::Intx, 0), Some(11));
+        assert_eq!(number(InterruptKind::Msi, 1), None);
+        assert_eq!(number(InterruptKind::Request, 0), None);
+        // Of a fake nothing is in this host's list.
+        let fake = FakeDevice::builder().bar(0, 0x1000).msi(1).build().unwrap();
+        let device = fake.device().unwrap();
+        assert_eq!(device.irq_number(InterruptKind::Msi, 0).unwrap(), None);
+    }
 
     #[test]
     fn vectors_signal_their_eventfds() {

@@ -1,6 +1,7 @@
 //! A PCI device that this process owns through VFIO.
 
 mod adopt;
+mod attach;
 mod caps;
 pub mod config;
 mod export;
@@ -24,6 +25,7 @@ use vfio_bindings::bindings::vfio;
 
 use crate::BarRange;
 use crate::Bdf;
+use crate::DmaBuffer;
 use crate::Error;
 use crate::GuardedMapping;
 use crate::Iommu;
@@ -90,6 +92,8 @@ pub struct Device {
     iommu: Option<Iommu>,
     bdf: Bdf,
     driver: Option<String>,
+    /// Its id in its iommufd, if we have bound it.
+    iommufd_id: Option<u32>,
     /// Whether the driver was asked about aliases: before that, no BAR says that it can have one.
     asked: OnceLock<()>,
     /// Where the fixed regions are, as far as they were asked for: it does not change.
@@ -115,6 +119,7 @@ impl Device {
             iommu,
             bdf,
             driver,
+            iommufd_id: None,
             asked: OnceLock::new(),
             places: Default::default(),
         };
@@ -166,6 +171,13 @@ impl Device {
                 "the device was adopted: say with `with_iommu` which address space it is in",
             )
         })
+    }
+
+    /// Memory for DMA in its address space: [`DmaBuffer::new`] with [`Device::require_iommu`].
+    ///
+    /// Errors: as for these.
+    pub fn dma_buffer(&self, length: u64) -> Result<DmaBuffer> {
+        DmaBuffer::new(self.require_iommu()?, length)
     }
 
     fn object(&self) -> Object {

@@ -129,6 +129,7 @@ pub struct OpenOptions {
     iommu: Option<Iommu>,
     token: Option<VfToken>,
     noiommu: bool,
+    attached: bool,
     sysfs: PathBuf,
     dev: PathBuf,
 }
@@ -140,6 +141,7 @@ impl Default for OpenOptions {
             iommu: None,
             token: None,
             noiommu: false,
+            attached: true,
             sysfs: "/sys".into(),
             dev: "/dev".into(),
         }
@@ -174,6 +176,15 @@ impl OpenOptions {
     #[must_use]
     pub fn vf_token(mut self, token: VfToken) -> Self {
         self.token = Some(token);
+        self
+    }
+
+    /// Open a device that is bound to the iommufd and in no address space yet: it does no DMA before
+    /// [`Device::attach_page_table`]. No effect on devices that are opened by their group, which
+    /// are in that of the container.
+    #[must_use]
+    pub fn unattached(mut self) -> Self {
+        self.attached = false;
         self
     }
 
@@ -276,15 +287,20 @@ impl OpenOptions {
             None => Iommu::iommufd_at(&self.dev)?,
         };
         let token = self.token.map(VfToken::to_bytes);
-        iommu
-            .bind(fd.as_fd(), token.as_ref())
-            .map_err(|errno| match errno {
-                // `vfio_df_open` answers so for a device that is open; so does a device that cannot
-                // be enabled.
-                Errno::INVAL if pci.is_enabled(bdf) == Some(true) => failed(Errno::BUSY),
-                errno => self.explain_denied(failed(errno)),
-            })?;
-        Device::new(bdf, fd, Some(iommu), device.driver.clone())
+        let bound = iommu.bind(fd.as_fd(), token.as_ref()).and_then(|id| {
+            if self.attached {
+                iommu.attach(fd.as_fd())?;
+            }
+            Ok(id)
+        });
+        let id = bound.map_err(|errno| match errno {
+            // `vfio_df_open` answers so for a device that is open; so does a device that cannot
+            // be enabled.
+            Errno::INVAL if pci.is_enabled(bdf) == Some(true) => failed(Errno::BUSY),
+            errno => self.explain_denied(failed(errno)),
+        })?;
+        let opened = Device::new(bdf, fd, Some(iommu), device.driver.clone())?;
+        Ok(opened.bound_as(id))
     }
 
     fn open_group(&self, device: &PciDevice, number: u32, pci: &Pci) -> Result<Device> {

@@ -17,9 +17,7 @@ use crate::Lease;
 use crate::Mapping;
 use crate::Result;
 use crate::error::Object;
-
-/// Size of a huge page.
-const HUGE: u64 = crate::sys::memory::HUGE as u64;
+use crate::sys::memory;
 
 /// Options of a [`DmaBuffer`].
 ///
@@ -82,7 +80,7 @@ impl DmaOptions {
         self
     }
 
-    /// Takes huge pages of 2 MiB, of which the host must have reserved enough
+    /// Takes huge pages (of 2 MiB, with pages of 4 KiB), of which the host must have reserved enough
     /// (`/proc/sys/vm/nr_hugepages`).
     #[must_use]
     pub const fn huge_pages(mut self) -> Self {
@@ -93,21 +91,26 @@ impl DmaOptions {
     /// Allocates at least `length` bytes of zeros, whole pages, and maps them.
     ///
     /// Errors: as for [`Iommu::map_file`]; [`Error::Io`] with `ENOMEM`: no memory, no huge pages,
-    /// or over the limit of locked memory (`ulimit -l`).
+    /// or over the limit of locked memory (`ulimit -l`); with `EFBIG`: over that of files
+    /// (`ulimit -f`).
     pub fn allocate(&self, iommu: &Iommu, length: u64) -> Result<DmaBuffer> {
         let failed = |errno| Error::from_errno("allocate memory for DMA", Object::Iommu, errno);
-        let page = iommu.page_size()?.max(if self.huge { HUGE } else { 1 });
+        let huge = memory::huge();
+        let page = iommu
+            .page_size()?
+            .max(if self.huge { huge as u64 } else { 1 });
         let length = length
             .checked_next_multiple_of(page)
             .filter(|length| i64::try_from(*length).is_ok())
             .ok_or_else(|| failed(Errno::NOMEM))?;
 
-        let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let mut flags = MemfdFlags::ALLOW_SEALING;
         if self.huge {
-            flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+            // The size is said by its power of two, from bit 26 on (`MFD_HUGE_SHIFT`).
+            flags |= MemfdFlags::HUGETLB;
+            flags |= MemfdFlags::from_bits_retain(huge.trailing_zeros() << 26);
         }
-        let file = rustix::fs::memfd_create("barlease-dma", flags).map_err(failed)?;
-        rustix::fs::ftruncate(&file, length).map_err(failed)?;
+        let file = memory::memfd("barlease-dma", length, flags).map_err(failed)?;
         // Nobody who gets the descriptor can cut it under our feet.
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&file, seals).map_err(failed)?;
@@ -235,16 +238,19 @@ mod tests {
             assert!(DmaBuffer::new(&iommu, length).is_err());
         }
         // Aligned to large pages where that is possible.
-        let large = DmaBuffer::new(&iommu, HUGE).unwrap();
-        assert_eq!(large.iova() % HUGE, 0);
-        let tight = DmaOptions::new().below(0x30_0000).allocate(&iommu, HUGE);
+        let huge = memory::huge() as u64;
+        let large = DmaBuffer::new(&iommu, huge).unwrap();
+        assert_eq!(large.iova() % huge, 0);
+        let tight = DmaOptions::new()
+            .below(huge + huge / 2)
+            .allocate(&iommu, huge);
         assert!(tight.unwrap_err().errno() == Some(Errno::NOMEM.raw_os_error()));
         drop((large, buffers));
-        let _high = DmaOptions::new().iova(HUGE).allocate(&iommu, 4096).unwrap();
+        let _high = DmaOptions::new().iova(huge).allocate(&iommu, 4096).unwrap();
         let low = DmaOptions::new()
-            .below(0x21_0000 + HUGE)
-            .allocate(&iommu, HUGE);
-        assert_eq!(low.unwrap().iova(), HUGE + 0x1000);
+            .below(2 * huge + 0x1_0000)
+            .allocate(&iommu, huge);
+        assert_eq!(low.unwrap().iova(), huge + 0x1000);
         let fixed = DmaOptions::new().iova(0x10_0000).allocate(&iommu, 4096);
         assert_eq!(fixed.unwrap().iova(), 0x10_0000);
     }

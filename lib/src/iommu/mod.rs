@@ -16,6 +16,8 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 
 use iommufd_bindings as iommufd;
+use rustix::fs::OFlags;
+use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio;
 
@@ -28,13 +30,11 @@ use crate::device::open_node;
 use crate::error::Object;
 use crate::sys::ioctl;
 use crate::sys::ioctl::Words;
+use crate::sys::memory;
 
 pub use buffer::DmaBuffer;
 pub use buffer::DmaOptions;
 use iova::Iovas;
-
-/// Size of a large page of most IOMMUs.
-const HUGE: u64 = crate::sys::memory::HUGE as u64;
 
 /// Longest answer about an IOMMU that is believed.
 const MAX_INFO: u32 = 1 << 20;
@@ -276,8 +276,10 @@ impl Iommu {
         }
     }
 
-    /// The groups that are in the container.
-    pub(crate) fn groups(&self) -> Vec<(u32, Arc<OwnedFd>)> {
+    /// The groups that are in the container, by number, as for KVM's own VFIO device
+    /// (`KVM_DEV_VFIO_FILE_ADD`). None of an iommufd: there KVM takes the descriptor of the device.
+    #[must_use]
+    pub fn groups(&self) -> Vec<(u32, Arc<OwnedFd>)> {
         let groups = lock(&self.inner.groups);
         groups
             .iter()
@@ -339,29 +341,22 @@ impl Iommu {
         ioctl::group_device(group, &name)
     }
 
-    /// Binds a character device to the iommufd, and attaches it to the address space.
+    /// Binds a character device to the iommufd, and answers its id there.
     pub(crate) fn bind(
         &self,
         device: BorrowedFd<'_>,
         token: Option<&[u8; 16]>,
-    ) -> Result<(), Errno> {
+    ) -> Result<u32, Errno> {
         let Kind::Iommufd { fd, .. } = &self.inner.kind else {
             return Err(Errno::INVAL);
         };
-        ioctl::bind_iommufd(device, fd.as_fd(), token)?;
-        self.attach(device)
+        ioctl::bind_iommufd(device, fd.as_fd(), token)
     }
 
     /// Attaches a character device that is bound to the iommufd to the address space.
     pub(crate) fn attach(&self, device: BorrowedFd<'_>) -> Result<(), Errno> {
-        let Kind::Iommufd { ioas, .. } = &self.inner.kind else {
-            return Err(Errno::INVAL);
-        };
-        let mut attach = vfio::vfio_device_attach_iommufd_pt {
-            pt_id: *ioas,
-            ..Default::default()
-        };
-        ioctl::call(device, ioctl::DEVICE_ATTACH_IOMMUFD_PT, &mut attach).map(drop)
+        let ioas = self.ioas().ok_or(Errno::INVAL)?;
+        ioctl::attach(device, ioas, None)
     }
 
     /// Addresses that can be mapped, as the IOMMU and the devices that are in it now allow.
@@ -377,6 +372,15 @@ impl Iommu {
     /// Errors: as for [`Iommu::allowed_ranges`].
     pub fn page_size(&self) -> Result<u64> {
         Ok(self.limits()?.page)
+    }
+
+    /// How many more mappings the IOMMU takes, each of them a [`DmaBuffer`] or [`DmaMapping`]
+    /// (parameter `dma_entry_limit` of vfio_iommu_type1). `None`: there is no such limit, as of an
+    /// iommufd.
+    ///
+    /// Errors: as for [`Iommu::allowed_ranges`].
+    pub fn available_mappings(&self) -> Result<Option<u32>> {
+        Ok(self.limits()?.available)
     }
 
     fn limits(&self) -> Result<Limits> {
@@ -400,6 +404,7 @@ impl Iommu {
                 Ok(Limits {
                     ranges: ranges.collect(),
                     page: align.max(rustix::param::page_size() as u64),
+                    available: None,
                 })
             }
         }
@@ -418,8 +423,9 @@ impl Iommu {
     /// Devices write to the file as other processes do that have mapped it.
     ///
     /// Errors: [`Error::Invalid`], [`Error::Busy`] (something is mapped at `iova`),
-    /// [`Error::Unsupported`] (no IOMMU, or no such file can be mapped); [`Error::Io`] (`ENOMEM`:
-    /// over the limit of locked memory, or no addresses left).
+    /// [`Error::ReadOnly`] (devices may write, and this process may not: the file is open for reading
+    /// only, or sealed), [`Error::Unsupported`] (no IOMMU, or no such file can be mapped);
+    /// [`Error::Io`] (`ENOMEM`: over the limit of locked memory, or no addresses left).
     pub fn map_file(
         &self,
         file: impl AsFd,
@@ -428,6 +434,12 @@ impl Iommu {
         access: DmaAccess,
     ) -> Result<DmaMapping> {
         let file = file.as_fd();
+        if access != DmaAccess::Read && !is_writable(file)? {
+            return Err(Error::ReadOnly {
+                operation: "map",
+                object: Object::Iommu,
+            });
+        }
         let length = range.end.saturating_sub(range.start);
         let place = self.place(length, iova.into())?;
         if place.map_file((file, range.start), access)? {
@@ -438,12 +450,6 @@ impl Iommu {
             .try_clone_to_owned()
             .map_err(|error| Error::from_io("map", Object::Iommu, error))?;
         let window = Lease::from_fd(again)?.map_range(range)?;
-        if access != DmaAccess::Read && !window.is_writable() {
-            return Err(Error::ReadOnly {
-                operation: "map",
-                object: Object::Iommu,
-            });
-        }
         place.map_window(window, access)
     }
 
@@ -562,8 +568,9 @@ impl Iommu {
                 });
                 let below: Vec<IovaRange> = below.collect();
                 // So that the IOMMU can use large pages, where there is room for that.
-                let huge = (length >= HUGE)
-                    .then(|| iovas.take(&below, length, HUGE.max(limits.page)))
+                let huge = memory::huge() as u64;
+                let huge = (length >= huge)
+                    .then(|| iovas.take(&below, length, huge.max(limits.page)))
                     .flatten();
                 huge.or_else(|| iovas.take(&below, length, limits.page))
                     .ok_or_else(|| failed("find an address", Errno::NOMEM))?
@@ -747,6 +754,17 @@ impl Drop for DmaMapping {
 struct Limits {
     ranges: Vec<IovaRange>,
     page: u64,
+    available: Option<u32>,
+}
+
+/// Whether this process may write to a file through the descriptor. iommufd asks neither for the
+/// mode of the descriptor nor for seals, by which others know that nobody writes.
+fn is_writable(file: BorrowedFd<'_>) -> Result<bool> {
+    let mode = rustix::fs::fcntl_getfl(file).map_err(|errno| failed("map", errno))?;
+    // Files that are no memfd have none.
+    let seals = rustix::fs::fcntl_get_seals(file).unwrap_or(SealFlags::empty());
+    let kept = seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
+    Ok(mode & OFlags::RWMODE == OFlags::RDWR && !kept)
 }
 
 fn iommufd_flags(access: DmaAccess) -> u32 {
@@ -819,22 +837,26 @@ fn type1_limits(container: BorrowedFd<'_>) -> Result<Limits> {
             0 => 0,
             _ => words.u32(offset_of!(vfio::vfio_iommu_type1_info, cap_offset)),
         };
-        let ranges = type1_ranges(&words, first as usize)
+        let (ranges, available) = type1_capabilities(&words, first as usize)
             .ok_or_else(|| malformed("the capability chain is broken"))?;
         return Ok(Limits {
             ranges,
             page: page.max(rustix::param::page_size() as u64),
+            available,
         });
     }
     Err(malformed("the answer grows each time that it is asked for"))
 }
 
-/// The allowed ranges in the capabilities of an answer; everything where it does not say.
-fn type1_ranges(words: &Words, first: usize) -> Option<Vec<IovaRange>> {
+/// The allowed ranges in the capabilities of an answer, everything where it does not say; and how
+/// many mappings are left.
+fn type1_capabilities(words: &Words, first: usize) -> Option<(Vec<IovaRange>, Option<u32>)> {
     const HEADER: usize = size_of::<vfio::vfio_info_cap_header>();
     const ARRAY: usize = HEADER + 8;
     let mut last = size_of::<vfio::vfio_iommu_type1_info>();
     let mut at = first;
+    let mut allowed = None;
+    let mut available = None;
     while at != 0 {
         // Each lies behind the one before, so that the chain ends.
         if at < last || at % 8 != 0 || at.checked_add(HEADER)? > words.len() {
@@ -842,7 +864,11 @@ fn type1_ranges(words: &Words, first: usize) -> Option<Vec<IovaRange>> {
         }
         let [low, high, ..] = words.u32(at).to_ne_bytes();
         let id = u16::from_ne_bytes([low, high]);
-        if u32::from(id) == vfio::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE {
+        if u32::from(id) == vfio::VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL {
+            let value = at + HEADER;
+            available = (value + 4 <= words.len()).then(|| words.u32(value));
+        }
+        if u32::from(id) == vfio::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE && allowed.is_none() {
             let count = words.u32(at + HEADER) as usize;
             let start = at.checked_add(ARRAY)?;
             if start.checked_add(count.checked_mul(16)?)? > words.len() {
@@ -852,15 +878,16 @@ fn type1_ranges(words: &Words, first: usize) -> Option<Vec<IovaRange>> {
                 first: words.u64(start + n * 16),
                 last: words.u64(start + n * 16 + 8),
             });
-            return Some(ranges.collect());
+            allowed = Some(ranges.collect());
         }
         last = at + HEADER;
         at = words.u32(at + 4) as usize;
     }
-    Some(vec![IovaRange {
+    let all = IovaRange {
         first: 0,
         last: u64::MAX,
-    }])
+    };
+    Some((allowed.unwrap_or_else(|| vec![all]), available))
 }
 
 #[cfg(test)]
@@ -896,13 +923,28 @@ mod tests {
             (1, &[2, 0, 0xfedf_ffff, 0xfef0_0000, u64::MAX]),
         ]);
         let expected = [range(0, 0xfedf_ffff), range(0xfef0_0000, u64::MAX)];
-        assert_eq!(type1_ranges(&words, 24).unwrap(), expected);
-        assert_eq!(type1_ranges(&words, 0).unwrap(), [range(0, u64::MAX)]);
+        let ranges = |first| Some(type1_capabilities(&words, first)?.0);
+        assert_eq!(ranges(24).unwrap(), expected);
+        assert_eq!(ranges(0).unwrap(), [range(0, u64::MAX)]);
         // Into the structure, past the end, more ranges than there is room for.
-        assert_eq!(type1_ranges(&words, 8), None);
-        assert_eq!(type1_ranges(&words, 4096), None);
+        assert_eq!(ranges(8), None);
+        assert_eq!(ranges(4096), None);
         let long = answer(&[(1, &[255])]);
-        assert_eq!(type1_ranges(&long, 24), None);
+        assert_eq!(type1_capabilities(&long, 24), None);
+    }
+
+    #[test]
+    fn how_many_mappings_are_left_is_found_in_the_chain() {
+        let available = |words: &Words| type1_capabilities(words, 24).unwrap().1;
+        for words in [
+            answer(&[(1, &[1, 0, 0xffff]), (3, &[65535])]),
+            answer(&[(3, &[65535]), (1, &[1, 0, 0xffff])]),
+        ] {
+            assert_eq!(available(&words), Some(65535));
+            let (ranges, _) = type1_capabilities(&words, 24).unwrap();
+            assert_eq!(ranges, [range(0, 0xffff)]);
+        }
+        assert_eq!(available(&answer(&[(2, &[0, 0])])), None);
     }
 
     proptest! {
@@ -915,16 +957,14 @@ mod tests {
             for (n, value) in values.iter().enumerate() {
                 words.put_u64(n * 8, value & 0x0000_01ff_0000_0001);
             }
-            if let Some(ranges) = type1_ranges(&words, first) {
+            if let Some((ranges, _)) = type1_capabilities(&words, first) {
                 prop_assert!(ranges.len() <= values.len());
             }
         }
     }
 
     fn memfd(length: u64) -> OwnedFd {
-        let fd = rustix::fs::memfd_create("dma", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&fd, length).unwrap();
-        fd
+        memory::memfd("dma", length, rustix::fs::MemfdFlags::empty()).unwrap()
     }
 
     #[test]
@@ -993,5 +1033,28 @@ mod tests {
         assert!(mapping.unmap().is_err());
         assert!(matches!(map(), Err(Error::Busy { .. })));
         assert!(!iommu.reserve(0x7000, 0x1000));
+    }
+
+    #[test]
+    fn devices_do_not_write_where_the_process_may_not() {
+        let fake = FakeIommu::new().unwrap();
+        let iommu = fake.iommu().unwrap();
+        let file = memory::memfd("dma", 0x1000, rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+        let map = |file: &OwnedFd, access| iommu.map_file(file, 0..0x1000, None, access);
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+        let reader: OwnedFd = std::fs::File::open(path).unwrap().into();
+        let refused = |file: &OwnedFd, access| {
+            let answer = map(file, access);
+            assert!(matches!(answer, Err(Error::ReadOnly { .. })), "{answer:?}");
+        };
+        map(&file, DmaAccess::ReadWrite).unwrap().unmap().unwrap();
+        refused(&reader, DmaAccess::ReadWrite);
+        refused(&reader, DmaAccess::Write);
+        map(&reader, DmaAccess::Read).unwrap().unmap().unwrap();
+        for seal in [SealFlags::FUTURE_WRITE, SealFlags::WRITE] {
+            rustix::fs::fcntl_add_seals(&file, seal).unwrap();
+            refused(&file, DmaAccess::ReadWrite);
+            map(&file, DmaAccess::Read).unwrap().unmap().unwrap();
+        }
     }
 }

@@ -43,6 +43,29 @@ macro_rules! entry {
     };
 }
 
+/// One access, and whether it was made: the instruction, the step of the flag, and the operands of
+/// both but `lost`.
+macro_rules! guarded {
+    ($instruction:literal, $done:literal, $($operands:tt)+) => {{
+        let lost: u32;
+        // SAFETY: the caller of the access says that the place can be accessed or faults with
+        // SIGBUS. After a fault the handler goes on at label 4, with `lost` as it was and what is
+        // loaded undefined but unused.
+        unsafe {
+            asm!(
+                concat!("2: ", $instruction),
+                concat!("3: ", $done),
+                "4:",
+                entry!(),
+                $($operands)+,
+                lost = inout(reg) 1u32 => lost,
+                options(nostack),
+            );
+        }
+        lost == 0
+    }};
+}
+
 /// Defines the load and the store of a type. The operands of the instructions are `{place}` and
 /// `{value}`; `$wide` is the type of a register that holds what is loaded.
 macro_rules! accesses {
@@ -51,43 +74,14 @@ macro_rules! accesses {
             #[inline(always)]
             unsafe fn load_guarded(place: *const Self) -> Option<Self> {
                 let value: $wide;
-                let lost: u32;
-                // SAFETY: the caller says that the place can be read or faults with SIGBUS. After
-                // a fault the handler goes on at label 4, with `lost` as it was and `value`
-                // undefined but unused.
-                unsafe {
-                    asm!(
-                        concat!("2: ", $load),
-                        concat!("3: ", $done),
-                        "4:",
-                        entry!(),
-                        place = in(reg) place,
-                        value = lateout(reg) value,
-                        lost = inout(reg) 1u32 => lost,
-                        options(nostack),
-                    );
-                }
-                (lost == 0).then_some(value as Self)
+                let made =
+                    guarded!($load, $done, place = in(reg) place, value = lateout(reg) value);
+                made.then_some(value as Self)
             }
 
             #[inline(always)]
             unsafe fn store_guarded(place: *mut Self, value: Self) -> bool {
-                let lost: u32;
-                // SAFETY: the caller says that the place can be written or faults with SIGBUS.
-                // After a fault the handler goes on at label 4, with `lost` as it was.
-                unsafe {
-                    asm!(
-                        concat!("2: ", $store),
-                        concat!("3: ", $done),
-                        "4:",
-                        entry!(),
-                        place = in(reg) place,
-                        value = in($class) value,
-                        lost = inout(reg) 1u32 => lost,
-                        options(nostack),
-                    );
-                }
-                lost == 0
+                guarded!($store, $done, place = in(reg) place, value = in($class) value)
             }
         }
     };

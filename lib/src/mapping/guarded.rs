@@ -113,29 +113,7 @@ impl GuardedMapping {
         Self { plain }
     }
 
-    /// Length in bytes; see [`Mapping::len`].
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.plain.len()
-    }
-
-    /// Never: there are no mappings of 0 bytes.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.plain.is_empty()
-    }
-
-    /// Where the mapping begins in the lease or BAR, in bytes.
-    #[must_use]
-    pub fn offset(&self) -> u64 {
-        self.plain.offset()
-    }
-
-    /// Whether it can be written.
-    #[must_use]
-    pub fn is_writable(&self) -> bool {
-        self.plain.is_writable()
-    }
+    extent!();
 
     /// Address of the first byte; see [`Mapping::as_ptr`]. An access through it is not guarded.
     #[must_use]
@@ -225,6 +203,10 @@ impl<'m> GuardedWindow<'m> {
         self.plain.is_empty()
     }
 
+    pub(crate) fn place(&self, offset: usize) -> u64 {
+        self.plain.place(offset)
+    }
+
     /// The bytes of `range`, as a window.
     ///
     /// Errors: [`Error::OutOfBounds`].
@@ -252,7 +234,7 @@ impl<'m> GuardedWindow<'m> {
     ) -> Result<GuardedReadOnlyRegister<'m, T>> {
         Ok(GuardedReadOnlyRegister {
             cell: self.plain.cell(offset)?,
-            offset: self.plain.offset.saturating_add(offset as u64),
+            offset: self.plain.place(offset),
             _mapping: PhantomData,
         })
     }
@@ -276,7 +258,8 @@ impl<'m> GuardedWindow<'m> {
 
     /// Copies `source` to `offset`, with the widest aligned stores, until one is lost.
     ///
-    /// Errors: [`Error::Revoked`], with the part that was not written. [`Error::OutOfBounds`],
+    /// Errors: [`Error::Revoked`], with the part that was not written, and how much was.
+    /// [`Error::OutOfBounds`],
     /// [`Error::ReadOnly`]: nothing was written.
     pub fn copy_from(&self, offset: usize, source: &[u8]) -> Result<()> {
         self.plain.check_writable()?;
@@ -358,8 +341,6 @@ impl<T: Value> GuardedReadOnlyRegister<'_, T> {
 
     #[cold]
     fn lost(&self) -> Lost {
-        Lost {
-            offset: self.offset,
-        }
+        Lost::of::<T>(self.offset)
     }
 }

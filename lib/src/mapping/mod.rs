@@ -1,5 +1,34 @@
 //! Mappings of leases and BARs, and access to device memory through them.
 
+/// What a mapping that has a plain one in it passes on to that.
+macro_rules! extent {
+    () => {
+        /// Length in bytes; see [`Mapping::len`](crate::Mapping::len).
+        #[must_use]
+        pub fn len(&self) -> usize {
+            self.plain.len()
+        }
+
+        /// Never: there are no mappings of 0 bytes.
+        #[must_use]
+        pub fn is_empty(&self) -> bool {
+            self.plain.is_empty()
+        }
+
+        /// Where the mapping begins in the lease or BAR, in bytes.
+        #[must_use]
+        pub fn offset(&self) -> u64 {
+            self.plain.offset()
+        }
+
+        /// Whether it can be written.
+        #[must_use]
+        pub fn is_writable(&self) -> bool {
+            self.plain.is_writable()
+        }
+    };
+}
+
 mod block;
 mod guarded;
 mod options;
@@ -207,8 +236,13 @@ impl<'m> Window<'m> {
         self.span.as_ptr()
     }
 
-    fn object(&self) -> Object {
+    pub(crate) fn object(&self) -> Object {
         object(self.offset, self.span)
+    }
+
+    /// Where in the lease or BAR an offset is.
+    pub(crate) fn place(&self, offset: usize) -> u64 {
+        self.offset.saturating_add(offset as u64)
     }
 
     fn part(&self, offset: usize, length: usize) -> Result<Span<'m>> {
@@ -246,12 +280,10 @@ impl<'m> Window<'m> {
             BlockError::Lost(unit) => Error::Revoked {
                 operation,
                 object: Object::Mapping {
-                    offset: self
-                        .offset
-                        .saturating_add(offset as u64)
-                        .saturating_add(unit as u64),
+                    offset: self.place(offset).saturating_add(unit as u64),
                     length: (length - unit.min(length)) as u64,
                 },
+                done: unit as u64,
                 source: None,
             },
         }
@@ -264,7 +296,7 @@ impl<'m> Window<'m> {
         let range = resolve(range, self.len(), || self.object())?;
         Ok(Self {
             span: self.part(range.start, range.len())?,
-            offset: self.offset.saturating_add(range.start as u64),
+            offset: self.place(range.start),
             writable: self.writable,
         })
     }

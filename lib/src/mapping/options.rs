@@ -14,13 +14,13 @@ use crate::Lease;
 use crate::Result;
 use crate::error::Object;
 use crate::sys::memory::Area;
-use crate::sys::memory::HUGE;
 use crate::sys::memory::Request;
+use crate::sys::memory::huge;
 
 /// Options of a mapping: which bytes, and whether for writing.
 ///
 /// By default all of the lease, writable if the lease is, at an address that lets the kernel use
-/// 2 MiB page-table entries where the range allows it.
+/// huge page-table entries (2 MiB, with pages of 4 KiB) where the range allows it.
 ///
 /// # Examples
 ///
@@ -176,20 +176,19 @@ impl MapOptions {
                 .map_err(|_| invalid("the range is larger than the address space".to_owned()))?,
             writable: source.writable && !self.read_only,
             residue: (!self.any_address)
-                .then(|| residue(source.ranges, start, end))
+                .then(|| residue(huge() as u64, source.ranges, start, end))
                 .flatten(),
         })
     }
 }
 
-/// Where to place bytes `start..end` of a lease so that 2 MiB of it can be one page-table entry:
-/// the address modulo 2 MiB. `None` if no placement helps.
+/// Where to place bytes `start..end` of a lease so that `huge` bytes of it can be one page-table
+/// entry: the address modulo `huge`. `None` if no placement helps.
 ///
-/// An entry needs an address and a BAR offset that are both multiples of 2 MiB. (A BAR is aligned
-/// to its size, so its offsets and its bus addresses agree, as far as it has 2 MiB at all.) The
+/// An entry needs an address and a BAR offset that are both multiples of its size. (A BAR is aligned
+/// to its size, so its offsets and its bus addresses agree, as far as it has that much at all.) The
 /// first range that holds such a piece decides.
-fn residue(ranges: &[crate::BarRange], start: u64, end: u64) -> Option<usize> {
-    let huge = HUGE as u64;
+fn residue(huge: u64, ranges: &[crate::BarRange], start: u64, end: u64) -> Option<usize> {
     let whole = [crate::BarRange {
         offset: 0,
         length: end,
@@ -230,26 +229,32 @@ mod tests {
     #[test]
     fn placement_is_congruent_with_the_bar() {
         // Unknown ranges: the lease is taken to start aligned.
-        assert_eq!(residue(&[], 0, 2 * MIB), Some(0));
-        assert_eq!(residue(&[], MIB, 4 * MIB), Some(MIB as usize));
+        assert_eq!(residue(2 * MIB, &[], 0, 2 * MIB), Some(0));
+        assert_eq!(residue(2 * MIB, &[], MIB, 4 * MIB), Some(MIB as usize));
+        // With pages of 16 KiB.
+        assert_eq!(residue(32 * MIB, &[], MIB, 4 * MIB), None);
+        assert_eq!(residue(32 * MIB, &[], MIB, 64 * MIB), Some(MIB as usize));
         // A lease that starts in the middle of 2 MiB.
         let off = ranges(&[(MIB, 4 * MIB)]);
-        assert_eq!(residue(&off, 0, 4 * MIB), Some(MIB as usize));
+        assert_eq!(residue(2 * MIB, &off, 0, 4 * MIB), Some(MIB as usize));
         // 3 MiB around one boundary only: no whole 2 MiB piece.
         let around = ranges(&[(MIB, 2 * MIB)]);
-        assert_eq!(residue(&around, 0, 2 * MIB), None);
+        assert_eq!(residue(2 * MIB, &around, 0, 2 * MIB), None);
     }
 
     #[test]
     fn the_first_range_with_a_whole_piece_decides() {
         let list = ranges(&[(0, 4096), (8 * MIB, 2 * MIB)]);
         let expected = (8 * MIB).wrapping_sub(4096) % (2 * MIB);
-        assert_eq!(residue(&list, 0, 2 * MIB + 4096), Some(expected as usize));
+        assert_eq!(
+            residue(2 * MIB, &list, 0, 2 * MIB + 4096),
+            Some(expected as usize)
+        );
     }
 
     #[test]
     fn short_mappings_are_placed_anywhere() {
-        assert_eq!(residue(&[], 0, 4096), None);
-        assert_eq!(residue(&[], 0, MIB), None);
+        assert_eq!(residue(2 * MIB, &[], 0, 4096), None);
+        assert_eq!(residue(2 * MIB, &[], 0, MIB), None);
     }
 }

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
 
+use super::Mapping;
 use super::guarded::arm;
 use super::options::Source;
 use super::slots::Claim;
@@ -53,10 +54,9 @@ use crate::sys::memory::Request;
 pub struct ScratchMapping {
     // Dropped in this order: the handler forgets the range before it is unmapped.
     claim: Claim,
-    area: Area,
+    plain: Mapping,
     again: OwnedFd,
     request: Request,
-    offset: u64,
     object: Object,
     explain: fn(&'static str, Object, Errno) -> Error,
 }
@@ -79,44 +79,21 @@ impl ScratchMapping {
         let claim = unsafe { Claim::new(area.address(), length, reserve.into_raw()) };
         Ok(Self {
             claim,
-            area,
+            plain: Mapping::new(area, request.offset - source.file_offset, request.writable),
             again,
             request,
-            offset: request.offset - source.file_offset,
             object: source.object.clone(),
             explain: source.explain,
         })
     }
 
-    /// Length in bytes; see [`Mapping::len`](crate::Mapping::len).
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.area.length()
-    }
-
-    /// Never: there are no mappings of 0 bytes.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Where the mapping begins in the lease, in bytes.
-    #[must_use]
-    pub fn offset(&self) -> u64 {
-        self.offset
-    }
-
-    /// Whether it can be written.
-    #[must_use]
-    pub fn is_writable(&self) -> bool {
-        self.request.writable
-    }
+    extent!();
 
     /// Address of the first byte; see [`Mapping::as_ptr`](crate::Mapping::as_ptr). It stays the
     /// same.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
-        self.area.start().as_ptr()
+        self.plain.as_ptr()
     }
 
     /// Calls `access` with the address of the first byte, and tells whether all its accesses went
@@ -129,9 +106,10 @@ impl ScratchMapping {
         answer.ok_or_else(|| Error::Revoked {
             operation: "access",
             object: Object::Mapping {
-                offset: self.offset,
+                offset: self.offset(),
                 length: self.len() as u64,
             },
+            done: 0,
             source: None,
         })
     }
@@ -154,10 +132,11 @@ impl ScratchMapping {
     pub fn recover(&self) -> Result<()> {
         self.claim.recover(|| {
             let failed = |errno| (self.explain)("recover", self.object.clone(), errno);
-            let reserve = Area::reserve(self.area.length())
+            let reserve = Area::reserve(self.len())
                 .map_err(|errno| Error::from_errno("recover", self.object.clone(), errno))?;
-            let answer = self.area.replace(self.again.as_fd(), self.request);
-            if self.area.is_abandoned() {
+            let area = &self.plain.area;
+            let answer = area.replace(self.again.as_fd(), self.request);
+            if area.is_abandoned() {
                 self.claim.give_up();
             }
             answer.map_err(failed)?;
@@ -170,7 +149,7 @@ impl ScratchMapping {
     /// handled. The range is not unmapped when the mapping is dropped.
     #[must_use]
     pub fn is_abandoned(&self) -> bool {
-        self.area.is_abandoned()
+        self.plain.area.is_abandoned()
     }
 }
 
@@ -181,7 +160,7 @@ impl Drop for ScratchMapping {
         if let Some(reserve) = self.claim.take_reserve() {
             // SAFETY: it was given away as an `Area::reserve` of this length, and no handler has
             // taken it.
-            drop(unsafe { Area::from_raw(reserve, self.area.length()) });
+            drop(unsafe { Area::from_raw(reserve, self.len()) });
         }
     }
 }

@@ -74,7 +74,9 @@ pub(crate) const TYPE1_GET_INFO: Request = Request(vfio_opcode(12));
 /// `VFIO_IOMMU_UNMAP_DMA`, of a container.
 const TYPE1_UNMAP_DMA: Request = Request(vfio_opcode(14));
 /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`.
-pub(crate) const DEVICE_ATTACH_IOMMUFD_PT: Request = Request(vfio_opcode(19));
+const DEVICE_ATTACH_IOMMUFD_PT: Request = Request(vfio_opcode(19));
+/// `VFIO_DEVICE_DETACH_IOMMUFD_PT`.
+const DEVICE_DETACH_IOMMUFD_PT: Request = Request(vfio_opcode(20));
 /// `IOMMU_IOAS_ALLOC`.
 pub(crate) const IOAS_ALLOC: Request = Request(iommufd_opcode(iommufd::IOMMUFD_CMD_IOAS_ALLOC));
 /// `IOMMU_DESTROY`.
@@ -127,6 +129,7 @@ arguments! {
     vfio::vfio_irq_info: argsz,
     vfio::vfio_device_bind_iommufd: argsz,
     vfio::vfio_device_attach_iommufd_pt: argsz,
+    vfio::vfio_device_detach_iommufd_pt: argsz,
     vfio::vfio_iommu_type1_info: argsz,
     vfio::vfio_iommu_type1_dma_map: argsz,
     vfio::vfio_iommu_type1_dma_unmap: argsz,
@@ -434,6 +437,32 @@ pub(crate) fn bind_iommufd(
     }
     call(device, DEVICE_BIND_IOMMUFD, &mut bind)?;
     Ok(bind.out_devid)
+}
+
+/// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`: the whole device, or what it does for one address space of a
+/// process.
+pub(crate) fn attach(
+    device: BorrowedFd<'_>,
+    page_table: u32,
+    pasid: Option<u32>,
+) -> Result<(), Errno> {
+    let mut attach = vfio::vfio_device_attach_iommufd_pt {
+        flags: pasid.map_or(0, |_| vfio::VFIO_DEVICE_ATTACH_PASID),
+        pt_id: page_table,
+        pasid: pasid.unwrap_or(0),
+        ..Default::default()
+    };
+    call(device, DEVICE_ATTACH_IOMMUFD_PT, &mut attach).map(drop)
+}
+
+/// `VFIO_DEVICE_DETACH_IOMMUFD_PT`, as [`attach`].
+pub(crate) fn detach(device: BorrowedFd<'_>, pasid: Option<u32>) -> Result<(), Errno> {
+    let mut detach = vfio::vfio_device_detach_iommufd_pt {
+        flags: pasid.map_or(0, |_| vfio::VFIO_DEVICE_DETACH_PASID),
+        pasid: pasid.unwrap_or(0),
+        ..Default::default()
+    };
+    call(device, DEVICE_DETACH_IOMMUFD_PT, &mut detach).map(drop)
 }
 
 /// `VFIO_IOMMU_MAP_DMA`: `length` bytes of this process's memory at `address`, for devices at

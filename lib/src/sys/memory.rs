@@ -16,9 +16,33 @@ use rustix::mm::MapFlags;
 use rustix::mm::MremapFlags;
 use rustix::mm::ProtFlags;
 
-/// Size of a huge page-table entry: 2 MiB, one level above a 4 KiB page. It is the size of a large
-/// page of most IOMMUs too.
-pub(crate) const HUGE: usize = 2 << 20;
+/// Size of a huge page-table entry, one level above a page: a page of entries of 8 bytes. That is
+/// 2 MiB with pages of 4 KiB, and 32 MiB with pages of 16 KiB, which arm64 can have. Large pages of
+/// most IOMMUs are of the same size.
+pub(crate) fn huge() -> usize {
+    huge_of(rustix::param::page_size())
+}
+
+const fn huge_of(page: usize) -> usize {
+    page * (page / 8)
+}
+
+/// A file in memory of zeroes that has no pages yet. `EFBIG`: it would exceed the limit of the
+/// process for files (`ulimit -f`), of which the kernel tells by a signal that ends the process.
+pub(crate) fn memfd(
+    name: &str,
+    length: u64,
+    flags: rustix::fs::MemfdFlags,
+) -> Result<rustix::fd::OwnedFd, Errno> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize);
+    if limit.current.is_some_and(|limit| length > limit) {
+        return Err(Errno::FBIG);
+    }
+    let flags = flags | rustix::fs::MemfdFlags::CLOEXEC;
+    let file = rustix::fs::memfd_create(name, flags)?;
+    rustix::fs::ftruncate(&file, length)?;
+    Ok(file)
+}
 
 /// What of a file to map, and how.
 #[derive(Clone, Copy, Debug)]
@@ -29,11 +53,21 @@ pub(crate) struct Request {
     pub(crate) length: usize,
     /// Map for writing too.
     pub(crate) writable: bool,
-    /// Where to place the mapping: an address that equals this modulo 2 MiB.
+    /// Where to place the mapping: an address that equals this modulo [`huge`].
     pub(crate) residue: Option<usize>,
 }
 
 impl Request {
+    /// All of a file of this length, to be read and written.
+    fn scratch(length: usize) -> Self {
+        Self {
+            offset: 0,
+            length,
+            writable: true,
+            residue: None,
+        }
+    }
+
     fn protection(self) -> ProtFlags {
         if self.writable {
             ProtFlags::READ | ProtFlags::WRITE
@@ -101,12 +135,7 @@ impl Area {
     /// process locks its memory, and counts against the limits now, when an error can be answered.
     pub(crate) fn reserve(length: usize) -> Result<Self, Errno> {
         let length = length.next_multiple_of(rustix::param::page_size());
-        let request = Request {
-            offset: 0,
-            length,
-            writable: true,
-            residue: None,
-        };
+        let request = Request::scratch(length);
         let file = scratch_file(length)?;
         map_with(
             file.as_fd(),
@@ -138,18 +167,28 @@ impl Area {
             Err(errno) => {
                 // The kernel may have unmapped the target before it failed, for want of memory; by
                 // now somebody else may have mapped something there.
-                let refilled = scratch_file(self.length).and_then(|file| {
-                    let flags = MapFlags::FIXED_NOREPLACE;
-                    map_at(file.as_fd(), request, self.address(), flags)
-                });
-                match refilled {
-                    Ok(scratch) if scratch.address() == self.address() => {
-                        std::mem::forget(scratch);
-                    }
-                    _ => self.abandoned.store(true, Ordering::Release),
+                if !self.refill() {
+                    self.abandoned.store(true, Ordering::Release);
                 }
                 Err(errno)
             }
+        }
+    }
+
+    /// Puts scratch memory where this area is, if nothing is mapped there.
+    fn refill(&self) -> bool {
+        let scratch = scratch_file(self.length).and_then(|file| {
+            let request = Request::scratch(self.length);
+            let flags = MapFlags::FIXED_NOREPLACE;
+            map_at(file.as_fd(), request, self.address(), flags)
+        });
+        match scratch {
+            Ok(scratch) if scratch.address() == self.address() => {
+                // It is this area's from now on.
+                std::mem::forget(scratch);
+                true
+            }
+            _ => false,
         }
     }
 
@@ -181,10 +220,9 @@ impl Area {
 
 /// A file of zeroes that has no pages yet.
 fn scratch_file(length: usize) -> Result<rustix::fd::OwnedFd, Errno> {
-    let file = rustix::fs::memfd_create("barlease scratch", rustix::fs::MemfdFlags::CLOEXEC)?;
     let length = length.next_multiple_of(rustix::param::page_size());
-    rustix::fs::ftruncate(&file, length as u64)?;
-    Ok(file)
+    let flags = rustix::fs::MemfdFlags::empty();
+    memfd("barlease scratch", length as u64, flags)
 }
 
 /// Moves the mapping of `length` bytes at `from` onto that at `to`, in one step.
@@ -260,9 +298,10 @@ fn area(start: *mut c_void, length: usize) -> Result<Area, Errno> {
     })
 }
 
-/// An address that is free now and equals `residue` modulo 2 MiB, with `length` bytes behind it.
+/// An address that is free now and equals `residue` modulo [`huge`], with `length` bytes behind it.
 fn free_address(length: usize, residue: usize) -> Option<usize> {
-    let span = length.checked_add(HUGE)?;
+    let huge = huge();
+    let span = length.checked_add(huge)?;
     // SAFETY: an anonymous mapping at an address of the kernel's choice takes no memory in use.
     let start = unsafe {
         rustix::mm::mmap_anonymous(
@@ -275,7 +314,7 @@ fn free_address(length: usize, residue: usize) -> Option<usize> {
     .ok()?;
     let reserved = area(start, span).ok()?;
     let first = reserved.address();
-    let forward = (residue % HUGE).wrapping_sub(first) % HUGE;
+    let forward = (residue % huge).wrapping_sub(first) % huge;
     first.checked_add(forward)
 }
 
@@ -309,23 +348,53 @@ mod tests {
     use super::*;
 
     fn file(length: u64) -> rustix::fd::OwnedFd {
-        let fd = rustix::fs::memfd_create("area", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&fd, length).unwrap();
-        fd
+        memfd("area", length, rustix::fs::MemfdFlags::empty()).unwrap()
+    }
+
+    #[test]
+    fn a_huge_entry_is_as_large_as_the_page_makes_it() {
+        assert_eq!(huge_of(4 << 10), 2 << 20);
+        assert_eq!(huge_of(16 << 10), 32 << 20);
+        assert_eq!(huge_of(64 << 10), 512 << 20);
+    }
+
+    #[test]
+    fn an_area_that_was_unmapped_is_scratch_memory_from_its_beginning_to_its_end() {
+        let fd = file(16384);
+        // Not from the beginning of the file.
+        let request = Request {
+            offset: 8192,
+            length: 8192,
+            writable: false,
+            residue: None,
+        };
+        let area = Area::map(fd.as_fd(), request).unwrap();
+        assert!(!area.refill(), "over what is there");
+        // SAFETY: the range is the area's, and nobody refers to it.
+        unsafe { rustix::mm::munmap(area.start().as_ptr().cast(), area.length()) }.unwrap();
+        assert!(area.refill());
+        for at in [0, 8191] {
+            let place = area.start().as_ptr().wrapping_add(at);
+            // SAFETY: mapped, by what was asserted.
+            unsafe { place.write_volatile(7) };
+            // SAFETY: as above.
+            assert_eq!(unsafe { place.read_volatile() }, 7);
+        }
     }
 
     #[test]
     fn an_area_is_placed_at_the_residue_asked_for() {
-        let fd = file(8 << 20);
-        for residue in [0, 4096, HUGE - 4096, HUGE + 8192] {
+        let huge = huge();
+        let fd = file(4 * huge as u64);
+        for residue in [0, 4096, huge - 4096, huge + 8192] {
             let request = Request {
                 offset: 0,
-                length: 4 << 20,
+                length: 2 * huge,
                 writable: true,
                 residue: Some(residue),
             };
             let area = Area::map(fd.as_fd(), request).unwrap();
-            assert_eq!(area.address() % HUGE, residue % HUGE);
+            assert_eq!(area.address() % huge, residue % huge);
         }
     }
 
