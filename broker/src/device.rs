@@ -24,11 +24,12 @@ use barlease_ledger::core::Facts;
 use barlease_ledger::core::RevokeAnswer;
 use barlease_ledger::policy;
 use barlease_ledger::policy::Backend;
-use barlease_ledger::policy::Match;
 use barlease_ledger::types::Access;
 use barlease_ledger::types::BufferId;
 use barlease_ledger::types::MemoryType;
 use barlease_ledger::types::Range;
+
+use crate::find;
 
 /// The errno of what is not an errno of the kernel's.
 const EIO: Errno = 5;
@@ -50,7 +51,7 @@ pub struct Device {
 ///
 /// Text for the administrator.
 pub fn open(wanted: &policy::Device) -> Result<barlease::Device, String> {
-    let bdf = find(&Pci::system(), wanted)?;
+    let bdf = find::find(&Pci::system(), wanted)?;
     let backend = match wanted.backend {
         Backend::Auto => None,
         Backend::Group => Some(barlease::Backend::Group),
@@ -68,42 +69,6 @@ pub fn open(wanted: &policy::Device) -> Result<barlease::Device, String> {
             Ok(device)
         })
         .map_err(|error| error.report().to_string())
-}
-
-fn find(pci: &Pci, wanted: &policy::Device) -> Result<Bdf, String> {
-    let bdf = match &wanted.matches {
-        Match::Address(address) => address
-            .parse()
-            .map_err(|error| format!("{address}: {error}"))?,
-        Match::Ids(vendor, device) => {
-            let all = pci.devices().map_err(|error| error.report().to_string())?;
-            let mut fit = all
-                .into_iter()
-                .filter(|one| (one.vendor, one.device) == (*vendor, *device));
-            match (fit.next(), fit.next()) {
-                (Some(one), None) => one.bdf,
-                (None, _) => return Err(format!("there is no {vendor:04x}:{device:04x}")),
-                (Some(_), Some(_)) => {
-                    return Err(format!(
-                        "there are several {vendor:04x}:{device:04x}: name an address"
-                    ));
-                }
-            }
-        }
-        Match::Slot(_) | Match::Serial(_) => {
-            return Err("devices are found by address or vendor:device so far".to_owned());
-        }
-    };
-    let found = pci
-        .device(bdf)
-        .map_err(|error| error.report().to_string())?;
-    if let Some(driver) = &wanted.driver
-        && found.driver.as_ref() != Some(driver)
-    {
-        let bound = found.driver.as_deref().unwrap_or("no driver");
-        return Err(format!("{bdf} is bound to {bound}, not to {driver}"));
-    }
-    Ok(bdf)
 }
 
 impl Device {

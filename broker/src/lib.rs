@@ -9,7 +9,8 @@
 //! | `connection` | what was received from a client, and what is left to send |
 //! | `peer` | the process that connected |
 //! | `service` | the core, and what it has done with ledger and devices |
-//! | [`device`] | a device: found, opened, listed, exported from, revoked |
+//! | [`device`] | a device: opened, listed, exported from, revoked |
+//! | `find` | the device that a policy means |
 //! | [`policy`] | the policy's files |
 //! | [`store`] | the file of the ledger: append, compact, read back after a kill |
 //! | [`words`] | the words of the protocol and those of the core |
@@ -19,6 +20,7 @@
 mod calls;
 mod connection;
 pub mod device;
+mod find;
 mod peer;
 pub mod policy;
 mod server;
