@@ -71,9 +71,11 @@ enum Then {
     Later,
 }
 
-/// Whether a user may do what is for administrators.
-pub(crate) fn is_administrator(uid: u32) -> bool {
-    uid == 0 || uid == rustix::process::geteuid().as_raw()
+/// Whether a peer may do what is for administrators. Whoever speaks for a claim may not, and be it
+/// as root of a container.
+pub(crate) fn is_administrator(peer: &Peer) -> bool {
+    let is_ours = peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw();
+    is_ours && peer.claim.is_none()
 }
 
 /// A message without an error.
@@ -202,8 +204,11 @@ impl Server<'_> {
                 json!({"interface": interface}),
             ));
         }
-        let admin = is_administrator(peer.uid);
-        let for_admins = matches!(method, "Revoke" | "Drain" | "Reload" | "Devices");
+        let admin = is_administrator(peer);
+        let for_admins = matches!(
+            method,
+            "Revoke" | "Drain" | "Reload" | "Devices" | "OpenClaim" | "EndClaim" | "Claims"
+        );
         if for_admins && !admin {
             return Err(Refusal::NotAdministrator {}.into());
         }
@@ -278,6 +283,16 @@ impl Server<'_> {
                     .map_err(|errors| Refusal::PolicyInvalid { errors })?;
                 return Ok(Then::Answer(json!(proto::Nothing {})));
             }
+            "OpenClaim" => {
+                let opened = self.open_claim(&parameters(given)?)??;
+                return Ok(Then::Answer(json!(opened)));
+            }
+            "EndClaim" => self.end_claim(request, &parameters(given)?)??,
+            "Claims" => {
+                let names = self.claims.iter().flat_map(|claims| claims.names());
+                let claims = names.map(ToString::to_string).collect();
+                return Ok(Then::Answer(json!(proto::ClaimList { claims })));
+            }
             "Devices" => {
                 let devices = self.device_list();
                 return Ok(Then::Answer(json!(proto::DeviceList { devices })));
@@ -315,11 +330,11 @@ impl Server<'_> {
             return Ok(());
         };
         let peer = &connection.identity.peer;
-        let admin = is_administrator(peer.uid);
+        let admin = is_administrator(peer);
         let shown = |lease: &LeaseView<'_>| {
             lease.lease > after
                 && pool.as_ref().is_none_or(|pool| pool == lease.pool)
-                && (admin || lease.peer.uid == peer.uid)
+                && (admin || peer.is_as(lease.peer))
         };
         let mut last = None;
         let mut messages = Vec::new();

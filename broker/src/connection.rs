@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use barlease_ledger::types::LeaseId;
+use barlease_ledger::types::RequestId;
 use barlease_ledger::types::Time;
 use barlease_proto::MAX_MESSAGE;
 use rustix::io::Errno;
@@ -55,6 +56,8 @@ pub(crate) struct Connection {
     socket: UnixStream,
     pub(crate) identity: Identity,
     pub(crate) busy: Option<Busy>,
+    /// The request that it waits for.
+    pub(crate) request: Option<RequestId>,
     input: Vec<u8>,
     /// Bytes of it that have no NUL.
     searched: usize,
@@ -72,6 +75,7 @@ impl Connection {
             socket,
             identity,
             busy: None,
+            request: None,
             input: Vec::new(),
             searched: 0,
             output: VecDeque::new(),

@@ -5,7 +5,10 @@
 //! | module | what |
 //! |---|---|
 //! | `server` | the loop: sockets, signals, devices, processes and time |
+//! | `accept` | clients come |
 //! | `calls` | the methods of the interface |
+//! | `claims` | a directory with a socket for each claim |
+//! | `cgroup` | control groups, and their ends |
 //! | `connection` | what was received from a client, and what is left to send |
 //! | `peer` | the process that connected |
 //! | `service` | the core, and what it has done with ledger and devices |
@@ -17,7 +20,10 @@
 
 #![forbid(unsafe_code)]
 
+mod accept;
 mod calls;
+mod cgroup;
+mod claims;
 mod connection;
 pub mod device;
 mod find;
@@ -41,6 +47,7 @@ use signal_hook::consts::SIGINT;
 use signal_hook::consts::SIGTERM;
 use signal_hook::low_level::pipe;
 
+use self::claims::Claims;
 pub use self::server::Opener;
 use self::server::Server;
 use self::server::Signals;
@@ -57,7 +64,7 @@ pub struct Options {
     /// Directory of the policy: all its *.toml are read as one.
     #[arg(long, default_value = "/etc/barlease/policy.d")]
     policy: PathBuf,
-    /// Directory of the socket, `leases.sock`, which is made if need be.
+    /// Directory of the socket, `leases.sock`, and of those of claims, which is made if need be.
     #[arg(long, default_value = "/run/barleased")]
     socket: PathBuf,
 }
@@ -90,7 +97,10 @@ fn serve(options: Options, opener: &Opener<'_>) -> io::Result<()> {
     let socket = Socket::bind(&options.socket)?;
     let listener = socket.listener()?;
     let service = Service::new(policy)?;
-    Server::new(options.policy, service, opener, listener, signals)?.run()
+    let claims = Claims::in_directory(&options.socket)?;
+    let mut server = Server::new(options.policy, service, opener, listener, signals)?;
+    server.serve_claims(claims)?;
+    server.run()
 }
 
 fn signals() -> io::Result<Signals> {

@@ -15,6 +15,8 @@ use rustix::event::PollFd;
 use rustix::event::PollFlags;
 use rustix::event::Timespec;
 
+use crate::cgroup;
+
 /// A peer, and its process. Credentials are those of `connect()`.
 #[derive(Debug)]
 pub(crate) struct Identity {
@@ -24,8 +26,8 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
-    /// Of the other end of a socket.
-    pub(crate) fn of(socket: &UnixStream) -> nix::Result<Self> {
+    /// Of the other end of a socket, which speaks for a claim or not.
+    pub(crate) fn of(socket: &UnixStream, claim: Option<Arc<str>>) -> nix::Result<Self> {
         let credentials = getsockopt(socket, PeerCredentials)?;
         let process = getsockopt(socket, PeerPidfd).ok();
         let pid = u32::try_from(credentials.pid()).unwrap_or(0);
@@ -38,15 +40,17 @@ impl Identity {
             cgroup: None,
             cgroup_path: "".into(),
             unit: "".into(),
-            claim: None,
+            claim,
         };
         // A number that is read through is another process's once this one is gone.
         if let Some(process) = &process {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+            let path = cgroup_path(&cgroup);
+            let id = cgroup::id(path);
             if pid != 0 && is_running(process) {
                 peer.groups = groups(&status);
-                let path = cgroup_path(&cgroup);
+                peer.cgroup = id;
                 peer.unit = unit(path).into();
                 peer.cgroup_path = path.into();
             }
@@ -109,7 +113,7 @@ mod tests {
     #[test]
     fn a_peer_is_told_by_its_socket() {
         let (one, _other) = UnixStream::pair().unwrap();
-        let identity = Identity::of(&one).unwrap();
+        let identity = Identity::of(&one, None).unwrap();
         assert_eq!(identity.peer.pid, std::process::id());
         assert_eq!(identity.peer.uid, rustix::process::getuid().as_raw());
         assert!(is_running(&identity.process.unwrap()));

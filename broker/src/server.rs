@@ -21,6 +21,7 @@ use barlease::EventFd;
 use barlease_ledger::core::Event;
 use barlease_ledger::core::Reply;
 use barlease_ledger::policy;
+use barlease_ledger::policy::Subject;
 use barlease_ledger::types::ConnectionId;
 use barlease_ledger::types::LeaseId;
 use barlease_ledger::types::ProcessId;
@@ -31,20 +32,20 @@ use rustix::event::epoll;
 use rustix::event::epoll::EventData;
 use rustix::event::epoll::EventFlags;
 
+use crate::accept::counted_as;
 use crate::calls;
+use crate::cgroup::Cgroups;
+use crate::claims::Claims;
 use crate::connection::Busy;
 use crate::connection::Connection;
 use crate::connection::Outgoing;
 use crate::device::Device;
-use crate::peer::Identity;
 use crate::service::Effect;
 use crate::service::Service;
 use crate::service::now;
 
 /// How long a client may take nothing of what is sent to it.
 const PATIENCE: u64 = 10_000;
-/// Most connections of a user that is no administrator.
-const MAX_CONNECTIONS: usize = 256;
 
 /// Opens the devices of a policy.
 pub type Opener<'a> = dyn Fn(&policy::Device) -> Result<barlease::Device, String> + 'a;
@@ -58,8 +59,9 @@ pub(crate) struct Signals {
 
 /// The kind of a descriptor in the epoll.
 #[derive(Clone, Debug)]
-enum Source {
-    Listener,
+pub(crate) enum Source {
+    /// Of a claim, or of the service.
+    Listener(Option<Arc<str>>),
     End,
     Reload,
     Closed,
@@ -67,6 +69,7 @@ enum Source {
     Events(Arc<str>),
     Request(Arc<str>),
     Process(ProcessId),
+    Cgroups,
 }
 
 /// Everything.
@@ -74,14 +77,19 @@ pub(crate) struct Server<'a> {
     pub(crate) service: Service,
     pub(crate) policy: PathBuf,
     opener: &'a Opener<'a>,
-    epoll: OwnedFd,
-    listener: Option<UnixListener>,
+    pub(crate) epoll: OwnedFd,
+    pub(crate) listener: Option<UnixListener>,
+    pub(crate) claims: Option<Claims>,
+    /// Listeners that wait for descriptors to accept with.
+    pub(crate) paused: Vec<Option<Arc<str>>>,
     signals: Signals,
-    sources: BTreeMap<u64, Source>,
-    last_source: u64,
+    pub(crate) sources: BTreeMap<u64, Source>,
+    pub(crate) last_source: u64,
     pub(crate) connections: BTreeMap<ConnectionId, Connection>,
-    /// Connections of users.
-    users: BTreeMap<u32, usize>,
+    /// Numbers of connections.
+    pub(crate) subjects: BTreeMap<Subject, usize>,
+    /// Connections, by the process that made them.
+    pub(crate) callers: BTreeSet<(ProcessId, ConnectionId)>,
     /// The connection that a request is of.
     pub(crate) requests: BTreeMap<RequestId, ConnectionId>,
     last_request: u64,
@@ -90,6 +98,7 @@ pub(crate) struct Server<'a> {
     give_ups: BTreeSet<(Time, ConnectionId)>,
     /// Processes that are watched: the source, and the pidfd.
     processes: BTreeMap<ProcessId, (u64, OwnedFd)>,
+    cgroups: Cgroups,
     /// Devices that are being closed.
     pub(crate) closing: BTreeSet<Arc<str>>,
     closed: (mpsc::Sender<Arc<str>>, mpsc::Receiver<Arc<str>>),
@@ -116,16 +125,20 @@ impl<'a> Server<'a> {
             opener,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             listener: None,
+            claims: None,
+            paused: Vec::new(),
             signals,
             sources: BTreeMap::new(),
             last_source: 0,
             connections: BTreeMap::new(),
-            users: BTreeMap::new(),
+            subjects: BTreeMap::new(),
+            callers: BTreeSet::new(),
             requests: BTreeMap::new(),
             last_request: 0,
             ready: BTreeSet::new(),
             give_ups: BTreeSet::new(),
             processes: BTreeMap::new(),
+            cgroups: Cgroups::new()?,
             closing: BTreeSet::new(),
             closed: mpsc::channel(),
             closed_event: EventFd::new().map_err(io::Error::other)?,
@@ -139,22 +152,20 @@ impl<'a> Server<'a> {
         server.listen_to(end, Source::End)?;
         server.listen_to(reload, Source::Reload)?;
         server.listen_to(closed, Source::Closed)?;
+        let cgroups = server.cgroups.as_fd().try_clone_to_owned()?;
+        server.listen_to(cgroups, Source::Cgroups)?;
         server.open_devices()?;
-        server.listen_to(&listener, Source::Listener)?;
         server.listener = Some(listener);
+        server.listen_on(None)?;
         Ok(server)
     }
 
     /// Adds a descriptor, which stays open elsewhere.
-    fn listen_to(&mut self, fd: impl AsFd, source: Source) -> io::Result<u64> {
+    pub(crate) fn listen_to(&mut self, fd: impl AsFd, source: Source) -> io::Result<u64> {
         self.last_source += 1;
         let number = self.last_source;
-        epoll::add(
-            &self.epoll,
-            &fd,
-            EventData::new_u64(number),
-            EventFlags::IN | EventFlags::RDHUP,
-        )?;
+        let flags = EventFlags::IN | EventFlags::RDHUP;
+        epoll::add(&self.epoll, &fd, EventData::new_u64(number), flags)?;
         self.sources.insert(number, source);
         Ok(number)
     }
@@ -228,7 +239,7 @@ impl<'a> Server<'a> {
     /// Handles an event; `false`: ends at once.
     fn happened(&mut self, number: u64, source: Source, flags: EventFlags) -> io::Result<bool> {
         match source {
-            Source::Listener => self.accept()?,
+            Source::Listener(claim) => self.accept(number, claim)?,
             Source::End => {
                 drain(&self.signals.end);
                 if self.stopping {
@@ -269,6 +280,11 @@ impl<'a> Server<'a> {
                 self.unwatch(process);
                 self.service.give(Event::ProcessGone(process))?;
             }
+            Source::Cgroups => {
+                for cgroup in self.cgroups.ended() {
+                    self.service.give(Event::CgroupEmpty(cgroup))?;
+                }
+            }
         }
         Ok(true)
     }
@@ -284,10 +300,9 @@ impl<'a> Server<'a> {
 
     fn stop(&mut self) -> io::Result<()> {
         self.stopping = true;
-        if let Some(listener) = self.listener.take() {
-            // It is not there while descriptors are short.
-            let _ = epoll::delete(&self.epoll, &listener);
-        }
+        // No more clients: the descriptors leave the epoll as they are closed.
+        self.listener = None;
+        self.claims = None;
         for name in self.service.devices() {
             self.let_go(&name, None)?;
         }
@@ -321,49 +336,6 @@ impl<'a> Server<'a> {
             self.answer(request, calls::done(), None)?;
         }
         Ok(())
-    }
-
-    fn accept(&mut self) -> io::Result<()> {
-        let Some(listener) = &self.listener else {
-            return Ok(());
-        };
-        let socket = match listener.accept() {
-            Ok((socket, _)) => socket,
-            Err(error) => {
-                let errno = rustix::io::Errno::from_io_error(&error);
-                if matches!(
-                    errno,
-                    Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)
-                ) {
-                    // Until a connection ends, or this would be told again and again.
-                    eprintln!("barleased: no descriptors are left for clients: {error}");
-                    epoll::delete(&self.epoll, listener)?;
-                    self.sources
-                        .retain(|_, source| !matches!(source, Source::Listener));
-                }
-                return Ok(());
-            }
-        };
-        let Ok(identity) = Identity::of(&socket) else {
-            return Ok(());
-        };
-        let uid = identity.peer.uid;
-        let connections = self.users.entry(uid).or_default();
-        if *connections >= MAX_CONNECTIONS && !calls::is_administrator(uid) {
-            return Ok(());
-        }
-        *connections += 1;
-        // The number that it gets in the epoll.
-        let id = ConnectionId(self.last_source + 1);
-        let event = Event::Connected {
-            connection: id,
-            peer: identity.peer.clone(),
-            token: 0,
-        };
-        self.listen_to(&socket, Source::Connection(id))?;
-        self.connections
-            .insert(id, Connection::new(socket, identity));
-        self.service.give(event)
     }
 
     fn stirred(&mut self, id: ConnectionId, flags: EventFlags) -> io::Result<()> {
@@ -455,12 +427,18 @@ impl<'a> Server<'a> {
         if let Some(time) = connection.give_up {
             self.give_ups.remove(&(time, id));
         }
-        self.requests.retain(|_, connection| *connection != id);
-        let uid = connection.identity.peer.uid;
-        if let Some(count) = self.users.get_mut(&uid) {
+        if let Some(request) = connection.request {
+            self.requests.remove(&request);
+        }
+        let peer = &connection.identity.peer;
+        if let Some(process) = peer.process {
+            self.callers.remove(&(process, id));
+        }
+        let subject = counted_as(peer);
+        if let Some(count) = self.subjects.get_mut(&subject) {
             *count -= 1;
             if *count == 0 {
-                self.users.remove(&uid);
+                self.subjects.remove(&subject);
             }
         }
         let undelivered: Vec<LeaseId> = connection.undelivered().collect();
@@ -470,18 +448,6 @@ impl<'a> Server<'a> {
         }
         self.service.give(Event::PeerGone(id))?;
         self.listen_again()
-    }
-
-    fn listen_again(&mut self) -> io::Result<()> {
-        let listens = |source: &Source| matches!(source, Source::Listener);
-        if self.listener.is_none() || self.sources.values().any(listens) {
-            return Ok(());
-        }
-        if let Some(listener) = self.listener.take() {
-            self.listen_to(&listener, Source::Listener)?;
-            self.listener = Some(listener);
-        }
-        Ok(())
     }
 
     fn give_up(&mut self) -> io::Result<()> {
@@ -518,7 +484,20 @@ impl<'a> Server<'a> {
                 self.unwatch(process);
                 Ok(())
             }
-            Effect::NoCgroup(cgroup) => self.service.give(Event::CgroupEmpty(cgroup)),
+            Effect::WatchCgroup(cgroup, path) => {
+                let Err(error) = self.cgroups.watch(cgroup, &path) else {
+                    return Ok(());
+                };
+                if error.kind() != io::ErrorKind::NotFound {
+                    // What cannot be watched would live for ever.
+                    eprintln!("barleased: watch the control group {path}: {error}");
+                }
+                self.service.give(Event::CgroupEmpty(cgroup))
+            }
+            Effect::UnwatchCgroup(cgroup) => {
+                self.cgroups.unwatch(cgroup);
+                Ok(())
+            }
             Effect::Close(name, device) => {
                 self.closing.insert(name.clone());
                 let event = self.closed_event.try_clone().map_err(io::Error::other)?;
@@ -549,6 +528,7 @@ impl<'a> Server<'a> {
         };
         let oneway = matches!(connection.busy, Some(Busy::Call { oneway: true }));
         connection.busy = None;
+        connection.request = None;
         self.ready.insert(id);
         if oneway {
             return self.undelivered(lease);
@@ -585,15 +565,18 @@ impl<'a> Server<'a> {
         self.last_request += 1;
         let request = RequestId(self.last_request);
         self.requests.insert(request, id);
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.request = Some(request);
+        }
         request
     }
 
     fn watch(&mut self, process: ProcessId) -> io::Result<()> {
-        let pidfd = self
-            .connections
-            .values()
-            .find(|connection| connection.identity.peer.process == Some(process))
-            .and_then(|connection| connection.identity.process.as_ref()?.try_clone().ok());
+        let all = (process, ConnectionId(0))..=(process, ConnectionId(u64::MAX));
+        let pidfd = self.callers.range(all).next().and_then(|(_, id)| {
+            let identity = &self.connections.get(id)?.identity;
+            identity.process.as_ref()?.try_clone().ok()
+        });
         let Some(pidfd) = pidfd else {
             return self.service.give(Event::ProcessGone(process));
         };

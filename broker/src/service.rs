@@ -50,8 +50,8 @@ pub(crate) enum Effect {
     },
     WatchProcess(ProcessId),
     UnwatchProcess(ProcessId),
-    /// There is no watch of control groups yet: no peer has one that is known to the core.
-    NoCgroup(CgroupId),
+    WatchCgroup(CgroupId, Arc<str>),
+    UnwatchCgroup(CgroupId),
     /// To be dropped where that may take long; then [`Event::DeviceClosed`].
     Close(Arc<str>, Option<Box<Device>>),
 }
@@ -284,8 +284,12 @@ impl Service {
             Action::UnwatchProcess(process) => {
                 self.effects.push_back(Effect::UnwatchProcess(process));
             }
-            Action::WatchCgroup(cgroup, _) => self.effects.push_back(Effect::NoCgroup(cgroup)),
-            Action::UnwatchCgroup(_) => {}
+            Action::WatchCgroup(cgroup, path) => {
+                self.effects.push_back(Effect::WatchCgroup(cgroup, path));
+            }
+            Action::UnwatchCgroup(cgroup) => {
+                self.effects.push_back(Effect::UnwatchCgroup(cgroup));
+            }
             Action::CloseDevice(name) => {
                 let open = self.devices.remove(&name);
                 let device = open.map(|open| Box::new(open.device));

@@ -187,6 +187,7 @@ fn the_idl_and_the_types_have_the_same_fields() {
     ] {
         check("type", name, json);
     }
+    let text = String::new;
     let revoke = Revoke {
         lease: None,
         uid: None,
@@ -230,6 +231,9 @@ fn the_idl_and_the_types_have_the_same_fields() {
         ),
         (Reload::NAME, value(&Reload {})),
         (Devices::NAME, value(&Devices {})),
+        (OpenClaim::NAME, value(&OpenClaim { claim: text() })),
+        (EndClaim::NAME, value(&EndClaim { claim: text() })),
+        (Claims::NAME, value(&Claims {})),
         (
             Adopt::NAME,
             value(&Adopt {
@@ -283,6 +287,9 @@ fn the_idl_and_the_types_have_the_same_fields() {
                 devices: vec![device],
             }),
         ),
+        ("OpenClaim", value(&Claim { directory: text() })),
+        ("EndClaim", value(&Revoked { leases: 1 })),
+        ("Claims", value(&ClaimList { claims: vec![] })),
         ("Adopt", value(&Nothing {})),
     ] {
         check("reply", name, json);
@@ -351,6 +358,7 @@ fn refusals() -> Vec<Refusal> {
         Refusal::NoSuchPool { pool: text() },
         Refusal::NoSuchDevice { device: text() },
         Refusal::NoSuchLease { lease: 1 },
+        Refusal::NoSuchClaim { claim: text() },
         Refusal::OutsidePools {
             device: text(),
             bar: 0,

@@ -41,6 +41,9 @@ methods! {
     Drain -> Nothing;
     Reload -> Nothing;
     Devices -> DeviceList;
+    OpenClaim -> Claim;
+    EndClaim -> Revoked;
+    Claims -> ClaimList;
     Adopt -> Nothing;
 }
 
@@ -148,6 +151,12 @@ types! {
     structure Reload {}
     structure Devices {}
     structure DeviceList { devices: Vec<DeviceInfo>, }
+    structure OpenClaim { claim: String, }
+    /// The reply of OpenClaim.
+    structure Claim { directory: String, }
+    structure EndClaim { claim: String, }
+    structure Claims {}
+    structure ClaimList { claims: Vec<String>, }
     /// The descriptor is number [`Adopt::file_descriptor`] of those of the message.
     structure Adopt { device: String, file_descriptor: u32, }
     /// A reply without anything in it.

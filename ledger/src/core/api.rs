@@ -423,7 +423,7 @@ pub enum Refusal {
         what: &'static str,
     },
     /// The lease cannot end with what the kernel did not tell of the peer.
-    #[error("what the lifetime {0:?} needs is not known of this connection")]
+    #[error("{}", no_identity(*.0))]
     NoIdentity(Lifetime),
     /// A limit of the policy.
     #[error("the limit of {place}: {limit}, of which {have} are in use")]
@@ -472,6 +472,22 @@ pub enum Refusal {
     /// No connection of before the restart has that secret, or it is another's, or it is too late.
     #[error("there is nothing to resume")]
     NothingToResume,
+}
+
+fn no_identity(lifetime: Lifetime) -> &'static str {
+    match lifetime {
+        Lifetime::Process => {
+            "the kernel does not say which process connected: the lifetime `process` needs Linux \
+             6.9 or later"
+        }
+        Lifetime::Cgroup => {
+            "the process that connected is in no control group of version 2, or in its root: the \
+             lifetime `cgroup` needs a host with that version (`stat -fc %T /sys/fs/cgroup` says \
+             cgroup2fs), and Linux 6.5 or later"
+        }
+        Lifetime::Claim => "the lifetime `claim` is for those who connect to the socket of a claim",
+        Lifetime::Connection | Lifetime::Holders => "the connection is not known",
+    }
 }
 
 /// A limit of the policy.
