@@ -34,6 +34,8 @@ use crate::find;
 /// The errno of what is not an errno of the kernel's.
 const EIO: Errno = 5;
 const ENOENT: Errno = 2;
+/// Bytes that are written at a time, of which a range is a multiple.
+const FILL: usize = 4096;
 
 /// An open device.
 #[derive(Debug)]
@@ -204,23 +206,23 @@ impl Device {
         }
     }
 
-    /// Fills ranges with 8 bytes, little-endian, again and again.
+    /// Fills a range with 8 bytes, little-endian, again and again.
     ///
     /// # Errors
     ///
     /// The errno of mapping or writing.
-    pub fn scrub(&self, bar: u8, ranges: &[Range], pattern: u64) -> Result<(), Errno> {
-        let word = pattern.to_le();
-        for range in ranges {
-            let bytes = range.offset..range.end();
-            let mapping = self
-                .device
-                .map_region(bar.into(), bytes)
+    pub fn scrub(&self, bar: u8, range: Range, pattern: u64) -> Result<(), Errno> {
+        let bytes = pattern.to_le_bytes().repeat(FILL / 8);
+        let mapping = self
+            .device
+            .map_region(bar.into(), range.offset..range.end())
+            .map_err(|error| errno(&error))?;
+        let length = usize::try_from(range.length).map_err(|_| EIO)?;
+        for offset in (0..length).step_by(FILL) {
+            let piece = &bytes[..FILL.min(length - offset)];
+            mapping
+                .copy_from(offset, piece)
                 .map_err(|error| errno(&error))?;
-            let length = usize::try_from(range.length).map_err(|_| EIO)?;
-            for offset in (0..length).step_by(8) {
-                mapping.write(offset, word).map_err(|error| errno(&error))?;
-            }
         }
         Ok(())
     }

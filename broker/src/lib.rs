@@ -14,6 +14,8 @@
 //! | `service` | the core, and what it has done with ledger and devices |
 //! | [`device`] | a device: opened, listed, exported from, revoked |
 //! | `find` | the device that a policy means |
+//! | `scrub` | clearing, beside the loop |
+//! | `finished` | what was done beside the loop |
 //! | [`policy`] | the policy's files |
 //! | [`store`] | the file of the ledger: append, compact, read back after a kill |
 //! | [`words`] | the words of the protocol and those of the core |
@@ -27,8 +29,10 @@ mod claims;
 mod connection;
 pub mod device;
 mod find;
+mod finished;
 mod peer;
 pub mod policy;
+mod scrub;
 mod server;
 mod service;
 mod socket;
@@ -48,6 +52,7 @@ use signal_hook::consts::SIGTERM;
 use signal_hook::low_level::pipe;
 
 use self::claims::Claims;
+use self::finished::Inbox;
 pub use self::server::Opener;
 use self::server::Server;
 use self::server::Signals;
@@ -96,9 +101,17 @@ fn serve(options: Options, opener: &Opener<'_>) -> io::Result<()> {
         .map_err(|errors| io::Error::other(format!("the policy: {}", errors.join("\n"))))?;
     let socket = Socket::bind(&options.socket)?;
     let listener = socket.listener()?;
-    let service = Service::new(policy)?;
+    let (inbox, finished) = Inbox::new()?;
+    let service = Service::new(policy, finished.clone())?;
     let claims = Claims::in_directory(&options.socket)?;
-    let mut server = Server::new(options.policy, service, opener, listener, signals)?;
+    let mut server = Server::new(
+        options.policy,
+        service,
+        opener,
+        listener,
+        signals,
+        (inbox, finished),
+    )?;
     server.serve_claims(claims)?;
     server.run()
 }

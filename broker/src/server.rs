@@ -14,10 +14,8 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc;
 use std::thread;
 
-use barlease::EventFd;
 use barlease_ledger::core::Event;
 use barlease_ledger::core::Reply;
 use barlease_ledger::policy;
@@ -40,6 +38,9 @@ use crate::connection::Busy;
 use crate::connection::Connection;
 use crate::connection::Outgoing;
 use crate::device::Device;
+use crate::finished::Done;
+use crate::finished::Finished;
+use crate::finished::Inbox;
 use crate::service::Effect;
 use crate::service::Service;
 use crate::service::now;
@@ -64,7 +65,7 @@ pub(crate) enum Source {
     Listener(Option<Arc<str>>),
     End,
     Reload,
-    Closed,
+    Finished,
     Connection(ConnectionId),
     Events(Arc<str>),
     Request(Arc<str>),
@@ -101,8 +102,8 @@ pub(crate) struct Server<'a> {
     cgroups: Cgroups,
     /// Devices that are being closed.
     pub(crate) closing: BTreeSet<Arc<str>>,
-    closed: (mpsc::Sender<Arc<str>>, mpsc::Receiver<Arc<str>>),
-    closed_event: EventFd,
+    inbox: Inbox,
+    finished: Finished,
     /// Devices that are on their way out.
     pub(crate) going: BTreeSet<Arc<str>>,
     /// Drains to be answered when these are closed.
@@ -117,6 +118,7 @@ impl<'a> Server<'a> {
         opener: &'a Opener<'a>,
         listener: UnixListener,
         signals: Signals,
+        (inbox, finished): (Inbox, Finished),
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let mut server = Self {
@@ -140,18 +142,18 @@ impl<'a> Server<'a> {
             processes: BTreeMap::new(),
             cgroups: Cgroups::new()?,
             closing: BTreeSet::new(),
-            closed: mpsc::channel(),
-            closed_event: EventFd::new().map_err(io::Error::other)?,
+            inbox,
+            finished,
             going: BTreeSet::new(),
             drains: Vec::new(),
             stopping: false,
         };
         let end = server.signals.end.try_clone()?;
         let reload = server.signals.reload.try_clone()?;
-        let closed = server.closed_event.try_clone().map_err(io::Error::other)?;
+        let inbox = server.inbox.as_fd().try_clone_to_owned()?;
         server.listen_to(end, Source::End)?;
         server.listen_to(reload, Source::Reload)?;
-        server.listen_to(closed, Source::Closed)?;
+        server.listen_to(inbox, Source::Finished)?;
         let cgroups = server.cgroups.as_fd().try_clone_to_owned()?;
         server.listen_to(cgroups, Source::Cgroups)?;
         server.open_devices()?;
@@ -255,10 +257,14 @@ impl<'a> Server<'a> {
                     }
                 }
             }
-            Source::Closed => {
-                let _ = self.closed_event.take();
-                while let Ok(name) = self.closed.1.try_recv() {
-                    self.device_closed(&name)?;
+            Source::Finished => {
+                for done in self.inbox.take() {
+                    match done {
+                        Done::Closed(name) => self.device_closed(&name)?,
+                        Done::Scrubbed(lease, result) => {
+                            self.service.give(Event::Scrubbed { lease, result })?;
+                        }
+                    }
                 }
             }
             Source::Connection(id) => self.stirred(id, flags)?,
@@ -295,7 +301,9 @@ impl<'a> Server<'a> {
         self.service.give(Event::DeviceGoing {
             device: name.clone(),
             grace: grace.map(barlease_ledger::types::Millis),
-        })
+        })?;
+        self.service.cancel_scrubs(name);
+        Ok(())
     }
 
     fn stop(&mut self) -> io::Result<()> {
@@ -500,14 +508,11 @@ impl<'a> Server<'a> {
             }
             Effect::Close(name, device) => {
                 self.closing.insert(name.clone());
-                let event = self.closed_event.try_clone().map_err(io::Error::other)?;
-                let sender = self.closed.0.clone();
+                let finished = self.finished.clone();
                 // Closing waits for importers.
                 thread::Builder::new().spawn(move || {
                     drop(device);
-                    // The receiver is gone only when the service has ended.
-                    let _ = sender.send(name);
-                    let _ = event.signal();
+                    finished.tell(Done::Closed(name));
                 })?;
                 Ok(())
             }

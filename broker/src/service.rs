@@ -24,6 +24,10 @@ use barlease_ledger::types::Time;
 use rustix::time::ClockId;
 
 use crate::device::Device;
+use crate::finished::Done;
+use crate::finished::Finished;
+use crate::scrub::Job;
+use crate::scrub::Scrubber;
 use crate::store::Store;
 
 /// Shortest time between two LISTs of a device that are asked for by its events.
@@ -53,11 +57,15 @@ pub(crate) enum Effect {
     WatchCgroup(CgroupId, Arc<str>),
     UnwatchCgroup(CgroupId),
     /// To be dropped where that may take long; then [`Event::DeviceClosed`].
-    Close(Arc<str>, Option<Box<Device>>),
+    Close(Arc<str>, Option<Box<Open>>),
 }
 
-struct Open {
-    device: Device,
+/// A device that is open.
+#[derive(Debug)]
+pub(crate) struct Open {
+    /// Dropped before the device, of which its thread has the other reference.
+    scrubber: Option<Scrubber>,
+    device: Arc<Device>,
     /// When its events were last answered by a LIST, which may be repeated from then on.
     list_from: Time,
     list_wanted: bool,
@@ -72,6 +80,7 @@ pub(crate) struct Service {
     exported: BTreeMap<LeaseId, OwnedFd>,
     timer: Option<Time>,
     effects: VecDeque<Effect>,
+    done: Finished,
 }
 
 /// Now.
@@ -83,7 +92,8 @@ pub(crate) fn now() -> Time {
 }
 
 impl Service {
-    pub(crate) fn new(policy: Policy) -> io::Result<Self> {
+    /// `done` is told what has been done beside the loop.
+    pub(crate) fn new(policy: Policy, done: Finished) -> io::Result<Self> {
         Ok(Self {
             core: Core::new(Arc::new(policy), now()),
             store: Store::create()?,
@@ -91,6 +101,7 @@ impl Service {
             exported: BTreeMap::new(),
             timer: None,
             effects: VecDeque::new(),
+            done,
         })
     }
 
@@ -100,7 +111,7 @@ impl Service {
 
     /// An open device.
     pub(crate) fn device(&self, name: &str) -> Option<&Device> {
-        self.devices.get(name).map(|open| &open.device)
+        self.devices.get(name).map(|open| &*open.device)
     }
 
     /// Names of the open devices.
@@ -114,7 +125,8 @@ impl Service {
             .facts()
             .map_err(|error| io::Error::other(error.report().to_string()))?;
         let open = Open {
-            device,
+            scrubber: None,
+            device: Arc::new(device),
             list_from: Time(0),
             list_wanted: false,
         };
@@ -214,6 +226,31 @@ impl Service {
         }
     }
 
+    /// Has a device's thread clear something; `false`: there is no such device or thread.
+    fn begin_scrub(&mut self, device: &str, job: Job) -> bool {
+        let Some(open) = self.devices.get_mut(device) else {
+            return false;
+        };
+        if open.scrubber.is_none() {
+            let done = self.done.clone();
+            let told = move |lease, result| done.tell(Done::Scrubbed(lease, result));
+            match Scrubber::start(open.device.clone(), Box::new(told)) {
+                Ok(scrubber) => open.scrubber = Some(scrubber),
+                Err(error) => eprintln!("barleased: {device}: start a thread: {error}"),
+            }
+        }
+        let scrubber = open.scrubber.as_ref();
+        scrubber.is_some_and(|scrubber| scrubber.add(job).is_ok())
+    }
+
+    /// Ends the clearing of what nobody will get: a device is let go.
+    pub(crate) fn cancel_scrubs(&self, device: &str) {
+        let open = self.devices.get(device);
+        if let Some(scrubber) = open.and_then(|open| open.scrubber.as_ref()) {
+            scrubber.cancel();
+        }
+    }
+
     /// Carries out an action, and gives its answer.
     fn carry_out(
         &mut self,
@@ -230,11 +267,19 @@ impl Service {
                 ranges,
                 pattern,
             } => {
-                let result = match self.device(&device) {
-                    Some(device) => device.scrub(bar, ranges.as_slice(), pattern),
-                    None => Err(ENODEV),
+                let job = Job {
+                    lease,
+                    bar,
+                    ranges,
+                    pattern,
                 };
-                return Ok(Some(Event::Scrubbed { lease, result }));
+                return Ok(match self.begin_scrub(&device, job) {
+                    true => None,
+                    false => Some(Event::Scrubbed {
+                        lease,
+                        result: Err(ENODEV),
+                    }),
+                });
             }
             Action::Export(export) => {
                 let lease = export.lease;
@@ -291,9 +336,8 @@ impl Service {
                 self.effects.push_back(Effect::UnwatchCgroup(cgroup));
             }
             Action::CloseDevice(name) => {
-                let open = self.devices.remove(&name);
-                let device = open.map(|open| Box::new(open.device));
-                self.effects.push_back(Effect::Close(name, device));
+                let open = self.devices.remove(&name).map(Box::new);
+                self.effects.push_back(Effect::Close(name, open));
             }
             Action::SetTimer(time) => self.timer = time,
         }

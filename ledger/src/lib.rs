@@ -45,7 +45,8 @@
 //!
 //! - Carry out actions in their order, one [`Append`](core::Action::Append) before the next action
 //!   begins, and give the answers of actions as events. Nothing else is given before all actions
-//!   are carried out.
+//!   are carried out; but [`Scrub`](core::Action::Scrub) is only begun, and answered when it is
+//!   done.
 //! - Ask LIST only with nothing left to do, and give its answer as the next event.
 //! - Keep the descriptor of an exported buffer until the answer to its request is sent, then close
 //!   it; close it when the request is refused.

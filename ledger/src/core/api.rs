@@ -232,7 +232,8 @@ pub enum Action {
     Append(Record),
     /// Put these in the place of all records, as `record` says how.
     Compact(Vec<Record>),
-    /// Fill the ranges through the owner's own mapping. Answer: [`Event::Scrubbed`].
+    /// Begin to fill the ranges through the owner's own mapping. [`Event::Scrubbed`] may come any
+    /// time later, after other events.
     Scrub {
         /// For this lease.
         lease: LeaseId,
