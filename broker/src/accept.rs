@@ -21,12 +21,23 @@ use crate::calls;
 use crate::claims::Claims;
 use crate::claims::is_name;
 use crate::connection::Connection;
-use crate::peer::Identity;
+use crate::peer;
 use crate::server::Server;
 use crate::server::Source;
 
 /// Most connections of a user, or of a claim, that is no administrator.
 const MAX_CONNECTIONS: usize = 256;
+
+/// Most bytes that are kept for a user, or for a claim: of calls that are not there to their end,
+/// and of answers that are not read.
+const MAX_BYTES: usize = 64 << 20;
+
+/// What a user or a claim has of the daemon.
+#[derive(Debug, Default)]
+pub(crate) struct Share {
+    pub(crate) connections: usize,
+    pub(crate) bytes: usize,
+}
 
 /// As whom a connection counts.
 pub(crate) fn counted_as(peer: &Peer) -> Subject {
@@ -94,28 +105,27 @@ impl Server<'_> {
                 return Ok(());
             }
         };
-        let Ok(identity) = Identity::of(&socket, claim) else {
+        let Ok(peer) = peer::of(&socket, claim) else {
             return Ok(());
         };
-        let subject = counted_as(&identity.peer);
-        let connections = self.subjects.entry(subject).or_default();
-        if *connections >= MAX_CONNECTIONS && !calls::is_administrator(&identity.peer) {
+        let subject = counted_as(&peer);
+        let share = self.subjects.entry(subject).or_default();
+        if share.connections >= MAX_CONNECTIONS && !calls::is_administrator(&peer) {
             return Ok(());
         }
-        *connections += 1;
+        share.connections += 1;
         // The number that it gets in the epoll.
         let id = ConnectionId(self.last_source + 1);
         let event = Event::Connected {
             connection: id,
-            peer: identity.peer.clone(),
+            peer: peer.clone(),
             token: 0,
         };
         self.listen_to(&socket, Source::Connection(id))?;
-        if let Some(process) = identity.peer.process {
+        if let Some(process) = peer.process {
             self.callers.insert((process, id));
         }
-        self.connections
-            .insert(id, Connection::new(socket, identity));
+        self.connections.insert(id, Connection::new(socket, peer));
         self.service.give(event)
     }
 
@@ -125,6 +135,24 @@ impl Server<'_> {
             self.listen_on(claim)?;
         }
         Ok(())
+    }
+
+    /// Counts the bytes that are kept for a connection; `false`: its user has too many.
+    pub(crate) fn weigh(&mut self, id: ConnectionId) -> bool {
+        let Some(connection) = self.connections.get_mut(&id) else {
+            return true;
+        };
+        let weight = connection.weight();
+        let before = std::mem::replace(&mut connection.counted, weight);
+        if before == weight {
+            return true;
+        }
+        let peer = &connection.peer;
+        let Some(share) = self.subjects.get_mut(&counted_as(peer)) else {
+            return true;
+        };
+        share.bytes = share.bytes - before + weight;
+        share.bytes <= MAX_BYTES || weight <= before || calls::is_administrator(peer)
     }
 
     /// Makes the directory of a claim.
@@ -182,8 +210,7 @@ impl Server<'_> {
             grace: Some(Millis(0)),
         })?;
         self.service.give(Event::ClaimEnded(name.clone()))?;
-        let speaks =
-            |connection: &Connection| connection.identity.peer.claim.as_ref() == Some(&name);
+        let speaks = |connection: &Connection| connection.peer.claim.as_ref() == Some(&name);
         let connections = self.connections.iter();
         let gone: Vec<_> = connections
             .filter(|(_, connection)| speaks(connection))

@@ -171,7 +171,7 @@ impl Server<'_> {
         connection.busy = Some(Busy::Call {
             oneway: call.oneway,
         });
-        let peer = connection.identity.peer.clone();
+        let peer = connection.peer.clone();
         let request = self.request_of(id);
         let answer = match self.dispatch(id, request, &peer, call) {
             Ok(Then::Later) => return Ok(()),
@@ -329,7 +329,7 @@ impl Server<'_> {
         let Some(Busy::List { after, pool }) = connection.busy.clone() else {
             return Ok(());
         };
-        let peer = &connection.identity.peer;
+        let peer = &connection.peer;
         let admin = is_administrator(peer);
         let shown = |lease: &LeaseView<'_>| {
             lease.lease > after

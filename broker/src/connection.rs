@@ -11,9 +11,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use barlease_ledger::types::LeaseId;
+use barlease_ledger::types::Peer;
 use barlease_ledger::types::RequestId;
 use barlease_ledger::types::Time;
 use barlease_proto::MAX_MESSAGE;
+use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::RecvAncillaryBuffer;
 use rustix::net::RecvFlags;
@@ -21,12 +23,10 @@ use rustix::net::SendAncillaryBuffer;
 use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
 
-use crate::peer::Identity;
-
 /// Bytes that wait to be sent, above which a client that is told news is given up.
 const MAX_UNSENT: usize = MAX_MESSAGE;
 /// Bytes that are read at a time: a client that sends without end gets its turn like all others.
-const CHUNK: usize = 64 << 10;
+pub(crate) const CHUNK: usize = 64 << 10;
 
 /// A message to be sent.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ pub(crate) enum Busy {
 #[derive(Debug)]
 pub(crate) struct Connection {
     socket: UnixStream,
-    pub(crate) identity: Identity,
+    pub(crate) peer: Peer,
     pub(crate) busy: Option<Busy>,
     /// The request that it waits for.
     pub(crate) request: Option<RequestId>,
@@ -65,15 +65,19 @@ pub(crate) struct Connection {
     /// Bytes of the first of them that are sent.
     sent: usize,
     unsent: usize,
+    /// What [`Connection::weight`] was when it was counted.
+    pub(crate) counted: usize,
+    /// The events that the epoll has for it.
+    pub(crate) armed: EventFlags,
     /// When it is given up unless it takes something.
     pub(crate) give_up: Option<Time>,
 }
 
 impl Connection {
-    pub(crate) fn new(socket: UnixStream, identity: Identity) -> Self {
+    pub(crate) fn new(socket: UnixStream, peer: Peer) -> Self {
         Self {
             socket,
-            identity,
+            peer,
             busy: None,
             request: None,
             input: Vec::new(),
@@ -81,6 +85,8 @@ impl Connection {
             output: VecDeque::new(),
             sent: 0,
             unsent: 0,
+            counted: 0,
+            armed: EventFlags::IN | EventFlags::RDHUP,
             give_up: None,
         }
     }
@@ -88,23 +94,32 @@ impl Connection {
     /// Receives what is there, up to a limit; `false`: the client sends no more.
     ///
     /// Descriptors are not asked for: the kernel closes those that come.
-    pub(crate) fn receive(&mut self) -> io::Result<bool> {
-        let start = self.input.len();
-        self.input.resize(start + CHUNK, 0);
+    pub(crate) fn receive(&mut self, chunk: &mut [u8]) -> io::Result<bool> {
         let mut control = RecvAncillaryBuffer::default();
         let received = rustix::net::recvmsg(
             &self.socket,
-            &mut [IoSliceMut::new(&mut self.input[start..])],
+            &mut [IoSliceMut::new(chunk)],
             &mut control,
             RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
         );
-        let bytes = received.as_ref().map_or(0, |received| received.bytes);
-        self.input.truncate(start + bytes);
         match received {
-            Ok(_) => Ok(bytes != 0),
+            Ok(received) => {
+                self.input.extend_from_slice(&chunk[..received.bytes]);
+                Ok(received.bytes != 0)
+            }
             Err(Errno::AGAIN | Errno::INTR) => Ok(true),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// Bytes that are kept of what it sent, and for it.
+    pub(crate) fn weight(&self) -> usize {
+        self.input.len() + self.unsent
+    }
+
+    /// Whether a call may be there that was not begun.
+    pub(crate) fn has_input(&self) -> bool {
+        self.searched < self.input.len()
     }
 
     /// The next call, if all of it is there.

@@ -46,6 +46,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use rustix::process::Resource;
+use rustix::process::getrlimit;
+use rustix::process::setrlimit;
 use signal_hook::consts::SIGHUP;
 use signal_hook::consts::SIGINT;
 use signal_hook::consts::SIGTERM;
@@ -97,6 +100,10 @@ pub fn run<T: Into<OsString> + Clone>(
 
 fn serve(options: Options, opener: &Opener<'_>) -> io::Result<()> {
     let signals = signals()?;
+    // Each client is a descriptor.
+    let mut descriptors = getrlimit(Resource::Nofile);
+    descriptors.current = descriptors.maximum;
+    setrlimit(Resource::Nofile, descriptors)?;
     let policy = policy::read(&options.policy)
         .map_err(|errors| io::Error::other(format!("the policy: {}", errors.join("\n"))))?;
     let socket = Socket::bind(&options.socket)?;

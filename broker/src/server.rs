@@ -30,17 +30,20 @@ use rustix::event::epoll;
 use rustix::event::epoll::EventData;
 use rustix::event::epoll::EventFlags;
 
+use crate::accept::Share;
 use crate::accept::counted_as;
 use crate::calls;
 use crate::cgroup::Cgroups;
 use crate::claims::Claims;
 use crate::connection::Busy;
+use crate::connection::CHUNK;
 use crate::connection::Connection;
 use crate::connection::Outgoing;
 use crate::device::Device;
 use crate::finished::Done;
 use crate::finished::Finished;
 use crate::finished::Inbox;
+use crate::peer;
 use crate::service::Effect;
 use crate::service::Service;
 use crate::service::now;
@@ -87,8 +90,8 @@ pub(crate) struct Server<'a> {
     pub(crate) sources: BTreeMap<u64, Source>,
     pub(crate) last_source: u64,
     pub(crate) connections: BTreeMap<ConnectionId, Connection>,
-    /// Numbers of connections.
-    pub(crate) subjects: BTreeMap<Subject, usize>,
+    /// What users and claims have of the daemon.
+    pub(crate) subjects: BTreeMap<Subject, Share>,
     /// Connections, by the process that made them.
     pub(crate) callers: BTreeSet<(ProcessId, ConnectionId)>,
     /// The connection that a request is of.
@@ -109,6 +112,8 @@ pub(crate) struct Server<'a> {
     /// Drains to be answered when these are closed.
     pub(crate) drains: Vec<(RequestId, BTreeSet<Arc<str>>)>,
     stopping: bool,
+    /// Where bytes are received.
+    chunk: Box<[u8]>,
 }
 
 impl<'a> Server<'a> {
@@ -147,6 +152,7 @@ impl<'a> Server<'a> {
             going: BTreeSet::new(),
             drains: Vec::new(),
             stopping: false,
+            chunk: vec![0; CHUNK].into(),
         };
         let end = server.signals.end.try_clone()?;
         let reload = server.signals.reload.try_clone()?;
@@ -229,6 +235,12 @@ impl<'a> Server<'a> {
     }
 
     fn timeout(&self) -> Option<Timespec> {
+        if !self.ready.is_empty() {
+            return Some(Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            });
+        }
         let give_up = self.give_ups.first().map(|(time, _)| *time);
         let due = self.service.due().into_iter().chain(give_up).min()?;
         let milliseconds = due.0.saturating_sub(now().0).min(3_600_000);
@@ -357,32 +369,40 @@ impl<'a> Server<'a> {
             // Its next call is not read before this one is answered.
             flags.contains(EventFlags::RDHUP)
         } else if flags.contains(EventFlags::IN) {
-            !matches!(connection.receive(), Ok(true))
+            !matches!(connection.receive(&mut self.chunk), Ok(true))
         } else {
             false
         };
-        if ended {
+        if ended || !self.weigh(id) {
             return self.gone(id);
         }
         self.ready.insert(id);
         Ok(())
     }
 
-    /// Does what there is to do for connections, and outside of the service.
+    /// Does what there is to do for connections, and outside of the service: of each connection one
+    /// call, so that whoever sends many at once gets no more than others.
     fn settle(&mut self) -> io::Result<()> {
-        loop {
-            while let Some(effect) = self.service.next_effect() {
-                self.effect(effect)?;
-            }
-            match self.ready.pop_first() {
-                Some(id) => self.advance(id)?,
-                None => return Ok(()),
+        self.effects()?;
+        for begins in [true, false] {
+            for id in std::mem::take(&mut self.ready) {
+                self.advance(id, begins)?;
+                self.effects()?;
             }
         }
+        Ok(())
     }
 
-    /// Sends what a client takes, and begins its next call if there is nothing left to send.
-    fn advance(&mut self, id: ConnectionId) -> io::Result<()> {
+    fn effects(&mut self) -> io::Result<()> {
+        while let Some(effect) = self.service.next_effect() {
+            self.effect(effect)?;
+        }
+        Ok(())
+    }
+
+    /// Sends what a client takes, and begins its next call, if it may, when there is nothing left
+    /// to send.
+    fn advance(&mut self, id: ConnectionId, begins: bool) -> io::Result<()> {
         let Some(connection) = self.connections.get_mut(&id) else {
             return Ok(());
         };
@@ -400,29 +420,40 @@ impl<'a> Server<'a> {
             connection.give_up = Some(time);
             self.give_ups.insert((time, id));
         }
-        if !sending {
-            if let Some(Busy::List { .. }) = connection.busy {
+        let lists = matches!(connection.busy, Some(Busy::List { .. }));
+        let calls = connection.busy.is_none() && connection.has_input();
+        match (sending, begins) {
+            (false, true) if lists => {
                 self.list_on(id)?;
                 self.ready.insert(id);
-            } else if connection.busy.is_none() {
-                match connection.next_call() {
-                    Ok(Some(call)) => {
-                        self.call(id, &call)?;
-                        self.ready.insert(id);
-                    }
-                    Ok(None) => {}
-                    Err(_) => return self.gone(id),
-                }
             }
+            (false, true) if calls => match connection.next_call() {
+                Ok(Some(call)) => {
+                    self.call(id, &call)?;
+                    self.ready.insert(id);
+                }
+                Ok(None) => {}
+                Err(_) => return self.gone(id),
+            },
+            (false, false) if lists || calls => {
+                self.ready.insert(id);
+            }
+            _ => {}
         }
-        let Some(connection) = self.connections.get(&id) else {
+        if !self.weigh(id) {
+            return self.gone(id);
+        }
+        let Some(connection) = self.connections.get_mut(&id) else {
             return Ok(());
         };
         let mut flags = EventFlags::RDHUP;
         flags.set(EventFlags::OUT, connection.is_sending());
         let waits = connection.busy.is_some() || connection.is_sending();
         flags.set(EventFlags::IN, !waits);
-        epoll::modify(&self.epoll, connection, EventData::new_u64(id.0), flags)?;
+        if connection.armed != flags {
+            connection.armed = flags;
+            epoll::modify(&self.epoll, connection, EventData::new_u64(id.0), flags)?;
+        }
         Ok(())
     }
 
@@ -438,14 +469,15 @@ impl<'a> Server<'a> {
         if let Some(request) = connection.request {
             self.requests.remove(&request);
         }
-        let peer = &connection.identity.peer;
+        let peer = &connection.peer;
         if let Some(process) = peer.process {
             self.callers.remove(&(process, id));
         }
         let subject = counted_as(peer);
-        if let Some(count) = self.subjects.get_mut(&subject) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(share) = self.subjects.get_mut(&subject) {
+            share.connections -= 1;
+            share.bytes -= connection.counted;
+            if share.connections == 0 {
                 self.subjects.remove(&subject);
             }
         }
@@ -578,11 +610,16 @@ impl<'a> Server<'a> {
 
     fn watch(&mut self, process: ProcessId) -> io::Result<()> {
         let all = (process, ConnectionId(0))..=(process, ConnectionId(u64::MAX));
-        let pidfd = self.callers.range(all).next().and_then(|(_, id)| {
-            let identity = &self.connections.get(id)?.identity;
-            identity.process.as_ref()?.try_clone().ok()
-        });
-        let Some(pidfd) = pidfd else {
+        let caller = self.callers.range(all).next();
+        let pid = match caller.and_then(|(_, id)| self.connections.get(id)) {
+            Some(connection) => Some(connection.peer.pid),
+            None => {
+                let mut leases = self.service.core().leases();
+                let its = leases.find(|lease| lease.peer.process == Some(process));
+                its.map(|lease| lease.peer.pid)
+            }
+        };
+        let Some(pidfd) = pid.and_then(|pid| peer::open(pid, process)) else {
             return self.service.give(Event::ProcessGone(process));
         };
         let number = self.listen_to(&pidfd, Source::Process(process))?;
@@ -591,10 +628,8 @@ impl<'a> Server<'a> {
     }
 
     fn unwatch(&mut self, process: ProcessId) {
-        if let Some((number, pidfd)) = self.processes.remove(&process) {
+        if let Some((number, _)) = self.processes.remove(&process) {
             self.sources.remove(&number);
-            // A clone of the descriptor in a connection would keep it in the epoll.
-            let _ = epoll::delete(&self.epoll, &pidfd);
         }
     }
 }
