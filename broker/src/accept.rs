@@ -24,6 +24,7 @@ use crate::connection::Connection;
 use crate::peer;
 use crate::server::Server;
 use crate::server::Source;
+use crate::server::token;
 
 /// Most connections of a user, or of a claim, that is no administrator.
 const MAX_CONNECTIONS: usize = 256;
@@ -116,16 +117,17 @@ impl Server<'_> {
         share.connections += 1;
         // The number that it gets in the epoll.
         let id = ConnectionId(self.last_source + 1);
+        let token = token()?;
         let event = Event::Connected {
             connection: id,
             peer: peer.clone(),
-            token: 0,
+            token,
         };
         self.listen_to(&socket, Source::Connection(id))?;
         if let Some(process) = peer.process {
             self.callers.insert((process, id));
         }
-        self.connections.insert(id, Connection::new(socket, peer));
+        self.connections.insert(id, Connection::new(socket, peer, token));
         self.service.give(event)
     }
 

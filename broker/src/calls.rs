@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use barlease_ledger::core::Event;
 use barlease_ledger::core::LeaseView;
@@ -13,6 +14,7 @@ use barlease_ledger::core::Selector;
 use barlease_ledger::core::State;
 use barlease_ledger::policy::Match;
 use barlease_ledger::policy::Outcome;
+use barlease_ledger::policy::OwnerDies;
 use barlease_ledger::types;
 use barlease_ledger::types::ConnectionId;
 use barlease_ledger::types::LeaseId;
@@ -35,6 +37,8 @@ use serde_json::Value;
 use serde_json::json;
 
 use crate::connection::Busy;
+use crate::device::Device;
+use crate::recovery::Owner;
 use crate::server::Server;
 use crate::words;
 
@@ -172,8 +176,9 @@ impl Server<'_> {
             oneway: call.oneway,
         });
         let peer = connection.peer.clone();
+        let files = connection.take_files();
         let request = self.request_of(id);
-        let answer = match self.dispatch(id, request, &peer, call) {
+        let answer = match self.dispatch(id, request, &peer, call, files) {
             Ok(Then::Later) => return Ok(()),
             Ok(Then::Answer(value)) => message(&value, false),
             Err(Failure::Refused(refusal)) => refused(refusal),
@@ -193,6 +198,7 @@ impl Server<'_> {
         request: RequestId,
         peer: &Peer,
         call: Call,
+        files: Vec<OwnedFd>,
     ) -> Result<Then, Failure> {
         let (interface, method) = call.method.rsplit_once('.').unwrap_or_default();
         if interface == VARLINK {
@@ -207,7 +213,14 @@ impl Server<'_> {
         let admin = is_administrator(peer);
         let for_admins = matches!(
             method,
-            "Revoke" | "Drain" | "Reload" | "Devices" | "OpenClaim" | "EndClaim" | "Claims"
+            "Revoke"
+                | "Drain"
+                | "Reload"
+                | "Devices"
+                | "OpenClaim"
+                | "EndClaim"
+                | "Claims"
+                | "Adopt"
         );
         if for_admins && !admin {
             return Err(Refusal::NotAdministrator {}.into());
@@ -297,13 +310,24 @@ impl Server<'_> {
                 let devices = self.device_list();
                 return Ok(Then::Answer(json!(proto::DeviceList { devices })));
             }
-            // Token, Resume and Adopt are declared, and not there yet.
-            "Token" | "Resume" | "Adopt" => {
-                return Err(Failure::Varlink(
-                    "MethodNotImplemented",
-                    json!({"method": call.method}),
-                ));
+            "Token" => {
+                let connection = self.connections.get(&id);
+                let token = connection.map_or(0, |connection| connection.token);
+                return Ok(Then::Answer(json!(proto::Secret {
+                    token: format!("{token:032x}"),
+                })));
             }
+            "Resume" => {
+                let resume: proto::Resume = parameters(given)?;
+                // What is no secret is nobody's.
+                let token = u128::from_str_radix(&resume.token, 16).unwrap_or(0);
+                self.service.give(Event::Resume {
+                    connection: id,
+                    request,
+                    token,
+                })?;
+            }
+            "Adopt" => return self.adopt(peer, files, parameters(given)?),
             _ => {
                 return Err(Failure::Varlink(
                     "MethodNotFound",
@@ -432,6 +456,60 @@ impl Server<'_> {
             }
         }
         Ok(Then::Later)
+    }
+
+    /// Takes over a device that another process has open.
+    fn adopt(
+        &mut self,
+        peer: &Peer,
+        files: Vec<OwnedFd>,
+        adopt: proto::Adopt,
+    ) -> Result<Then, Failure> {
+        let invalid = |reason: String| Failure::Refused(Refusal::Invalid { reason });
+        let policy = self.service.core().policy();
+        let wanted = policy
+            .devices()
+            .iter()
+            .find(|device| *device.name == adopt.device)
+            .cloned();
+        let Some(wanted) = wanted else {
+            return Err(Refusal::NoSuchDevice {
+                device: adopt.device,
+            }
+            .into());
+        };
+        let name = &wanted.name;
+        if self.service.device(name).is_some() || self.closing.contains(name) {
+            return Err(invalid(format!("{name} is open already: drain it first")));
+        }
+        let place = usize::try_from(adopt.file_descriptor).unwrap_or(usize::MAX);
+        let file = files
+            .into_iter()
+            .nth(place)
+            .ok_or_else(|| invalid(format!("no descriptor {place} came with the call")))?;
+        let device = barlease::Device::from_fd(file).and_then(Device::new);
+        let device = device.map_err(|error| invalid(error.report().to_string()))?;
+        let address = device.address().to_string();
+        if matches!(&wanted.matches, Match::Address(wanted) if *wanted != address) {
+            return Err(invalid(format!("{name} is another one than {address}")));
+        }
+        let owner = match (wanted.owner_dies, peer.process) {
+            (OwnerDies::Keep, _) => None,
+            (OwnerDies::Revoke, Some(process)) => Some(Owner {
+                pid: peer.pid,
+                process,
+            }),
+            (OwnerDies::Revoke, None) => {
+                let reason = "the kernel does not say which process hands it over, and so \
+                              its end cannot be noticed: say `owner-dies = \"keep\"`";
+                return Err(invalid(reason.to_owned()));
+            }
+        };
+        let listed = name.clone();
+        self.take(name, device, owner)?.map_err(invalid)?;
+        // Leases that it made before are nobody's here.
+        self.service.list(listed)?;
+        Ok(Then::Answer(json!(proto::Nothing {})))
     }
 
     fn device_list(&self) -> Vec<proto::DeviceInfo> {

@@ -18,15 +18,20 @@ use barlease_proto::MAX_MESSAGE;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::RecvAncillaryBuffer;
+use rustix::net::RecvAncillaryMessage;
 use rustix::net::RecvFlags;
 use rustix::net::SendAncillaryBuffer;
 use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
 
+use crate::calls;
+
 /// Bytes that wait to be sent, above which a client that is told news is given up.
 const MAX_UNSENT: usize = MAX_MESSAGE;
 /// Bytes that are read at a time: a client that sends without end gets its turn like all others.
 pub(crate) const CHUNK: usize = 64 << 10;
+/// Descriptors of a call; the interface has methods with one.
+const MAX_FILES: usize = 4;
 
 /// A message to be sent.
 #[derive(Debug)]
@@ -55,10 +60,14 @@ pub(crate) enum Busy {
 pub(crate) struct Connection {
     socket: UnixStream,
     pub(crate) peer: Peer,
+    /// The secret with which its client comes back after a restart.
+    pub(crate) token: u128,
     pub(crate) busy: Option<Busy>,
     /// The request that it waits for.
     pub(crate) request: Option<RequestId>,
     input: Vec<u8>,
+    /// Descriptors that came with the next call.
+    files: Vec<OwnedFd>,
     /// Bytes of it that have no NUL.
     searched: usize,
     output: VecDeque<Outgoing>,
@@ -74,10 +83,12 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(socket: UnixStream, peer: Peer) -> Self {
+    pub(crate) fn new(socket: UnixStream, peer: Peer, token: u128) -> Self {
         Self {
             socket,
             peer,
+            token,
+            files: Vec::new(),
             busy: None,
             request: None,
             input: Vec::new(),
@@ -93,15 +104,25 @@ impl Connection {
 
     /// Receives what is there, up to a limit; `false`: the client sends no more.
     ///
-    /// Descriptors are not asked for: the kernel closes those that come.
+    /// Descriptors are asked for from administrators only: else the kernel closes those that come.
     pub(crate) fn receive(&mut self, chunk: &mut [u8]) -> io::Result<bool> {
-        let mut control = RecvAncillaryBuffer::default();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
+        let mut control = match calls::is_administrator(&self.peer) {
+            true => RecvAncillaryBuffer::new(&mut space),
+            false => RecvAncillaryBuffer::default(),
+        };
         let received = rustix::net::recvmsg(
             &self.socket,
             &mut [IoSliceMut::new(chunk)],
             &mut control,
             RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
         );
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(files) = message {
+                let room = MAX_FILES - self.files.len();
+                self.files.extend(files.take(room));
+            }
+        }
         match received {
             Ok(received) => {
                 self.input.extend_from_slice(&chunk[..received.bytes]);
@@ -142,6 +163,11 @@ impl Connection {
         call.truncate(end);
         self.searched = 0;
         Ok(Some(call))
+    }
+
+    /// The descriptors that came with the call that was taken.
+    pub(crate) fn take_files(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.files)
     }
 
     /// Puts a message behind those that are to be sent.

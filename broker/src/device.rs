@@ -3,6 +3,8 @@
 //! There is one implementation, over the library's `Device`. Tests give it a device of the
 //! library's feature `fake`, which answers the same ioctls.
 
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 
 use barlease::BarRange;
@@ -71,6 +73,12 @@ pub fn open(wanted: &policy::Device) -> Result<barlease::Device, String> {
             Ok(device)
         })
         .map_err(|error| error.report().to_string())
+}
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
 }
 
 impl Device {

@@ -43,7 +43,11 @@ use crate::device::Device;
 use crate::finished::Done;
 use crate::finished::Finished;
 use crate::finished::Inbox;
+use crate::manager;
+use crate::manager::Manager;
 use crate::peer;
+use crate::recovery;
+use crate::recovery::Owner;
 use crate::service::Effect;
 use crate::service::Service;
 use crate::service::now;
@@ -61,6 +65,15 @@ pub(crate) struct Signals {
     pub(crate) reload: UnixStream,
 }
 
+/// What becomes of leases when the daemon is told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum AtStop {
+    /// They live on, and the next daemon has them.
+    Keep,
+    /// They are reclaimed, and the devices closed.
+    Reclaim,
+}
+
 /// The kind of a descriptor in the epoll.
 #[derive(Clone, Debug)]
 pub(crate) enum Source {
@@ -74,6 +87,7 @@ pub(crate) enum Source {
     Request(Arc<str>),
     Process(ProcessId),
     Cgroups,
+    Owner(Arc<str>),
 }
 
 /// Everything.
@@ -114,6 +128,12 @@ pub(crate) struct Server<'a> {
     stopping: bool,
     /// Where bytes are received.
     chunk: Box<[u8]>,
+    at_stop: AtStop,
+    manager: Manager,
+    /// When the manager is to be told that the service is alive.
+    pulse: Option<Time>,
+    /// Processes that have handed a device over: the source, and the pidfd.
+    owners: BTreeMap<Arc<str>, (u64, OwnedFd, Owner)>,
 }
 
 impl<'a> Server<'a> {
@@ -124,6 +144,8 @@ impl<'a> Server<'a> {
         listener: UnixListener,
         signals: Signals,
         (inbox, finished): (Inbox, Finished),
+        (manager, at_stop): (Manager, AtStop),
+        owners: Vec<(Arc<str>, Owner)>,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let mut server = Self {
@@ -153,6 +175,10 @@ impl<'a> Server<'a> {
             drains: Vec::new(),
             stopping: false,
             chunk: vec![0; CHUNK].into(),
+            at_stop,
+            pulse: manager.pulse().map(|_| Time(0)),
+            manager,
+            owners: BTreeMap::new(),
         };
         let end = server.signals.end.try_clone()?;
         let reload = server.signals.reload.try_clone()?;
@@ -162,7 +188,15 @@ impl<'a> Server<'a> {
         server.listen_to(inbox, Source::Finished)?;
         let cgroups = server.cgroups.as_fd().try_clone_to_owned()?;
         server.listen_to(cgroups, Source::Cgroups)?;
+        for name in server.service.devices() {
+            server.listen_to_device(&name)?;
+        }
+        for (name, owner) in owners {
+            server.watch_owner(&name, owner)?;
+        }
         server.open_devices()?;
+        // Of what the recovery has begun, before clients come.
+        server.settle()?;
         server.listener = Some(listener);
         server.listen_on(None)?;
         Ok(server)
@@ -187,20 +221,62 @@ impl<'a> Server<'a> {
             }
             let opened = (self.opener)(&wanted)
                 .and_then(|device| Device::new(device).map_err(|e| e.report().to_string()));
-            match opened {
-                Ok(device) => self.take(name, device)?,
-                Err(error) => eprintln!("barleased: {name} is not leased from: {error}"),
+            let taken = match opened {
+                Ok(device) => self.take(name, device, None)?,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = taken {
+                eprintln!("barleased: {name} is not leased from: {error}");
             }
+        }
+        self.tell_status("");
+        Ok(())
+    }
+
+    /// Has a device, and leaves it with the manager. It is not had if that is not possible: its
+    /// leases would be lost by a restart, those of others not.
+    pub(crate) fn take(
+        &mut self,
+        name: &Arc<str>,
+        device: Device,
+        owner: Option<Owner>,
+    ) -> io::Result<Result<(), String>> {
+        let stored = recovery::name_of(name, owner);
+        if let Err(why) = self.manager.store(&stored, &device) {
+            return Ok(Err(why));
+        }
+        self.service.open(name, device)?;
+        self.listen_to_device(name)?;
+        if let Some(owner) = owner {
+            self.watch_owner(name, owner)?;
+        }
+        Ok(Ok(()))
+    }
+
+    fn listen_to_device(&mut self, name: &Arc<str>) -> io::Result<()> {
+        let clone = |event: &EventFd| event.try_clone().map_err(io::Error::other);
+        let Some(device) = self.service.device(name) else {
+            return Ok(());
+        };
+        let events = clone(&device.events)?;
+        let request = device.request.as_ref().map(clone).transpose()?;
+        self.listen_to(&events, Source::Events(name.clone()))?;
+        if let Some(request) = request {
+            self.listen_to(&request, Source::Request(name.clone()))?;
         }
         Ok(())
     }
 
-    fn take(&mut self, name: &Arc<str>, device: Device) -> io::Result<()> {
-        self.listen_to(&device.events, Source::Events(name.clone()))?;
-        if let Some(request) = &device.request {
-            self.listen_to(request, Source::Request(name.clone()))?;
-        }
-        self.service.open(name, device)
+    /// Tells the manager how things are, with a remark.
+    fn tell_status(&self, remark: &str) {
+        let devices = self.service.devices().len();
+        let kept = match self.manager.stores() {
+            true => "leases outlive a restart",
+            false => "not restartable: nothing keeps descriptors",
+        };
+        let plural = if devices == 1 { "" } else { "s" };
+        self.manager
+            .tell(&format!("STATUS={devices} device{plural}, {kept}{remark}"));
     }
 
     /// Serves until it is told to end, and all devices are closed.
@@ -209,6 +285,7 @@ impl<'a> Server<'a> {
     ///
     /// Those that nothing can go on after. The devices are closed then, and all leases dead.
     pub(crate) fn run(&mut self) -> io::Result<()> {
+        self.manager.tell("READY=1");
         while !(self.stopping && self.service.devices().is_empty() && self.closing.is_empty()) {
             let timeout = self.timeout();
             let mut events = [const { MaybeUninit::uninit() }; 64];
@@ -230,8 +307,29 @@ impl<'a> Server<'a> {
             self.service.tick()?;
             self.give_up()?;
             self.settle()?;
+            self.beat();
+        }
+        if self.stopping {
+            // Nothing is left for another daemon.
+            self.manager.remove(recovery::LEDGER);
+            self.manager.remove(recovery::LISTENER);
         }
         Ok(())
+    }
+
+    /// Whether leases outlive its end.
+    pub(crate) fn leaves_leases(&self) -> bool {
+        !self.stopping
+    }
+
+    /// Tells the manager now and then that it is alive.
+    fn beat(&mut self) {
+        if let Some(pulse) = self.manager.pulse()
+            && self.pulse.is_none_or(|time| time <= now())
+        {
+            self.manager.tell("WATCHDOG=1");
+            self.pulse = Some(now().after(pulse));
+        }
     }
 
     fn timeout(&self) -> Option<Timespec> {
@@ -242,7 +340,8 @@ impl<'a> Server<'a> {
             });
         }
         let give_up = self.give_ups.first().map(|(time, _)| *time);
-        let due = self.service.due().into_iter().chain(give_up).min()?;
+        let due = self.service.due().into_iter().chain(give_up);
+        let due = due.chain(self.pulse).min()?;
         let milliseconds = due.0.saturating_sub(now().0).min(3_600_000);
         Some(Timespec {
             tv_sec: i64::try_from(milliseconds / 1000).unwrap_or(0),
@@ -255,19 +354,16 @@ impl<'a> Server<'a> {
         match source {
             Source::Listener(claim) => self.accept(number, claim)?,
             Source::End => {
-                drain(&self.signals.end);
-                if self.stopping {
+                empty(&self.signals.end);
+                self.manager.tell("STOPPING=1");
+                if self.stopping || self.at_stop == AtStop::Keep {
                     return Ok(false);
                 }
                 self.stop()?;
             }
             Source::Reload => {
-                drain(&self.signals.reload);
-                if let Err(errors) = self.reload()? {
-                    for error in errors {
-                        eprintln!("barleased: the old policy stays in force: {error}");
-                    }
-                }
+                empty(&self.signals.reload);
+                self.reload()?.unwrap_or_default();
             }
             Source::Finished => {
                 for done in self.inbox.take() {
@@ -303,6 +399,7 @@ impl<'a> Server<'a> {
                     self.service.give(Event::CgroupEmpty(cgroup))?;
                 }
             }
+            Source::Owner(name) => self.owner_gone(&name)?,
         }
         Ok(true)
     }
@@ -331,14 +428,47 @@ impl<'a> Server<'a> {
 
     /// Reads the policy again; what is wrong with it leaves the old one in force.
     pub(crate) fn reload(&mut self) -> io::Result<Result<(), Vec<String>>> {
-        match crate::policy::read(&self.policy) {
+        self.manager.tell(&manager::reloading());
+        let read = match crate::policy::read(&self.policy) {
             Ok(policy) => {
                 self.service.give(Event::PolicyReplaced(Arc::new(policy)))?;
                 self.open_devices()?;
-                Ok(Ok(()))
+                Ok(())
             }
-            Err(errors) => Ok(Err(errors)),
-        }
+            Err(errors) => {
+                for error in &errors {
+                    eprintln!("barleased: the old policy stays in force: {error}");
+                }
+                self.tell_status("; the policy's files are wrong, an older one is in force");
+                Err(errors)
+            }
+        };
+        self.manager.tell("READY=1");
+        Ok(read)
+    }
+
+    /// Watches the process that has handed a device over.
+    fn watch_owner(&mut self, name: &Arc<str>, owner: Owner) -> io::Result<()> {
+        let Some(process) = peer::open(owner.pid, owner.process) else {
+            return self.owner_gone(name);
+        };
+        let number = self.listen_to(&process, Source::Owner(name.clone()))?;
+        self.owners.insert(name.clone(), (number, process, owner));
+        Ok(())
+    }
+
+    fn unwatch_owner(&mut self, name: &str) -> Option<Owner> {
+        let (number, process, owner) = self.owners.remove(name)?;
+        self.sources.remove(&number);
+        let _ = epoll::delete(&self.epoll, &process);
+        Some(owner)
+    }
+
+    /// The process that has handed a device over has died.
+    fn owner_gone(&mut self, name: &Arc<str>) -> io::Result<()> {
+        self.unwatch_owner(name);
+        eprintln!("barleased: {name}: the process that has handed it over has ended");
+        self.let_go(name, None)
     }
 
     fn device_closed(&mut self, name: &Arc<str>) -> io::Result<()> {
@@ -540,10 +670,16 @@ impl<'a> Server<'a> {
             }
             Effect::Close(name, device) => {
                 self.closing.insert(name.clone());
+                let owner = self.unwatch_owner(&name);
+                self.manager.remove(&recovery::name_of(&name, owner));
+                let barrier = self.manager.barrier();
                 let finished = self.finished.clone();
                 // Closing waits for importers.
                 thread::Builder::new().spawn(move || {
                     drop(device);
+                    if let Some(barrier) = barrier {
+                        barrier.wait();
+                    }
                     finished.tell(Done::Closed(name));
                 })?;
                 Ok(())
@@ -613,11 +749,7 @@ impl<'a> Server<'a> {
         let caller = self.callers.range(all).next();
         let pid = match caller.and_then(|(_, id)| self.connections.get(id)) {
             Some(connection) => Some(connection.peer.pid),
-            None => {
-                let mut leases = self.service.core().leases();
-                let its = leases.find(|lease| lease.peer.process == Some(process));
-                its.map(|lease| lease.peer.pid)
-            }
+            None => self.service.pid_of(process),
         };
         let Some(pidfd) = pid.and_then(|pid| peer::open(pid, process)) else {
             return self.service.give(Event::ProcessGone(process));
@@ -634,7 +766,18 @@ impl<'a> Server<'a> {
     }
 }
 
+/// A secret that nobody guesses, and not 0.
+pub(crate) fn token() -> io::Result<u128> {
+    let mut bytes = [0; 16];
+    let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    match got == bytes.len() {
+        true => Ok(u128::from_ne_bytes(bytes).max(1)),
+        // As long as it is this short it comes at once and whole.
+        false => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
 /// Empties a socket that signals write to.
-fn drain(mut socket: &UnixStream) {
+pub(crate) fn empty(mut socket: &UnixStream) {
     let _ = io::Read::read(&mut socket, &mut [0; 64]);
 }

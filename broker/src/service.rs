@@ -11,13 +11,17 @@ use std::sync::Arc;
 use barlease_ledger::core::Action;
 use barlease_ledger::core::Core;
 use barlease_ledger::core::Event;
+use barlease_ledger::core::Found;
+use barlease_ledger::core::LeaseView;
 use barlease_ledger::core::News;
 use barlease_ledger::core::Refusal;
 use barlease_ledger::core::Reply;
 use barlease_ledger::core::RevokeAnswer;
 use barlease_ledger::policy::Policy;
+use barlease_ledger::record::Record;
 use barlease_ledger::types::CgroupId;
 use barlease_ledger::types::LeaseId;
+use barlease_ledger::types::Millis;
 use barlease_ledger::types::ProcessId;
 use barlease_ledger::types::RequestId;
 use barlease_ledger::types::Time;
@@ -28,6 +32,7 @@ use crate::finished::Done;
 use crate::finished::Finished;
 use crate::scrub::Job;
 use crate::scrub::Scrubber;
+use crate::recovery::Kept;
 use crate::store::Store;
 
 /// Shortest time between two LISTs of a device that are asked for by its events.
@@ -71,6 +76,17 @@ pub(crate) struct Open {
     list_wanted: bool,
 }
 
+impl Open {
+    fn new(device: Device) -> Self {
+        Self {
+            scrubber: None,
+            device: Arc::new(device),
+            list_from: Time(0),
+            list_wanted: false,
+        }
+    }
+}
+
 /// The service, without its clients.
 pub(crate) struct Service {
     core: Core,
@@ -81,6 +97,10 @@ pub(crate) struct Service {
     timer: Option<Time>,
     effects: VecDeque<Effect>,
     done: Finished,
+    /// Numbers of the processes that had leases before the restart.
+    pids: BTreeMap<ProcessId, u32>,
+    /// Called before each action.
+    before_action: Box<dyn Fn()>,
 }
 
 /// Now.
@@ -92,17 +112,43 @@ pub(crate) fn now() -> Time {
 }
 
 impl Service {
-    /// `done` is told what has been done beside the loop.
-    pub(crate) fn new(policy: Policy, done: Finished) -> io::Result<Self> {
-        Ok(Self {
-            core: Core::new(Arc::new(policy), now()),
-            store: Store::create()?,
-            devices: BTreeMap::new(),
+    /// Goes on with what an earlier daemon has left: its ledger, which is empty for the first one,
+    /// and its devices.
+    pub(crate) fn recover(
+        policy: Policy,
+        (store, records): (Store, Vec<Record>),
+        kept: Vec<Kept>,
+        resume: Millis,
+        before_action: Box<dyn Fn()>,
+        done: Finished,
+    ) -> io::Result<Self> {
+        let mut found: Vec<Found> = Vec::new();
+        let mut devices = BTreeMap::new();
+        for kept in kept {
+            devices.insert(kept.found.device.clone(), Open::new(kept.device));
+            found.push(kept.found);
+        }
+        let (core, actions) = Core::recover(Arc::new(policy), records, found, now(), resume);
+        let known = |lease: LeaseView<'_>| Some((lease.peer.process?, lease.peer.pid));
+        let pids = core.leases().filter_map(known).collect();
+        let mut service = Self {
+            core,
+            store,
+            devices,
             exported: BTreeMap::new(),
             timer: None,
             effects: VecDeque::new(),
+            pids,
+            before_action,
             done,
-        })
+        };
+        service.carry_out_all(actions.into())?;
+        Ok(service)
+    }
+
+    /// The number of a process that had a lease before the restart.
+    pub(crate) fn pid_of(&self, process: ProcessId) -> Option<u32> {
+        self.pids.get(&process).copied()
     }
 
     pub(crate) fn core(&self) -> &Core {
@@ -124,13 +170,7 @@ impl Service {
         let facts = device
             .facts()
             .map_err(|error| io::Error::other(error.report().to_string()))?;
-        let open = Open {
-            scrubber: None,
-            device: Arc::new(device),
-            list_from: Time(0),
-            list_wanted: false,
-        };
-        self.devices.insert(name.clone(), open);
+        self.devices.insert(name.clone(), Open::new(device));
         self.give(Event::DeviceOpened {
             device: name.clone(),
             facts,
@@ -183,8 +223,12 @@ impl Service {
     /// The ledger cannot be written to: nothing may go on, since a lease that is not in it would
     /// outlive the service unknown.
     pub(crate) fn give(&mut self, event: Event) -> io::Result<()> {
+        let actions = self.core.handle(now(), event);
+        self.carry_out_all(actions.into())
+    }
+
+    fn carry_out_all(&mut self, mut actions: VecDeque<Action>) -> io::Result<()> {
         let mut lists = BTreeSet::new();
-        let mut actions: VecDeque<Action> = self.core.handle(now(), event).into();
         loop {
             let answer = match actions.pop_front() {
                 Some(action) => self.carry_out(action, &mut lists)?,
@@ -202,7 +246,8 @@ impl Service {
         Ok(())
     }
 
-    fn list(&mut self, device: Arc<str>) -> io::Result<()> {
+    /// Compares a device's leases with the kernel's.
+    pub(crate) fn list(&mut self, device: Arc<str>) -> io::Result<()> {
         match self.ask_list(device) {
             Some(listed) => self.give(listed),
             None => Ok(()),
@@ -257,6 +302,7 @@ impl Service {
         action: Action,
         lists: &mut BTreeSet<Arc<str>>,
     ) -> io::Result<Option<Event>> {
+        (self.before_action)();
         match action {
             Action::Append(record) => self.store.append(&record)?,
             Action::Compact(records) => self.store.compact(&records)?,

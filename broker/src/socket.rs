@@ -13,13 +13,42 @@ use std::path::PathBuf;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-/// A socket that is removed at the end.
+/// The right to serve a directory: whoever has it may replace a socket that is left.
+#[derive(Debug)]
+pub(crate) struct Lock(#[expect(dead_code, reason = "held")] File);
+
+impl Lock {
+    /// Takes it, and makes the directory if need be.
+    ///
+    /// # Errors
+    ///
+    /// `AddrInUse`: a daemon is alive.
+    pub(crate) fn take(directory: &Path) -> io::Result<Self> {
+        let said = |error: io::Error| {
+            io::Error::new(
+                error.kind(),
+                format!("lock {}: {error}", directory.display()),
+            )
+        };
+        fs::create_dir_all(directory).map_err(said)?;
+        let lock = File::create(directory.join("lock")).map_err(said)?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Self(lock)),
+            Err(Errno::WOULDBLOCK) => {
+                let kind = io::ErrorKind::AddrInUse;
+                Err(said(io::Error::new(kind, "another barleased serves there")))
+            }
+            Err(errno) => Err(said(errno.into())),
+        }
+    }
+}
+
+/// The socket.
 #[derive(Debug)]
 pub(crate) struct Socket {
-    path: PathBuf,
+    /// Where it is removed at the end.
+    path: Option<PathBuf>,
     listener: UnixListener,
-    /// Held for as long as the daemon lives: whoever has it may replace a socket that is left.
-    _lock: File,
 }
 
 impl Socket {
@@ -27,22 +56,12 @@ impl Socket {
     ///
     /// # Errors
     ///
-    /// `AddrInUse`: a daemon is alive; `AlreadyExists`: something else has the name.
-    pub(crate) fn bind(directory: &Path) -> io::Result<Self> {
+    /// `AlreadyExists`: something else has the name.
+    pub(crate) fn bind(directory: &Path, _lock: &Lock) -> io::Result<Self> {
         let path = directory.join("leases.sock");
         let said = |error: io::Error| {
             io::Error::new(error.kind(), format!("bind {}: {error}", path.display()))
         };
-        fs::create_dir_all(directory).map_err(said)?;
-        let lock = File::create(directory.join("lock")).map_err(said)?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => {
-                let kind = io::ErrorKind::AddrInUse;
-                return Err(said(io::Error::new(kind, "another barleased serves there")));
-            }
-            Err(errno) => return Err(said(errno.into())),
-        }
         match fs::symlink_metadata(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(said(error)),
@@ -55,22 +74,42 @@ impl Socket {
         let listener = UnixListener::bind(&path).map_err(said)?;
         // Policy says which user may have which range.
         fs::set_permissions(&path, Permissions::from_mode(0o666)).map_err(said)?;
-        Ok(Self {
-            path,
+        let path = Some(path);
+        Ok(Self { path, listener })
+    }
+
+    /// Goes on with one that an earlier daemon has bound there, unless somebody has removed it.
+    pub(crate) fn again(directory: &Path, listener: UnixListener) -> Option<Self> {
+        let path = directory.join("leases.sock");
+        let there = fs::symlink_metadata(&path).is_ok_and(|file| file.file_type().is_socket());
+        let path = Some(path);
+        there.then_some(Self { path, listener })
+    }
+
+    /// One that the manager has made, and removes.
+    pub(crate) fn activated(listener: UnixListener) -> Self {
+        Self {
+            path: None,
             listener,
-            _lock: lock,
-        })
+        }
     }
 
     /// Where clients come from.
     pub(crate) fn listener(&self) -> io::Result<UnixListener> {
         self.listener.try_clone()
     }
+
+    /// Leaves it for the next daemon.
+    pub(crate) fn leave(&mut self) {
+        self.path = None;
+    }
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // It is replaced by the next daemon if it stays.
-        let _ = fs::remove_file(&self.path);
+        if let Some(path) = &self.path {
+            // It is replaced by the next daemon if it stays.
+            let _ = fs::remove_file(path);
+        }
     }
 }

@@ -240,7 +240,7 @@ fn unknown_methods_are_errors_of_varlink() {
     let daemon = begin();
     for (method, error) in [
         ("io.barlease.Leases.Lend", "MethodNotFound"),
-        ("io.barlease.Leases.Token", "MethodNotImplemented"),
+        ("io.barlease.Leases.Resume", "io.barlease.Leases.Invalid"),
         ("io.barlease.Leases.List", "ExpectedMore"),
         ("io.example.Leases.List", "InterfaceNotFound"),
         ("nonsense", "InterfaceNotFound"),

@@ -13,6 +13,9 @@
 //! - a lease whose descriptors are all closed stays in the list;
 //! - writes to COMMAND have no effect: [`FakeDevice::take_memory`] takes memory away.
 //!
+//! A device that several processes have, or that outlives the process that has it, is served by
+//! [`FakeDevice::serve`] and reached by [`connect`].
+//!
 //! # Examples
 //!
 //! ```
@@ -39,6 +42,7 @@ use std::collections::BTreeMap;
 use std::mem::offset_of;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
+use std::os::fd::IntoRawFd;
 use std::os::fd::OwnedFd;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -54,6 +58,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio;
 
+use crate::BarRange;
 use crate::Bdf;
 use crate::Device;
 use crate::Error;
@@ -65,6 +70,10 @@ use crate::Reasons;
 use crate::Result;
 use crate::error::Object;
 use crate::sys;
+
+mod remote;
+
+pub use self::remote::connect;
 
 /// Where a region begins in the descriptor, as in VFIO.
 const SHIFT: u32 = 40;
@@ -127,16 +136,38 @@ pub(crate) fn ioctl(
     number: u8,
     argument: &mut [u8],
 ) -> Option<Result<i32, Errno>> {
-    let thing = thing(fd)?;
-    Some(match &*thing {
+    let Some(thing) = thing(fd) else {
+        return remote::ioctl(fd, number, argument);
+    };
+    let answer = match &*thing {
         Thing::Device(fake) => fake.ioctl(number, argument),
-        Thing::Iommu(space) => space.ioctl(number, argument),
-    })
+        Thing::Iommu(space) => space.ioctl(number, argument).map(Answer::Number),
+    };
+    Some(answer.map(Answer::into_number))
+}
+
+/// The answer of an ioctl: a number, or a new file.
+#[derive(Debug)]
+enum Answer {
+    Number(i32),
+    File(OwnedFd),
+}
+
+impl Answer {
+    fn into_number(self) -> i32 {
+        match self {
+            Self::Number(number) => number,
+            Self::File(file) => file.into_raw_fd(),
+        }
+    }
 }
 
 /// The address of a fake.
 pub(crate) fn bdf_of(fd: BorrowedFd<'_>) -> Option<Bdf> {
-    match &*thing(fd)? {
+    let Some(thing) = thing(fd) else {
+        return remote::bdf_of(fd);
+    };
+    match &*thing {
         Thing::Device(fake) => Some(fake.bdf),
         Thing::Iommu(_) => None,
     }
@@ -362,6 +393,22 @@ impl FakeDevice {
         event.is_some_and(|event| crate::event::signal(event.as_fd()).is_ok())
     }
 
+    /// The ranges of its BAR that a lease has: LIST does not say them.
+    #[must_use]
+    pub fn ranges_of(&self, id: LeaseId) -> Vec<BarRange> {
+        let state = lock(&self.fake().state);
+        let buffer = state.buffers.get(&id.get());
+        buffer.map_or_else(Vec::new, |buffer| buffer.places.clone())
+    }
+
+    /// Has the kernel forget leases: those that are dead without an importer, as those whose last
+    /// descriptor is closed. Others stay.
+    pub fn forget_dead(&self) {
+        let mut state = lock(&self.fake().state);
+        let stays = |buffer: &Buffer| !buffer.dead || buffer.importers > 0;
+        state.buffers.retain(|_, buffer| stays(buffer));
+    }
+
     /// How often it was reset.
     #[must_use]
     pub fn resets(&self) -> u32 {
@@ -451,6 +498,7 @@ struct Buffer {
     fd: OwnedFd,
     bar: u32,
     ranges: u32,
+    places: Vec<BarRange>,
     size: u64,
     access: u32,
     memattr: u32,
@@ -497,12 +545,12 @@ impl Buffer {
 }
 
 impl Fake {
-    fn ioctl(&self, number: u8, bytes: &mut [u8]) -> Result<i32, Errno> {
+    fn ioctl(&self, number: u8, bytes: &mut [u8]) -> Result<Answer, Errno> {
         let mut state = lock(&self.state);
         state.ioctls += 1;
         let mut argument = Argument(bytes);
         // Numbers of linux/vfio.h, less 100.
-        match number.wrapping_sub(vfio::VFIO_BASE as u8) {
+        let number = match number.wrapping_sub(vfio::VFIO_BASE as u8) {
             7 => self.info(&mut argument),
             8 => self.region(&state, &mut argument),
             9 => self.irq_info(&mut argument),
@@ -511,11 +559,12 @@ impl Fake {
                 state.resets += 1;
                 Ok(0)
             }
-            17 => self.feature(&mut state, &mut argument),
+            17 => return self.feature(&mut state, &mut argument),
             // Of a character device: bind, attach.
             18 | 19 => Ok(0),
             _ => Err(Errno::NOTTY),
-        }
+        };
+        number.map(Answer::Number)
     }
 
     fn info(&self, argument: &mut Argument<'_>) -> Result<i32, Errno> {
@@ -639,7 +688,7 @@ impl Fake {
         Ok(0)
     }
 
-    fn feature(&self, state: &mut State, argument: &mut Argument<'_>) -> Result<i32, Errno> {
+    fn feature(&self, state: &mut State, argument: &mut Argument<'_>) -> Result<Answer, Errno> {
         let flags = argument.u32(4);
         let index = (flags & vfio::VFIO_DEVICE_FEATURE_MASK) as u16;
         let operation = match index {
@@ -662,12 +711,14 @@ impl Fake {
             return Err(Errno::INVAL);
         }
         if flags & vfio::VFIO_DEVICE_FEATURE_PROBE != 0 {
-            return Ok(0);
+            return Ok(Answer::Number(0));
         }
         // Behind the header.
         let mut payload = Argument(argument.0.get_mut(8..).unwrap_or(&mut []));
-        match index {
-            abi::FEATURE_DMA_BUF | abi::FEATURE_DMA_BUF_STOCK => self.export(state, &payload),
+        let number = match index {
+            abi::FEATURE_DMA_BUF | abi::FEATURE_DMA_BUF_STOCK => {
+                return self.export(state, &payload).map(Answer::File);
+            }
             abi::FEATURE_ALIAS_REGION => self.alias(state, &mut payload),
             abi::FEATURE_DMA_BUF_STATUS => {
                 let reasons = state.reasons;
@@ -701,10 +752,11 @@ impl Fake {
                 named(state, &payload).map(|_| 0)
             }
             _ => set_changes(state, &payload),
-        }
+        };
+        number.map(Answer::Number)
     }
 
-    fn export(&self, state: &mut State, payload: &Argument<'_>) -> Result<i32, Errno> {
+    fn export(&self, state: &mut State, payload: &Argument<'_>) -> Result<OwnedFd, Errno> {
         type Get = abi::DmaBufGet;
         let bar = payload.u32(offset_of!(Get, region_index));
         let flags = payload.u32(offset_of!(Get, open_flags));
@@ -717,6 +769,7 @@ impl Fake {
             return Err(Errno::TOOBIG);
         }
         let mut contents = Vec::new();
+        let mut places = Vec::new();
         for n in 0..count as usize {
             let at = size_of::<Get>() + n * size_of::<abi::DmaRange>();
             let offset = payload.u64(at + offset_of!(abi::DmaRange, offset));
@@ -728,6 +781,7 @@ impl Fake {
             let mut bytes = vec![0; usize::try_from(length).map_err(|_| Errno::NOMEM)?];
             rustix::io::pread(&self.memory, &mut bytes, (u64::from(bar) << SHIFT) + offset)?;
             contents.extend(bytes);
+            places.push(BarRange { offset, length });
         }
         if contents.is_empty() {
             return Err(Errno::INVAL);
@@ -752,6 +806,7 @@ impl Fake {
             fd,
             bar,
             ranges: count,
+            places,
             size: length,
             access,
             memattr: abi::MEMATTR_NC,
@@ -763,7 +818,7 @@ impl Fake {
             buffer.take();
         }
         state.buffers.insert(id, buffer);
-        Ok(std::os::fd::IntoRawFd::into_raw_fd(given))
+        Ok(given)
     }
 
     fn alias(&self, state: &mut State, payload: &mut Argument<'_>) -> Result<i32, Errno> {

@@ -22,6 +22,8 @@ use crate::types::List;
 use crate::types::Method;
 use crate::types::Notice;
 use crate::types::Release;
+use crate::types::Resume;
+use crate::types::Token;
 use crate::types::Watch;
 use crate::wire::Call;
 use crate::wire::Reply;
@@ -81,6 +83,23 @@ impl Client {
     /// Errors: as [`Client::acquire`].
     pub fn release(&mut self, lease: u64) -> Result<()> {
         self.call(&Release { lease }).map(drop)
+    }
+
+    /// The secret of this connection: after a restart of the service another one has with it the
+    /// leases that were asked for over this one. To be asked for before that, and kept.
+    ///
+    /// Errors: as [`Client::acquire`].
+    pub fn token(&mut self) -> Result<String> {
+        self.call(&Token {}).map(|secret| secret.token)
+    }
+
+    /// Has the leases of an earlier connection, which live by this one from now on, and says which.
+    /// They are of the earlier secret still: after the next restart both are to be said.
+    ///
+    /// Errors: as [`Client::acquire`]; the service gives them up some seconds after its restart.
+    pub fn resume(&mut self, token: impl Into<String>) -> Result<Vec<u64>> {
+        let token = token.into();
+        self.call(&Resume { token }).map(|resumed| resumed.leases)
     }
 
     /// Hands over a device.

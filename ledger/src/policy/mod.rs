@@ -26,6 +26,7 @@ use self::file::File;
 use self::file::NameOrNumber;
 use self::file::OneOrMany;
 pub use self::file::Overlap;
+pub use self::file::OwnerDies;
 use self::file::PoolTable;
 use self::file::Queue;
 pub use self::file::Scrub;
@@ -136,6 +137,8 @@ pub struct Device {
     pub memory: bool,
     /// Whether it becomes a bus master.
     pub bus_master: bool,
+    /// What becomes of it when the process ends that has handed it over.
+    pub owner_dies: OwnerDies,
 }
 
 /// A part of a BAR that leases are cut from. Pools of a BAR do not overlap.
@@ -381,6 +384,7 @@ impl Reader {
                 backend: table.backend,
                 memory: table.memory,
                 bus_master: table.bus_master,
+                owner_dies: table.owner_dies,
             });
         }
     }
