@@ -127,7 +127,8 @@ impl Server<'_> {
         if let Some(process) = peer.process {
             self.callers.insert((process, id));
         }
-        self.connections.insert(id, Connection::new(socket, peer, token));
+        self.connections
+            .insert(id, Connection::new(socket, peer, token));
         self.service.give(event)
     }
 

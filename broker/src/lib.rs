@@ -292,8 +292,7 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
         listener,
         signals,
         (inbox, finished),
-        (manager, at_stop),
-        owners,
+        (manager, at_stop, owners),
     )?;
     server.serve_claims(claims)?;
     server.run()?;

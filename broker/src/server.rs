@@ -144,8 +144,7 @@ impl<'a> Server<'a> {
         listener: UnixListener,
         signals: Signals,
         (inbox, finished): (Inbox, Finished),
-        (manager, at_stop): (Manager, AtStop),
-        owners: Vec<(Arc<str>, Owner)>,
+        (manager, at_stop, owners): (Manager, AtStop, Vec<(Arc<str>, Owner)>),
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let mut server = Self {
@@ -254,7 +253,7 @@ impl<'a> Server<'a> {
     }
 
     fn listen_to_device(&mut self, name: &Arc<str>) -> io::Result<()> {
-        let clone = |event: &EventFd| event.try_clone().map_err(io::Error::other);
+        let clone = |event: &barlease::EventFd| event.try_clone().map_err(io::Error::other);
         let Some(device) = self.service.device(name) else {
             return Ok(());
         };

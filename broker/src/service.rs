@@ -30,9 +30,9 @@ use rustix::time::ClockId;
 use crate::device::Device;
 use crate::finished::Done;
 use crate::finished::Finished;
+use crate::recovery::Kept;
 use crate::scrub::Job;
 use crate::scrub::Scrubber;
-use crate::recovery::Kept;
 use crate::store::Store;
 
 /// Shortest time between two LISTs of a device that are asked for by its events.
