@@ -168,7 +168,7 @@ impl Server<'_> {
         if !is_name(name) {
             return invalid(format!(
                 "{name:?} is no name of a claim: it has 1 to 64 letters, digits, `-`, `_` or `.`, \
-                 and does not begin with `.`"
+                 and begins and ends with a letter or digit"
             ));
         }
         let Some(claims) = &mut self.claims else {

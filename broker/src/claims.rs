@@ -28,11 +28,13 @@ pub(crate) struct Claims {
     open: BTreeMap<Arc<str>, UnixListener>,
 }
 
-/// Whether it can be the name of a claim: of a directory, and nothing that a shell or a pattern of
-/// the policy would take for something else.
+/// Whether it can be the name of a claim: of a directory, of a device for containers (CDI), and
+/// nothing that a pattern of the policy would take for something else.
 pub(crate) fn is_name(name: &str) -> bool {
-    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    !name.is_empty() && name.len() <= MAX_NAME && !name.starts_with('.') && name.bytes().all(fits)
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let ends = |c: char| c.is_ascii_alphanumeric();
+    let is_whole = name.starts_with(ends) && name.ends_with(ends);
+    is_whole && name.len() <= MAX_NAME && name.chars().all(fits)
 }
 
 impl Claims {

@@ -49,10 +49,70 @@ pub(crate) enum Object {
         #[command(subcommand)]
         command: Option<LeaseCommand>,
     },
+    /// Claims of the service: what containers lease by
+    Claim {
+        #[command(subcommand)]
+        command: ClaimCommand,
+    },
+    /// Leases for containers, by the Container Device Interface
+    Cdi {
+        #[command(subcommand)]
+        command: CdiCommand,
+    },
     /// Say what is missing for leases to work, and how to mend it
     Doctor {
         /// Check this device too
         bdf: Option<Bdf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClaimCommand {
+    /// List the claims that are open
+    #[command(alias = "list")]
+    Show {
+        /// The service's socket
+        #[arg(long, value_name = "PATH", default_value = barlease_proto::SOCKET)]
+        service: PathBuf,
+    },
+    /// Make the directory of a claim, unless it is there, and print it
+    ///
+    /// Mount it into a container: whoever connects to `sock` in it speaks for the claim. JSON has claim and
+    /// directory.
+    Open {
+        /// Its name
+        claim: String,
+        /// The service's socket
+        #[arg(long, value_name = "PATH", default_value = barlease_proto::SOCKET)]
+        service: PathBuf,
+    },
+    /// End a claim: its directory goes, and all its leases are revoked
+    End {
+        /// Its name
+        claim: String,
+        /// The service's socket
+        #[arg(long, value_name = "PATH", default_value = barlease_proto::SOCKET)]
+        service: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CdiCommand {
+    /// Write a CDI specification, by which podman, docker, containerd and CRI-O give claims to containers
+    ///
+    /// The claims are opened. Each is a device, `barlease.dev/lease=CLAIM`, with which a container gets the
+    /// directory of the claim and the variable BARLEASE_SOCKET. Claims end with the boot: so should the file,
+    /// as it does in /var/run/cdi.
+    Generate {
+        /// Claims, each with the pool that its container is told in BARLEASE_POOL, if any
+        #[arg(required = true, value_name = "CLAIM[=POOL]")]
+        claims: Vec<String>,
+        /// The file, such as /var/run/cdi/barlease.json; else it is printed
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// The service's socket
+        #[arg(long, value_name = "PATH", default_value = barlease_proto::SOCKET)]
+        service: PathBuf,
     },
 }
 

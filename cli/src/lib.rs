@@ -5,6 +5,8 @@
 
 mod args;
 mod buffers;
+mod cdi;
+mod claim;
 mod device;
 mod doctor;
 mod failure;
@@ -45,6 +47,8 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
     let answer = match args.object {
         Object::Device { command } => device::run(command.unwrap_or_default(), output),
         Object::Lease { command } => lease::run(command.unwrap_or_default(), output),
+        Object::Claim { command } => claim::run(command, output),
+        Object::Cdi { command } => cdi::run(command, output),
         Object::Doctor { bdf } => doctor::run(bdf, output),
     };
     match answer {

@@ -44,6 +44,31 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         )],
     ),
     (
+        "claim show",
+        &[("barlease claim show", "The claims that are open.")],
+    ),
+    (
+        "claim open",
+        &[(
+            "barlease claim open pod-1",
+            "Prints the directory to mount into the container.",
+        )],
+    ),
+    (
+        "claim end",
+        &[(
+            "barlease claim end pod-1",
+            "Nothing of it reaches the device any more when this returns.",
+        )],
+    ),
+    (
+        "cdi generate",
+        &[(
+            "barlease cdi generate pod-1 render=rows --output /var/run/cdi/barlease.json",
+            "Then: podman run --device barlease.dev/lease=render IMAGE",
+        )],
+    ),
+    (
         "lease show",
         &[(
             "barlease lease show 01:00.0 --pretty",
