@@ -68,6 +68,8 @@ const DIE: &str = "BARLEASED_TEST_DIE";
 /// Milliseconds between a child and the next, and until one is taken for hung.
 const PAUSE: &str = "BARLEASED_TEST_PAUSE";
 const WATCHDOG: &str = "BARLEASED_TEST_WATCHDOG";
+/// Milliseconds in which clients come back.
+const COME_BACK: &str = "BARLEASED_TEST_RESUME";
 
 fn directory() -> Option<PathBuf> {
     std::env::var_os(DIRECTORY).map(PathBuf::from)
@@ -105,7 +107,8 @@ fn daemon() {
     fs::write(directory.join("pid.new"), std::process::id().to_string()).unwrap();
     fs::rename(directory.join("pid.new"), directory.join("pid")).unwrap();
     let [policy, socket] = ["policy", "socket"].map(|name| directory.join(name));
-    let resume = RESUME.as_secs_f64().to_string();
+    let resume = milliseconds(COME_BACK).unwrap_or(RESUME);
+    let resume = resume.as_secs_f64().to_string();
     let args = [
         "barleased".as_ref(),
         "--kept".as_ref(),

@@ -39,22 +39,26 @@ pub(crate) fn cargo(folder: &str) -> Command {
 
 /// Builds a program of the workspace so that it runs in a guest, and returns its path.
 pub(crate) fn guest_program(package: &str, program: &str) -> Result<PathBuf> {
+    build_for_guests(package, "--bin", program)
+}
+
+/// The same, of an example of the package.
+pub(crate) fn guest_example(package: &str, example: &str) -> Result<PathBuf> {
+    build_for_guests(package, "--example", example)
+}
+
+fn build_for_guests(package: &str, kind: &str, name: &str) -> Result<PathBuf> {
     // That folder's settings link statically.
     let mut build = cargo("guest-tests");
-    build.args([
-        "build",
-        "--quiet",
-        "--release",
-        "--package",
-        package,
-        "--bin",
-        program,
-    ]);
+    build.args(["build", "--quiet", "--release", "--package", package]);
+    build.args([kind, name]);
     let status = build.status().context("start cargo")?;
     if !status.success() {
-        bail!("`{program}` does not build for guests");
+        bail!("`{name}` does not build for guests");
     }
-    Ok(target()
-        .join("x86_64-unknown-linux-gnu/release")
-        .join(program))
+    let folder = target().join("x86_64-unknown-linux-gnu/release");
+    Ok(match kind {
+        "--example" => folder.join("examples").join(name),
+        _ => folder.join(name),
+    })
 }

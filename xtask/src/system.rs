@@ -29,7 +29,8 @@ pub(crate) struct Options {
     /// Without our module
     #[arg(long)]
     stock: bool,
-    /// Test the guest itself: systemd is up without a failure, a lease is taken, and a reboot finds what was written
+    /// Test the guest itself: systemd is up without a failure, a lease is taken, a reboot finds what was written; and
+    /// barleased from its units, through kills, restarts and whatever else happens to a service
     #[arg(long, conflicts_with_all = ["packages", "disk", "files", "stock", "command"])]
     check: bool,
     /// The command; a shell when there is none
@@ -61,6 +62,9 @@ test "$(readlink /sys/bus/pci/devices/0000:01:00.0/driver || true)" = ""
 echo found what was kept
 exit 7
 "#;
+
+/// `broker/examples/lab_service.rs` says what it does.
+const SERVICE: &str = "lab_service 0000:01:00.0 /lab/service";
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let prepared = options.machine.prepare()?;
@@ -99,6 +103,20 @@ fn guest<'a>(options: &Options, prepared: &'a Prepared, disk: &Disk) -> Result<R
         .file(command, "/lab/bin/barlease"))
 }
 
+/// barleased and what its package has.
+fn with_service(mut run: Run<'_>) -> Result<Run<'_>> {
+    let units = checkout::top().join("dist/systemd");
+    for entry in std::fs::read_dir(units)?.filter_map(Result::ok) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        run = run.file(entry.path(), format!("/lab/service/{name}"));
+    }
+    let daemon = checkout::guest_program("barleased", "barleased")?;
+    let example = checkout::guest_example("barleased", "lab_service")?;
+    Ok(run
+        .file(daemon, "/lab/service/barleased")
+        .file(example, "/lab/bin/lab_service"))
+}
+
 fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
     let folder = Cache::open()?.path("systems");
     let root = Root::prepare(prepared, &[])?;
@@ -107,9 +125,13 @@ fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
     let boots = [
         (FIRST, 0, "73 61 65 6c"),
         (SECOND, 7, "found what was kept"),
+        (SERVICE, 0, "all of it works"),
     ];
     let checked = boots.into_iter().try_for_each(|(script, code, expected)| {
-        let run = with_module(guest(options, prepared, &disk)?, prepared)?;
+        let mut run = with_module(guest(options, prepared, &disk)?, prepared)?;
+        if script == SERVICE {
+            run = with_service(run)?;
+        }
         let outcome = run
             .output(Output::Capture)
             .command(["sh", "-c", script])
