@@ -172,7 +172,7 @@ impl Server<'_> {
             ));
         }
         let Some(claims) = &mut self.claims else {
-            return invalid("the service is about to end".to_owned());
+            return invalid("the service has no directory for claims".to_owned());
         };
         match claims.open(name) {
             Ok(is_new) => {

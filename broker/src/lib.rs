@@ -58,9 +58,9 @@ use barlease_proto::Client;
 use barlease_proto::Drain;
 use barlease_proto::Reload;
 use clap::Parser;
-use rustix::process::Resource;
-use rustix::process::getrlimit;
-use rustix::process::setrlimit;
+use nix::sys::resource::Resource;
+use nix::sys::resource::getrlimit;
+use nix::sys::resource::setrlimit;
 use signal_hook::consts::SIGHUP;
 use signal_hook::consts::SIGINT;
 use signal_hook::consts::SIGTERM;
@@ -227,10 +227,7 @@ fn keep(args: &[OsString], directory: &Path) -> ExitCode {
 
 fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     let signals = signals()?;
-    // Each client is a descriptor.
-    let mut descriptors = getrlimit(Resource::Nofile);
-    descriptors.current = descriptors.maximum;
-    setrlimit(Resource::Nofile, descriptors)?;
+    raise_limit();
     let directory = &options.socket;
     let lock = Lock::take(directory)?;
     let policy = policy::read(&options.policy)
@@ -259,7 +256,9 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     };
     let listener = socket.listener()?;
     let (inbox, finished) = Inbox::new()?;
-    let claims = Claims::in_directory(directory)?;
+    let claims = Claims::in_directory(directory)
+        .inspect_err(|error| eprintln!("barleased: there will be no claims: {error}"))
+        .ok();
     let ledger = match left.ledger {
         Some(ledger) => ledger,
         None => (Store::create()?, Vec::new()),
@@ -294,12 +293,25 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
         (inbox, finished),
         (manager, at_stop, owners),
     )?;
-    server.serve_claims(claims)?;
+    if let Some(claims) = claims {
+        server.serve_claims(claims)?;
+    }
     server.run()?;
     if server.leaves_leases() {
         socket.leave();
     }
     Ok(())
+}
+
+/// Each client is a descriptor: as many as may be. A unit that forbids the call says itself how many.
+fn raise_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(now, most)| match now < most {
+        true => setrlimit(Resource::RLIMIT_NOFILE, most, most),
+        false => Ok(()),
+    });
+    if let Err(errno) = raised {
+        eprintln!("barleased: the limit of descriptors stays as it is: {errno}");
+    }
 }
 
 fn signals() -> io::Result<Signals> {

@@ -119,7 +119,8 @@ fn with_service(mut run: Run<'_>) -> Result<Run<'_>> {
 
 fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
     let folder = Cache::open()?.path("systems");
-    let root = Root::prepare(prepared, &[])?;
+    // Of another language.
+    let root = Root::prepare(prepared, &["python3"])?;
     let path = folder.join(format!("check-{}.img", std::process::id()));
     let disk = root.copy_to(&path)?;
     let boots = [
