@@ -84,11 +84,21 @@ pub(crate) fn is_administrator(peer: &Peer) -> bool {
 
 /// A message without an error.
 fn message(parameters: &impl Serialize, continues: bool) -> Vec<u8> {
-    bytes(&proto::Reply {
-        parameters: json!(parameters),
+    /// A [`proto::Reply`] whose parameters are written as they are.
+    #[derive(Serialize)]
+    struct Told<'a, T> {
+        parameters: &'a T,
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        continues: bool,
+    }
+    let told = Told {
+        parameters,
         continues,
-        error: None,
-    })
+    };
+    // What is told has no maps with keys that are not text.
+    let mut bytes = serde_json::to_vec(&told).unwrap_or_default();
+    bytes.push(0);
+    bytes
 }
 
 fn bytes(reply: &proto::Reply) -> Vec<u8> {

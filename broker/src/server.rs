@@ -532,42 +532,45 @@ impl<'a> Server<'a> {
     /// Sends what a client takes, and begins its next call, if it may, when there is nothing left
     /// to send.
     fn advance(&mut self, id: ConnectionId, begins: bool) -> io::Result<()> {
-        let Some(connection) = self.connections.get_mut(&id) else {
-            return Ok(());
-        };
-        let Ok(any) = connection.send() else {
-            return self.gone(id);
-        };
-        let sending = connection.is_sending();
-        if (any || !sending)
-            && let Some(time) = connection.give_up.take()
-        {
-            self.give_ups.remove(&(time, id));
-        }
-        if sending && connection.give_up.is_none() {
-            let time = Time(now().0 + PATIENCE);
-            connection.give_up = Some(time);
-            self.give_ups.insert((time, id));
-        }
-        let lists = matches!(connection.busy, Some(Busy::List { .. }));
-        let calls = connection.busy.is_none() && connection.has_input();
-        match (sending, begins) {
-            (false, true) if lists => {
-                self.list_on(id)?;
-                self.ready.insert(id);
+        let mut begins = begins;
+        loop {
+            let Some(connection) = self.connections.get_mut(&id) else {
+                return Ok(());
+            };
+            let Ok(any) = connection.send() else {
+                return self.gone(id);
+            };
+            let sending = connection.is_sending();
+            if (any || !sending)
+                && let Some(time) = connection.give_up.take()
+            {
+                self.give_ups.remove(&(time, id));
             }
-            (false, true) if calls => match connection.next_call() {
-                Ok(Some(call)) => {
-                    self.call(id, &call)?;
+            if sending && connection.give_up.is_none() {
+                let time = Time(now().0 + PATIENCE);
+                connection.give_up = Some(time);
+                self.give_ups.insert((time, id));
+            }
+            // What is put there from here on is no more than what this does.
+            self.ready.remove(&id);
+            let lists = matches!(connection.busy, Some(Busy::List { .. }));
+            let calls = connection.busy.is_none() && connection.has_input();
+            match (sending, std::mem::take(&mut begins)) {
+                (false, true) if lists => self.list_on(id)?,
+                (false, true) if calls => match connection.next_call() {
+                    Ok(Some(call)) => {
+                        self.call(id, &call)?;
+                        self.effects()?;
+                    }
+                    Ok(None) => break,
+                    Err(_) => return self.gone(id),
+                },
+                (false, false) if lists || calls => {
                     self.ready.insert(id);
+                    break;
                 }
-                Ok(None) => {}
-                Err(_) => return self.gone(id),
-            },
-            (false, false) if lists || calls => {
-                self.ready.insert(id);
+                _ => break,
             }
-            _ => {}
         }
         if !self.weigh(id) {
             return self.gone(id);

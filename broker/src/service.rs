@@ -111,6 +111,15 @@ pub(crate) fn now() -> Time {
     Time(seconds * 1000 + nanoseconds / 1_000_000)
 }
 
+/// Whether an action does something at once that the ledger must be ahead of. What is only told to
+/// clients, or watched, waits until all actions are carried out.
+fn reaches_the_kernel(action: &Action) -> bool {
+    matches!(
+        action,
+        Action::Scrub { .. } | Action::Export(_) | Action::Revoke { .. } | Action::CloseDevice(_)
+    )
+}
+
 impl Service {
     /// Goes on with what an earlier daemon has left: its ledger, which is empty for the first one,
     /// and its devices.
@@ -241,6 +250,8 @@ impl Service {
                 actions.extend(self.core.handle(now(), answer));
             }
         }
+        // Before anything is told to clients, which is what is left to do.
+        self.store.flush()?;
         // Those of leases that ended before they were granted.
         self.exported.clear();
         Ok(())
@@ -303,8 +314,12 @@ impl Service {
         lists: &mut BTreeSet<Arc<str>>,
     ) -> io::Result<Option<Event>> {
         (self.before_action)();
+        if reaches_the_kernel(&action) {
+            // Records of actions in a row are written in one go.
+            self.store.flush()?;
+        }
         match action {
-            Action::Append(record) => self.store.append(&record)?,
+            Action::Append(record) => self.store.add(&record),
             Action::Compact(records) => self.store.compact(&records)?,
             Action::Scrub {
                 lease,

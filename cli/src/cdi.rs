@@ -201,9 +201,9 @@ mod tests {
                 ],
             )?;
             for variable in edits["env"].as_array().ok_or("env is no list")? {
-                if !text(variable)?
+                if text(variable)?
                     .split_once('=')
-                    .is_some_and(|(name, _)| !name.is_empty())
+                    .is_none_or(|(name, _)| name.is_empty())
                 {
                     return Err(format!("variable {variable}"));
                 }

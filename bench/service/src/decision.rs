@@ -70,7 +70,7 @@ pub(crate) fn take(quick: bool) -> Vec<Measure> {
     let peers = [peer(last), peer(4)];
     let rounds = if quick { 5 } else { 21 };
     let measure = Rounds::new(
-        "decision",
+        "service-decision",
         "A decision of the policy among 1,000 rules, four of which allow it",
         "among 5 rules",
         Unit::Native,

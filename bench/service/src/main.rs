@@ -20,10 +20,18 @@ fn main() -> ExitCode {
         return daemon::run();
     }
     let quick = word("--quick");
-    let sets: [(&str, fn(bool) -> Vec<Measure>); 2] =
-        [("service", clients::take), ("decision", decision::take)];
+    // As the other programs take it: sets whose name has one of these in it.
+    let only = words.windows(2).filter(|pair| pair[0] == "--only");
+    let only: Vec<&String> = only.map(|pair| &pair[1]).collect();
+    let sets: [(&str, fn(bool) -> Vec<Measure>); 2] = [
+        ("service", clients::take),
+        ("service-decision", decision::take),
+    ];
     let mut measures = Vec::new();
     for (name, take) in sets {
+        if !only.is_empty() && !only.iter().any(|wanted| name.contains(wanted.as_str())) {
+            continue;
+        }
         let start = Instant::now();
         measures.extend(take(quick));
         println!("{:>6.1} s  {name}", start.elapsed().as_secs_f64());

@@ -167,7 +167,7 @@ fn bare(batch: &mut Batch) {
             link.send_fd(payload.export(&device));
         }
     });
-    let mut get = || {
+    let get = || {
         owner.link.send(WANTED);
         owner.link.receive_fd()
     };
