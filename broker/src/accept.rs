@@ -1,5 +1,6 @@
 //! Clients come: by the socket of the service, or by that of a claim.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -52,7 +53,16 @@ impl Server<'_> {
     /// Serves the claims that there are.
     pub(crate) fn serve_claims(&mut self, claims: Claims) -> io::Result<()> {
         let names: Vec<_> = claims.names().cloned().collect();
+        // A claim whose directory is gone has ended while no daemon was there.
+        let leases = self.service.core().leases();
+        let ended: BTreeSet<Arc<str>> = leases
+            .filter_map(|lease| lease.peer.claim.clone())
+            .filter(|claim| claims.listener(claim).is_none())
+            .collect();
         self.claims = Some(claims);
+        for claim in ended {
+            self.revoke_claim(RequestId(0), &claim)?;
+        }
         for name in names {
             self.listen_on(Some(name))?;
         }
@@ -189,6 +199,17 @@ impl Server<'_> {
         }
     }
 
+    /// Revokes all leases of a claim, whatever they live by.
+    fn revoke_claim(&mut self, request: RequestId, claim: &Arc<str>) -> io::Result<()> {
+        // First, since the answer says how many there were.
+        self.service.give(Event::Revoke {
+            request,
+            selector: Selector::Claim(claim.clone()),
+            grace: Some(Millis(0)),
+        })?;
+        self.service.give(Event::ClaimEnded(claim.clone()))
+    }
+
     /// Ends a claim, with all that it has.
     pub(crate) fn end_claim(
         &mut self,
@@ -206,13 +227,7 @@ impl Server<'_> {
         self.sources.retain(|_, source| !is_its(source));
         self.paused.retain(|claim| claim.as_ref() != Some(&name));
         drop(listener);
-        // All of them, whatever they live by, and first: the answer says how many.
-        self.service.give(Event::Revoke {
-            request,
-            selector: Selector::Claim(name.clone()),
-            grace: Some(Millis(0)),
-        })?;
-        self.service.give(Event::ClaimEnded(name.clone()))?;
+        self.revoke_claim(request, &name)?;
         let speaks = |connection: &Connection| connection.peer.claim.as_ref() == Some(&name);
         let connections = self.connections.iter();
         let gone: Vec<_> = connections

@@ -497,7 +497,7 @@ impl<'a> Server<'a> {
         } else if waits {
             // Its next call is not read before this one is answered.
             flags.contains(EventFlags::RDHUP)
-        } else if flags.contains(EventFlags::IN) {
+        } else if flags.contains(EventFlags::IN) && !connection.has_input() {
             !matches!(connection.receive(&mut self.chunk), Ok(true))
         } else {
             false
@@ -581,7 +581,9 @@ impl<'a> Server<'a> {
         let mut flags = EventFlags::RDHUP;
         flags.set(EventFlags::OUT, connection.is_sending());
         let waits = connection.busy.is_some() || connection.is_sending();
-        flags.set(EventFlags::IN, !waits);
+        // What was sent is taken when there is a turn for it, and not before: a client that sends
+        // faster than it is served fills its own socket.
+        flags.set(EventFlags::IN, !waits && !connection.has_input());
         if connection.armed != flags {
             connection.armed = flags;
             epoll::modify(&self.epoll, connection, EventData::new_u64(id.0), flags)?;
