@@ -6,6 +6,8 @@
 //! |---|---|
 //! | `server` | the loop: sockets, signals, devices, processes and time |
 //! | `calls` | the methods of the interface |
+//! | `questions` | List, Explain and Devices |
+//! | `records` | all that happens: to the journal, and to those who monitor |
 //! | `connection` | what was received from a client, and what is left to send |
 //! | `peer` | the process that connected |
 //! | `service` | the core, and what it has done with ledger and devices |
@@ -21,6 +23,8 @@ mod connection;
 pub mod device;
 mod peer;
 pub mod policy;
+mod questions;
+mod records;
 mod server;
 mod service;
 mod socket;
@@ -39,6 +43,7 @@ use signal_hook::consts::SIGINT;
 use signal_hook::consts::SIGTERM;
 use signal_hook::low_level::pipe;
 
+use self::records::Log;
 pub use self::server::Opener;
 use self::server::Server;
 use self::server::Signals;
@@ -58,6 +63,9 @@ pub struct Options {
     /// Directory of the socket, `leases.sock`, which is made if need be.
     #[arg(long, default_value = "/run/barleased")]
     socket: PathBuf,
+    /// The journal's socket. Without one, records are lines on standard error.
+    #[arg(long, default_value = records::JOURNAL)]
+    journal: PathBuf,
 }
 
 /// Runs the daemon.
@@ -88,7 +96,8 @@ fn serve(options: Options, opener: &Opener<'_>) -> io::Result<()> {
     let socket = Socket::bind(&options.socket)?;
     let listener = socket.listener()?;
     let service = Service::new(policy)?;
-    Server::new(options.policy, service, opener, listener, signals)?.run()
+    let log = Log::start(&options.journal)?;
+    Server::new(options.policy, service, opener, listener, signals, log)?.run()
 }
 
 fn signals() -> io::Result<Signals> {

@@ -37,9 +37,13 @@ use crate::connection::Connection;
 use crate::connection::Outgoing;
 use crate::device::Device;
 use crate::peer::Identity;
+use crate::records;
+use crate::records::Log;
 use crate::service::Effect;
+use crate::service::NEWS;
 use crate::service::Service;
 use crate::service::now;
+use crate::words;
 
 /// How long a client may take nothing of what is sent to it.
 const PATIENCE: u64 = 10_000;
@@ -98,6 +102,9 @@ pub(crate) struct Server<'a> {
     pub(crate) going: BTreeSet<Arc<str>>,
     /// Drains to be answered when these are closed.
     pub(crate) drains: Vec<(RequestId, BTreeSet<Arc<str>>)>,
+    /// Connections that are told all records.
+    pub(crate) monitors: BTreeSet<ConnectionId>,
+    pub(crate) log: Log,
     stopping: bool,
 }
 
@@ -108,6 +115,7 @@ impl<'a> Server<'a> {
         opener: &'a Opener<'a>,
         listener: UnixListener,
         signals: Signals,
+        log: Log,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let mut server = Self {
@@ -131,6 +139,8 @@ impl<'a> Server<'a> {
             closed_event: EventFd::new().map_err(io::Error::other)?,
             going: BTreeSet::new(),
             drains: Vec::new(),
+            monitors: BTreeSet::new(),
+            log,
             stopping: false,
         };
         let end = server.signals.end.try_clone()?;
@@ -169,8 +179,11 @@ impl<'a> Server<'a> {
             let opened = (self.opener)(&wanted)
                 .and_then(|device| Device::new(device).map_err(|e| e.report().to_string()));
             match opened {
-                Ok(device) => self.take(name, device)?,
-                Err(error) => eprintln!("barleased: {name} is not leased from: {error}"),
+                Ok(device) => {
+                    self.take(name, device)?;
+                    self.record(records::device_opened(name))?;
+                }
+                Err(error) => self.record(records::device_absent(name, &error))?,
             }
         }
         Ok(())
@@ -238,11 +251,8 @@ impl<'a> Server<'a> {
             }
             Source::Reload => {
                 drain(&self.signals.reload);
-                if let Err(errors) = self.reload()? {
-                    for error in errors {
-                        eprintln!("barleased: the old policy stays in force: {error}");
-                    }
-                }
+                // What is wrong is in the record.
+                let _ = self.reload()?;
             }
             Source::Closed => {
                 let _ = self.closed_event.take();
@@ -298,17 +308,22 @@ impl<'a> Server<'a> {
     pub(crate) fn reload(&mut self) -> io::Result<Result<(), Vec<String>>> {
         match crate::policy::read(&self.policy) {
             Ok(policy) => {
+                self.record(records::policy_loaded(&policy))?;
                 self.service.give(Event::PolicyReplaced(Arc::new(policy)))?;
                 self.open_devices()?;
                 Ok(Ok(()))
             }
-            Err(errors) => Ok(Err(errors)),
+            Err(errors) => {
+                self.record(records::policy_refused(&errors))?;
+                Ok(Err(errors))
+            }
         }
     }
 
     fn device_closed(&mut self, name: &Arc<str>) -> io::Result<()> {
         self.closing.remove(name);
         self.going.remove(name);
+        self.record(records::device_closed(name))?;
         self.service.give(Event::DeviceClosed(name.clone()))?;
         for (_, devices) in &mut self.drains {
             devices.remove(name);
@@ -421,7 +436,7 @@ impl<'a> Server<'a> {
             self.give_ups.insert((time, id));
         }
         if !sending {
-            if let Some(Busy::List { .. }) = connection.busy {
+            if let Some(Busy::List(_)) = connection.busy {
                 self.list_on(id)?;
                 self.ready.insert(id);
             } else if connection.busy.is_none() {
@@ -452,6 +467,7 @@ impl<'a> Server<'a> {
             return Ok(());
         };
         self.sources.remove(&id.0);
+        self.monitors.remove(&id);
         if let Some(time) = connection.give_up {
             self.give_ups.remove(&(time, id));
         }
@@ -505,9 +521,21 @@ impl<'a> Server<'a> {
                     Ok(Reply::Granted(grant)) => fd.map(|fd| (grant.lease, fd)),
                     _ => None,
                 };
+                let answer = answer.map_err(|refusal| words::refusal(*refusal));
+                if let (Err(refusal), Some(id)) = (&answer, self.requests.get(&request).copied()) {
+                    self.record_refusal(id, refusal)?;
+                }
                 self.answer(request, calls::reply(answer), lease)
             }
-            Effect::Notice { watch, lease, news } => {
+            Effect::Notice {
+                watch: NEWS,
+                lease,
+                news,
+                about,
+            } => self.record(records::news(lease, news, &about)),
+            Effect::Notice {
+                watch, lease, news, ..
+            } => {
                 let Some(id) = self.requests.get(&watch).copied() else {
                     return Ok(());
                 };
@@ -549,6 +577,7 @@ impl<'a> Server<'a> {
         };
         let oneway = matches!(connection.busy, Some(Busy::Call { oneway: true }));
         connection.busy = None;
+        connection.asked = None;
         self.ready.insert(id);
         if oneway {
             return self.undelivered(lease);
