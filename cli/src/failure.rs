@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use serde_json::Value;
 use serde_json::json;
 
 use crate::output::Output;
@@ -23,6 +24,8 @@ const UNREAD: u8 = 141;
 pub(crate) struct Failure {
     text: String,
     code: u8,
+    /// For programs.
+    details: Option<Value>,
 }
 
 impl Failure {
@@ -30,6 +33,7 @@ impl Failure {
         Self {
             text: text.into(),
             code: FAILURE,
+            details: None,
         }
     }
 
@@ -37,6 +41,7 @@ impl Failure {
         Self {
             text: text.into(),
             code: USAGE,
+            details: None,
         }
     }
 
@@ -44,7 +49,14 @@ impl Failure {
         Self {
             text: text.into(),
             code: UNSUPPORTED,
+            details: None,
         }
+    }
+
+    /// What programs are told in the key `details`.
+    pub(crate) fn with_details(mut self, details: Value) -> Self {
+        self.details = Some(details);
+        self
     }
 
     /// A system call on a file failed.
@@ -61,9 +73,13 @@ impl Failure {
     pub(crate) fn exit(self, output: Output) -> ExitCode {
         let said = match (self.code, output.is_json()) {
             (UNREAD, _) => true,
-            (_, true) => output
-                .document(&json!({"error": self.text, "exit_code": self.code}))
-                .is_ok(),
+            (_, true) => {
+                let mut told = json!({"error": self.text, "exit_code": self.code});
+                if let Some(details) = self.details {
+                    told["details"] = details;
+                }
+                output.document(&told).is_ok()
+            }
             (_, false) => false,
         };
         if !said {
@@ -92,6 +108,7 @@ impl From<io::Error> for Failure {
             return Self {
                 text: String::new(),
                 code: UNREAD,
+                details: None,
             };
         }
         Self::new(format!("print: standard output: {error}"))

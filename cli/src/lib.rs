@@ -13,6 +13,7 @@ pub mod manual;
 mod names;
 mod number;
 mod output;
+mod service;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -23,6 +24,7 @@ use clap::Parser;
 use args::Args;
 use args::Object;
 use output::Output;
+use service::args::BrokerCommand;
 
 /// The definition of the command line, for completions and manual pages.
 #[must_use]
@@ -45,6 +47,11 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
     let answer = match args.object {
         Object::Device { command } => device::run(command.unwrap_or_default(), output),
         Object::Lease { command } => lease::run(command.unwrap_or_default(), output),
+        Object::Broker { command, service } => {
+            let command = command.unwrap_or(BrokerCommand::Show { service });
+            service::broker(command, output).map(|()| ExitCode::SUCCESS)
+        }
+        Object::Monitor { service } => service::monitor(&service).map(|()| ExitCode::SUCCESS),
         Object::Doctor { bdf } => doctor::run(bdf, output),
     };
     match answer {
