@@ -380,12 +380,19 @@ fn what_is_reclaimed_is_told_with_its_deadline() {
         "--read-only",
     ];
     let mut holder = daemon.spawn(&device);
+    let line = holder.line();
     assert!(
-        holder
-            .line()
-            .contains("0x1000+0x2000 (0x2000 bytes, nc, read)")
+        line.contains("0x1000+0x2000 (0x2000 bytes, nc, read)"),
+        "{line}"
     );
-    assert_eq!(watch.json()["event"], "granted");
+    let lease: u64 = line.split(' ').nth(2).unwrap().parse().unwrap();
+    let of_it = |running: &mut Running| loop {
+        let told = running.json();
+        if told["lease"] == lease || told["kind"] == "revoke-asked" {
+            break told;
+        }
+    };
+    assert_eq!(of_it(&mut watch)["event"], "granted");
     let text = daemon.text(&["lease", "revoke", "--pool", "rows"]);
     assert_eq!(text, "revoking 1 leases\n");
     let notice = watch.json();
@@ -476,6 +483,28 @@ fn administrators_drain_and_reload() {
         "{said}"
     );
     daemon.text(&["lease", "acquire", "rows", "--", "true"]);
+}
+
+#[test]
+fn the_service_explains_and_knows_who_has_it() {
+    let daemon = Daemon::start();
+    let explain = |more: &[&str]| {
+        let arguments = [&["policy", "explain", "--as-uid", "4000000", "-j"], more].concat();
+        let output = daemon.run(&arguments);
+        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code(), told)
+    };
+    let (code, told) = explain(&["rows", "4K"]);
+    assert_eq!((code, &told["granted"]), (Some(0), &true.into()));
+    let file = told["rules"][0]["file"].as_str().unwrap();
+    assert!(file.ends_with("policy/a.toml"), "{file}");
+    let mut holder = daemon.spawn(&["lease", "acquire", "rows"]);
+    assert!(holder.line().starts_with("granted"));
+    let (code, told) = explain(&["rows", "4K"]);
+    assert_eq!((code, &told["granted"]), (Some(1), &false.into()));
+    assert_eq!(told["held_by"][0]["holder"]["pid"], holder.child.id());
+    let (code, told) = explain(&["doorbells", "--unit", "a.service"]);
+    assert_eq!((code, &told["rules"]), (Some(1), &Value::Array(vec![])));
 }
 
 #[test]

@@ -12,6 +12,7 @@ use clap::ValueEnum;
 
 use crate::names;
 use crate::number;
+use crate::policy::PolicyCommand;
 use crate::service::args::AcquireArgs;
 use crate::service::args::BrokerCommand;
 use crate::service::args::ListArgs;
@@ -62,6 +63,11 @@ pub(crate) enum Object {
         /// Of `show`, which is what is done without a command
         #[command(flatten)]
         service: Service,
+    },
+    /// The policy of the service: check its files, explain what it allows
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
     },
     /// Print all that the service does from now on, as JSON lines (for administrators)
     Monitor {

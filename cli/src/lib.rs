@@ -13,6 +13,7 @@ pub mod manual;
 mod names;
 mod number;
 mod output;
+mod policy;
 mod service;
 
 use std::ffi::OsString;
@@ -50,6 +51,9 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
         Object::Broker { command, service } => {
             let command = command.unwrap_or(BrokerCommand::Show { service });
             service::broker(command, output).map(|()| ExitCode::SUCCESS)
+        }
+        Object::Policy { command } => {
+            policy::run(command, output).map(|good| ExitCode::from(u8::from(!good)))
         }
         Object::Monitor { service } => service::monitor(&service).map(|()| ExitCode::SUCCESS),
         Object::Doctor { bdf } => doctor::run(bdf, output),

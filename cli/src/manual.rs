@@ -154,6 +154,33 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         )],
     ),
     (
+        "policy check",
+        &[(
+            "barlease policy check /etc/barlease/policy.d new.toml",
+            "Whether what is there and a new file fit together.",
+        )],
+    ),
+    (
+        "policy explain",
+        &[
+            (
+                "barlease policy explain --as-uid 1001 rows 64K",
+                "Whether a user would get 64 KiB now, and by which rule.",
+            ),
+            (
+                "barlease policy explain --policy new.toml --unit render@1.service rows",
+                "The same of a file that is not in force, for a unit.",
+            ),
+        ],
+    ),
+    (
+        "policy schema",
+        &[(
+            "barlease policy schema",
+            "For an editor that checks while one types.",
+        )],
+    ),
+    (
         "monitor",
         &[(
             "barlease monitor",
@@ -207,7 +234,10 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
 /// Exit codes and what they mean.
 pub const EXIT_STATUS: &[(&str, &str)] = &[
     ("0", "Success."),
-    ("1", "Failure; of doctor: something does not work."),
+    (
+        "1",
+        "Failure; of doctor: something does not work; of policy: it is not valid, or refuses.",
+    ),
     ("2", "Wrong usage."),
     (
         "3",
@@ -240,6 +270,7 @@ pub const FILES: &[(&str, &str)] = &[
         "Beside the socket of each lease that is granted: for lease revoke, for the user that grants \
          it and root.",
     ),
+    ("/etc/barlease/policy.d", "The policy of the service."),
     ("/run/barleased/leases.sock", "The socket of the service."),
     ("/dev/vfio", "Devices of VFIO."),
     (
