@@ -19,6 +19,7 @@ use crate::service::args::ListArgs;
 use crate::service::args::RevokeArgs;
 use crate::service::args::Service;
 use crate::service::args::WatchArgs;
+use crate::top::TopArgs;
 
 /// Lease pieces of a PCI device's memory to other processes and devices, and take them back
 #[derive(Debug, Parser)]
@@ -69,6 +70,11 @@ pub(crate) enum Object {
         #[command(subcommand)]
         command: PolicyCommand,
     },
+    /// Show the service live: each BAR as a strip, its leases by holder, who waits
+    ///
+    /// A letter is a holder: capital where leases have most of a cell, `.` is free, `-` of no pool, `!`
+    /// revoked while an importer has it. Arrows scroll and sort, q ends. NO_COLOR is heeded.
+    Top(TopArgs),
     /// Print all that the service does from now on, as JSON lines (for administrators)
     Monitor {
         #[command(flatten)]

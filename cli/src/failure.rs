@@ -1,5 +1,6 @@
 //! How a command fails.
 
+use std::fmt;
 use std::io;
 use std::io::Write;
 use std::path::Path;
@@ -87,6 +88,12 @@ impl Failure {
             let _ = writeln!(io::stderr(), "barlease: {}", self.text);
         }
         ExitCode::from(self.code)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
 

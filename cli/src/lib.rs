@@ -15,6 +15,7 @@ mod number;
 mod output;
 mod policy;
 mod service;
+mod top;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -55,6 +56,7 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
         Object::Policy { command } => {
             policy::run(command, output).map(|good| ExitCode::from(u8::from(!good)))
         }
+        Object::Top(args) => top::run(&args, output).map(|()| ExitCode::SUCCESS),
         Object::Monitor { service } => service::monitor(&service).map(|()| ExitCode::SUCCESS),
         Object::Doctor { bdf } => doctor::run(bdf, output),
     };

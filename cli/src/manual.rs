@@ -181,6 +181,13 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         )],
     ),
     (
+        "top",
+        &[
+            ("barlease top", "The service, once a second."),
+            ("barlease top --once", "One picture, as text."),
+        ],
+    ),
+    (
         "monitor",
         &[(
             "barlease monitor",
@@ -261,6 +268,7 @@ pub const ENVIRONMENT: &[(&str, &str)] = &[
         "BARLEASE_SOCKET",
         "The socket of the service, where --service does not say it; set in containers.",
     ),
+    ("NO_COLOR", "Not empty: top uses no colours."),
 ];
 
 /// Files and folders that the command uses.
