@@ -9,6 +9,7 @@
 //! | `questions` | List, Explain and Devices |
 //! | `records` | all that happens: to the journal, and to those who monitor |
 //! | `connection` | what was received from a client, and what is left to send |
+//! | `metrics` | numbers for Prometheus, and their ways out |
 //! | `peer` | the process that connected |
 //! | `service` | the core, and what it has done with ledger and devices |
 //! | [`device`] | a device: found, opened, listed, exported from, revoked |
@@ -21,6 +22,7 @@
 mod calls;
 mod connection;
 pub mod device;
+mod metrics;
 mod peer;
 pub mod policy;
 mod questions;
@@ -43,6 +45,7 @@ use signal_hook::consts::SIGINT;
 use signal_hook::consts::SIGTERM;
 use signal_hook::low_level::pipe;
 
+use self::metrics::door::Door;
 use self::records::Log;
 pub use self::server::Opener;
 use self::server::Server;
@@ -66,6 +69,21 @@ pub struct Options {
     /// The journal's socket. Without one, records are lines on standard error.
     #[arg(long, default_value = records::JOURNAL)]
     journal: PathBuf,
+    /// Write the metrics to this file every 15 seconds, for node_exporter's textfile collector.
+    #[arg(long, value_name = "FILE.prom", value_parser = prom)]
+    metrics_file: Option<PathBuf>,
+    /// Answer `GET /metrics` on this unix socket.
+    #[arg(long, value_name = "SOCKET")]
+    metrics_socket: Option<PathBuf>,
+}
+
+/// A name that the textfile collector reads.
+fn prom(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    match path.extension() {
+        Some(end) if end == "prom" => Ok(path),
+        _ => Err("the collector reads files that end with .prom only".to_owned()),
+    }
 }
 
 /// Runs the daemon.
@@ -96,8 +114,18 @@ fn serve(options: Options, opener: &Opener<'_>) -> io::Result<()> {
     let socket = Socket::bind(&options.socket)?;
     let listener = socket.listener()?;
     let service = Service::new(policy)?;
+    let door = Door::open(options.metrics_file, options.metrics_socket.as_deref())?;
     let log = Log::start(&options.journal)?;
-    Server::new(options.policy, service, opener, listener, signals, log)?.run()
+    Server::new(
+        options.policy,
+        service,
+        opener,
+        listener,
+        signals,
+        log,
+        door,
+    )?
+    .run()
 }
 
 fn signals() -> io::Result<Signals> {

@@ -235,32 +235,67 @@ fn in_line(waiter: &WaiterView<'_>) -> proto::Waiter {
     }
 }
 
-fn info(lease: &LeaseView<'_>, usage: Option<proto::Usage>) -> proto::LeaseInfo {
-    let (state, reasons, reason, deadline) = match *lease.state {
-        State::Scrubbing { .. } | State::Exporting { .. } => {
-            (proto::State::Preparing, 0, None, None)
+/// The state of a lease, in the protocol's words.
+pub(crate) struct Told {
+    state: proto::State,
+    reasons: u32,
+    reason: Option<types::EndReason>,
+    deadline: Option<u64>,
+}
+
+impl Told {
+    fn of(state: proto::State) -> Self {
+        Self {
+            state,
+            reasons: 0,
+            reason: None,
+            deadline: None,
         }
-        State::Cancelled { reason } => (proto::State::Revoking, 0, Some(reason), None),
+    }
+
+    /// The name of the state, as the protocol writes it.
+    pub(crate) fn word(&self) -> &'static str {
+        match self.state {
+            proto::State::Preparing => "preparing",
+            proto::State::Granted => "granted",
+            proto::State::Suspended => "suspended",
+            proto::State::Orphaned => "orphaned",
+            proto::State::Reclaiming => "reclaiming",
+            proto::State::Revoking => "revoking",
+        }
+    }
+}
+
+pub(crate) fn state(lease: &LeaseView<'_>) -> Told {
+    match *lease.state {
+        State::Scrubbing { .. } | State::Exporting { .. } => Told::of(proto::State::Preparing),
         State::Granted {
             reasons, resume_by, ..
-        } => {
-            let state = match (resume_by, reasons) {
+        } => Told {
+            reasons,
+            deadline: words::time(resume_by),
+            ..Told::of(match (resume_by, reasons) {
                 (Time::NEVER, 0) => proto::State::Granted,
                 (Time::NEVER, _) => proto::State::Suspended,
                 _ => proto::State::Orphaned,
-            };
-            (state, reasons, None, words::time(resume_by))
-        }
+            })
+        },
         State::Reclaiming {
             deadline, reason, ..
-        } => (
-            proto::State::Reclaiming,
-            0,
-            Some(reason),
-            words::time(deadline),
-        ),
-        State::Revoking { reason, .. } => (proto::State::Revoking, 0, Some(reason), None),
-    };
+        } => Told {
+            reason: Some(reason),
+            deadline: words::time(deadline),
+            ..Told::of(proto::State::Reclaiming)
+        },
+        State::Cancelled { reason } | State::Revoking { reason, .. } => Told {
+            reason: Some(reason),
+            ..Told::of(proto::State::Revoking)
+        },
+    }
+}
+
+fn info(lease: &LeaseView<'_>, usage: Option<proto::Usage>) -> proto::LeaseInfo {
+    let told = state(lease);
     proto::LeaseInfo {
         lease: lease.lease.0,
         pool: lease.pool.to_owned(),
@@ -275,12 +310,12 @@ fn info(lease: &LeaseView<'_>, usage: Option<proto::Usage>) -> proto::LeaseInfo 
         memory_type: words::memory_type(lease.memory_type),
         lifetime: words::lifetime(lease.lifetime),
         holder: words::holder(lease.peer),
-        state,
-        reasons,
-        reason: reason.map(words::reason),
+        state: told.state,
+        reasons: told.reasons,
+        reason: told.reason.map(words::reason),
         since: lease.since.0,
         expires: words::time(lease.expires),
-        deadline,
+        deadline: told.deadline,
         usage,
     }
 }

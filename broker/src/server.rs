@@ -36,6 +36,9 @@ use crate::connection::Busy;
 use crate::connection::Connection;
 use crate::connection::Outgoing;
 use crate::device::Device;
+use crate::metrics::Metrics;
+use crate::metrics::Moment;
+use crate::metrics::door::Door;
 use crate::peer::Identity;
 use crate::records;
 use crate::records::Log;
@@ -67,6 +70,7 @@ enum Source {
     End,
     Reload,
     Closed,
+    Metrics,
     Connection(ConnectionId),
     Events(Arc<str>),
     Request(Arc<str>),
@@ -105,6 +109,8 @@ pub(crate) struct Server<'a> {
     /// Connections that are told all records.
     pub(crate) monitors: BTreeSet<ConnectionId>,
     pub(crate) log: Log,
+    pub(crate) metrics: Metrics,
+    door: Door,
     stopping: bool,
 }
 
@@ -116,6 +122,7 @@ impl<'a> Server<'a> {
         listener: UnixListener,
         signals: Signals,
         log: Log,
+        door: Door,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let mut server = Self {
@@ -141,6 +148,8 @@ impl<'a> Server<'a> {
             drains: Vec::new(),
             monitors: BTreeSet::new(),
             log,
+            metrics: Metrics::new().map_err(io::Error::other)?,
+            door,
             stopping: false,
         };
         let end = server.signals.end.try_clone()?;
@@ -149,6 +158,8 @@ impl<'a> Server<'a> {
         server.listen_to(end, Source::End)?;
         server.listen_to(reload, Source::Reload)?;
         server.listen_to(closed, Source::Closed)?;
+        let wanted = server.door.event.try_clone().map_err(io::Error::other)?;
+        server.listen_to(wanted, Source::Metrics)?;
         server.open_devices()?;
         server.listen_to(&listener, Source::Listener)?;
         server.listener = Some(listener);
@@ -203,6 +214,8 @@ impl<'a> Server<'a> {
     ///
     /// Those that nothing can go on after. The devices are closed then, and all leases dead.
     pub(crate) fn run(&mut self) -> io::Result<()> {
+        let leases = self.service.core().leases().count();
+        self.metrics.recovered(leases);
         while !(self.stopping && self.service.devices().is_empty() && self.closing.is_empty()) {
             let timeout = self.timeout();
             let mut events = [const { MaybeUninit::uninit() }; 64];
@@ -260,6 +273,7 @@ impl<'a> Server<'a> {
                     self.device_closed(&name)?;
                 }
             }
+            Source::Metrics => self.tell_metrics(),
             Source::Connection(id) => self.stirred(id, flags)?,
             Source::Events(name) => {
                 self.service.changed(&name);
@@ -290,6 +304,22 @@ impl<'a> Server<'a> {
             device: name.clone(),
             grace: grace.map(barlease_ledger::types::Millis),
         })
+    }
+
+    /// Tells whoever wants to know the metrics.
+    fn tell_metrics(&self) {
+        let _ = self.door.event.take();
+        let moment = Moment {
+            core: self.service.core(),
+            now: now(),
+            devices: self.service.devices().len(),
+            connections: self.connections.len(),
+            lost: self.log.lost(),
+        };
+        for wish in self.door.wishes.try_iter() {
+            // It may have given up.
+            let _ = wish.try_send(self.metrics.text(&moment));
+        }
     }
 
     fn stop(&mut self) -> io::Result<()> {
@@ -521,6 +551,7 @@ impl<'a> Server<'a> {
                     Ok(Reply::Granted(grant)) => fd.map(|fd| (grant.lease, fd)),
                     _ => None,
                 };
+                self.time_grant(request, answer.is_ok());
                 let answer = answer.map_err(|refusal| words::refusal(*refusal));
                 if let (Err(refusal), Some(id)) = (&answer, self.requests.get(&request).copied()) {
                     self.record_refusal(id, refusal)?;
@@ -583,6 +614,16 @@ impl<'a> Server<'a> {
             return self.undelivered(lease);
         }
         self.push(id, message, lease)
+    }
+
+    /// Measures how long an Acquire took.
+    fn time_grant(&self, request: RequestId, granted: bool) {
+        let id = self.requests.get(&request);
+        let connection = id.and_then(|id| self.connections.get(id));
+        let asked = connection.and_then(|connection| connection.asked.as_ref());
+        if let (Some(asked), true) = (asked, granted) {
+            self.metrics.granted(asked.began.elapsed());
+        }
     }
 
     fn undelivered(&mut self, lease: Option<(LeaseId, OwnedFd)>) -> io::Result<()> {

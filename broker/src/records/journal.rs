@@ -44,6 +44,11 @@ impl Log {
         Ok(Self { records, lost })
     }
 
+    /// Records that were not written, of all.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn add(&self, record: Record) {
         if self.records.try_send(record).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
@@ -52,10 +57,12 @@ impl Log {
 }
 
 fn write_all(journal: Option<&UnixDatagram>, records: &mpsc::Receiver<Record>, lost: &AtomicU64) {
+    let mut said = 0;
     for record in records {
-        let missed = lost.swap(0, Ordering::Relaxed);
-        if missed != 0 {
-            say(&format!("{missed} records were lost before the next one"));
+        let missed = lost.load(Ordering::Relaxed);
+        if missed != said {
+            say(&format!("{} records were lost", missed - said));
+            said = missed;
         }
         let sent = journal.map(|journal| journal.send(&entry(&record)));
         if !matches!(sent, Some(Ok(_))) {

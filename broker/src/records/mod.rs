@@ -156,7 +156,7 @@ fn person(holder: &Holder) -> String {
 }
 
 /// A value of an enumeration as the protocol writes it.
-fn word(value: &impl serde::Serialize) -> String {
+pub(crate) fn word(value: &impl serde::Serialize) -> String {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::String(text)) => text,
         _ => String::new(),
@@ -181,6 +181,10 @@ impl Server<'_> {
                 self.push(id, message.clone(), None)?;
             }
         }
+        let pool = record.pool.as_deref();
+        let policy = self.service.core().policy();
+        let known = pool.is_some_and(|pool| policy.pool_named(pool).is_some());
+        self.metrics.count(&record, known);
         self.log.add(record);
         Ok(())
     }
