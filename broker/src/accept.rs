@@ -50,8 +50,18 @@ pub(crate) fn counted_as(peer: &Peer) -> Subject {
 }
 
 impl Server<'_> {
-    /// Serves the claims that there are.
-    pub(crate) fn serve_claims(&mut self, claims: Claims) -> io::Result<()> {
+    /// Takes clients, and serves the claims that there are.
+    pub(crate) fn serve_on(
+        &mut self,
+        listener: UnixListener,
+        claims: Option<Claims>,
+    ) -> io::Result<()> {
+        listener.set_nonblocking(true)?;
+        self.listener = Some(listener);
+        self.listen_on(None)?;
+        let Some(claims) = claims else {
+            return Ok(());
+        };
         let names: Vec<_> = claims.names().cloned().collect();
         // A claim whose directory is gone has ended while no daemon was there.
         let leases = self.service.core().leases();

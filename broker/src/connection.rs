@@ -1,5 +1,6 @@
 //! A client's connection, which never waits: what was received of a call, and what is left to send.
 
+use std::collections::BTreeMap;
 use std::collections::VecDeque;
 use std::io;
 use std::io::IoSlice;
@@ -9,12 +10,16 @@ use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
 
+use barlease_ledger::types::BufferId;
 use barlease_ledger::types::LeaseId;
 use barlease_ledger::types::Peer;
 use barlease_ledger::types::RequestId;
 use barlease_ledger::types::Time;
 use barlease_proto::MAX_MESSAGE;
+use barlease_proto::Usage;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::RecvAncillaryBuffer;
@@ -48,11 +53,29 @@ pub(crate) enum Busy {
     Call { oneway: bool },
     /// News, until the connection ends.
     Watch,
-    /// The leases after this one, of a pool or all.
-    List {
-        after: LeaseId,
-        pool: Option<String>,
-    },
+    /// The leases after this one.
+    List(Listing),
+}
+
+/// A List that is being answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listing {
+    /// The last lease that was told.
+    pub(crate) after: LeaseId,
+    /// Of this pool only.
+    pub(crate) pool: Option<String>,
+    /// How leases are used, if that was asked for.
+    pub(crate) usage: Option<Arc<BTreeMap<BufferId, Usage>>>,
+}
+
+/// The object of an Acquire that is not answered.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    pub(crate) began: Instant,
+    pub(crate) pool: Option<String>,
+    pub(crate) device: Option<String>,
+    pub(crate) bar: Option<u8>,
+    pub(crate) size: Option<u64>,
 }
 
 /// A connection.
@@ -65,6 +88,7 @@ pub(crate) struct Connection {
     pub(crate) busy: Option<Busy>,
     /// The request that it waits for.
     pub(crate) request: Option<RequestId>,
+    pub(crate) asked: Option<Asked>,
     input: Vec<u8>,
     /// Descriptors that came with the next call.
     files: Vec<OwnedFd>,
@@ -91,6 +115,7 @@ impl Connection {
             files: Vec::new(),
             busy: None,
             request: None,
+            asked: None,
             input: Vec::new(),
             searched: 0,
             output: VecDeque::new(),

@@ -30,6 +30,7 @@ use barlease_ledger::types::Access;
 use barlease_ledger::types::BufferId;
 use barlease_ledger::types::MemoryType;
 use barlease_ledger::types::Range;
+use barlease_proto::Usage;
 
 use crate::find;
 
@@ -159,6 +160,24 @@ impl Device {
                 })
             })
             .collect()
+    }
+
+    /// How many mappings and attachments each lease has.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library.
+    pub fn usage(&self) -> barlease::Result<Vec<(BufferId, Usage)>> {
+        let leases = self.device.leases();
+        let usage = leases.list().map(|record| {
+            let record = record?;
+            let usage = Usage {
+                mappings: record.mappings,
+                attachments: record.attachments,
+            };
+            Ok((BufferId(record.id.get()), usage))
+        });
+        usage.collect()
     }
 
     /// Exports a buffer.

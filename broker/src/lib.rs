@@ -9,7 +9,10 @@
 //! | `calls` | the methods of the interface |
 //! | `claims` | a directory with a socket for each claim |
 //! | `cgroup` | control groups, and their ends |
+//! | `questions` | List, Explain and Devices |
+//! | `records` | all that happens: to the journal, and to those who monitor |
 //! | `connection` | what was received from a client, and what is left to send |
+//! | `metrics` | numbers for Prometheus, and their ways out |
 //! | `peer` | the process that connected |
 //! | `service` | the core, and what it has done with ledger and devices |
 //! | [`device`] | a device: opened, listed, exported from, revoked |
@@ -35,8 +38,11 @@ mod find;
 mod finished;
 pub mod keep;
 mod manager;
+mod metrics;
 mod peer;
 pub mod policy;
+mod questions;
+mod records;
 mod recovery;
 mod scrub;
 mod server;
@@ -71,6 +77,8 @@ use self::finished::Inbox;
 use self::keep::Keeper;
 use self::manager::Manager;
 pub use self::manager::Passed;
+use self::metrics::door::Door;
+use self::records::Log;
 use self::recovery::Left;
 use self::server::AtStop;
 pub use self::server::Opener;
@@ -108,8 +116,26 @@ pub struct Options {
     /// The child of `--keep`: descriptors come over standard input.
     #[arg(long, hide = true, conflicts_with = "keep")]
     kept: bool,
+    /// The journal's socket. Without one, records are lines on standard error.
+    #[arg(long, default_value = records::JOURNAL)]
+    journal: PathBuf,
+    /// Write the metrics to this file every 15 seconds, for node_exporter's textfile collector.
+    #[arg(long, value_name = "FILE.prom", value_parser = prom)]
+    metrics_file: Option<PathBuf>,
+    /// Answer `GET /metrics` on this unix socket.
+    #[arg(long, value_name = "SOCKET")]
+    metrics_socket: Option<PathBuf>,
     #[command(subcommand)]
     request: Option<Request>,
+}
+
+/// A name that the textfile collector reads.
+fn prom(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    match path.extension() {
+        Some(end) if end == "prom" => Ok(path),
+        _ => Err("the collector reads files that end with .prom only".to_owned()),
+    }
 }
 
 /// Something that the daemon that runs is asked for.
@@ -255,6 +281,8 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
         }
     };
     let listener = socket.listener()?;
+    let door = Door::open(options.metrics_file, options.metrics_socket.as_deref())?;
+    let log = Log::start(&options.journal)?;
     let (inbox, finished) = Inbox::new()?;
     let claims = Claims::in_directory(directory)
         .inspect_err(|error| eprintln!("barleased: there will be no claims: {error}"))
@@ -288,14 +316,12 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
         options.policy,
         service,
         surroundings.opener,
-        listener,
         signals,
         (inbox, finished),
         (manager, at_stop, owners),
+        (log, door),
     )?;
-    if let Some(claims) = claims {
-        server.serve_claims(claims)?;
-    }
+    server.serve_on(listener, claims)?;
     server.run()?;
     if server.leaves_leases() {
         socket.leave();

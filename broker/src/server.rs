@@ -45,12 +45,19 @@ use crate::finished::Finished;
 use crate::finished::Inbox;
 use crate::manager;
 use crate::manager::Manager;
+use crate::metrics::Metrics;
+use crate::metrics::Moment;
+use crate::metrics::door::Door;
 use crate::peer;
+use crate::records;
+use crate::records::Log;
 use crate::recovery;
 use crate::recovery::Owner;
 use crate::service::Effect;
+use crate::service::NEWS;
 use crate::service::Service;
 use crate::service::now;
+use crate::words;
 
 /// How long a client may take nothing of what is sent to it.
 const PATIENCE: u64 = 10_000;
@@ -82,6 +89,7 @@ pub(crate) enum Source {
     End,
     Reload,
     Finished,
+    Metrics,
     Connection(ConnectionId),
     Events(Arc<str>),
     Request(Arc<str>),
@@ -125,6 +133,11 @@ pub(crate) struct Server<'a> {
     pub(crate) going: BTreeSet<Arc<str>>,
     /// Drains to be answered when these are closed.
     pub(crate) drains: Vec<(RequestId, BTreeSet<Arc<str>>)>,
+    /// Connections that are told all records.
+    pub(crate) monitors: BTreeSet<ConnectionId>,
+    pub(crate) log: Log,
+    pub(crate) metrics: Metrics,
+    door: Door,
     stopping: bool,
     /// Where bytes are received.
     chunk: Box<[u8]>,
@@ -141,12 +154,11 @@ impl<'a> Server<'a> {
         policy: PathBuf,
         service: Service,
         opener: &'a Opener<'a>,
-        listener: UnixListener,
         signals: Signals,
         (inbox, finished): (Inbox, Finished),
         (manager, at_stop, owners): (Manager, AtStop, Vec<(Arc<str>, Owner)>),
+        (log, door): (Log, Door),
     ) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
         let mut server = Self {
             service,
             policy,
@@ -172,6 +184,10 @@ impl<'a> Server<'a> {
             finished,
             going: BTreeSet::new(),
             drains: Vec::new(),
+            monitors: BTreeSet::new(),
+            log,
+            metrics: Metrics::new().map_err(io::Error::other)?,
+            door,
             stopping: false,
             chunk: vec![0; CHUNK].into(),
             at_stop,
@@ -187,6 +203,8 @@ impl<'a> Server<'a> {
         server.listen_to(inbox, Source::Finished)?;
         let cgroups = server.cgroups.as_fd().try_clone_to_owned()?;
         server.listen_to(cgroups, Source::Cgroups)?;
+        let wanted = server.door.event.try_clone().map_err(io::Error::other)?;
+        server.listen_to(wanted, Source::Metrics)?;
         for name in server.service.devices() {
             server.listen_to_device(&name)?;
         }
@@ -196,8 +214,6 @@ impl<'a> Server<'a> {
         server.open_devices()?;
         // Of what the recovery has begun, before clients come.
         server.settle()?;
-        server.listener = Some(listener);
-        server.listen_on(None)?;
         Ok(server)
     }
 
@@ -224,8 +240,9 @@ impl<'a> Server<'a> {
                 Ok(device) => self.take(name, device, None)?,
                 Err(error) => Err(error),
             };
-            if let Err(error) = taken {
-                eprintln!("barleased: {name} is not leased from: {error}");
+            match taken {
+                Ok(()) => self.record(records::device_opened(name))?,
+                Err(error) => self.record(records::device_absent(name, &error))?,
             }
         }
         self.tell_status("");
@@ -285,6 +302,8 @@ impl<'a> Server<'a> {
     /// Those that nothing can go on after. The devices are closed then, and all leases dead.
     pub(crate) fn run(&mut self) -> io::Result<()> {
         self.manager.tell("READY=1");
+        let leases = self.service.core().leases().count();
+        self.metrics.recovered(leases);
         while !(self.stopping && self.service.devices().is_empty() && self.closing.is_empty()) {
             let timeout = self.timeout();
             let mut events = [const { MaybeUninit::uninit() }; 64];
@@ -362,7 +381,8 @@ impl<'a> Server<'a> {
             }
             Source::Reload => {
                 empty(&self.signals.reload);
-                self.reload()?.unwrap_or_default();
+                // What is wrong is in the record.
+                let _ = self.reload()?;
             }
             Source::Finished => {
                 for done in self.inbox.take() {
@@ -374,6 +394,7 @@ impl<'a> Server<'a> {
                     }
                 }
             }
+            Source::Metrics => self.tell_metrics(),
             Source::Connection(id) => self.stirred(id, flags)?,
             Source::Events(name) => {
                 self.service.changed(&name);
@@ -414,6 +435,22 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
+    /// Tells whoever wants to know the metrics.
+    fn tell_metrics(&self) {
+        let _ = self.door.event.take();
+        let moment = Moment {
+            core: self.service.core(),
+            now: now(),
+            devices: self.service.devices().len(),
+            connections: self.connections.len(),
+            lost: self.log.lost(),
+        };
+        for wish in self.door.wishes.try_iter() {
+            // It may have given up.
+            let _ = wish.try_send(self.metrics.text(&moment));
+        }
+    }
+
     fn stop(&mut self) -> io::Result<()> {
         self.stopping = true;
         // No more clients: the descriptors leave the epoll as they are closed.
@@ -430,14 +467,13 @@ impl<'a> Server<'a> {
         self.manager.tell(&manager::reloading());
         let read = match crate::policy::read(&self.policy) {
             Ok(policy) => {
+                self.record(records::policy_loaded(&policy))?;
                 self.service.give(Event::PolicyReplaced(Arc::new(policy)))?;
                 self.open_devices()?;
                 Ok(())
             }
             Err(errors) => {
-                for error in &errors {
-                    eprintln!("barleased: the old policy stays in force: {error}");
-                }
+                self.record(records::policy_refused(&errors))?;
                 self.tell_status("; the policy's files are wrong, an older one is in force");
                 Err(errors)
             }
@@ -473,6 +509,7 @@ impl<'a> Server<'a> {
     fn device_closed(&mut self, name: &Arc<str>) -> io::Result<()> {
         self.closing.remove(name);
         self.going.remove(name);
+        self.record(records::device_closed(name))?;
         self.service.give(Event::DeviceClosed(name.clone()))?;
         for (_, devices) in &mut self.drains {
             devices.remove(name);
@@ -597,6 +634,7 @@ impl<'a> Server<'a> {
             return Ok(());
         };
         self.sources.remove(&id.0);
+        self.monitors.remove(&id);
         if let Some(time) = connection.give_up {
             self.give_ups.remove(&(time, id));
         }
@@ -645,9 +683,22 @@ impl<'a> Server<'a> {
                     Ok(Reply::Granted(grant)) => fd.map(|fd| (grant.lease, fd)),
                     _ => None,
                 };
+                self.time_grant(request, answer.is_ok());
+                let answer = answer.map_err(|refusal| words::refusal(*refusal));
+                if let (Err(refusal), Some(id)) = (&answer, self.requests.get(&request).copied()) {
+                    self.record_refusal(id, refusal)?;
+                }
                 self.answer(request, calls::reply(answer), lease)
             }
-            Effect::Notice { watch, lease, news } => {
+            Effect::Notice {
+                watch: NEWS,
+                lease,
+                news,
+                about,
+            } => self.record(records::news(lease, news, &about)),
+            Effect::Notice {
+                watch, lease, news, ..
+            } => {
                 let Some(id) = self.requests.get(&watch).copied() else {
                     return Ok(());
                 };
@@ -706,11 +757,22 @@ impl<'a> Server<'a> {
         let oneway = matches!(connection.busy, Some(Busy::Call { oneway: true }));
         connection.busy = None;
         connection.request = None;
+        connection.asked = None;
         self.ready.insert(id);
         if oneway {
             return self.undelivered(lease);
         }
         self.push(id, message, lease)
+    }
+
+    /// Measures how long an Acquire took.
+    fn time_grant(&self, request: RequestId, granted: bool) {
+        let id = self.requests.get(&request);
+        let connection = id.and_then(|id| self.connections.get(id));
+        let asked = connection.and_then(|connection| connection.asked.as_ref());
+        if let (Some(asked), true) = (asked, granted) {
+            self.metrics.granted(asked.began.elapsed());
+        }
     }
 
     fn undelivered(&mut self, lease: Option<(LeaseId, OwnedFd)>) -> io::Result<()> {

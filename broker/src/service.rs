@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use barlease_ledger::core::About;
 use barlease_ledger::core::Action;
 use barlease_ledger::core::Core;
 use barlease_ledger::core::Event;
@@ -19,12 +20,16 @@ use barlease_ledger::core::Reply;
 use barlease_ledger::core::RevokeAnswer;
 use barlease_ledger::policy::Policy;
 use barlease_ledger::record::Record;
+use barlease_ledger::types::BufferId;
 use barlease_ledger::types::CgroupId;
+use barlease_ledger::types::ConnectionId;
 use barlease_ledger::types::LeaseId;
 use barlease_ledger::types::Millis;
+use barlease_ledger::types::Peer;
 use barlease_ledger::types::ProcessId;
 use barlease_ledger::types::RequestId;
 use barlease_ledger::types::Time;
+use barlease_proto::Usage;
 use rustix::time::ClockId;
 
 use crate::device::Device;
@@ -39,6 +44,8 @@ use crate::store::Store;
 const LIST_PAUSE: u64 = 10;
 /// And as a multiple of the time that the last one took.
 const LIST_SHARE: u64 = 4;
+/// The watch of the service itself; those of clients are above.
+pub(crate) const NEWS: RequestId = RequestId(0);
 /// `ENODEV`: an export from a device that is closed.
 const ENODEV: i32 = 19;
 
@@ -56,6 +63,7 @@ pub(crate) enum Effect {
         watch: RequestId,
         lease: LeaseId,
         news: News,
+        about: Arc<About>,
     },
     WatchProcess(ProcessId),
     UnwatchProcess(ProcessId),
@@ -151,6 +159,7 @@ impl Service {
             before_action,
             done,
         };
+        service.watch_all()?;
         service.carry_out_all(actions.into())?;
         Ok(service)
     }
@@ -158,6 +167,40 @@ impl Service {
     /// The number of a process that had a lease before the restart.
     pub(crate) fn pid_of(&self, process: ProcessId) -> Option<u32> {
         self.pids.get(&process).copied()
+    }
+
+    /// Has all news told under [`NEWS`]: they are what is recorded.
+    fn watch_all(&mut self) -> io::Result<()> {
+        let connection = ConnectionId(0);
+        let nobody = Peer {
+            uid: u32::MAX,
+            gid: u32::MAX,
+            groups: Arc::new([]),
+            pid: 0,
+            process: None,
+            cgroup: None,
+            cgroup_path: "".into(),
+            unit: "".into(),
+            claim: None,
+        };
+        self.give(Event::Connected {
+            connection,
+            peer: nobody,
+            token: 0,
+        })?;
+        self.give(Event::Watch {
+            connection,
+            request: NEWS,
+            all: true,
+        })
+    }
+
+    /// How the leases of the open devices are used, as the kernel tells.
+    pub(crate) fn usage(&self) -> BTreeMap<BufferId, Usage> {
+        let devices = self.devices.values();
+        // What a device that goes away does not tell is not known.
+        let listed = devices.filter_map(|open| open.device.usage().ok());
+        listed.flatten().collect()
     }
 
     pub(crate) fn core(&self) -> &Core {
@@ -380,10 +423,17 @@ impl Service {
                 answer: Err(refusal),
                 fd: None,
             }),
-            Action::Notify { watch, lease, news } => {
-                self.effects
-                    .push_back(Effect::Notice { watch, lease, news });
-            }
+            Action::Notify {
+                watch,
+                lease,
+                news,
+                about,
+            } => self.effects.push_back(Effect::Notice {
+                watch,
+                lease,
+                news,
+                about,
+            }),
             Action::WatchProcess(process) => {
                 self.effects.push_back(Effect::WatchProcess(process));
             }

@@ -270,6 +270,9 @@ fn administrators_explain_renew_revoke_and_drain() {
         steering_tag: None,
         lifetime: None,
         as_uid: Some(4_000_000),
+        as_unit: None,
+        as_cgroup: None,
+        as_claim: None,
     };
     let told = client.call(&explain).unwrap();
     assert!(!told.granted && told.rules[0].allows, "{told:?}");

@@ -1,10 +1,12 @@
 //! How a command fails.
 
+use std::fmt;
 use std::io;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use serde_json::Value;
 use serde_json::json;
 
 use crate::output::Output;
@@ -23,6 +25,8 @@ const UNREAD: u8 = 141;
 pub(crate) struct Failure {
     text: String,
     code: u8,
+    /// For programs.
+    details: Option<Value>,
 }
 
 impl Failure {
@@ -30,6 +34,7 @@ impl Failure {
         Self {
             text: text.into(),
             code: FAILURE,
+            details: None,
         }
     }
 
@@ -37,6 +42,7 @@ impl Failure {
         Self {
             text: text.into(),
             code: USAGE,
+            details: None,
         }
     }
 
@@ -44,7 +50,14 @@ impl Failure {
         Self {
             text: text.into(),
             code: UNSUPPORTED,
+            details: None,
         }
+    }
+
+    /// What programs are told in the key `details`.
+    pub(crate) fn with_details(mut self, details: Value) -> Self {
+        self.details = Some(details);
+        self
     }
 
     /// A system call on a file failed.
@@ -61,9 +74,13 @@ impl Failure {
     pub(crate) fn exit(self, output: Output) -> ExitCode {
         let said = match (self.code, output.is_json()) {
             (UNREAD, _) => true,
-            (_, true) => output
-                .document(&json!({"error": self.text, "exit_code": self.code}))
-                .is_ok(),
+            (_, true) => {
+                let mut told = json!({"error": self.text, "exit_code": self.code});
+                if let Some(details) = self.details {
+                    told["details"] = details;
+                }
+                output.document(&told).is_ok()
+            }
             (_, false) => false,
         };
         if !said {
@@ -71,6 +88,12 @@ impl Failure {
             let _ = writeln!(io::stderr(), "barlease: {}", self.text);
         }
         ExitCode::from(self.code)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
 
@@ -92,6 +115,7 @@ impl From<io::Error> for Failure {
             return Self {
                 text: String::new(),
                 code: UNREAD,
+                details: None,
             };
         }
         Self::new(format!("print: standard output: {error}"))

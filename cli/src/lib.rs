@@ -15,6 +15,9 @@ pub mod manual;
 mod names;
 mod number;
 mod output;
+mod policy;
+mod service;
+mod top;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -25,6 +28,7 @@ use clap::Parser;
 use args::Args;
 use args::Object;
 use output::Output;
+use service::args::BrokerCommand;
 
 /// The definition of the command line, for completions and manual pages.
 #[must_use]
@@ -49,6 +53,15 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
         Object::Lease { command } => lease::run(command.unwrap_or_default(), output),
         Object::Claim { command } => claim::run(command, output),
         Object::Cdi { command } => cdi::run(command, output),
+        Object::Broker { command, service } => {
+            let command = command.unwrap_or(BrokerCommand::Show { service });
+            service::broker(command, output).map(|()| ExitCode::SUCCESS)
+        }
+        Object::Policy { command } => {
+            policy::run(command, output).map(|good| ExitCode::from(u8::from(!good)))
+        }
+        Object::Top(args) => top::run(&args, output).map(|()| ExitCode::SUCCESS),
+        Object::Monitor { service } => service::monitor(&service).map(|()| ExitCode::SUCCESS),
         Object::Doctor { bdf } => doctor::run(bdf, output),
     };
     match answer {

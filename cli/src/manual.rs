@@ -91,10 +91,16 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
     ),
     (
         "lease revoke",
-        &[(
-            "barlease lease revoke /run/lease",
-            "Takes away what was granted at that socket.",
-        )],
+        &[
+            (
+                "barlease lease revoke /run/lease",
+                "Takes away what was granted at that socket.",
+            ),
+            (
+                "barlease lease revoke --unit render@3.service --grace 0",
+                "Takes away what a unit has of the service, at once.",
+            ),
+        ],
     ),
     (
         "lease holders",
@@ -108,6 +114,110 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
                 "The processes that have this device open.",
             ),
         ],
+    ),
+    (
+        "lease acquire",
+        &[
+            (
+                "barlease lease acquire rows 64K --wait 30s -- render",
+                "A program with 64 KiB of a pool.",
+            ),
+            (
+                "barlease lease acquire doorbells 4K --lifetime process -- sh -c \
+                 'barlease lease read fd:$BARLEASE_FD 0'",
+                "A program that reads its doorbell.",
+            ),
+        ],
+    ),
+    (
+        "lease list",
+        &[
+            (
+                "barlease lease list --pool rows",
+                "Whose the leases of a pool are, and who waits.",
+            ),
+            (
+                "barlease lease list --pretty",
+                "All of it, as JSON to read.",
+            ),
+        ],
+    ),
+    (
+        "lease watch",
+        &[(
+            "barlease lease watch --json",
+            "What becomes of one's leases, a line each.",
+        )],
+    ),
+    (
+        "lease release",
+        &[("barlease lease release 12", "Gives lease 12 back.")],
+    ),
+    (
+        "lease renew",
+        &[(
+            "barlease lease renew 12 --ttl 10m",
+            "Ten minutes more, from now on.",
+        )],
+    ),
+    (
+        "broker show",
+        &[("barlease broker", "Devices and pools, with what is free.")],
+    ),
+    (
+        "broker drain",
+        &[(
+            "barlease broker drain card --grace 5s",
+            "Before the card is taken out: its leases have five seconds.",
+        )],
+    ),
+    (
+        "broker reload",
+        &[(
+            "barlease broker reload",
+            "After the policy was changed; says what is wrong with it.",
+        )],
+    ),
+    (
+        "policy check",
+        &[(
+            "barlease policy check /etc/barlease/policy.d new.toml",
+            "Whether what is there and a new file fit together.",
+        )],
+    ),
+    (
+        "policy explain",
+        &[
+            (
+                "barlease policy explain --as-uid 1001 rows 64K",
+                "Whether a user would get 64 KiB now, and by which rule.",
+            ),
+            (
+                "barlease policy explain --policy new.toml --unit render@1.service rows",
+                "The same of a file that is not in force, for a unit.",
+            ),
+        ],
+    ),
+    (
+        "policy schema",
+        &[(
+            "barlease policy schema",
+            "For an editor that checks while one types.",
+        )],
+    ),
+    (
+        "top",
+        &[
+            ("barlease top", "The service, once a second."),
+            ("barlease top --once", "One picture, as text."),
+        ],
+    ),
+    (
+        "monitor",
+        &[(
+            "barlease monitor",
+            "Grants, refusals, ends: all that the service does.",
+        )],
     ),
     (
         "lease take",
@@ -156,7 +266,10 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
 /// Exit codes and what they mean.
 pub const EXIT_STATUS: &[(&str, &str)] = &[
     ("0", "Success."),
-    ("1", "Failure; of doctor: something does not work."),
+    (
+        "1",
+        "Failure; of doctor: something does not work; of policy: it is not valid, or refuses.",
+    ),
     ("2", "Wrong usage."),
     (
         "3",
@@ -166,10 +279,22 @@ pub const EXIT_STATUS: &[(&str, &str)] = &[
 ];
 
 /// Variables of the environment that the command sets or heeds.
-pub const ENVIRONMENT: &[(&str, &str)] = &[(
-    "BARLEASE_FD",
-    "Set by lease take for the program that it runs: the number of the descriptor of the lease.",
-)];
+pub const ENVIRONMENT: &[(&str, &str)] = &[
+    (
+        "BARLEASE_FD",
+        "Set by lease take and lease acquire for the program that they run: the number of the \
+         descriptor of the lease.",
+    ),
+    (
+        "BARLEASE_LEASE",
+        "Set by lease acquire for the program that it runs: the number of the lease.",
+    ),
+    (
+        "BARLEASE_SOCKET",
+        "The socket of the service, where --service does not say it; set in containers.",
+    ),
+    ("NO_COLOR", "Not empty: top uses no colours."),
+];
 
 /// Files and folders that the command uses.
 pub const FILES: &[(&str, &str)] = &[
@@ -178,6 +303,8 @@ pub const FILES: &[(&str, &str)] = &[
         "Beside the socket of each lease that is granted: for lease revoke, for the user that grants \
          it and root.",
     ),
+    ("/etc/barlease/policy.d", "The policy of the service."),
+    ("/run/barleased/leases.sock", "The socket of the service."),
     ("/dev/vfio", "Devices of VFIO."),
     (
         "/sys/kernel/debug/barlease",

@@ -6,6 +6,7 @@ use crate::policy::Limits;
 use crate::policy::Outcome;
 use crate::policy::Place;
 use crate::policy::Policy;
+use crate::record::Holder;
 use crate::record::Record;
 use crate::types::Access;
 use crate::types::Ask;
@@ -279,6 +280,8 @@ pub enum Action {
         lease: LeaseId,
         /// The news.
         news: News,
+        /// What it is, and whose: it may be gone when this is read.
+        about: Arc<About>,
     },
     /// Begin to watch a process: [`Event::ProcessGone`], at once if there is no such process.
     WatchProcess(ProcessId),
@@ -349,6 +352,21 @@ pub struct Grant {
     pub expires: Time,
     /// How long before a reclaim the holder is told.
     pub grace: Millis,
+}
+
+/// A lease that there is news of.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct About {
+    /// Its holder.
+    pub holder: Arc<Holder>,
+    /// Name of its pool.
+    pub pool: Arc<str>,
+    /// Name of its device.
+    pub device: Arc<str>,
+    /// The BAR.
+    pub bar: u8,
+    /// All its bytes.
+    pub bytes: u64,
 }
 
 /// News of a lease.
@@ -539,6 +557,19 @@ pub struct Explanation {
     pub limits: Option<[Limits; 3]>,
     /// Whether it would be granted now.
     pub verdict: Result<(), Refusal>,
+}
+
+/// A request in line, to look at.
+#[derive(Clone, Copy, Debug)]
+pub struct WaiterView<'a> {
+    /// Name of the pool.
+    pub pool: &'a str,
+    /// Who waits.
+    pub peer: &'a Peer,
+    /// For what.
+    pub ask: &'a Ask,
+    /// Until when.
+    pub deadline: Time,
 }
 
 /// A lease, to look at.
