@@ -102,9 +102,8 @@ pub(crate) enum ClaimCommand {
     /// List the claims that are open
     #[command(alias = "list")]
     Show {
-        /// The service's socket
-        #[arg(long, value_name = "PATH", default_value = barlease_proto::SOCKET)]
-        service: PathBuf,
+        #[command(flatten)]
+        service: Service,
     },
     /// Make the directory of a claim, unless it is there, and print it
     ///
@@ -113,17 +112,15 @@ pub(crate) enum ClaimCommand {
     Open {
         /// Its name
         claim: String,
-        /// The service's socket
-        #[arg(long, value_name = "PATH", default_value = barlease_proto::SOCKET)]
-        service: PathBuf,
+        #[command(flatten)]
+        service: Service,
     },
     /// End a claim: its directory goes, and all its leases are revoked
     End {
         /// Its name
         claim: String,
-        /// The service's socket
-        #[arg(long, value_name = "PATH", default_value = barlease_proto::SOCKET)]
-        service: PathBuf,
+        #[command(flatten)]
+        service: Service,
     },
 }
 
@@ -141,9 +138,8 @@ pub(crate) enum CdiCommand {
         /// The file, such as /var/run/cdi/barlease.json; else it is printed
         #[arg(long, value_name = "FILE")]
         output: Option<PathBuf>,
-        /// The service's socket
-        #[arg(long, value_name = "PATH", default_value = barlease_proto::SOCKET)]
-        service: PathBuf,
+        #[command(flatten)]
+        service: Service,
     },
 }
 

@@ -13,6 +13,7 @@ use crate::args::CdiCommand;
 use crate::claim;
 use crate::failure::Failure;
 use crate::output::Output;
+use crate::service::args::Service;
 
 /// Of the specification: mounts and environment are all that is needed of it.
 const VERSION: &str = "0.6.0";
@@ -89,7 +90,7 @@ pub(crate) fn run(command: CdiCommand, output: Output) -> Result<ExitCode, Failu
 fn generate(
     claims: &[String],
     file: Option<&Path>,
-    service: &Path,
+    service: &Service,
     output: Output,
 ) -> Result<(), Failure> {
     let mut devices = Vec::new();

@@ -2,11 +2,9 @@
 
 use std::io;
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 
 use barlease_proto::Claims;
-use barlease_proto::Client;
 use barlease_proto::EndClaim;
 use barlease_proto::Method;
 use barlease_proto::OpenClaim;
@@ -16,11 +14,13 @@ use crate::args::ClaimCommand;
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::output::table;
+use crate::service;
+use crate::service::args::Service;
 
 pub(crate) fn run(command: ClaimCommand, output: Output) -> Result<ExitCode, Failure> {
     match command {
         ClaimCommand::Show { service } => {
-            let claims = call(&service, "list claims", &Claims {})?.claims;
+            let claims = call(&service, "show", "claims", &Claims {})?.claims;
             if output.is_json() {
                 output.document(&claims)?;
             } else {
@@ -38,8 +38,8 @@ pub(crate) fn run(command: ClaimCommand, output: Output) -> Result<ExitCode, Fai
             }
         }
         ClaimCommand::End { claim, service } => {
-            let operation = format!("end claim {claim}");
-            let leases = call(&service, &operation, &EndClaim { claim })?.leases;
+            let object = format!("claim {claim}");
+            let leases = call(&service, "end", &object, &EndClaim { claim })?.leases;
             if output.is_json() {
                 output.document(&json!({"leases": leases}))?;
             } else {
@@ -51,20 +51,19 @@ pub(crate) fn run(command: ClaimCommand, output: Output) -> Result<ExitCode, Fai
 }
 
 /// The directory of a claim, which is made if need be.
-pub(crate) fn open(service: &Path, claim: &str) -> Result<String, Failure> {
-    let operation = format!("open claim {claim}");
+pub(crate) fn open(service: &Service, claim: &str) -> Result<String, Failure> {
+    let object = format!("claim {claim}");
     let claim = claim.to_owned();
-    Ok(call(service, &operation, &OpenClaim { claim })?.directory)
+    Ok(call(service, "open", &object, &OpenClaim { claim })?.directory)
 }
 
-fn call<M: Method>(service: &Path, operation: &str, method: &M) -> Result<M::Reply, Failure> {
-    let failed = |error: barlease_proto::Error| {
-        use std::error::Error;
-        let cause = error.source().map(|cause| format!(": {cause}"));
-        let cause = cause.unwrap_or_default();
-        let place = service.display();
-        Failure::new(format!("{operation}: {place}: {error}{cause}"))
-    };
-    let mut client = Client::connect(service).map_err(failed)?;
-    client.call(method).map_err(failed)
+fn call<M: Method>(
+    service: &Service,
+    operation: &str,
+    object: &str,
+    method: &M,
+) -> Result<M::Reply, Failure> {
+    service::connect(&service.socket)?
+        .call(method)
+        .map_err(|error| service::failed(operation, object, error))
 }
