@@ -44,6 +44,7 @@ fn main() {
     let lab = Lab { bdf };
     lab.install(Path::new(&files));
     lab.starts_and_is_hardened();
+    lab.any_language();
     lab.killed();
     lab.stopped_and_started();
     lab.killed_at_random();
@@ -403,6 +404,27 @@ impl Lab {
         signal(before, "KILL");
         another(before);
         tenant.gives_back();
+    }
+
+    /// A program that knows nothing of us, which systemd's own client gives a lease to.
+    fn any_language(&self) {
+        println!("varlinkctl gives a lease to a program");
+        fs::write("/tmp/holder.py", include_str!("holder.py")).unwrap();
+        let call = r#"{"pool":"rows","size":65536,"access":"read_write","lifetime":"process"}"#;
+        let method = "io.barlease.Leases.Acquire";
+        let said = run(&[
+            "varlinkctl",
+            "--exec",
+            "call",
+            SOCKET,
+            method,
+            call,
+            "--",
+            "python3",
+            "/tmp/holder.py",
+        ]);
+        assert!(said.contains("of card: hello"), "{said}");
+        until("the lease has ended with the program", || ids().is_empty());
     }
 
     fn drained(&self) {

@@ -1,54 +1,45 @@
 //! The methods of the interface, as events of the core and its answers as messages.
 
 use std::collections::BTreeSet;
-use std::ffi::CString;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use barlease_ledger::core::Event;
-use barlease_ledger::core::LeaseView;
 use barlease_ledger::core::News;
-use barlease_ledger::core::Refusal as CoreRefusal;
 use barlease_ledger::core::Reply as CoreReply;
 use barlease_ledger::core::Selector;
-use barlease_ledger::core::State;
 use barlease_ledger::policy::Match;
-use barlease_ledger::policy::Outcome;
 use barlease_ledger::policy::OwnerDies;
-use barlease_ledger::types;
 use barlease_ledger::types::ConnectionId;
 use barlease_ledger::types::LeaseId;
 use barlease_ledger::types::Millis;
 use barlease_ledger::types::Peer;
 use barlease_ledger::types::RequestId;
-use barlease_ledger::types::Time;
 use barlease_proto as proto;
 use barlease_proto::Call;
 use barlease_proto::IDL;
 use barlease_proto::INTERFACE;
 use barlease_proto::Refusal;
-use nix::unistd::Gid;
-use nix::unistd::Uid;
-use nix::unistd::User;
-use nix::unistd::getgrouplist;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use serde_json::json;
 
+use crate::connection::Asked;
 use crate::connection::Busy;
+use crate::connection::Listing;
 use crate::device::Device;
+use crate::records;
 use crate::recovery::Owner;
 use crate::server::Server;
 use crate::words;
 
-/// Leases of a List that are written at a time.
-const LISTED: usize = 256;
 /// The interface that each varlink service has.
 const VARLINK: &str = "org.varlink.service";
 
 /// Why a call is not carried out.
-enum Failure {
+pub(crate) enum Failure {
     Refused(Refusal),
     /// An error of varlink's own.
     Varlink(&'static str, Value),
@@ -68,25 +59,37 @@ impl From<Refusal> for Failure {
 }
 
 /// The outcome of a call.
-enum Then {
+pub(crate) enum Then {
     /// This answer.
     Answer(Value),
     /// One that comes later.
     Later,
 }
 
-/// Whether a user may do what is for administrators.
-pub(crate) fn is_administrator(uid: u32) -> bool {
-    uid == 0 || uid == rustix::process::geteuid().as_raw()
+/// Whether a peer may do what is for administrators. Whoever speaks for a claim may not, and be it
+/// as root of a container.
+pub(crate) fn is_administrator(peer: &Peer) -> bool {
+    let is_ours = peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw();
+    is_ours && peer.claim.is_none()
 }
 
 /// A message without an error.
-fn message(parameters: &impl Serialize, continues: bool) -> Vec<u8> {
-    bytes(&proto::Reply {
-        parameters: json!(parameters),
+pub(crate) fn message(parameters: &impl Serialize, continues: bool) -> Vec<u8> {
+    /// A [`proto::Reply`] whose parameters are written as they are.
+    #[derive(Serialize)]
+    struct Told<'a, T> {
+        parameters: &'a T,
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        continues: bool,
+    }
+    let told = Told {
+        parameters,
         continues,
-        error: None,
-    })
+    };
+    // What is told has no maps with keys that are not text.
+    let mut bytes = serde_json::to_vec(&told).unwrap_or_default();
+    bytes.push(0);
+    bytes
 }
 
 fn bytes(reply: &proto::Reply) -> Vec<u8> {
@@ -101,7 +104,7 @@ pub(crate) fn done() -> Vec<u8> {
 }
 
 /// An answer of the core.
-pub(crate) fn reply(answer: Result<CoreReply, Box<CoreRefusal>>) -> Vec<u8> {
+pub(crate) fn reply(answer: Result<CoreReply, Refusal>) -> Vec<u8> {
     match answer {
         Ok(CoreReply::Granted(grant)) => {
             let ranges = grant.ranges.as_slice();
@@ -140,7 +143,7 @@ pub(crate) fn reply(answer: Result<CoreReply, Box<CoreRefusal>>) -> Vec<u8> {
             },
             false,
         ),
-        Err(refusal) => refused(words::refusal(*refusal)),
+        Err(refusal) => refused(refusal),
     }
 }
 
@@ -173,13 +176,16 @@ impl Server<'_> {
         connection.busy = Some(Busy::Call {
             oneway: call.oneway,
         });
-        let peer = connection.identity.peer.clone();
+        let peer = connection.peer.clone();
         let files = connection.take_files();
         let request = self.request_of(id);
         let answer = match self.dispatch(id, request, &peer, call, files) {
             Ok(Then::Later) => return Ok(()),
             Ok(Then::Answer(value)) => message(&value, false),
-            Err(Failure::Refused(refusal)) => refused(refusal),
+            Err(Failure::Refused(refusal)) => {
+                self.record_refusal(id, &refusal)?;
+                refused(refusal)
+            }
             Err(Failure::Varlink(name, parameters)) => bytes(&proto::Reply {
                 parameters,
                 continues: false,
@@ -208,18 +214,31 @@ impl Server<'_> {
                 json!({"interface": interface}),
             ));
         }
-        let admin = is_administrator(peer.uid);
-        let for_admins = matches!(method, "Revoke" | "Drain" | "Reload" | "Devices" | "Adopt");
+        let admin = is_administrator(peer);
+        let for_admins = matches!(
+            method,
+            "Revoke"
+                | "Drain"
+                | "Reload"
+                | "Devices"
+                | "OpenClaim"
+                | "EndClaim"
+                | "Claims"
+                | "Adopt"
+                | "Monitor"
+        );
         if for_admins && !admin {
             return Err(Refusal::NotAdministrator {}.into());
         }
-        if matches!(method, "Watch" | "List") && !call.more {
+        if matches!(method, "Watch" | "List" | "Monitor") && !call.more {
             return Err(Failure::Varlink("ExpectedMore", json!({})));
         }
         let given = call.parameters;
         match method {
             "Acquire" => {
-                let ask = words::ask(parameters(given)?)?;
+                let acquire: proto::Acquire = parameters(given)?;
+                self.asks(id, &acquire);
+                let ask = words::ask(acquire)?;
                 self.service.give(Event::Acquire {
                     connection: id,
                     request,
@@ -259,30 +278,44 @@ impl Server<'_> {
             "List" => {
                 let list: proto::List = parameters(given)?;
                 self.requests.remove(&request);
-                let after = LeaseId(0);
-                self.is_at(
-                    id,
-                    Busy::List {
-                        after,
-                        pool: list.pool,
-                    },
-                );
+                let usage = list.usage.unwrap_or(false);
+                let listing = Listing {
+                    after: LeaseId(0),
+                    pool: list.pool,
+                    usage: usage.then(|| self.service.usage().into()),
+                };
+                self.is_at(id, Busy::List(listing));
+            }
+            "Monitor" => {
+                self.is_at(id, Busy::Watch);
+                self.monitors.insert(id);
             }
             "Explain" => return self.explain(peer, admin, parameters(given)?),
             "Revoke" => {
                 let revoke: proto::Revoke = parameters(given)?;
                 let grace = revoke.grace.map(Millis);
+                self.record(records::revoke_asked(peer, &revoke))?;
                 self.service.give(Event::Revoke {
                     request,
                     selector: selector(revoke)?,
                     grace,
                 })?;
             }
-            "Drain" => return self.drain(request, parameters(given)?),
+            "Drain" => return self.drain(request, peer, parameters(given)?),
             "Reload" => {
                 self.reload()?
                     .map_err(|errors| Refusal::PolicyInvalid { errors })?;
                 return Ok(Then::Answer(json!(proto::Nothing {})));
+            }
+            "OpenClaim" => {
+                let opened = self.open_claim(&parameters(given)?)??;
+                return Ok(Then::Answer(json!(opened)));
+            }
+            "EndClaim" => self.end_claim(request, &parameters(given)?)??,
+            "Claims" => {
+                let names = self.claims.iter().flat_map(|claims| claims.names());
+                let claims = names.map(ToString::to_string).collect();
+                return Ok(Then::Answer(json!(proto::ClaimList { claims })));
             }
             "Devices" => {
                 let devices = self.device_list();
@@ -316,99 +349,37 @@ impl Server<'_> {
         Ok(Then::Later)
     }
 
+    /// Remembers what a client asks for, for the record and how long it takes.
+    fn asks(&mut self, id: ConnectionId, acquire: &proto::Acquire) {
+        if let Some(connection) = self.connections.get_mut(&id) {
+            let ranges = acquire.ranges.as_ref();
+            let length = |ranges: &Vec<proto::Range>| {
+                ranges
+                    .iter()
+                    .fold(0, |sum: u64, range| sum.saturating_add(range.length))
+            };
+            connection.asked = Some(Asked {
+                began: Instant::now(),
+                pool: acquire.pool.clone(),
+                device: acquire.device.clone(),
+                bar: acquire.bar,
+                size: acquire.size.or_else(|| ranges.map(length)),
+            });
+        }
+    }
+
     fn is_at(&mut self, id: ConnectionId, busy: Busy) {
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.busy = Some(busy);
         }
     }
 
-    /// Writes the next leases of a List: so many at a time that a client that reads slowly costs
-    /// no memory.
-    pub(crate) fn list_on(&mut self, id: ConnectionId) -> io::Result<()> {
-        let Some(connection) = self.connections.get(&id) else {
-            return Ok(());
-        };
-        let Some(Busy::List { after, pool }) = connection.busy.clone() else {
-            return Ok(());
-        };
-        let peer = &connection.identity.peer;
-        let admin = is_administrator(peer.uid);
-        let shown = |lease: &LeaseView<'_>| {
-            lease.lease > after
-                && pool.as_ref().is_none_or(|pool| pool == lease.pool)
-                && (admin || lease.peer.uid == peer.uid)
-        };
-        let mut last = None;
-        let mut messages = Vec::new();
-        for lease in self.service.core().leases().filter(shown).take(LISTED) {
-            last = Some(lease.lease);
-            let listed = proto::Listed {
-                lease: Some(info(&lease)),
-            };
-            messages.push(message(&listed, true));
-        }
-        let busy = match last {
-            Some(after) => Some(Busy::List { after, pool }),
-            None => {
-                messages.push(message(&proto::Listed { lease: None }, false));
-                None
-            }
-        };
-        if let Some(connection) = self.connections.get_mut(&id) {
-            connection.busy = busy;
-        }
-        for message in messages {
-            self.push(id, message, None)?;
-        }
-        Ok(())
-    }
-
-    fn explain(&self, peer: &Peer, admin: bool, call: proto::Explain) -> Result<Then, Failure> {
-        let mut peer = peer.clone();
-        if let Some(uid) = call.as_uid {
-            if !admin && uid != peer.uid {
-                return Err(Refusal::NotAdministrator {}.into());
-            }
-            become_user(&mut peer, uid);
-        }
-        let ask = words::ask(proto::Acquire {
-            pool: call.pool,
-            size: call.size,
-            device: call.device,
-            bar: call.bar,
-            ranges: call.ranges,
-            access: call.access,
-            memory_type: call.memory_type,
-            steering_tag: call.steering_tag,
-            lifetime: call.lifetime,
-            ttl: None,
-            wait: None,
-        })?;
-        let core = self.service.core();
-        let told = core.explain(&peer, &ask);
-        let rules = told.rules.iter().map(|(place, outcome)| proto::Rule {
-            file: place.file.to_string(),
-            line: place.line,
-            allows: *outcome == Outcome::Allows,
-            why: why(outcome),
-        });
-        let waiting = told.pool.as_ref().map_or(0, |pool| core.waiting(pool));
-        let verdict = told.verdict.map_err(words::refusal);
-        let held_by = match &verdict {
-            Err(Refusal::Busy { held_by, .. }) => held_by.clone(),
-            _ => Vec::new(),
-        };
-        Ok(Then::Answer(json!(proto::Explained {
-            granted: verdict.is_ok(),
-            why: verdict.err().map(|refusal| refusal.to_string()),
-            pool: told.pool.map(|pool| pool.to_string()),
-            rules: rules.collect(),
-            held_by,
-            waiting: waiting as u64,
-        })))
-    }
-
-    fn drain(&mut self, request: RequestId, drain: proto::Drain) -> Result<Then, Failure> {
+    fn drain(
+        &mut self,
+        request: RequestId,
+        peer: &Peer,
+        drain: proto::Drain,
+    ) -> Result<Then, Failure> {
         let open = self.service.devices();
         let chosen: BTreeSet<_> = match &drain.device {
             None => open.into_iter().chain(self.closing.clone()).collect(),
@@ -427,6 +398,7 @@ impl Server<'_> {
         if chosen.is_empty() {
             return Ok(Then::Answer(json!(proto::Nothing {})));
         }
+        self.record(records::drain_asked(peer, &drain))?;
         self.drains.push((request, chosen.clone()));
         for name in chosen {
             if !self.closing.contains(&name) {
@@ -488,42 +460,6 @@ impl Server<'_> {
         // Leases that it made before are nobody's here.
         self.service.list(listed)?;
         Ok(Then::Answer(json!(proto::Nothing {})))
-    }
-
-    fn device_list(&self) -> Vec<proto::DeviceInfo> {
-        let core = self.service.core();
-        let of = |wanted: &barlease_ledger::policy::Device| {
-            let device = self.service.device(&wanted.name);
-            let is_going = self.going.contains(&wanted.name) || self.closing.contains(&wanted.name);
-            let state = match device {
-                _ if is_going => "going",
-                Some(_) => "open",
-                None => "absent",
-            };
-            let written = match &wanted.matches {
-                Match::Address(address) => Some(address.clone()),
-                _ => None,
-            };
-            let pools = core.policy().pools().iter();
-            let pools = pools.filter(|pool| pool.device == wanted.name).map(|pool| {
-                let (free, size) = core.room(&pool.name).unwrap_or_default();
-                proto::PoolInfo {
-                    name: pool.name.to_string(),
-                    size,
-                    free,
-                    waiting: core.waiting(&pool.name) as u64,
-                }
-            });
-            proto::DeviceInfo {
-                name: wanted.name.to_string(),
-                address: device
-                    .map(|device| device.address().to_string())
-                    .or(written),
-                state: state.to_owned(),
-                pools: pools.collect(),
-            }
-        };
-        core.policy().devices().iter().map(of).collect()
     }
 }
 
@@ -588,82 +524,5 @@ fn selector(revoke: proto::Revoke) -> Result<Selector, Refusal> {
         _ => Err(Refusal::Invalid {
             reason: "say exactly one of lease, uid, pid, unit, claim, pool, all".to_owned(),
         }),
-    }
-}
-
-/// Has a question asked as if by a user: by no process, from no unit.
-fn become_user(peer: &mut Peer, uid: u32) {
-    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
-    let groups = user.as_ref().and_then(|user| {
-        let name = CString::new(user.name.as_str()).ok()?;
-        getgrouplist(&name, user.gid).ok()
-    });
-    peer.uid = uid;
-    peer.gid = user.map_or(u32::MAX, |user| user.gid.as_raw());
-    peer.groups = groups
-        .unwrap_or_default()
-        .into_iter()
-        .map(Gid::as_raw)
-        .collect();
-    peer.unit = "".into();
-    peer.cgroup_path = "".into();
-}
-
-fn why(outcome: &Outcome) -> Option<String> {
-    Some(match outcome {
-        Outcome::Allows => return None,
-        Outcome::Others(key) => format!("it is for others: `{key}` does not fit"),
-        Outcome::Access => "it allows reading only".to_owned(),
-        Outcome::Lifetime => "it does not allow this lifetime".to_owned(),
-        Outcome::SteeringTags => "it does not allow steering tags".to_owned(),
-    })
-}
-
-fn info(lease: &LeaseView<'_>) -> proto::LeaseInfo {
-    let (state, reasons, reason, deadline) = match *lease.state {
-        State::Scrubbing { .. } | State::Exporting { .. } => {
-            (proto::State::Preparing, 0, None, None)
-        }
-        State::Cancelled { reason } => (proto::State::Revoking, 0, Some(reason), None),
-        State::Granted {
-            reasons, resume_by, ..
-        } => {
-            let state = match (resume_by, reasons) {
-                (Time::NEVER, 0) => proto::State::Granted,
-                (Time::NEVER, _) => proto::State::Suspended,
-                _ => proto::State::Orphaned,
-            };
-            (state, reasons, None, words::time(resume_by))
-        }
-        State::Reclaiming {
-            deadline, reason, ..
-        } => (
-            proto::State::Reclaiming,
-            0,
-            Some(reason),
-            words::time(deadline),
-        ),
-        State::Revoking { reason, .. } => (proto::State::Revoking, 0, Some(reason), None),
-    };
-    proto::LeaseInfo {
-        lease: lease.lease.0,
-        pool: lease.pool.to_owned(),
-        device: lease.device.to_owned(),
-        bar: lease.bar,
-        ranges: lease.ranges.iter().map(words::range).collect(),
-        size: lease
-            .ranges
-            .iter()
-            .fold(0, |sum, range: &types::Range| sum + range.length),
-        access: words::access(lease.access),
-        memory_type: words::memory_type(lease.memory_type),
-        lifetime: words::lifetime(lease.lifetime),
-        holder: words::holder(lease.peer),
-        state,
-        reasons,
-        reason: reason.map(words::reason),
-        since: lease.since.0,
-        expires: words::time(lease.expires),
-        deadline,
     }
 }

@@ -1,5 +1,6 @@
 //! A client's connection, which never waits: what was received of a call, and what is left to send.
 
+use std::collections::BTreeMap;
 use std::collections::VecDeque;
 use std::io;
 use std::io::IoSlice;
@@ -9,10 +10,17 @@ use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
 
+use barlease_ledger::types::BufferId;
 use barlease_ledger::types::LeaseId;
+use barlease_ledger::types::Peer;
+use barlease_ledger::types::RequestId;
 use barlease_ledger::types::Time;
 use barlease_proto::MAX_MESSAGE;
+use barlease_proto::Usage;
+use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::RecvAncillaryBuffer;
 use rustix::net::RecvAncillaryMessage;
@@ -22,12 +30,11 @@ use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
 
 use crate::calls;
-use crate::peer::Identity;
 
 /// Bytes that wait to be sent, above which a client that is told news is given up.
 const MAX_UNSENT: usize = MAX_MESSAGE;
 /// Bytes that are read at a time: a client that sends without end gets its turn like all others.
-const CHUNK: usize = 64 << 10;
+pub(crate) const CHUNK: usize = 64 << 10;
 /// Descriptors of a call; the interface has methods with one.
 const MAX_FILES: usize = 4;
 
@@ -46,21 +53,42 @@ pub(crate) enum Busy {
     Call { oneway: bool },
     /// News, until the connection ends.
     Watch,
-    /// The leases after this one, of a pool or all.
-    List {
-        after: LeaseId,
-        pool: Option<String>,
-    },
+    /// The leases after this one.
+    List(Listing),
+}
+
+/// A List that is being answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listing {
+    /// The last lease that was told.
+    pub(crate) after: LeaseId,
+    /// Of this pool only.
+    pub(crate) pool: Option<String>,
+    /// How leases are used, if that was asked for.
+    pub(crate) usage: Option<Arc<BTreeMap<BufferId, Usage>>>,
+}
+
+/// The object of an Acquire that is not answered.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    pub(crate) began: Instant,
+    pub(crate) pool: Option<String>,
+    pub(crate) device: Option<String>,
+    pub(crate) bar: Option<u8>,
+    pub(crate) size: Option<u64>,
 }
 
 /// A connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
     socket: UnixStream,
-    pub(crate) identity: Identity,
+    pub(crate) peer: Peer,
     /// The secret with which its client comes back after a restart.
     pub(crate) token: u128,
     pub(crate) busy: Option<Busy>,
+    /// The request that it waits for.
+    pub(crate) request: Option<RequestId>,
+    pub(crate) asked: Option<Asked>,
     input: Vec<u8>,
     /// Descriptors that came with the next call.
     files: Vec<OwnedFd>,
@@ -70,23 +98,31 @@ pub(crate) struct Connection {
     /// Bytes of the first of them that are sent.
     sent: usize,
     unsent: usize,
+    /// What [`Connection::weight`] was when it was counted.
+    pub(crate) counted: usize,
+    /// The events that the epoll has for it.
+    pub(crate) armed: EventFlags,
     /// When it is given up unless it takes something.
     pub(crate) give_up: Option<Time>,
 }
 
 impl Connection {
-    pub(crate) fn new(socket: UnixStream, identity: Identity, token: u128) -> Self {
+    pub(crate) fn new(socket: UnixStream, peer: Peer, token: u128) -> Self {
         Self {
             socket,
-            identity,
+            peer,
             token,
             files: Vec::new(),
             busy: None,
+            request: None,
+            asked: None,
             input: Vec::new(),
             searched: 0,
             output: VecDeque::new(),
             sent: 0,
             unsent: 0,
+            counted: 0,
+            armed: EventFlags::IN | EventFlags::RDHUP,
             give_up: None,
         }
     }
@@ -94,17 +130,15 @@ impl Connection {
     /// Receives what is there, up to a limit; `false`: the client sends no more.
     ///
     /// Descriptors are asked for from administrators only: else the kernel closes those that come.
-    pub(crate) fn receive(&mut self) -> io::Result<bool> {
-        let start = self.input.len();
-        self.input.resize(start + CHUNK, 0);
+    pub(crate) fn receive(&mut self, chunk: &mut [u8]) -> io::Result<bool> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
-        let mut control = match calls::is_administrator(self.identity.peer.uid) {
+        let mut control = match calls::is_administrator(&self.peer) {
             true => RecvAncillaryBuffer::new(&mut space),
             false => RecvAncillaryBuffer::default(),
         };
         let received = rustix::net::recvmsg(
             &self.socket,
-            &mut [IoSliceMut::new(&mut self.input[start..])],
+            &mut [IoSliceMut::new(chunk)],
             &mut control,
             RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
         );
@@ -114,13 +148,24 @@ impl Connection {
                 self.files.extend(files.take(room));
             }
         }
-        let bytes = received.as_ref().map_or(0, |received| received.bytes);
-        self.input.truncate(start + bytes);
         match received {
-            Ok(_) => Ok(bytes != 0),
+            Ok(received) => {
+                self.input.extend_from_slice(&chunk[..received.bytes]);
+                Ok(received.bytes != 0)
+            }
             Err(Errno::AGAIN | Errno::INTR) => Ok(true),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// Bytes that are kept of what it sent, and for it.
+    pub(crate) fn weight(&self) -> usize {
+        self.input.len() + self.unsent
+    }
+
+    /// Whether a call may be there that was not begun.
+    pub(crate) fn has_input(&self) -> bool {
+        self.searched < self.input.len()
     }
 
     /// The next call, if all of it is there.

@@ -26,15 +26,19 @@ use barlease_ledger::core::Facts;
 use barlease_ledger::core::RevokeAnswer;
 use barlease_ledger::policy;
 use barlease_ledger::policy::Backend;
-use barlease_ledger::policy::Match;
 use barlease_ledger::types::Access;
 use barlease_ledger::types::BufferId;
 use barlease_ledger::types::MemoryType;
 use barlease_ledger::types::Range;
+use barlease_proto::Usage;
+
+use crate::find;
 
 /// The errno of what is not an errno of the kernel's.
 const EIO: Errno = 5;
 const ENOENT: Errno = 2;
+/// Bytes that are written at a time, of which a range is a multiple.
+const FILL: usize = 4096;
 
 /// An open device.
 #[derive(Debug)]
@@ -52,7 +56,7 @@ pub struct Device {
 ///
 /// Text for the administrator.
 pub fn open(wanted: &policy::Device) -> Result<barlease::Device, String> {
-    let bdf = find(&Pci::system(), wanted)?;
+    let bdf = find::find(&Pci::system(), wanted)?;
     let backend = match wanted.backend {
         Backend::Auto => None,
         Backend::Group => Some(barlease::Backend::Group),
@@ -70,42 +74,6 @@ pub fn open(wanted: &policy::Device) -> Result<barlease::Device, String> {
             Ok(device)
         })
         .map_err(|error| error.report().to_string())
-}
-
-fn find(pci: &Pci, wanted: &policy::Device) -> Result<Bdf, String> {
-    let bdf = match &wanted.matches {
-        Match::Address(address) => address
-            .parse()
-            .map_err(|error| format!("{address}: {error}"))?,
-        Match::Ids(vendor, device) => {
-            let all = pci.devices().map_err(|error| error.report().to_string())?;
-            let mut fit = all
-                .into_iter()
-                .filter(|one| (one.vendor, one.device) == (*vendor, *device));
-            match (fit.next(), fit.next()) {
-                (Some(one), None) => one.bdf,
-                (None, _) => return Err(format!("there is no {vendor:04x}:{device:04x}")),
-                (Some(_), Some(_)) => {
-                    return Err(format!(
-                        "there are several {vendor:04x}:{device:04x}: name an address"
-                    ));
-                }
-            }
-        }
-        Match::Slot(_) | Match::Serial(_) => {
-            return Err("devices are found by address or vendor:device so far".to_owned());
-        }
-    };
-    let found = pci
-        .device(bdf)
-        .map_err(|error| error.report().to_string())?;
-    if let Some(driver) = &wanted.driver
-        && found.driver.as_ref() != Some(driver)
-    {
-        let bound = found.driver.as_deref().unwrap_or("no driver");
-        return Err(format!("{bdf} is bound to {bound}, not to {driver}"));
-    }
-    Ok(bdf)
 }
 
 impl AsFd for Device {
@@ -194,6 +162,24 @@ impl Device {
             .collect()
     }
 
+    /// How many mappings and attachments each lease has.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library.
+    pub fn usage(&self) -> barlease::Result<Vec<(BufferId, Usage)>> {
+        let leases = self.device.leases();
+        let usage = leases.list().map(|record| {
+            let record = record?;
+            let usage = Usage {
+                mappings: record.mappings,
+                attachments: record.attachments,
+            };
+            Ok((BufferId(record.id.get()), usage))
+        });
+        usage.collect()
+    }
+
     /// Exports a buffer.
     ///
     /// # Errors
@@ -247,23 +233,23 @@ impl Device {
         }
     }
 
-    /// Fills ranges with 8 bytes, little-endian, again and again.
+    /// Fills a range with 8 bytes, little-endian, again and again.
     ///
     /// # Errors
     ///
     /// The errno of mapping or writing.
-    pub fn scrub(&self, bar: u8, ranges: &[Range], pattern: u64) -> Result<(), Errno> {
-        let word = pattern.to_le();
-        for range in ranges {
-            let bytes = range.offset..range.end();
-            let mapping = self
-                .device
-                .map_region(bar.into(), bytes)
+    pub fn scrub(&self, bar: u8, range: Range, pattern: u64) -> Result<(), Errno> {
+        let bytes = pattern.to_le_bytes().repeat(FILL / 8);
+        let mapping = self
+            .device
+            .map_region(bar.into(), range.offset..range.end())
+            .map_err(|error| errno(&error))?;
+        let length = usize::try_from(range.length).map_err(|_| EIO)?;
+        for offset in (0..length).step_by(FILL) {
+            let piece = &bytes[..FILL.min(length - offset)];
+            mapping
+                .copy_from(offset, piece)
                 .map_err(|error| errno(&error))?;
-            let length = usize::try_from(range.length).map_err(|_| EIO)?;
-            for offset in (0..length).step_by(8) {
-                mapping.write(offset, word).map_err(|error| errno(&error))?;
-            }
         }
         Ok(())
     }

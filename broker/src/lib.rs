@@ -5,11 +5,20 @@
 //! | module | what |
 //! |---|---|
 //! | `server` | the loop: sockets, signals, devices, processes and time |
+//! | `accept` | clients come |
 //! | `calls` | the methods of the interface |
+//! | `claims` | a directory with a socket for each claim |
+//! | `cgroup` | control groups, and their ends |
+//! | `questions` | List, Explain and Devices |
+//! | `records` | all that happens: to the journal, and to those who monitor |
 //! | `connection` | what was received from a client, and what is left to send |
+//! | `metrics` | numbers for Prometheus, and their ways out |
 //! | `peer` | the process that connected |
 //! | `service` | the core, and what it has done with ledger and devices |
-//! | [`device`] | a device: found, opened, listed, exported from, revoked |
+//! | [`device`] | a device: opened, listed, exported from, revoked |
+//! | `find` | the device that a policy means |
+//! | `scrub` | clearing, beside the loop |
+//! | `finished` | what was done beside the loop |
 //! | [`policy`] | the policy's files |
 //! | `recovery` | what an earlier daemon has left |
 //! | `manager` | what systemd is told, and keeps |
@@ -19,14 +28,23 @@
 
 #![forbid(unsafe_code)]
 
+mod accept;
 mod calls;
+mod cgroup;
+mod claims;
 mod connection;
 pub mod device;
+mod find;
+mod finished;
 pub mod keep;
 mod manager;
+mod metrics;
 mod peer;
 pub mod policy;
+mod questions;
+mod records;
 mod recovery;
+mod scrub;
 mod server;
 mod service;
 mod socket;
@@ -46,14 +64,21 @@ use barlease_proto::Client;
 use barlease_proto::Drain;
 use barlease_proto::Reload;
 use clap::Parser;
+use nix::sys::resource::Resource;
+use nix::sys::resource::getrlimit;
+use nix::sys::resource::setrlimit;
 use signal_hook::consts::SIGHUP;
 use signal_hook::consts::SIGINT;
 use signal_hook::consts::SIGTERM;
 use signal_hook::low_level::pipe;
 
+use self::claims::Claims;
+use self::finished::Inbox;
 use self::keep::Keeper;
 use self::manager::Manager;
 pub use self::manager::Passed;
+use self::metrics::door::Door;
+use self::records::Log;
 use self::recovery::Left;
 use self::server::AtStop;
 pub use self::server::Opener;
@@ -75,7 +100,7 @@ pub struct Options {
     /// Directory of the policy: all its *.toml are read as one.
     #[arg(long, default_value = "/etc/barlease/policy.d")]
     policy: PathBuf,
-    /// Directory of the socket, `leases.sock`, which is made if need be.
+    /// Directory of the socket, `leases.sock`, and of those of claims, which is made if need be.
     #[arg(long, default_value = "/run/barleased")]
     socket: PathBuf,
     /// What becomes of leases at SIGTERM; without it they are kept where systemd keeps the devices.
@@ -91,8 +116,26 @@ pub struct Options {
     /// The child of `--keep`: descriptors come over standard input.
     #[arg(long, hide = true, conflicts_with = "keep")]
     kept: bool,
+    /// The journal's socket. Without one, records are lines on standard error.
+    #[arg(long, default_value = records::JOURNAL)]
+    journal: PathBuf,
+    /// Write the metrics to this file every 15 seconds, for node_exporter's textfile collector.
+    #[arg(long, value_name = "FILE.prom", value_parser = prom)]
+    metrics_file: Option<PathBuf>,
+    /// Answer `GET /metrics` on this unix socket.
+    #[arg(long, value_name = "SOCKET")]
+    metrics_socket: Option<PathBuf>,
     #[command(subcommand)]
     request: Option<Request>,
+}
+
+/// A name that the textfile collector reads.
+fn prom(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    match path.extension() {
+        Some(end) if end == "prom" => Ok(path),
+        _ => Err("the collector reads files that end with .prom only".to_owned()),
+    }
 }
 
 /// Something that the daemon that runs is asked for.
@@ -210,6 +253,7 @@ fn keep(args: &[OsString], directory: &Path) -> ExitCode {
 
 fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     let signals = signals()?;
+    raise_limit();
     let directory = &options.socket;
     let lock = Lock::take(directory)?;
     let policy = policy::read(&options.policy)
@@ -237,6 +281,12 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
         }
     };
     let listener = socket.listener()?;
+    let door = Door::open(options.metrics_file, options.metrics_socket.as_deref())?;
+    let log = Log::start(&options.journal)?;
+    let (inbox, finished) = Inbox::new()?;
+    let claims = Claims::in_directory(directory)
+        .inspect_err(|error| eprintln!("barleased: there will be no claims: {error}"))
+        .ok();
     let ledger = match left.ledger {
         Some(ledger) => ledger,
         None => (Store::create()?, Vec::new()),
@@ -260,21 +310,34 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
         left.devices,
         Millis((options.resume * 1000.0) as u64),
         surroundings.before_action,
+        finished.clone(),
     )?;
     let mut server = Server::new(
         options.policy,
         service,
         surroundings.opener,
-        listener,
         signals,
-        (manager, at_stop),
-        owners,
+        (inbox, finished),
+        (manager, at_stop, owners),
+        (log, door),
     )?;
+    server.serve_on(listener, claims)?;
     server.run()?;
     if server.leaves_leases() {
         socket.leave();
     }
     Ok(())
+}
+
+/// Each client is a descriptor: as many as may be. A unit that forbids the call says itself how many.
+fn raise_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(now, most)| match now < most {
+        true => setrlimit(Resource::RLIMIT_NOFILE, most, most),
+        false => Ok(()),
+    });
+    if let Err(errno) = raised {
+        eprintln!("barleased: the limit of descriptors stays as it is: {errno}");
+    }
 }
 
 fn signals() -> io::Result<Signals> {

@@ -17,51 +17,49 @@ use rustix::event::Timespec;
 use rustix::process::Pid;
 use rustix::process::PidfdFlags;
 
-/// A peer, and its process. Credentials are those of `connect()`.
-#[derive(Debug)]
-pub(crate) struct Identity {
-    pub(crate) peer: Peer,
-    /// Not from kernels before 6.5.
-    pub(crate) process: Option<OwnedFd>,
-}
+use crate::cgroup;
 
-impl Identity {
-    /// Of the other end of a socket.
-    pub(crate) fn of(socket: &UnixStream) -> nix::Result<Self> {
-        let credentials = getsockopt(socket, PeerCredentials)?;
-        let process = getsockopt(socket, PeerPidfd).ok();
-        let pid = u32::try_from(credentials.pid()).unwrap_or(0);
-        let mut peer = Peer {
-            uid: credentials.uid(),
-            gid: credentials.gid(),
-            groups: Arc::new([]),
-            pid,
-            process: process.as_ref().and_then(id),
-            cgroup: None,
-            cgroup_path: "".into(),
-            unit: "".into(),
-            claim: None,
-        };
-        // A number that is read through is another process's once this one is gone.
-        if let Some(process) = &process {
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-            if pid != 0 && is_running(process) {
-                peer.groups = groups(&status);
-                let path = cgroup_path(&cgroup);
-                peer.unit = unit(path).into();
-                peer.cgroup_path = path.into();
-            }
+/// The other end of a socket, which speaks for a claim or not. Credentials are those of
+/// `connect()`.
+pub(crate) fn of(socket: &UnixStream, claim: Option<Arc<str>>) -> nix::Result<Peer> {
+    let credentials = getsockopt(socket, PeerCredentials)?;
+    // 0: a process that has no number here.
+    let pid = u32::try_from(credentials.pid()).unwrap_or(0);
+    // Not from kernels before 6.5.
+    let process = getsockopt(socket, PeerPidfd).ok().filter(|_| pid != 0);
+    let mut peer = Peer {
+        uid: credentials.uid(),
+        gid: credentials.gid(),
+        groups: Arc::new([]),
+        pid,
+        process: process.as_ref().and_then(id),
+        cgroup: None,
+        cgroup_path: "".into(),
+        unit: "".into(),
+        claim,
+    };
+    // A number that is read through is another process's once this one is gone.
+    if let Some(process) = &process {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let path = cgroup_path(&cgroup);
+        let id = cgroup::id(path);
+        if is_running(process) {
+            peer.groups = groups(&status);
+            peer.cgroup = id;
+            peer.unit = unit(path).into();
+            peer.cgroup_path = path.into();
         }
-        Ok(Self { peer, process })
     }
+    Ok(peer)
 }
 
-/// Opens a process by its number, if it is still the one that is meant.
-pub(crate) fn open_process(pid: u32, process: ProcessId) -> Option<OwnedFd> {
+/// The pidfd of a process of that number, if it is still the process of that id. None is kept for
+/// each connection: there may be many.
+pub(crate) fn open(pid: u32, process: ProcessId) -> Option<OwnedFd> {
     let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
-    let opened = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
-    (id(&opened) == Some(process)).then_some(opened)
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    (id(&pidfd) == Some(process)).then_some(pidfd)
 }
 
 /// The number of a process that is unique until the next boot: of kernels from 6.9 on, where all
@@ -118,21 +116,16 @@ mod tests {
     #[test]
     fn a_peer_is_told_by_its_socket() {
         let (one, _other) = UnixStream::pair().unwrap();
-        let identity = Identity::of(&one).unwrap();
-        assert_eq!(identity.peer.pid, std::process::id());
-        assert_eq!(identity.peer.uid, rustix::process::getuid().as_raw());
-        assert!(is_running(&identity.process.unwrap()));
-    }
-
-    #[test]
-    fn a_process_is_opened_by_number_if_it_is_the_one_that_is_meant() {
-        let (one, _other) = UnixStream::pair().unwrap();
-        let peer = Identity::of(&one).unwrap().peer;
+        let peer = of(&one, None).unwrap();
+        assert_eq!(peer.pid, std::process::id());
+        assert_eq!(peer.uid, rustix::process::getuid().as_raw());
         // Of kernels from 6.9 on.
         if let Some(process) = peer.process {
-            assert!(open_process(peer.pid, process).is_some());
-            assert!(open_process(peer.pid, ProcessId(process.0 + 1)).is_none());
-            assert!(open_process(u32::MAX, process).is_none());
+            assert!(is_running(&open(peer.pid, process).unwrap()));
+            // The number is another process's.
+            assert!(open(peer.pid, ProcessId(process.0 + 1)).is_none());
+            assert!(open(0, process).is_none());
+            assert!(open(u32::MAX, process).is_none());
         }
     }
 

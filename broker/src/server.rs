@@ -14,13 +14,12 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc;
 use std::thread;
 
-use barlease::EventFd;
 use barlease_ledger::core::Event;
 use barlease_ledger::core::Reply;
 use barlease_ledger::policy;
+use barlease_ledger::policy::Subject;
 use barlease_ledger::types::ConnectionId;
 use barlease_ledger::types::LeaseId;
 use barlease_ledger::types::ProcessId;
@@ -31,25 +30,37 @@ use rustix::event::epoll;
 use rustix::event::epoll::EventData;
 use rustix::event::epoll::EventFlags;
 
+use crate::accept::Share;
+use crate::accept::counted_as;
 use crate::calls;
+use crate::cgroup::Cgroups;
+use crate::claims::Claims;
 use crate::connection::Busy;
+use crate::connection::CHUNK;
 use crate::connection::Connection;
 use crate::connection::Outgoing;
 use crate::device::Device;
+use crate::finished::Done;
+use crate::finished::Finished;
+use crate::finished::Inbox;
 use crate::manager;
 use crate::manager::Manager;
+use crate::metrics::Metrics;
+use crate::metrics::Moment;
+use crate::metrics::door::Door;
 use crate::peer;
-use crate::peer::Identity;
+use crate::records;
+use crate::records::Log;
 use crate::recovery;
 use crate::recovery::Owner;
 use crate::service::Effect;
+use crate::service::NEWS;
 use crate::service::Service;
 use crate::service::now;
+use crate::words;
 
 /// How long a client may take nothing of what is sent to it.
 const PATIENCE: u64 = 10_000;
-/// Most connections of a user that is no administrator.
-const MAX_CONNECTIONS: usize = 256;
 
 /// Opens the devices of a policy.
 pub type Opener<'a> = dyn Fn(&policy::Device) -> Result<barlease::Device, String> + 'a;
@@ -72,15 +83,18 @@ pub(crate) enum AtStop {
 
 /// The kind of a descriptor in the epoll.
 #[derive(Clone, Debug)]
-enum Source {
-    Listener,
+pub(crate) enum Source {
+    /// Of a claim, or of the service.
+    Listener(Option<Arc<str>>),
     End,
     Reload,
-    Closed,
+    Finished,
+    Metrics,
     Connection(ConnectionId),
     Events(Arc<str>),
     Request(Arc<str>),
     Process(ProcessId),
+    Cgroups,
     Owner(Arc<str>),
 }
 
@@ -89,14 +103,19 @@ pub(crate) struct Server<'a> {
     pub(crate) service: Service,
     pub(crate) policy: PathBuf,
     opener: &'a Opener<'a>,
-    epoll: OwnedFd,
-    listener: Option<UnixListener>,
+    pub(crate) epoll: OwnedFd,
+    pub(crate) listener: Option<UnixListener>,
+    pub(crate) claims: Option<Claims>,
+    /// Listeners that wait for descriptors to accept with.
+    pub(crate) paused: Vec<Option<Arc<str>>>,
     signals: Signals,
-    sources: BTreeMap<u64, Source>,
-    last_source: u64,
+    pub(crate) sources: BTreeMap<u64, Source>,
+    pub(crate) last_source: u64,
     pub(crate) connections: BTreeMap<ConnectionId, Connection>,
-    /// Connections of users.
-    users: BTreeMap<u32, usize>,
+    /// What users and claims have of the daemon.
+    pub(crate) subjects: BTreeMap<Subject, Share>,
+    /// Connections, by the process that made them.
+    pub(crate) callers: BTreeSet<(ProcessId, ConnectionId)>,
     /// The connection that a request is of.
     pub(crate) requests: BTreeMap<RequestId, ConnectionId>,
     last_request: u64,
@@ -105,15 +124,23 @@ pub(crate) struct Server<'a> {
     give_ups: BTreeSet<(Time, ConnectionId)>,
     /// Processes that are watched: the source, and the pidfd.
     processes: BTreeMap<ProcessId, (u64, OwnedFd)>,
+    cgroups: Cgroups,
     /// Devices that are being closed.
     pub(crate) closing: BTreeSet<Arc<str>>,
-    closed: (mpsc::Sender<Arc<str>>, mpsc::Receiver<Arc<str>>),
-    closed_event: EventFd,
+    inbox: Inbox,
+    finished: Finished,
     /// Devices that are on their way out.
     pub(crate) going: BTreeSet<Arc<str>>,
     /// Drains to be answered when these are closed.
     pub(crate) drains: Vec<(RequestId, BTreeSet<Arc<str>>)>,
+    /// Connections that are told all records.
+    pub(crate) monitors: BTreeSet<ConnectionId>,
+    pub(crate) log: Log,
+    pub(crate) metrics: Metrics,
+    door: Door,
     stopping: bool,
+    /// Where bytes are received.
+    chunk: Box<[u8]>,
     at_stop: AtStop,
     manager: Manager,
     /// When the manager is to be told that the service is alive.
@@ -127,34 +154,42 @@ impl<'a> Server<'a> {
         policy: PathBuf,
         service: Service,
         opener: &'a Opener<'a>,
-        listener: UnixListener,
         signals: Signals,
-        (manager, at_stop): (Manager, AtStop),
-        owners: Vec<(Arc<str>, Owner)>,
+        (inbox, finished): (Inbox, Finished),
+        (manager, at_stop, owners): (Manager, AtStop, Vec<(Arc<str>, Owner)>),
+        (log, door): (Log, Door),
     ) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
         let mut server = Self {
             service,
             policy,
             opener,
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             listener: None,
+            claims: None,
+            paused: Vec::new(),
             signals,
             sources: BTreeMap::new(),
             last_source: 0,
             connections: BTreeMap::new(),
-            users: BTreeMap::new(),
+            subjects: BTreeMap::new(),
+            callers: BTreeSet::new(),
             requests: BTreeMap::new(),
             last_request: 0,
             ready: BTreeSet::new(),
             give_ups: BTreeSet::new(),
             processes: BTreeMap::new(),
+            cgroups: Cgroups::new()?,
             closing: BTreeSet::new(),
-            closed: mpsc::channel(),
-            closed_event: EventFd::new().map_err(io::Error::other)?,
+            inbox,
+            finished,
             going: BTreeSet::new(),
             drains: Vec::new(),
+            monitors: BTreeSet::new(),
+            log,
+            metrics: Metrics::new().map_err(io::Error::other)?,
+            door,
             stopping: false,
+            chunk: vec![0; CHUNK].into(),
             at_stop,
             pulse: manager.pulse().map(|_| Time(0)),
             manager,
@@ -162,10 +197,14 @@ impl<'a> Server<'a> {
         };
         let end = server.signals.end.try_clone()?;
         let reload = server.signals.reload.try_clone()?;
-        let closed = server.closed_event.try_clone().map_err(io::Error::other)?;
+        let inbox = server.inbox.as_fd().try_clone_to_owned()?;
         server.listen_to(end, Source::End)?;
         server.listen_to(reload, Source::Reload)?;
-        server.listen_to(closed, Source::Closed)?;
+        server.listen_to(inbox, Source::Finished)?;
+        let cgroups = server.cgroups.as_fd().try_clone_to_owned()?;
+        server.listen_to(cgroups, Source::Cgroups)?;
+        let wanted = server.door.event.try_clone().map_err(io::Error::other)?;
+        server.listen_to(wanted, Source::Metrics)?;
         for name in server.service.devices() {
             server.listen_to_device(&name)?;
         }
@@ -175,21 +214,15 @@ impl<'a> Server<'a> {
         server.open_devices()?;
         // Of what the recovery has begun, before clients come.
         server.settle()?;
-        server.listen_to(&listener, Source::Listener)?;
-        server.listener = Some(listener);
         Ok(server)
     }
 
     /// Adds a descriptor, which stays open elsewhere.
-    fn listen_to(&mut self, fd: impl AsFd, source: Source) -> io::Result<u64> {
+    pub(crate) fn listen_to(&mut self, fd: impl AsFd, source: Source) -> io::Result<u64> {
         self.last_source += 1;
         let number = self.last_source;
-        epoll::add(
-            &self.epoll,
-            &fd,
-            EventData::new_u64(number),
-            EventFlags::IN | EventFlags::RDHUP,
-        )?;
+        let flags = EventFlags::IN | EventFlags::RDHUP;
+        epoll::add(&self.epoll, &fd, EventData::new_u64(number), flags)?;
         self.sources.insert(number, source);
         Ok(number)
     }
@@ -207,8 +240,9 @@ impl<'a> Server<'a> {
                 Ok(device) => self.take(name, device, None)?,
                 Err(error) => Err(error),
             };
-            if let Err(error) = taken {
-                eprintln!("barleased: {name} is not leased from: {error}");
+            match taken {
+                Ok(()) => self.record(records::device_opened(name))?,
+                Err(error) => self.record(records::device_absent(name, &error))?,
             }
         }
         self.tell_status("");
@@ -236,7 +270,7 @@ impl<'a> Server<'a> {
     }
 
     fn listen_to_device(&mut self, name: &Arc<str>) -> io::Result<()> {
-        let clone = |event: &EventFd| event.try_clone().map_err(io::Error::other);
+        let clone = |event: &barlease::EventFd| event.try_clone().map_err(io::Error::other);
         let Some(device) = self.service.device(name) else {
             return Ok(());
         };
@@ -268,6 +302,8 @@ impl<'a> Server<'a> {
     /// Those that nothing can go on after. The devices are closed then, and all leases dead.
     pub(crate) fn run(&mut self) -> io::Result<()> {
         self.manager.tell("READY=1");
+        let leases = self.service.core().leases().count();
+        self.metrics.recovered(leases);
         while !(self.stopping && self.service.devices().is_empty() && self.closing.is_empty()) {
             let timeout = self.timeout();
             let mut events = [const { MaybeUninit::uninit() }; 64];
@@ -315,6 +351,12 @@ impl<'a> Server<'a> {
     }
 
     fn timeout(&self) -> Option<Timespec> {
+        if !self.ready.is_empty() {
+            return Some(Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            });
+        }
         let give_up = self.give_ups.first().map(|(time, _)| *time);
         let due = self.service.due().into_iter().chain(give_up);
         let due = due.chain(self.pulse).min()?;
@@ -328,7 +370,7 @@ impl<'a> Server<'a> {
     /// Handles an event; `false`: ends at once.
     fn happened(&mut self, number: u64, source: Source, flags: EventFlags) -> io::Result<bool> {
         match source {
-            Source::Listener => self.accept()?,
+            Source::Listener(claim) => self.accept(number, claim)?,
             Source::End => {
                 empty(&self.signals.end);
                 self.manager.tell("STOPPING=1");
@@ -339,14 +381,20 @@ impl<'a> Server<'a> {
             }
             Source::Reload => {
                 empty(&self.signals.reload);
-                self.reload()?.unwrap_or_default();
+                // What is wrong is in the record.
+                let _ = self.reload()?;
             }
-            Source::Closed => {
-                let _ = self.closed_event.take();
-                while let Ok(name) = self.closed.1.try_recv() {
-                    self.device_closed(&name)?;
+            Source::Finished => {
+                for done in self.inbox.take() {
+                    match done {
+                        Done::Closed(name) => self.device_closed(&name)?,
+                        Done::Scrubbed(lease, result) => {
+                            self.service.give(Event::Scrubbed { lease, result })?;
+                        }
+                    }
                 }
             }
+            Source::Metrics => self.tell_metrics(),
             Source::Connection(id) => self.stirred(id, flags)?,
             Source::Events(name) => {
                 self.service.changed(&name);
@@ -366,6 +414,11 @@ impl<'a> Server<'a> {
                 self.unwatch(process);
                 self.service.give(Event::ProcessGone(process))?;
             }
+            Source::Cgroups => {
+                for cgroup in self.cgroups.ended() {
+                    self.service.give(Event::CgroupEmpty(cgroup))?;
+                }
+            }
             Source::Owner(name) => self.owner_gone(&name)?,
         }
         Ok(true)
@@ -377,15 +430,32 @@ impl<'a> Server<'a> {
         self.service.give(Event::DeviceGoing {
             device: name.clone(),
             grace: grace.map(barlease_ledger::types::Millis),
-        })
+        })?;
+        self.service.cancel_scrubs(name);
+        Ok(())
+    }
+
+    /// Tells whoever wants to know the metrics.
+    fn tell_metrics(&self) {
+        let _ = self.door.event.take();
+        let moment = Moment {
+            core: self.service.core(),
+            now: now(),
+            devices: self.service.devices().len(),
+            connections: self.connections.len(),
+            lost: self.log.lost(),
+        };
+        for wish in self.door.wishes.try_iter() {
+            // It may have given up.
+            let _ = wish.try_send(self.metrics.text(&moment));
+        }
     }
 
     fn stop(&mut self) -> io::Result<()> {
         self.stopping = true;
-        if let Some(listener) = self.listener.take() {
-            // It is not there while descriptors are short.
-            let _ = epoll::delete(&self.epoll, &listener);
-        }
+        // No more clients: the descriptors leave the epoll as they are closed.
+        self.listener = None;
+        self.claims = None;
         for name in self.service.devices() {
             self.let_go(&name, None)?;
         }
@@ -397,14 +467,13 @@ impl<'a> Server<'a> {
         self.manager.tell(&manager::reloading());
         let read = match crate::policy::read(&self.policy) {
             Ok(policy) => {
+                self.record(records::policy_loaded(&policy))?;
                 self.service.give(Event::PolicyReplaced(Arc::new(policy)))?;
                 self.open_devices()?;
                 Ok(())
             }
             Err(errors) => {
-                for error in &errors {
-                    eprintln!("barleased: the old policy stays in force: {error}");
-                }
+                self.record(records::policy_refused(&errors))?;
                 self.tell_status("; the policy's files are wrong, an older one is in force");
                 Err(errors)
             }
@@ -415,7 +484,7 @@ impl<'a> Server<'a> {
 
     /// Watches the process that has handed a device over.
     fn watch_owner(&mut self, name: &Arc<str>, owner: Owner) -> io::Result<()> {
-        let Some(process) = peer::open_process(owner.pid, owner.process) else {
+        let Some(process) = peer::open(owner.pid, owner.process) else {
             return self.owner_gone(name);
         };
         let number = self.listen_to(&process, Source::Owner(name.clone()))?;
@@ -440,6 +509,7 @@ impl<'a> Server<'a> {
     fn device_closed(&mut self, name: &Arc<str>) -> io::Result<()> {
         self.closing.remove(name);
         self.going.remove(name);
+        self.record(records::device_closed(name))?;
         self.service.give(Event::DeviceClosed(name.clone()))?;
         for (_, devices) in &mut self.drains {
             devices.remove(name);
@@ -454,50 +524,6 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
-    fn accept(&mut self) -> io::Result<()> {
-        let Some(listener) = &self.listener else {
-            return Ok(());
-        };
-        let socket = match listener.accept() {
-            Ok((socket, _)) => socket,
-            Err(error) => {
-                let errno = rustix::io::Errno::from_io_error(&error);
-                if matches!(
-                    errno,
-                    Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)
-                ) {
-                    // Until a connection ends, or this would be told again and again.
-                    eprintln!("barleased: no descriptors are left for clients: {error}");
-                    epoll::delete(&self.epoll, listener)?;
-                    self.sources
-                        .retain(|_, source| !matches!(source, Source::Listener));
-                }
-                return Ok(());
-            }
-        };
-        let Ok(identity) = Identity::of(&socket) else {
-            return Ok(());
-        };
-        let uid = identity.peer.uid;
-        let connections = self.users.entry(uid).or_default();
-        if *connections >= MAX_CONNECTIONS && !calls::is_administrator(uid) {
-            return Ok(());
-        }
-        *connections += 1;
-        // The number that it gets in the epoll.
-        let id = ConnectionId(self.last_source + 1);
-        let token = token()?;
-        let event = Event::Connected {
-            connection: id,
-            peer: identity.peer.clone(),
-            token,
-        };
-        self.listen_to(&socket, Source::Connection(id))?;
-        self.connections
-            .insert(id, Connection::new(socket, identity, token));
-        self.service.give(event)
-    }
-
     fn stirred(&mut self, id: ConnectionId, flags: EventFlags) -> io::Result<()> {
         let Some(connection) = self.connections.get_mut(&id) else {
             return Ok(());
@@ -508,73 +534,97 @@ impl<'a> Server<'a> {
         } else if waits {
             // Its next call is not read before this one is answered.
             flags.contains(EventFlags::RDHUP)
-        } else if flags.contains(EventFlags::IN) {
-            !matches!(connection.receive(), Ok(true))
+        } else if flags.contains(EventFlags::IN) && !connection.has_input() {
+            !matches!(connection.receive(&mut self.chunk), Ok(true))
         } else {
             false
         };
-        if ended {
+        if ended || !self.weigh(id) {
             return self.gone(id);
         }
         self.ready.insert(id);
         Ok(())
     }
 
-    /// Does what there is to do for connections, and outside of the service.
+    /// Does what there is to do for connections, and outside of the service: of each connection one
+    /// call, so that whoever sends many at once gets no more than others.
     fn settle(&mut self) -> io::Result<()> {
-        loop {
-            while let Some(effect) = self.service.next_effect() {
-                self.effect(effect)?;
-            }
-            match self.ready.pop_first() {
-                Some(id) => self.advance(id)?,
-                None => return Ok(()),
+        self.effects()?;
+        for begins in [true, false] {
+            for id in std::mem::take(&mut self.ready) {
+                self.advance(id, begins)?;
+                self.effects()?;
             }
         }
+        Ok(())
     }
 
-    /// Sends what a client takes, and begins its next call if there is nothing left to send.
-    fn advance(&mut self, id: ConnectionId) -> io::Result<()> {
-        let Some(connection) = self.connections.get_mut(&id) else {
-            return Ok(());
-        };
-        let Ok(any) = connection.send() else {
-            return self.gone(id);
-        };
-        let sending = connection.is_sending();
-        if (any || !sending)
-            && let Some(time) = connection.give_up.take()
-        {
-            self.give_ups.remove(&(time, id));
+    fn effects(&mut self) -> io::Result<()> {
+        while let Some(effect) = self.service.next_effect() {
+            self.effect(effect)?;
         }
-        if sending && connection.give_up.is_none() {
-            let time = Time(now().0 + PATIENCE);
-            connection.give_up = Some(time);
-            self.give_ups.insert((time, id));
-        }
-        if !sending {
-            if let Some(Busy::List { .. }) = connection.busy {
-                self.list_on(id)?;
-                self.ready.insert(id);
-            } else if connection.busy.is_none() {
-                match connection.next_call() {
+        Ok(())
+    }
+
+    /// Sends what a client takes, and begins its next call, if it may, when there is nothing left
+    /// to send.
+    fn advance(&mut self, id: ConnectionId, begins: bool) -> io::Result<()> {
+        let mut begins = begins;
+        loop {
+            let Some(connection) = self.connections.get_mut(&id) else {
+                return Ok(());
+            };
+            let Ok(any) = connection.send() else {
+                return self.gone(id);
+            };
+            let sending = connection.is_sending();
+            if (any || !sending)
+                && let Some(time) = connection.give_up.take()
+            {
+                self.give_ups.remove(&(time, id));
+            }
+            if sending && connection.give_up.is_none() {
+                let time = Time(now().0 + PATIENCE);
+                connection.give_up = Some(time);
+                self.give_ups.insert((time, id));
+            }
+            // What is put there from here on is no more than what this does.
+            self.ready.remove(&id);
+            let lists = matches!(connection.busy, Some(Busy::List { .. }));
+            let calls = connection.busy.is_none() && connection.has_input();
+            match (sending, std::mem::take(&mut begins)) {
+                (false, true) if lists => self.list_on(id)?,
+                (false, true) if calls => match connection.next_call() {
                     Ok(Some(call)) => {
                         self.call(id, &call)?;
-                        self.ready.insert(id);
+                        self.effects()?;
                     }
-                    Ok(None) => {}
+                    Ok(None) => break,
                     Err(_) => return self.gone(id),
+                },
+                (false, false) if lists || calls => {
+                    self.ready.insert(id);
+                    break;
                 }
+                _ => break,
             }
         }
-        let Some(connection) = self.connections.get(&id) else {
+        if !self.weigh(id) {
+            return self.gone(id);
+        }
+        let Some(connection) = self.connections.get_mut(&id) else {
             return Ok(());
         };
         let mut flags = EventFlags::RDHUP;
         flags.set(EventFlags::OUT, connection.is_sending());
         let waits = connection.busy.is_some() || connection.is_sending();
-        flags.set(EventFlags::IN, !waits);
-        epoll::modify(&self.epoll, connection, EventData::new_u64(id.0), flags)?;
+        // What was sent is taken when there is a turn for it, and not before: a client that sends
+        // faster than it is served fills its own socket.
+        flags.set(EventFlags::IN, !waits && !connection.has_input());
+        if connection.armed != flags {
+            connection.armed = flags;
+            epoll::modify(&self.epoll, connection, EventData::new_u64(id.0), flags)?;
+        }
         Ok(())
     }
 
@@ -584,15 +634,23 @@ impl<'a> Server<'a> {
             return Ok(());
         };
         self.sources.remove(&id.0);
+        self.monitors.remove(&id);
         if let Some(time) = connection.give_up {
             self.give_ups.remove(&(time, id));
         }
-        self.requests.retain(|_, connection| *connection != id);
-        let uid = connection.identity.peer.uid;
-        if let Some(count) = self.users.get_mut(&uid) {
-            *count -= 1;
-            if *count == 0 {
-                self.users.remove(&uid);
+        if let Some(request) = connection.request {
+            self.requests.remove(&request);
+        }
+        let peer = &connection.peer;
+        if let Some(process) = peer.process {
+            self.callers.remove(&(process, id));
+        }
+        let subject = counted_as(peer);
+        if let Some(share) = self.subjects.get_mut(&subject) {
+            share.connections -= 1;
+            share.bytes -= connection.counted;
+            if share.connections == 0 {
+                self.subjects.remove(&subject);
             }
         }
         let undelivered: Vec<LeaseId> = connection.undelivered().collect();
@@ -602,18 +660,6 @@ impl<'a> Server<'a> {
         }
         self.service.give(Event::PeerGone(id))?;
         self.listen_again()
-    }
-
-    fn listen_again(&mut self) -> io::Result<()> {
-        let listens = |source: &Source| matches!(source, Source::Listener);
-        if self.listener.is_none() || self.sources.values().any(listens) {
-            return Ok(());
-        }
-        if let Some(listener) = self.listener.take() {
-            self.listen_to(&listener, Source::Listener)?;
-            self.listener = Some(listener);
-        }
-        Ok(())
     }
 
     fn give_up(&mut self) -> io::Result<()> {
@@ -637,9 +683,22 @@ impl<'a> Server<'a> {
                     Ok(Reply::Granted(grant)) => fd.map(|fd| (grant.lease, fd)),
                     _ => None,
                 };
+                self.time_grant(request, answer.is_ok());
+                let answer = answer.map_err(|refusal| words::refusal(*refusal));
+                if let (Err(refusal), Some(id)) = (&answer, self.requests.get(&request).copied()) {
+                    self.record_refusal(id, refusal)?;
+                }
                 self.answer(request, calls::reply(answer), lease)
             }
-            Effect::Notice { watch, lease, news } => {
+            Effect::Notice {
+                watch: NEWS,
+                lease,
+                news,
+                about,
+            } => self.record(records::news(lease, news, &about)),
+            Effect::Notice {
+                watch, lease, news, ..
+            } => {
                 let Some(id) = self.requests.get(&watch).copied() else {
                     return Ok(());
                 };
@@ -650,23 +709,33 @@ impl<'a> Server<'a> {
                 self.unwatch(process);
                 Ok(())
             }
-            Effect::NoCgroup(cgroup) => self.service.give(Event::CgroupEmpty(cgroup)),
+            Effect::WatchCgroup(cgroup, path) => {
+                let Err(error) = self.cgroups.watch(cgroup, &path) else {
+                    return Ok(());
+                };
+                if error.kind() != io::ErrorKind::NotFound {
+                    // What cannot be watched would live for ever.
+                    eprintln!("barleased: watch the control group {path}: {error}");
+                }
+                self.service.give(Event::CgroupEmpty(cgroup))
+            }
+            Effect::UnwatchCgroup(cgroup) => {
+                self.cgroups.unwatch(cgroup);
+                Ok(())
+            }
             Effect::Close(name, device) => {
                 self.closing.insert(name.clone());
                 let owner = self.unwatch_owner(&name);
                 self.manager.remove(&recovery::name_of(&name, owner));
                 let barrier = self.manager.barrier();
-                let event = self.closed_event.try_clone().map_err(io::Error::other)?;
-                let sender = self.closed.0.clone();
+                let finished = self.finished.clone();
                 // Closing waits for importers.
                 thread::Builder::new().spawn(move || {
                     drop(device);
                     if let Some(barrier) = barrier {
                         barrier.wait();
                     }
-                    // The receiver is gone only when the service has ended.
-                    let _ = sender.send(name);
-                    let _ = event.signal();
+                    finished.tell(Done::Closed(name));
                 })?;
                 Ok(())
             }
@@ -687,11 +756,23 @@ impl<'a> Server<'a> {
         };
         let oneway = matches!(connection.busy, Some(Busy::Call { oneway: true }));
         connection.busy = None;
+        connection.request = None;
+        connection.asked = None;
         self.ready.insert(id);
         if oneway {
             return self.undelivered(lease);
         }
         self.push(id, message, lease)
+    }
+
+    /// Measures how long an Acquire took.
+    fn time_grant(&self, request: RequestId, granted: bool) {
+        let id = self.requests.get(&request);
+        let connection = id.and_then(|id| self.connections.get(id));
+        let asked = connection.and_then(|connection| connection.asked.as_ref());
+        if let (Some(asked), true) = (asked, granted) {
+            self.metrics.granted(asked.began.elapsed());
+        }
     }
 
     fn undelivered(&mut self, lease: Option<(LeaseId, OwnedFd)>) -> io::Result<()> {
@@ -723,17 +804,20 @@ impl<'a> Server<'a> {
         self.last_request += 1;
         let request = RequestId(self.last_request);
         self.requests.insert(request, id);
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.request = Some(request);
+        }
         request
     }
 
     fn watch(&mut self, process: ProcessId) -> io::Result<()> {
-        let pidfd = self
-            .connections
-            .values()
-            .find(|connection| connection.identity.peer.process == Some(process))
-            .and_then(|connection| connection.identity.process.as_ref()?.try_clone().ok());
-        let before = || peer::open_process(self.service.pid_of(process)?, process);
-        let Some(pidfd) = pidfd.or_else(before) else {
+        let all = (process, ConnectionId(0))..=(process, ConnectionId(u64::MAX));
+        let caller = self.callers.range(all).next();
+        let pid = match caller.and_then(|(_, id)| self.connections.get(id)) {
+            Some(connection) => Some(connection.peer.pid),
+            None => self.service.pid_of(process),
+        };
+        let Some(pidfd) = pid.and_then(|pid| peer::open(pid, process)) else {
             return self.service.give(Event::ProcessGone(process));
         };
         let number = self.listen_to(&pidfd, Source::Process(process))?;
@@ -742,16 +826,14 @@ impl<'a> Server<'a> {
     }
 
     fn unwatch(&mut self, process: ProcessId) {
-        if let Some((number, pidfd)) = self.processes.remove(&process) {
+        if let Some((number, _)) = self.processes.remove(&process) {
             self.sources.remove(&number);
-            // A clone of the descriptor in a connection would keep it in the epoll.
-            let _ = epoll::delete(&self.epoll, &pidfd);
         }
     }
 }
 
 /// A secret that nobody guesses, and not 0.
-fn token() -> io::Result<u128> {
+pub(crate) fn token() -> io::Result<u128> {
     let mut bytes = [0; 16];
     let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
     match got == bytes.len() {

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use barlease_ledger::core::About;
 use barlease_ledger::core::Action;
 use barlease_ledger::core::Core;
 use barlease_ledger::core::Event;
@@ -19,22 +20,32 @@ use barlease_ledger::core::Reply;
 use barlease_ledger::core::RevokeAnswer;
 use barlease_ledger::policy::Policy;
 use barlease_ledger::record::Record;
+use barlease_ledger::types::BufferId;
 use barlease_ledger::types::CgroupId;
+use barlease_ledger::types::ConnectionId;
 use barlease_ledger::types::LeaseId;
 use barlease_ledger::types::Millis;
+use barlease_ledger::types::Peer;
 use barlease_ledger::types::ProcessId;
 use barlease_ledger::types::RequestId;
 use barlease_ledger::types::Time;
+use barlease_proto::Usage;
 use rustix::time::ClockId;
 
 use crate::device::Device;
+use crate::finished::Done;
+use crate::finished::Finished;
 use crate::recovery::Kept;
+use crate::scrub::Job;
+use crate::scrub::Scrubber;
 use crate::store::Store;
 
 /// Shortest time between two LISTs of a device that are asked for by its events.
 const LIST_PAUSE: u64 = 10;
 /// And as a multiple of the time that the last one took.
 const LIST_SHARE: u64 = 4;
+/// The watch of the service itself; those of clients are above.
+pub(crate) const NEWS: RequestId = RequestId(0);
 /// `ENODEV`: an export from a device that is closed.
 const ENODEV: i32 = 19;
 
@@ -52,17 +63,22 @@ pub(crate) enum Effect {
         watch: RequestId,
         lease: LeaseId,
         news: News,
+        about: Arc<About>,
     },
     WatchProcess(ProcessId),
     UnwatchProcess(ProcessId),
-    /// There is no watch of control groups yet: no peer has one that is known to the core.
-    NoCgroup(CgroupId),
+    WatchCgroup(CgroupId, Arc<str>),
+    UnwatchCgroup(CgroupId),
     /// To be dropped where that may take long; then [`Event::DeviceClosed`].
-    Close(Arc<str>, Option<Box<Device>>),
+    Close(Arc<str>, Option<Box<Open>>),
 }
 
-struct Open {
-    device: Device,
+/// A device that is open.
+#[derive(Debug)]
+pub(crate) struct Open {
+    /// Dropped before the device, of which its thread has the other reference.
+    scrubber: Option<Scrubber>,
+    device: Arc<Device>,
     /// When its events were last answered by a LIST, which may be repeated from then on.
     list_from: Time,
     list_wanted: bool,
@@ -71,7 +87,8 @@ struct Open {
 impl Open {
     fn new(device: Device) -> Self {
         Self {
-            device,
+            scrubber: None,
+            device: Arc::new(device),
             list_from: Time(0),
             list_wanted: false,
         }
@@ -87,6 +104,7 @@ pub(crate) struct Service {
     exported: BTreeMap<LeaseId, OwnedFd>,
     timer: Option<Time>,
     effects: VecDeque<Effect>,
+    done: Finished,
     /// Numbers of the processes that had leases before the restart.
     pids: BTreeMap<ProcessId, u32>,
     /// Called before each action.
@@ -101,6 +119,15 @@ pub(crate) fn now() -> Time {
     Time(seconds * 1000 + nanoseconds / 1_000_000)
 }
 
+/// Whether an action does something at once that the ledger must be ahead of. What is only told to
+/// clients, or watched, waits until all actions are carried out.
+fn reaches_the_kernel(action: &Action) -> bool {
+    matches!(
+        action,
+        Action::Scrub { .. } | Action::Export(_) | Action::Revoke { .. } | Action::CloseDevice(_)
+    )
+}
+
 impl Service {
     /// Goes on with what an earlier daemon has left: its ledger, which is empty for the first one,
     /// and its devices.
@@ -110,6 +137,7 @@ impl Service {
         kept: Vec<Kept>,
         resume: Millis,
         before_action: Box<dyn Fn()>,
+        done: Finished,
     ) -> io::Result<Self> {
         let mut found: Vec<Found> = Vec::new();
         let mut devices = BTreeMap::new();
@@ -129,7 +157,9 @@ impl Service {
             effects: VecDeque::new(),
             pids,
             before_action,
+            done,
         };
+        service.watch_all()?;
         service.carry_out_all(actions.into())?;
         Ok(service)
     }
@@ -139,13 +169,47 @@ impl Service {
         self.pids.get(&process).copied()
     }
 
+    /// Has all news told under [`NEWS`]: they are what is recorded.
+    fn watch_all(&mut self) -> io::Result<()> {
+        let connection = ConnectionId(0);
+        let nobody = Peer {
+            uid: u32::MAX,
+            gid: u32::MAX,
+            groups: Arc::new([]),
+            pid: 0,
+            process: None,
+            cgroup: None,
+            cgroup_path: "".into(),
+            unit: "".into(),
+            claim: None,
+        };
+        self.give(Event::Connected {
+            connection,
+            peer: nobody,
+            token: 0,
+        })?;
+        self.give(Event::Watch {
+            connection,
+            request: NEWS,
+            all: true,
+        })
+    }
+
+    /// How the leases of the open devices are used, as the kernel tells.
+    pub(crate) fn usage(&self) -> BTreeMap<BufferId, Usage> {
+        let devices = self.devices.values();
+        // What a device that goes away does not tell is not known.
+        let listed = devices.filter_map(|open| open.device.usage().ok());
+        listed.flatten().collect()
+    }
+
     pub(crate) fn core(&self) -> &Core {
         &self.core
     }
 
     /// An open device.
     pub(crate) fn device(&self, name: &str) -> Option<&Device> {
-        self.devices.get(name).map(|open| &open.device)
+        self.devices.get(name).map(|open| &*open.device)
     }
 
     /// Names of the open devices.
@@ -229,6 +293,8 @@ impl Service {
                 actions.extend(self.core.handle(now(), answer));
             }
         }
+        // Before anything is told to clients, which is what is left to do.
+        self.store.flush()?;
         // Those of leases that ended before they were granted.
         self.exported.clear();
         Ok(())
@@ -259,6 +325,31 @@ impl Service {
         }
     }
 
+    /// Has a device's thread clear something; `false`: there is no such device or thread.
+    fn begin_scrub(&mut self, device: &str, job: Job) -> bool {
+        let Some(open) = self.devices.get_mut(device) else {
+            return false;
+        };
+        if open.scrubber.is_none() {
+            let done = self.done.clone();
+            let told = move |lease, result| done.tell(Done::Scrubbed(lease, result));
+            match Scrubber::start(open.device.clone(), Box::new(told)) {
+                Ok(scrubber) => open.scrubber = Some(scrubber),
+                Err(error) => eprintln!("barleased: {device}: start a thread: {error}"),
+            }
+        }
+        let scrubber = open.scrubber.as_ref();
+        scrubber.is_some_and(|scrubber| scrubber.add(job).is_ok())
+    }
+
+    /// Ends the clearing of what nobody will get: a device is let go.
+    pub(crate) fn cancel_scrubs(&self, device: &str) {
+        let open = self.devices.get(device);
+        if let Some(scrubber) = open.and_then(|open| open.scrubber.as_ref()) {
+            scrubber.cancel();
+        }
+    }
+
     /// Carries out an action, and gives its answer.
     fn carry_out(
         &mut self,
@@ -266,8 +357,12 @@ impl Service {
         lists: &mut BTreeSet<Arc<str>>,
     ) -> io::Result<Option<Event>> {
         (self.before_action)();
+        if reaches_the_kernel(&action) {
+            // Records of actions in a row are written in one go.
+            self.store.flush()?;
+        }
         match action {
-            Action::Append(record) => self.store.append(&record)?,
+            Action::Append(record) => self.store.add(&record),
             Action::Compact(records) => self.store.compact(&records)?,
             Action::Scrub {
                 lease,
@@ -276,11 +371,19 @@ impl Service {
                 ranges,
                 pattern,
             } => {
-                let result = match self.device(&device) {
-                    Some(device) => device.scrub(bar, ranges.as_slice(), pattern),
-                    None => Err(ENODEV),
+                let job = Job {
+                    lease,
+                    bar,
+                    ranges,
+                    pattern,
                 };
-                return Ok(Some(Event::Scrubbed { lease, result }));
+                return Ok(match self.begin_scrub(&device, job) {
+                    true => None,
+                    false => Some(Event::Scrubbed {
+                        lease,
+                        result: Err(ENODEV),
+                    }),
+                });
             }
             Action::Export(export) => {
                 let lease = export.lease;
@@ -320,22 +423,32 @@ impl Service {
                 answer: Err(refusal),
                 fd: None,
             }),
-            Action::Notify { watch, lease, news } => {
-                self.effects
-                    .push_back(Effect::Notice { watch, lease, news });
-            }
+            Action::Notify {
+                watch,
+                lease,
+                news,
+                about,
+            } => self.effects.push_back(Effect::Notice {
+                watch,
+                lease,
+                news,
+                about,
+            }),
             Action::WatchProcess(process) => {
                 self.effects.push_back(Effect::WatchProcess(process));
             }
             Action::UnwatchProcess(process) => {
                 self.effects.push_back(Effect::UnwatchProcess(process));
             }
-            Action::WatchCgroup(cgroup, _) => self.effects.push_back(Effect::NoCgroup(cgroup)),
-            Action::UnwatchCgroup(_) => {}
+            Action::WatchCgroup(cgroup, path) => {
+                self.effects.push_back(Effect::WatchCgroup(cgroup, path));
+            }
+            Action::UnwatchCgroup(cgroup) => {
+                self.effects.push_back(Effect::UnwatchCgroup(cgroup));
+            }
             Action::CloseDevice(name) => {
-                let open = self.devices.remove(&name);
-                let device = open.map(|open| Box::new(open.device));
-                self.effects.push_back(Effect::Close(name, device));
+                let open = self.devices.remove(&name).map(Box::new);
+                self.effects.push_back(Effect::Close(name, open));
             }
             Action::SetTimer(time) => self.timer = time,
         }

@@ -19,6 +19,8 @@ use rustix::fs::MemfdFlags;
 
 /// Bytes that no record begins with: a length of 0.
 const GAP: usize = 8;
+/// Bytes that are kept for records between writes.
+const KEPT: usize = 64 << 10;
 
 /// The ledger's file.
 #[derive(Debug)]
@@ -91,7 +93,35 @@ impl Store {
     ///
     /// Those of writing. A record that was written in part is cut off.
     pub fn append(&mut self, record: &Record) -> io::Result<()> {
-        self.append_all(std::slice::from_ref(record))
+        self.add(record);
+        self.flush()
+    }
+
+    /// Appends a record at the next [`Store::flush`], with all others that were added since the
+    /// last one.
+    pub fn add(&mut self, record: &Record) {
+        record.encode(&mut self.bytes);
+    }
+
+    /// Writes what was added.
+    ///
+    /// # Errors
+    ///
+    /// Those of writing. What was written in part is cut off.
+    pub fn flush(&mut self) -> io::Result<()> {
+        if self.bytes.is_empty() {
+            return Ok(());
+        }
+        let written = self.file.write_all_at(&self.bytes, self.end);
+        let length = self.bytes.len() as u64;
+        self.bytes.clear();
+        self.bytes.shrink_to(KEPT);
+        if let Err(error) = written {
+            self.file.set_len(self.end)?;
+            return Err(error);
+        }
+        self.end += length;
+        Ok(())
     }
 
     /// Puts records in the place of all that are there. After a kill in between, either all of the
@@ -101,6 +131,7 @@ impl Store {
     ///
     /// Those of writing: then the old ones still count.
     pub fn compact(&mut self, records: &[Record]) -> io::Result<()> {
+        self.flush()?;
         let (old, end) = (self.header, self.end);
         let written = self.append_apart(records).and_then(|start| {
             self.header = Header {
@@ -135,16 +166,10 @@ impl Store {
     }
 
     fn append_all(&mut self, records: &[Record]) -> io::Result<()> {
-        self.bytes.clear();
         for record in records {
-            record.encode(&mut self.bytes);
+            self.add(record);
         }
-        if let Err(error) = self.file.write_all_at(&self.bytes, self.end) {
-            self.file.set_len(self.end)?;
-            return Err(error);
-        }
-        self.end += self.bytes.len() as u64;
-        Ok(())
+        self.flush()
     }
 
     fn write_header(&self) -> io::Result<()> {

@@ -1,22 +1,15 @@
 //! The daemon as a process of its own, on a device of the library's feature `fake`, and clients.
 
+mod harness;
+
 use std::fs;
 use std::io::Read;
 use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
-use std::path::PathBuf;
-use std::process::Child;
-use std::process::Command;
-use std::process::ExitStatus;
-use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
-use std::time::Instant;
 
 use barlease::Lease;
-use barlease::fake::FakeDevice;
 use barlease_proto as proto;
 use barlease_proto::Access;
 use barlease_proto::Acquire;
@@ -25,10 +18,17 @@ use barlease_proto::Error;
 use barlease_proto::Lifetime;
 use barlease_proto::Reason;
 use barlease_proto::Refusal;
-use rustix::process::Pid;
 use rustix::process::Signal;
 
-const PAGE: u64 = 4096;
+use harness::A_WHILE;
+use harness::Daemon;
+use harness::PAGE;
+use harness::pid;
+use harness::refusal;
+use harness::rows;
+use harness::start;
+use harness::until;
+
 /// Four units, of which one may have three.
 const POLICY: &str = r#"
 [device.card]
@@ -50,38 +50,22 @@ lifetime = ["connection", "process", "holders"]
 queue = "30s"
 "#;
 
-/// Long enough for anything on a loaded machine: whoever waits for it has failed.
-const A_WHILE: Duration = Duration::from_secs(30);
-const DIRECTORY: &str = "BARLEASED_TEST_DIRECTORY";
-
 /// Not a test: the process that the tests start as the daemon.
 #[test]
 #[ignore = "the daemon of the other tests"]
 fn daemon() {
-    let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else {
-        return;
-    };
-    let card = FakeDevice::builder().bar(2, 4 * PAGE).build().unwrap();
-    let [policy, socket] = ["policy", "socket"].map(|name| directory.join(name));
-    let args = [
-        "barleased".as_ref(),
-        "--policy".as_ref(),
-        policy.as_os_str(),
-        "--socket".as_ref(),
-        socket.as_os_str(),
-    ];
-    let code = barleased::run(args, &|wanted| {
-        assert_eq!(&*wanted.name, "card");
-        card.device().map_err(|error| error.to_string())
-    });
-    std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));
+    harness::serve();
+}
+
+fn begin() -> Daemon {
+    Daemon::with(POLICY, 4)
 }
 
 /// Not a test: a process that has a lease for as long as it lives, and no connection.
 #[test]
 #[ignore = "a client of the other tests"]
 fn holder() {
-    let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else {
+    let Some(directory) = harness::directory() else {
         return;
     };
     let mut client = Client::connect(directory.join("socket/leases.sock")).unwrap();
@@ -95,101 +79,9 @@ fn holder() {
     thread::sleep(A_WHILE);
 }
 
-fn start(name: &str, directory: &Path) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", name, "--ignored", "--nocapture"])
-        .env(DIRECTORY, directory)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
-struct Daemon {
-    directory: tempfile::TempDir,
-    child: Child,
-}
-
-impl Daemon {
-    fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        fs::create_dir(directory.path().join("policy")).unwrap();
-        fs::write(directory.path().join("policy/a.toml"), POLICY).unwrap();
-        let child = start("daemon", directory.path());
-        let daemon = Self { directory, child };
-        until("it serves", || UnixStream::connect(daemon.socket()).is_ok());
-        daemon
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.directory.path().join("socket/leases.sock")
-    }
-
-    fn client(&self) -> Client {
-        let client = Client::connect(self.socket()).unwrap();
-        client.set_timeout(Some(A_WHILE)).unwrap();
-        client
-    }
-
-    fn raw(&self) -> UnixStream {
-        let socket = UnixStream::connect(self.socket()).unwrap();
-        socket.set_read_timeout(Some(A_WHILE)).unwrap();
-        socket
-    }
-
-    fn signal(&self, signal: Signal) {
-        rustix::process::kill_process(pid(&self.child), signal).unwrap();
-    }
-
-    fn end(&mut self) -> ExitStatus {
-        self.child.wait().unwrap()
-    }
-
-    fn leases(&self) -> Vec<u64> {
-        let leases = self.client().list(None).unwrap();
-        leases.iter().map(|lease| lease.lease).collect()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if thread::panicking() {
-            let mut said = String::new();
-            let _ = self.child.stderr.take().unwrap().read_to_string(&mut said);
-            println!("the daemon said: {said}");
-        }
-    }
-}
-
-fn pid(child: &Child) -> Pid {
-    Pid::from_child(child)
-}
-
-fn until(what: &str, mut so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !so() {
-        assert!(began.elapsed() < A_WHILE, "never: {what}");
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn rows(size: u64) -> Acquire {
-    Acquire::of_pool("rows", size, Access::ReadWrite)
-}
-
-fn refusal<T: std::fmt::Debug>(result: Result<T, Error>) -> Refusal {
-    match result {
-        Err(Error::Refused(refusal)) => *refusal,
-        other => panic!("not refused: {other:?}"),
-    }
-}
-
 #[test]
 fn a_lease_is_mapped_and_given_back() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     let mut client = daemon.client();
     let (acquired, fd) = client.acquire(&rows(2 * PAGE)).unwrap();
     assert_eq!(acquired.size, 2 * PAGE);
@@ -211,7 +103,7 @@ fn a_lease_is_mapped_and_given_back() {
 
 #[test]
 fn a_refusal_names_the_holder_or_the_limit() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     let (mut one, mut other) = (daemon.client(), daemon.client());
     let (all, _fd) = one.acquire(&rows(4 * PAGE)).unwrap();
     match refusal(other.acquire(&rows(PAGE))) {
@@ -241,7 +133,7 @@ fn a_refusal_names_the_holder_or_the_limit() {
 
 #[test]
 fn whoever_waits_in_line_gets_what_a_connection_leaves() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     let mut one = daemon.client();
     let range = proto::Range {
         offset: 0,
@@ -271,7 +163,7 @@ fn range_at(offset: u64) -> proto::Range {
 
 #[test]
 fn the_death_of_a_process_ends_its_lease() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     let mut holder = start("holder", daemon.directory.path());
     until("it has a lease", || daemon.leases().len() == 1);
     // Its connection is closed, or about to be: its lease does not end with that.
@@ -291,7 +183,7 @@ fn the_death_of_a_process_ends_its_lease() {
 
 #[test]
 fn silence_garbage_and_halves_hold_nobody_up() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     let _silent = daemon.raw();
     let mut half = daemon.raw();
     half.write_all(br#"{"method":"io.barlease.Le"#).unwrap();
@@ -319,7 +211,7 @@ fn silence_garbage_and_halves_hold_nobody_up() {
 
 #[test]
 fn more_bytes_than_a_call_has_end_the_connection() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     let mut socket = daemon.raw();
     let chunk = vec![b' '; 1 << 20];
     let sent = (0..64).take_while(|_| socket.write_all(&chunk).is_ok());
@@ -328,7 +220,7 @@ fn more_bytes_than_a_call_has_end_the_connection() {
 
 #[test]
 fn a_lease_that_nobody_wants_is_taken_back() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     let mut socket = daemon.raw();
     let call = r#"{"method":"io.barlease.Leases.Acquire","oneway":true,"parameters":
         {"pool":"rows","size":4096,"access":"read","lifetime":"holders"}}"#;
@@ -345,7 +237,7 @@ fn a_lease_that_nobody_wants_is_taken_back() {
 
 #[test]
 fn unknown_methods_are_errors_of_varlink() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     for (method, error) in [
         ("io.barlease.Leases.Lend", "MethodNotFound"),
         ("io.barlease.Leases.Resume", "io.barlease.Leases.Invalid"),
@@ -365,7 +257,7 @@ fn unknown_methods_are_errors_of_varlink() {
 
 #[test]
 fn administrators_explain_renew_revoke_and_drain() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     let mut client = daemon.client();
     let explain = proto::Explain {
         pool: Some("rows".into()),
@@ -378,6 +270,9 @@ fn administrators_explain_renew_revoke_and_drain() {
         steering_tag: None,
         lifetime: None,
         as_uid: Some(4_000_000),
+        as_unit: None,
+        as_cgroup: None,
+        as_claim: None,
     };
     let told = client.call(&explain).unwrap();
     assert!(!told.granted && told.rules[0].allows, "{told:?}");
@@ -427,7 +322,7 @@ fn administrators_explain_renew_revoke_and_drain() {
 
 #[test]
 fn a_policy_that_is_wrong_leaves_the_old_one_in_force() {
-    let daemon = Daemon::start();
+    let daemon = begin();
     let file = daemon.directory.path().join("policy/a.toml");
     fs::write(&file, "[pool.rows]\ndevice = 7\n").unwrap();
     match refusal(daemon.client().call(&proto::Reload {})) {
@@ -450,8 +345,8 @@ fn a_policy_that_is_wrong_leaves_the_old_one_in_force() {
 
 #[test]
 fn one_daemon_serves_and_what_a_dead_one_left_is_replaced() {
-    let mut daemon = Daemon::start();
-    let second = start("daemon", daemon.directory.path());
+    let mut daemon = begin();
+    let second = daemon.second();
     let output = second.wait_with_output().unwrap();
     assert!(!output.status.success());
     let said = String::from_utf8_lossy(&output.stderr);
@@ -460,14 +355,13 @@ fn one_daemon_serves_and_what_a_dead_one_left_is_replaced() {
     daemon.signal(Signal::KILL);
     daemon.end();
     assert!(daemon.socket().exists());
-    daemon.child = start("daemon", daemon.directory.path());
-    until("it serves", || UnixStream::connect(daemon.socket()).is_ok());
+    daemon.again();
     daemon.client().acquire(&rows(PAGE)).unwrap();
 }
 
 #[test]
 fn the_end_is_told_to_holders() {
-    let mut daemon = Daemon::start();
+    let mut daemon = begin();
     let mut client = daemon.client();
     let (acquired, _fd) = client.acquire(&rows(PAGE)).unwrap();
     let watch = daemon.client().watch(false).unwrap();

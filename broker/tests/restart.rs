@@ -54,7 +54,7 @@ who = { user = "*" }
 access = "read-write"
 max-bytes = "24K"
 max-leases = 6
-lifetime = ["connection", "process", "holders"]
+lifetime = ["connection", "process", "holders", "claim"]
 queue = "30s"
 "#;
 
@@ -547,4 +547,25 @@ fn owner() {
     let mut client = Client::connect(directory.join("socket/leases.sock")).unwrap();
     until("it is taken", || client.adopt("card", &fd).is_ok());
     thread::sleep(A_WHILE);
+}
+
+#[test]
+fn a_claim_lives_on_and_one_whose_directory_is_gone_has_ended() {
+    let world = World::start();
+    let open = |claim: &str| {
+        let claim = claim.to_owned();
+        let opened = world.client().call(&proto::OpenClaim { claim }).unwrap();
+        Path::new(&opened.directory).join("sock")
+    };
+    let (one, other) = (open("one"), open("other"));
+    let connect = |socket: &Path| Client::connect(socket).unwrap();
+    let lasting = rows(1, Lifetime::Claim);
+    let (kept, _fd) = connect(&one).acquire(&lasting).unwrap();
+    let (_, _fd) = connect(&other).acquire(&lasting).unwrap();
+    fs::remove_dir_all(other.parent().unwrap()).unwrap();
+    let mut client = world.kill();
+    until("the other has ended", || ids(&mut client) == [kept.lease]);
+    assert_eq!(world.alive(), 1);
+    // The same directory has a socket that answers.
+    assert_eq!(ids(&mut connect(&one)), [kept.lease]);
 }

@@ -13,6 +13,14 @@ use clap::ValueEnum;
 
 use crate::names;
 use crate::number;
+use crate::policy::PolicyCommand;
+use crate::service::args::AcquireArgs;
+use crate::service::args::BrokerCommand;
+use crate::service::args::ListArgs;
+use crate::service::args::RevokeArgs;
+use crate::service::args::Service;
+use crate::service::args::WatchArgs;
+use crate::top::TopArgs;
 
 /// Lease pieces of a PCI device's memory to other processes and devices, and take them back
 #[derive(Debug, Parser)]
@@ -55,6 +63,39 @@ pub(crate) enum Object {
         #[command(subcommand)]
         command: Option<LeaseCommand>,
     },
+    /// Claims of the service: what containers lease by
+    Claim {
+        #[command(subcommand)]
+        command: ClaimCommand,
+    },
+    /// Leases for containers, by the Container Device Interface
+    Cdi {
+        #[command(subcommand)]
+        command: CdiCommand,
+    },
+    /// The service barleased: its devices and pools
+    Broker {
+        #[command(subcommand)]
+        command: Option<BrokerCommand>,
+        /// Of `show`, which is what is done without a command
+        #[command(flatten)]
+        service: Service,
+    },
+    /// The policy of the service: check its files, explain what it allows
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
+    /// Show the service live: each BAR as a strip, its leases by holder, who waits
+    ///
+    /// A letter is a holder: capital where leases have most of a cell, `.` is free, `-` of no pool, `!`
+    /// revoked while an importer has it. Arrows scroll and sort, q ends. NO_COLOR is heeded.
+    Top(TopArgs),
+    /// Print all that the service does from now on, as JSON lines (for administrators)
+    Monitor {
+        #[command(flatten)]
+        service: Service,
+    },
     /// Say what is missing for leases to work, and how to mend it
     Doctor {
         /// Check this device too
@@ -62,6 +103,52 @@ pub(crate) enum Object {
         /// And whether this other one can reach its leases, by which way
         #[arg(long, value_name = "BDF", requires = "bdf")]
         peer: Option<Bdf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClaimCommand {
+    /// List the claims that are open
+    #[command(alias = "list")]
+    Show {
+        #[command(flatten)]
+        service: Service,
+    },
+    /// Make the directory of a claim, unless it is there, and print it
+    ///
+    /// Mount it into a container: whoever connects to `sock` in it speaks for the claim. JSON has claim and
+    /// directory.
+    Open {
+        /// Its name
+        claim: String,
+        #[command(flatten)]
+        service: Service,
+    },
+    /// End a claim: its directory goes, and all its leases are revoked
+    End {
+        /// Its name
+        claim: String,
+        #[command(flatten)]
+        service: Service,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CdiCommand {
+    /// Write a CDI specification, by which podman, docker, containerd and CRI-O give claims to containers
+    ///
+    /// The claims are opened. Each is a device, `barlease.dev/lease=CLAIM`, with which a container gets the
+    /// directory of the claim and the variable BARLEASE_SOCKET. Claims end with the boot: so should the file,
+    /// as it does in /var/run/cdi.
+    Generate {
+        /// Claims, each with the pool that its container is told in BARLEASE_POOL, if any
+        #[arg(required = true, value_name = "CLAIM[=POOL]")]
+        claims: Vec<String>,
+        /// The file, such as /var/run/cdi/barlease.json; else it is printed
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        #[command(flatten)]
+        service: Service,
     },
 }
 
@@ -165,11 +252,12 @@ impl Default for DeviceCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum LeaseCommand {
-    /// List the leases that exist, and mappings of BARs (needs debugfs, as root)
+    /// List the leases that the module has, and mappings of BARs (needs debugfs, as root)
+    ///
+    /// `lease list` has those of barleased.
     ///
     /// MEMATTR is the memory type of the next mapping. Mappings keep the type that they were made
     /// with: of the MMAPS that there are, WC_MMAPS are write-combining and the others uncached.
-    #[command(alias = "list")]
     Show {
         /// Of this device only
         bdf: Option<Bdf>,
@@ -181,17 +269,44 @@ pub(crate) enum LeaseCommand {
     /// hot-unplug. The line `revoke NAME` (or socket) revokes one of them, `status` prints their
     /// states. In the background nothing is read from a terminal.
     Grant(GrantArgs),
-    /// Have a lease revoked that another `barlease lease grant` has granted, and wait for its end
+    /// Have a lease revoked, of another `barlease lease grant` or of barleased
     ///
-    /// For the user that granted it, and for root. Of several leases of that process it ends this
-    /// one only.
-    Revoke {
-        /// Socket of `barlease lease grant`
-        socket: PathBuf,
-        /// Do not wait for devices that have the lease imported: nobody else has it any more then,
-        /// and what is printed is `draining` while an importer has still to let go
-        #[arg(long)]
-        no_wait: bool,
+    /// By the socket of a `barlease lease grant`: for the user that granted it, and for root; of
+    /// several leases of that process it ends this one only, and waits for its end. Leases of
+    /// barleased, by number or by whose they are: for its administrators; holders are told, with the
+    /// grace of the policy.
+    Revoke(RevokeArgs),
+    /// Ask barleased for a lease, and run a command with it
+    ///
+    /// The command finds the number of the file descriptor in BARLEASE_FD, that of the lease in
+    /// BARLEASE_LEASE, and inherits the connection, which the lease lives by. Without a command the
+    /// lease is held until a signal comes, and its news are printed.
+    Acquire(AcquireArgs),
+    /// List the leases of barleased, and who waits in line
+    ///
+    /// Administrators see all, others their own. MAPS/ATT are mappings in processes and devices that
+    /// have it attached. JSON is a list of leases, each with lease (null in line), pool, device, bar,
+    /// ranges, size, access, memory_type, lifetime, uid, gid, pid, exe, command, unit, claim, state,
+    /// reasons, reason, age_ms, ttl_ms, deadline_ms, mappings, attachments. Further keys may come.
+    List(ListArgs),
+    /// Print news of one's own leases of barleased, with the deadlines of those that are reclaimed
+    Watch(WatchArgs),
+    /// Give a lease of barleased back
+    Release {
+        /// Its number
+        lease: u64,
+        #[command(flatten)]
+        service: Service,
+    },
+    /// Have a lease of barleased live longer
+    Renew {
+        /// Its number
+        lease: u64,
+        /// From now on, such as 90s, 10m, 2h or 1d; for as long as the policy allows if not given
+        #[arg(long, value_name = "TIME", value_parser = names::duration)]
+        ttl: Option<Duration>,
+        #[command(flatten)]
+        service: Service,
     },
     /// List the processes that have leases open or mapped, or devices open
     ///
@@ -331,7 +446,7 @@ pub(crate) struct GrantArgs {
 }
 
 /// What devices that import the lease put into their writes to it.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Steering tags, for devices that import the lease")]
 pub(crate) struct TphArgs {
     /// 8-bit steering tag

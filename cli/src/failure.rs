@@ -1,5 +1,6 @@
 //! How a command fails.
 
+use std::fmt;
 use std::io;
 use std::io::Write;
 use std::path::Path;
@@ -32,6 +33,8 @@ pub(crate) struct Failure {
     undone: Option<Box<(Vec<String>, Value)>>,
     /// It is a part of what was printed.
     is_said: bool,
+    /// For programs.
+    details: Option<Value>,
 }
 
 impl Failure {
@@ -58,6 +61,7 @@ impl Failure {
             text: text.into(),
             code,
             undone: None,
+            details: None,
             is_said: false,
         }
     }
@@ -75,6 +79,12 @@ impl Failure {
         format!("\"error\":{},\"exit_code\":{}", json!(self.text), self.code)
     }
 
+    /// What programs are told in the key `details`.
+    pub(crate) fn with_details(mut self, details: Value) -> Self {
+        self.details = Some(details);
+        self
+    }
+
     /// A system call on a file failed.
     pub(crate) fn file(operation: &str, path: &Path, error: &io::Error) -> Self {
         let remedy = match error.kind() {
@@ -88,6 +98,9 @@ impl Failure {
     /// standard error.
     pub(crate) fn exit(self, output: Output) -> ExitCode {
         let mut document = json!({"error": self.text, "exit_code": self.code});
+        if let Some(details) = self.details {
+            document["details"] = details;
+        }
         let mut lines = vec![self.text];
         if let Some((more, list)) = self.undone.map(|undone| *undone) {
             document["undone"] = list;
@@ -104,6 +117,12 @@ impl Failure {
             let _ = writeln!(io::stderr(), "barlease: {line}");
         }
         ExitCode::from(self.code)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
 

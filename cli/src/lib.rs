@@ -5,6 +5,8 @@
 
 mod args;
 mod buffers;
+mod cdi;
+mod claim;
 mod device;
 mod doctor;
 mod failure;
@@ -13,7 +15,10 @@ pub mod manual;
 mod names;
 mod number;
 mod output;
+mod policy;
 mod process;
+mod service;
+mod top;
 mod verbose;
 
 use std::ffi::OsString;
@@ -26,6 +31,7 @@ use args::Args;
 use args::Object;
 use failure::Failure;
 use output::Output;
+use service::args::BrokerCommand;
 
 /// The definition of the command line, for completions and manual pages.
 #[must_use]
@@ -52,6 +58,17 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
     let answer = match args.object {
         Object::Device { command } => device::run(command.unwrap_or_default(), output),
         Object::Lease { command } => lease::run(command.unwrap_or_default(), output),
+        Object::Claim { command } => claim::run(command, output),
+        Object::Cdi { command } => cdi::run(command, output),
+        Object::Broker { command, service } => {
+            let command = command.unwrap_or(BrokerCommand::Show { service });
+            service::broker(command, output).map(|()| ExitCode::SUCCESS)
+        }
+        Object::Policy { command } => {
+            policy::run(command, output).map(|good| ExitCode::from(u8::from(!good)))
+        }
+        Object::Top(args) => top::run(&args, output).map(|()| ExitCode::SUCCESS),
+        Object::Monitor { service } => service::monitor(&service).map(|()| ExitCode::SUCCESS),
         Object::Doctor { bdf, peer } => doctor::run(bdf, peer, output),
     };
     match answer {

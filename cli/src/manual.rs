@@ -53,6 +53,31 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         ],
     ),
     (
+        "claim show",
+        &[("barlease claim show", "The claims that are open.")],
+    ),
+    (
+        "claim open",
+        &[(
+            "barlease claim open pod-1",
+            "Prints the directory to mount into the container.",
+        )],
+    ),
+    (
+        "claim end",
+        &[(
+            "barlease claim end pod-1",
+            "Nothing of it reaches the device any more when this returns.",
+        )],
+    ),
+    (
+        "cdi generate",
+        &[(
+            "barlease cdi generate pod-1 render=rows --output /var/run/cdi/barlease.json",
+            "Then: podman run --device barlease.dev/lease=render IMAGE",
+        )],
+    ),
+    (
         "lease show",
         &[(
             "barlease lease show 01:00.0 --pretty",
@@ -88,6 +113,10 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
                 "barlease lease revoke --no-wait --json /run/lease",
                 "The same, not waiting for a device that has it imported.",
             ),
+            (
+                "barlease lease revoke --unit render@3.service --grace 0",
+                "Takes away what a unit has of the service, at once.",
+            ),
         ],
     ),
     (
@@ -102,6 +131,110 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
                 "The processes that have this device open.",
             ),
         ],
+    ),
+    (
+        "lease acquire",
+        &[
+            (
+                "barlease lease acquire rows 64K --wait 30s -- render",
+                "A program with 64 KiB of a pool.",
+            ),
+            (
+                "barlease lease acquire doorbells 4K --lifetime process -- sh -c \
+                 'barlease lease read fd:$BARLEASE_FD 0'",
+                "A program that reads its doorbell.",
+            ),
+        ],
+    ),
+    (
+        "lease list",
+        &[
+            (
+                "barlease lease list --pool rows",
+                "Whose the leases of a pool are, and who waits.",
+            ),
+            (
+                "barlease lease list --pretty",
+                "All of it, as JSON to read.",
+            ),
+        ],
+    ),
+    (
+        "lease watch",
+        &[(
+            "barlease lease watch --json",
+            "What becomes of one's leases, a line each.",
+        )],
+    ),
+    (
+        "lease release",
+        &[("barlease lease release 12", "Gives lease 12 back.")],
+    ),
+    (
+        "lease renew",
+        &[(
+            "barlease lease renew 12 --ttl 10m",
+            "Ten minutes more, from now on.",
+        )],
+    ),
+    (
+        "broker show",
+        &[("barlease broker", "Devices and pools, with what is free.")],
+    ),
+    (
+        "broker drain",
+        &[(
+            "barlease broker drain card --grace 5s",
+            "Before the card is taken out: its leases have five seconds.",
+        )],
+    ),
+    (
+        "broker reload",
+        &[(
+            "barlease broker reload",
+            "After the policy was changed; says what is wrong with it.",
+        )],
+    ),
+    (
+        "policy check",
+        &[(
+            "barlease policy check /etc/barlease/policy.d new.toml",
+            "Whether what is there and a new file fit together.",
+        )],
+    ),
+    (
+        "policy explain",
+        &[
+            (
+                "barlease policy explain --as-uid 1001 rows 64K",
+                "Whether a user would get 64 KiB now, and by which rule.",
+            ),
+            (
+                "barlease policy explain --policy new.toml --unit render@1.service rows",
+                "The same of a file that is not in force, for a unit.",
+            ),
+        ],
+    ),
+    (
+        "policy schema",
+        &[(
+            "barlease policy schema",
+            "For an editor that checks while one types.",
+        )],
+    ),
+    (
+        "top",
+        &[
+            ("barlease top", "The service, once a second."),
+            ("barlease top --once", "One picture, as text."),
+        ],
+    ),
+    (
+        "monitor",
+        &[(
+            "barlease monitor",
+            "Grants, refusals, ends: all that the service does.",
+        )],
     ),
     (
         "lease take",
@@ -159,7 +292,8 @@ pub const EXIT_STATUS: &[(&str, &str)] = &[
     (
         "1",
         "Failure: no such device, no permission, in use, a dead lease, a value that the device \
-         refuses; of doctor: something does not work.",
+         refuses; of doctor: something does not work; \
+         of policy: it is not valid, or refuses.",
     ),
     ("2", "Wrong usage."),
     (
@@ -172,10 +306,22 @@ pub const EXIT_STATUS: &[(&str, &str)] = &[
 ];
 
 /// Variables of the environment that the command sets or heeds.
-pub const ENVIRONMENT: &[(&str, &str)] = &[(
-    "BARLEASE_FD",
-    "Set by lease take for the program that it runs: the number of the descriptor of the lease.",
-)];
+pub const ENVIRONMENT: &[(&str, &str)] = &[
+    (
+        "BARLEASE_FD",
+        "Set by lease take and lease acquire for the program that they run: the number of the \
+         descriptor of the lease.",
+    ),
+    (
+        "BARLEASE_LEASE",
+        "Set by lease acquire for the program that it runs: the number of the lease.",
+    ),
+    (
+        "BARLEASE_SOCKET",
+        "The socket of the service, where --service does not say it; set in containers.",
+    ),
+    ("NO_COLOR", "Not empty: top uses no colours."),
+];
 
 /// Files and folders that the command uses.
 pub const FILES: &[(&str, &str)] = &[
@@ -188,6 +334,8 @@ pub const FILES: &[(&str, &str)] = &[
         "/etc/udev/rules.d/70-barlease-BDF.rules",
         "A device that device bind --persist binds at each boot.",
     ),
+    ("/etc/barlease/policy.d", "The policy of the service."),
+    ("/run/barleased/leases.sock", "The socket of the service."),
     ("/dev/vfio", "Devices of VFIO."),
     (
         "/sys/kernel/debug/barlease",

@@ -82,6 +82,21 @@ fn listed(users: &str, groups: &str, uid: u32, wanted: u32) -> bool {
         .any(|member| names.contains(&member))
 }
 
+/// The groups of a user, the primary one first; none of a user that is not known.
+pub(crate) fn groups_of(uid: u32) -> (u32, Vec<u32>) {
+    let answer = Command::new("id")
+        .args(["-G", "--", &format!("+{uid}")])
+        .output();
+    let text = answer.map_or(String::new(), |answer| {
+        String::from_utf8_lossy(&answer.stdout).into_owned()
+    });
+    let groups: Vec<u32> = text
+        .split_whitespace()
+        .filter_map(|group| group.parse().ok())
+        .collect();
+    (groups.first().copied().unwrap_or(u32::MAX), groups)
+}
+
 /// A time: a number with s, m, h or d behind it.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is no time such as 90s, 10m, 2h or 1d");
@@ -109,6 +124,8 @@ mod tests {
         assert_eq!(group("root"), Ok(0));
         assert!(user("no-such-user-here").unwrap_err().contains("no user"));
         assert!(group("-1").is_err());
+        assert_eq!(groups_of(0).0, 0);
+        assert_eq!(groups_of(4_000_000), (u32::MAX, vec![]));
     }
 
     #[test]

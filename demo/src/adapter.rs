@@ -25,6 +25,14 @@ const BPP: u64 = 3;
 const ENABLE: u64 = 4;
 /// Enabled, with a linear frame buffer.
 const ENABLED_LINEAR: u16 = 0x41;
+/// What sets the mode: offsets in the BAR of registers, and values, in this order.
+pub(crate) const MODE: [(u64, u16); 5] = [
+    (DISPI + 2 * ENABLE, 0),
+    (DISPI + 2 * XRES, WIDTH as u16),
+    (DISPI + 2 * YRES, HEIGHT as u16),
+    (DISPI + 2 * BPP, 32),
+    (DISPI + 2 * ENABLE, ENABLED_LINEAR),
+];
 
 /// The display adapter, which only its owner has.
 #[derive(Debug)]
@@ -42,14 +50,8 @@ impl Adapter {
             id & 0xfff0 == 0xb0c0,
             "{bdf} is no Bochs display: it identifies itself as {id:#x}"
         );
-        for (register, value) in [
-            (ENABLE, 0),
-            (XRES, WIDTH as u16),
-            (YRES, HEIGHT as u16),
-            (BPP, 32),
-            (ENABLE, ENABLED_LINEAR),
-        ] {
-            device.write_region(REGISTERS, DISPI + 2 * register, &value.to_ne_bytes())?;
+        for (offset, value) in MODE {
+            device.write_region(REGISTERS, offset, &value.to_ne_bytes())?;
         }
         let screen = device.map_region(FRAME_BUFFER, 0..(HEIGHT * PITCH) as u64)?;
         Ok(Self { device, screen })

@@ -17,6 +17,7 @@ use embedded_graphics::pixelcolor::Rgb888;
 
 use crate::adapter::{Adapter, FRAME_BUFFER, HEIGHT, PITCH};
 use crate::picture::{Frame, Picture};
+use crate::service;
 use crate::transcript::{Transcript, human, timed};
 
 /// The rows of the first lease.
@@ -31,23 +32,27 @@ const BLANK: u8 = 0x38;
 /// How long it then watches that they stay so.
 const WATCH: Duration = Duration::from_millis(300);
 /// How long a holder may take for anything.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A process that has a lease.
-struct Holder {
-    who: &'static str,
+pub(crate) struct Holder {
+    pub(crate) who: &'static str,
     child: Child,
     /// Keeps it drawing; dropped to end it.
     socket: UnixStream,
     messages: Receiver<(Instant, String)>,
-    frames: usize,
+    pub(crate) frames: usize,
 }
 
 pub(crate) fn run() -> Result<()> {
     let transcript = Transcript::start();
     let display = guest::device("display").context("find the display adapter")?;
     let bdf: Bdf = display.bdf.parse()?;
+    first_act(bdf, &transcript)?;
+    service::run(bdf, &transcript)
+}
 
+fn first_act(bdf: Bdf, transcript: &Transcript) -> Result<()> {
     transcript.part("1. An owner holds the device, and leases rows of its frame buffer");
     let (bound, time) = timed(|| Pci::system().bind(bdf, "barlease-vfio-pci"));
     bound?;
@@ -86,10 +91,10 @@ pub(crate) fn run() -> Result<()> {
     let mut painter = Holder::start("painter (uid 1001)", 1001, Picture::Sunset, &first)?;
     let mut weaver = Holder::start("weaver (uid 1002)", 1002, Picture::Bands, &second)?;
     for holder in [&mut painter, &mut weaver] {
-        holder.expect("holds", &transcript)?;
+        holder.expect("holds", transcript)?;
     }
     for holder in [&mut painter, &mut weaver] {
-        holder.expect("ready", &transcript)?;
+        holder.expect("ready", transcript)?;
     }
     for holder in [&mut painter, &mut weaver] {
         holder.draw(20)?;
@@ -98,7 +103,7 @@ pub(crate) fn run() -> Result<()> {
             &format!("has drawn {} frames through its own mapping", holder.frames),
         );
     }
-    screenshot(&transcript, "1-before")?;
+    screenshot(transcript, "1-before")?;
 
     transcript.part("2. The owner revokes the first lease while its holder is drawing");
     painter.draw(5)?;
@@ -121,7 +126,7 @@ pub(crate) fn run() -> Result<()> {
             human(noticed - revoked)
         ),
     );
-    painter.expect("again", &transcript)?;
+    painter.expect("again", transcript)?;
     thread::sleep(WATCH);
     let changed = adapter.changed(TOP, BLANK)?;
     ensure!(
@@ -135,7 +140,7 @@ pub(crate) fn run() -> Result<()> {
             human(WATCH)
         ),
     );
-    painter.end(&transcript)?;
+    painter.end(transcript)?;
     write(
         &adapter,
         TOP.start + 200,
@@ -150,7 +155,7 @@ pub(crate) fn run() -> Result<()> {
             before, weaver.frames
         ),
     );
-    screenshot(&transcript, "2-revoked")?;
+    screenshot(transcript, "2-revoked")?;
 
     transcript.part("3. The same rows are leased again, to somebody else");
     let (third, time) = timed(|| lease(&adapter, &[TOP]));
@@ -161,19 +166,19 @@ pub(crate) fn run() -> Result<()> {
         &format!("leases rows 0-447 again ({})", human(time)),
     );
     let mut newcomer = Holder::start("newcomer (uid 1003)", 1003, Picture::Rings, &third)?;
-    newcomer.expect("holds", &transcript)?;
-    newcomer.expect("ready", &transcript)?;
+    newcomer.expect("holds", transcript)?;
+    newcomer.expect("ready", transcript)?;
     newcomer.draw(20)?;
     transcript.say(
         newcomer.who,
         &format!("has drawn {} frames", newcomer.frames),
     );
-    screenshot(&transcript, "3-after")?;
+    screenshot(transcript, "3-after")?;
 
     transcript.part("4. Everything comes back");
     for (holder, lease) in [(newcomer, &third), (weaver, &second)] {
         adapter.device.revoke(lease)?;
-        holder.end(&transcript)?;
+        holder.end(transcript)?;
     }
     let buffers = std::fs::read_to_string(format!("/sys/kernel/debug/barlease/{bdf}/buffers"))?;
     println!("\n/sys/kernel/debug/barlease/{bdf}/buffers");
@@ -207,7 +212,7 @@ fn write(adapter: &Adapter, top: usize, text: &str) -> Result<()> {
     Ok(())
 }
 
-fn screenshot(transcript: &Transcript, name: &str) -> Result<()> {
+pub(crate) fn screenshot(transcript: &Transcript, name: &str) -> Result<()> {
     let path = guest::screenshot(name).context("take a picture of the display")?;
     transcript.say("(display)", &path);
     Ok(())
@@ -216,17 +221,23 @@ fn screenshot(transcript: &Transcript, name: &str) -> Result<()> {
 impl Holder {
     /// Starts this program as another user, and sends it the lease.
     fn start(who: &'static str, uid: u32, picture: Picture, lease: &Lease) -> Result<Self> {
+        let holder = Self::spawn(who, uid, &["holder", picture.name(), who])?;
+        lease
+            .send(&holder.socket)
+            .with_context(|| format!("send a lease to {who}"))?;
+        Ok(holder)
+    }
+
+    /// Starts this program as another user.
+    pub(crate) fn spawn(who: &'static str, uid: u32, words: &[&str]) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         let child = Command::new("/proc/self/exe")
-            .args(["holder", picture.name(), who])
+            .args(words)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .uid(uid)
             .gid(uid)
             .spawn()
             .with_context(|| format!("start {who}"))?;
-        lease
-            .send(&ours)
-            .with_context(|| format!("send a lease to {who}"))?;
         let (sender, messages) = mpsc::channel();
         let reader = BufReader::new(ours.try_clone()?);
         thread::spawn(move || {
@@ -246,7 +257,7 @@ impl Holder {
     }
 
     /// The next message that is not about a frame.
-    fn expect(&mut self, word: &str, transcript: &Transcript) -> Result<()> {
+    pub(crate) fn expect(&mut self, word: &str, transcript: &Transcript) -> Result<()> {
         let (_, rest) = self.expect_at(word)?;
         match word {
             "holds" => {
@@ -265,7 +276,7 @@ impl Holder {
         Ok(())
     }
 
-    fn expect_at(&mut self, word: &str) -> Result<(Instant, String)> {
+    pub(crate) fn expect_at(&mut self, word: &str) -> Result<(Instant, String)> {
         loop {
             let (time, line) = self.next()?;
             match line.split_once(' ').unwrap_or((&line, "")) {
@@ -277,7 +288,7 @@ impl Holder {
     }
 
     /// Waits until it has drawn so many frames from now on.
-    fn draw(&mut self, frames: usize) -> Result<()> {
+    pub(crate) fn draw(&mut self, frames: usize) -> Result<()> {
         self.frames += self.messages.try_iter().count();
         let enough = self.frames + frames;
         while self.frames < enough {
@@ -302,8 +313,15 @@ impl Holder {
         Ok(message)
     }
 
+    /// Kills it.
+    pub(crate) fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
     /// Lets it end, and sees that it ended well.
-    fn end(mut self, transcript: &Transcript) -> Result<()> {
+    pub(crate) fn end(mut self, transcript: &Transcript) -> Result<()> {
         drop(self.socket);
         let status = self.child.wait()?;
         ensure!(status.success(), "{} ended with {status}", self.who);

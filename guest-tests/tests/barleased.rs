@@ -10,10 +10,13 @@ use barlease_guest_tests::{
     map::{How, Sigbus},
     page_size,
     pci::{BARLEASE, Function},
-    process::{Child, End},
-    wait::until,
+    process::{Child, End, become_user},
+    wait::{at_once, until},
 };
-use barlease_proto::{Access, Acquire, Client, Error, LeaseInfo, Range, Refusal, State};
+use barlease_proto::{
+    Access, Acquire, Client, Devices, Error, Event, LeaseInfo, Range, Reason, Refusal, Reload,
+    State,
+};
 
 const DIRECTORY: &str = "/tmp/barleased";
 const SIGTERM: i32 = 15;
@@ -21,14 +24,20 @@ const SIGTERM: i32 = 15;
 /// A daemon that has BAR2 of the memory device.
 fn daemon() -> Child {
     let bdf = Function::named("memory").bdf;
+    daemon_of(&bdf)
+}
+
+/// The same, with another way to find the device.
+fn daemon_of(matches: &str) -> Child {
+    let bdf = Function::named("memory").bdf;
     Pci::system().bind(bdf.parse().unwrap(), BARLEASE).unwrap();
     let policy = Path::new(DIRECTORY).join("policy");
     fs::create_dir_all(&policy).unwrap();
     let text = format!(
-        "[device.card]\nmatch = \"{bdf}\"\n\
+        "[device.card]\nmatch = \"{matches}\"\n\
          [pool.rows]\ndevice = \"card\"\nbar = 2\nunit = \"4K\"\ncontents = \"memory\"\n\
          [[allow]]\npools = [\"rows\"]\nwho = {{ user = \"root\" }}\naccess = \"read-write\"\n\
-         lifetime = [\"connection\"]\n"
+         lifetime = [\"connection\"]\ngrace = \"1s\"\n"
     );
     fs::write(policy.join("a.toml"), text).unwrap();
     let child = Child::start(&[], |_link| {
@@ -117,4 +126,79 @@ fn an_importer_that_does_not_let_go_keeps_the_range_only() {
     until("its range is free", || leases().len() == 1);
     let (_, _fd) = other.acquire(&rows()).unwrap();
     drop(daemon);
+}
+
+#[test]
+fn an_unbind_is_over_when_the_leases_are() {
+    let _daemon = daemon();
+    let mut one = client().unwrap();
+    let (lease, fd) = one.acquire(&rows()).unwrap();
+    let map = How::shared().map(&fd, 0, 2 * PAGE).unwrap();
+    let mut watch = client().unwrap().watch(true).unwrap();
+    // The watch has begun when the next call is answered.
+    assert_eq!(leases().len(), 1);
+    at_once("the unbind", || Function::named("memory").unbind());
+    let told: Vec<_> = watch.by_ref().take(3).map(Result::unwrap).collect();
+    assert!(
+        told.iter().all(|notice| notice.lease == lease.lease),
+        "{told:?}"
+    );
+    let kinds: Vec<_> = told
+        .iter()
+        .map(|notice| (notice.event, notice.reason))
+        .collect();
+    let why = Some(Reason::DeviceGoing);
+    // The holder had its time first.
+    assert_eq!(
+        kinds,
+        [Event::Reclaim, Event::Revoked, Event::Ended].map(|kind| (kind, why))
+    );
+    assert_eq!(map.read(0), Err(Sigbus));
+    let state = || {
+        client().unwrap().call(&Devices {}).unwrap().devices[0]
+            .state
+            .clone()
+    };
+    assert_eq!(state(), "absent");
+    // It is bound again, and the daemon told.
+    let bdf = Function::named("memory").bdf;
+    Pci::system().bind(bdf.parse().unwrap(), BARLEASE).unwrap();
+    client().unwrap().call(&Reload {}).unwrap();
+    assert_eq!(state(), "open");
+    let (_, _fd) = one.acquire(&rows()).unwrap();
+}
+
+#[test]
+fn a_device_is_found_by_its_slot() {
+    let bdf = Function::named("memory").bdf;
+    let slots = fs::read_dir("/sys/bus/pci/slots").unwrap();
+    let mut slots = slots.map(|slot| slot.unwrap().path());
+    let is_its = |slot: &std::path::PathBuf| {
+        let address = fs::read_to_string(slot.join("address")).unwrap();
+        bdf.starts_with(address.trim())
+    };
+    let slot = slots.find(is_its).expect("it is in a slot");
+    let name = slot.file_name().unwrap().to_str().unwrap();
+    let _daemon = daemon_of(&format!("slot:{name}"));
+    let (_, _fd) = client().unwrap().acquire(&rows()).unwrap();
+}
+
+#[test]
+fn a_user_has_256_connections() {
+    let _daemon = daemon();
+    let child = Child::start(&[], |_link| {
+        become_user(1001);
+        let mut all: Vec<_> = (0..256).map(|_| client().unwrap()).collect();
+        for one in &mut all {
+            one.list(None).unwrap();
+        }
+        assert!(client().unwrap().list(None).is_err());
+        all.pop();
+        until("there is room for one", || {
+            client().unwrap().list(None).is_ok()
+        });
+    });
+    child.join();
+    // Everybody else has theirs.
+    assert_eq!(leases().len(), 0);
 }

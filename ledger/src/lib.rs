@@ -43,9 +43,10 @@
 //!
 //! # What the daemon must do
 //!
-//! - Carry out actions in their order, one [`Append`](core::Action::Append) before the next action
-//!   begins, and give the answers of actions as events. Nothing else is given before all actions
-//!   are carried out.
+//! - Carry out actions in their order, and give their answers as events. A record that was given
+//!   with [`Append`](core::Action::Append) is in the file before anything else is done that the
+//!   kernel or a client could notice. Nothing else is given before all actions are carried out; but [`Scrub`](core::Action::Scrub) is only begun, and answered when it is
+//!   done.
 //! - Ask LIST only with nothing left to do, and give its answer as the next event.
 //! - Keep the descriptor of an exported buffer until the answer to its request is sent, then close
 //!   it; close it when the request is refused.

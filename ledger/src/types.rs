@@ -204,6 +204,19 @@ pub struct Peer {
     pub claim: Option<Arc<str>>,
 }
 
+impl Peer {
+    /// Whether one may do with the leases of the other as with one's own: a claim is somebody for
+    /// itself, whatever its user.
+    #[must_use]
+    pub fn is_as(&self, other: &Self) -> bool {
+        match (&self.claim, &other.claim) {
+            (Some(one), Some(other)) => one == other,
+            (None, None) => self.uid == other.uid,
+            _ => false,
+        }
+    }
+}
+
 /// The object of a request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum What {

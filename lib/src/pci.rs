@@ -20,6 +20,7 @@ use crate::Bdf;
 use crate::Error;
 use crate::GroupMember;
 use crate::Result;
+use crate::device::serial;
 use crate::error::Object;
 
 pub use bars::Bar;
@@ -174,6 +175,42 @@ impl Pci {
             numa_node: text(&path.join("numa_node")).and_then(|text| text.parse().ok()),
             vfio: first_entry(&path.join("vfio-dev")),
         })
+    }
+
+    /// The devices in a slot of the machine, by its name, such as `3`; those are functions of one
+    /// card. Empty: there is no such slot, or nothing is in it.
+    #[must_use]
+    pub fn slot(&self, name: &str) -> Vec<PciDevice> {
+        // A name, not a path: it becomes a part of one.
+        if name.is_empty() || name.starts_with('.') || name.contains('/') {
+            return Vec::new();
+        }
+        let path = self.root.join("bus/pci/slots").join(name).join("address");
+        // Domain, bus and device: a slot has all functions.
+        let Some(address) = text(&path) else {
+            return Vec::new();
+        };
+        (0..8)
+            .filter_map(|function| {
+                self.device(format!("{address}.{function}").parse().ok()?)
+                    .ok()
+            })
+            .collect()
+    }
+
+    /// The serial number of a device, if it says one.
+    ///
+    /// Errors: [`Error::NoDevice`]; [`Error::Denied`]: the kernel shows no more than the beginning
+    /// of config space without `CAP_SYS_ADMIN`; [`Error::Io`].
+    pub fn serial_number(&self, bdf: Bdf) -> Result<Option<u64>> {
+        let path = self.existing(bdf)?.join("config");
+        let failed = |error| Error::from_io("read", Object::file(&path), error);
+        let length = fs::metadata(&path).map_err(failed)?.len();
+        let bytes = fs::read(&path).map_err(failed)?;
+        if (bytes.len() as u64) < length {
+            return Err(failed(Errno::PERM.into()).with_remedy("be root, or have CAP_SYS_ADMIN"));
+        }
+        Ok(serial::of_bytes(&bytes))
     }
 
     /// The devices of an IOMMU group.

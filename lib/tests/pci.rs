@@ -306,3 +306,20 @@ fn barlease_is_known_by_its_parameter_in_the_place_of_stock_vfio_pci() {
     let module = fake.pci().module().expect("a module");
     assert_eq!(module.version.as_deref(), Some("0.1.0"));
 }
+
+#[test]
+fn a_slot_has_the_functions_of_its_card() {
+    let fake = Fake::new(false);
+    let slot = fake.path("bus/pci/slots/3");
+    fs::create_dir_all(&slot).unwrap();
+    fs::write(slot.join("address"), "0000:00:05\n").unwrap();
+    let found = fake.pci().slot("3");
+    assert_eq!(
+        found.iter().map(|one| one.bdf).collect::<Vec<_>>(),
+        [fake.bdf]
+    );
+    fs::write(slot.join("address"), "0000:00:06\n").unwrap();
+    for empty in ["3", "4", "", "..", "../slots/3"] {
+        assert_eq!(fake.pci().slot(empty), [], "{empty}");
+    }
+}

@@ -20,7 +20,9 @@ use crate::types::Adopt;
 use crate::types::LeaseInfo;
 use crate::types::List;
 use crate::types::Method;
+use crate::types::Monitor;
 use crate::types::Notice;
+use crate::types::Record;
 use crate::types::Release;
 use crate::types::Resume;
 use crate::types::Token;
@@ -118,7 +120,7 @@ impl Client {
     ///
     /// Errors: as [`Client::acquire`].
     pub fn list(&mut self, pool: Option<String>) -> Result<Vec<LeaseInfo>> {
-        let stream = self.stream(&List { pool })?;
+        let stream = self.stream(&List { pool, usage: None })?;
         stream
             .filter_map(|listed| listed.map(|listed| listed.lease).transpose())
             .collect()
@@ -131,6 +133,18 @@ impl Client {
         self.send(&Watch { all: Some(all) }, true, &[])?;
         let mut done = false;
         Ok(std::iter::from_fn(move || self.next::<Watch>(&mut done)))
+    }
+
+    /// All that happens, for administrators, until the service ends. Takes the connection for it.
+    ///
+    /// Errors: as [`Client::acquire`].
+    pub fn monitor(mut self) -> Result<impl Iterator<Item = Result<Record>>> {
+        self.send(&Monitor {}, true, &[])?;
+        let mut done = false;
+        Ok(std::iter::from_fn(move || {
+            let told = self.next::<Monitor>(&mut done)?;
+            Some(told.map(|told| told.record))
+        }))
     }
 
     /// Any call with one answer and without descriptors.
@@ -180,6 +194,13 @@ impl Client {
         let received = self.receive::<M>();
         *done = !matches!(received, Ok((_, true, _)));
         Some(received.map(|(reply, _, _)| reply))
+    }
+}
+
+impl AsFd for Client {
+    /// The connection: whoever inherits it keeps the leases that live by it.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.wire.socket().as_fd()
     }
 }
 

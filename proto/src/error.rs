@@ -62,6 +62,8 @@ pub enum Refusal {
     NoSuchDevice { device: String },
     #[error("you have no lease {lease}")]
     NoSuchLease { lease: u64 },
+    #[error("there is no claim {claim}")]
+    NoSuchClaim { claim: String },
     #[error("no pool of {device} BAR {bar} has all of the ranges")]
     OutsidePools { device: String, bar: u8 },
     #[error("{reason}")]

@@ -118,6 +118,43 @@ fn info() -> LeaseInfo {
         since: 1,
         expires: Some(9),
         deadline: None,
+        usage: Some(usage()),
+    }
+}
+
+fn usage() -> Usage {
+    Usage {
+        mappings: 2,
+        attachments: 1,
+    }
+}
+
+fn waiter() -> Waiter {
+    Waiter {
+        pool: "rows".into(),
+        size: Some(1),
+        ranges: None,
+        access: Access::Read,
+        holder: holder(),
+        deadline: 9,
+    }
+}
+
+fn record() -> Record {
+    Record {
+        kind: RecordKind::Granted,
+        time: 1,
+        message: String::new(),
+        lease: Some(7),
+        pool: None,
+        device: None,
+        bar: None,
+        size: None,
+        holder: Some(holder()),
+        reason: None,
+        reasons: None,
+        deadline: None,
+        error: None,
     }
 }
 
@@ -137,6 +174,9 @@ fn explain() -> Explain {
         }),
         lifetime: Some(Lifetime::Holders),
         as_uid: None,
+        as_unit: None,
+        as_cgroup: None,
+        as_claim: None,
     }
 }
 
@@ -158,6 +198,10 @@ fn the_idl_and_the_types_have_the_same_fields() {
     };
     let pool = PoolInfo {
         name: String::new(),
+        bar: 2,
+        at: 0,
+        length: 1,
+        unit: 1,
         size: 1,
         free: 1,
         waiting: 0,
@@ -166,6 +210,7 @@ fn the_idl_and_the_types_have_the_same_fields() {
         name: String::new(),
         address: None,
         state: String::new(),
+        bars: vec![0; 6],
         pools: vec![pool.clone()],
     };
     for (name, json) in [
@@ -181,12 +226,16 @@ fn the_idl_and_the_types_have_the_same_fields() {
         ("Holder", value(&holder())),
         ("HeldBy", value(&held())),
         ("LeaseInfo", value(&info())),
+        ("Usage", value(&usage())),
+        ("Waiter", value(&waiter())),
+        ("Record", value(&record())),
         ("Rule", value(&rule)),
         ("PoolInfo", value(&pool)),
         ("DeviceInfo", value(&device)),
     ] {
         check("type", name, json);
     }
+    let text = String::new;
     let revoke = Revoke {
         lease: None,
         uid: None,
@@ -218,7 +267,14 @@ fn the_idl_and_the_types_have_the_same_fields() {
             }),
         ),
         (Watch::NAME, value(&Watch { all: None })),
-        (List::NAME, value(&List { pool: None })),
+        (
+            List::NAME,
+            value(&List {
+                pool: None,
+                usage: None,
+            }),
+        ),
+        (Monitor::NAME, value(&Monitor {})),
         (Explain::NAME, value(&explain())),
         (Revoke::NAME, value(&revoke)),
         (
@@ -230,6 +286,9 @@ fn the_idl_and_the_types_have_the_same_fields() {
         ),
         (Reload::NAME, value(&Reload {})),
         (Devices::NAME, value(&Devices {})),
+        (OpenClaim::NAME, value(&OpenClaim { claim: text() })),
+        (EndClaim::NAME, value(&EndClaim { claim: text() })),
+        (Claims::NAME, value(&Claims {})),
         (
             Adopt::NAME,
             value(&Adopt {
@@ -271,6 +330,7 @@ fn the_idl_and_the_types_have_the_same_fields() {
             "List",
             value(&Listed {
                 lease: Some(info()),
+                waiter: None,
             }),
         ),
         ("Explain", value(&explained)),
@@ -283,6 +343,10 @@ fn the_idl_and_the_types_have_the_same_fields() {
                 devices: vec![device],
             }),
         ),
+        ("OpenClaim", value(&Claim { directory: text() })),
+        ("EndClaim", value(&Revoked { leases: 1 })),
+        ("Claims", value(&ClaimList { claims: vec![] })),
+        ("Monitor", value(&Told { record: record() })),
         ("Adopt", value(&Nothing {})),
     ] {
         check("reply", name, json);
@@ -302,6 +366,7 @@ fn the_idl_and_the_types_have_the_same_fields() {
         "Reason",
         "Event",
         "State",
+        "RecordKind",
     ];
     for name in choices {
         seen.insert(("type".to_owned(), name.to_owned()));
@@ -351,6 +416,7 @@ fn refusals() -> Vec<Refusal> {
         Refusal::NoSuchPool { pool: text() },
         Refusal::NoSuchDevice { device: text() },
         Refusal::NoSuchLease { lease: 1 },
+        Refusal::NoSuchClaim { claim: text() },
         Refusal::OutsidePools {
             device: text(),
             bar: 0,
@@ -522,6 +588,7 @@ fn a_list_has_as_many_replies_as_leases() {
         for continues in [true, true, false] {
             let parameters = serde_json::to_value(Listed {
                 lease: Some(info()),
+                waiter: None,
             })
             .unwrap();
             wire.send(

@@ -41,6 +41,10 @@ methods! {
     Drain -> Nothing;
     Reload -> Nothing;
     Devices -> DeviceList;
+    OpenClaim -> Claim;
+    EndClaim -> Revoked;
+    Claims -> ClaimList;
+    Monitor -> Told;
     Adopt -> Nothing;
 }
 
@@ -93,12 +97,28 @@ types! {
         lease: u64, pool: String, device: String, bar: u8, ranges: Vec<Range>, size: u64,
         access: Access, memory_type: MemoryType, lifetime: Lifetime, holder: Holder, state: State,
         reasons: u32, reason: Option<Reason>, since: u64, expires: Option<u64>,
-        deadline: Option<u64>,
+        deadline: Option<u64>, usage: Option<Usage>,
+    }
+    structure Usage { mappings: u32, attachments: u32, }
+    structure Waiter {
+        pool: String, size: Option<u64>, ranges: Option<Vec<Range>>, access: Access, holder: Holder,
+        deadline: u64,
     }
     structure Rule { file: String, line: u32, allows: bool, why: Option<String>, }
-    structure PoolInfo { name: String, size: u64, free: u64, waiting: u64, }
+    structure PoolInfo {
+        name: String, bar: u8, at: u64, length: u64, unit: u64, size: u64, free: u64, waiting: u64,
+    }
     structure DeviceInfo {
-        name: String, address: Option<String>, state: String, pools: Vec<PoolInfo>,
+        name: String, address: Option<String>, state: String, bars: Vec<u64>, pools: Vec<PoolInfo>,
+    }
+    choice RecordKind {
+        Granted, Refused, Reclaim, Suspended, Resumed, Revoked, Ended, RevokeAsked, DrainAsked,
+        PolicyLoaded, PolicyRefused, DeviceOpened, DeviceAbsent, DeviceClosed,
+    }
+    structure Record {
+        kind: RecordKind, time: u64, message: String, lease: Option<u64>, pool: Option<String>,
+        device: Option<String>, bar: Option<u8>, size: Option<u64>, holder: Option<Holder>,
+        reason: Option<Reason>, reasons: Option<u32>, deadline: Option<u64>, error: Option<String>,
     }
 
     /// Parameters of Acquire.
@@ -127,13 +147,14 @@ types! {
         lease: u64, event: Event, reason: Option<Reason>, deadline: Option<u64>,
         reasons: Option<u32>,
     }
-    structure List { pool: Option<String>, }
-    /// A reply of List; the last has no lease.
-    structure Listed { lease: Option<LeaseInfo>, }
+    structure List { pool: Option<String>, usage: Option<bool>, }
+    /// A reply of List; the last has neither.
+    structure Listed { lease: Option<LeaseInfo>, waiter: Option<Waiter>, }
     structure Explain {
         pool: Option<String>, size: Option<u64>, device: Option<String>, bar: Option<u8>,
         ranges: Option<Vec<Range>>, access: Access, memory_type: Option<MemoryType>,
-        steering_tag: Option<SteeringTag>, lifetime: Option<Lifetime>, as_uid: Option<u32>,
+        steering_tag: Option<SteeringTag>, lifetime: Option<Lifetime>, as_uid: Option<u32>, as_unit: Option<String>,
+        as_cgroup: Option<String>, as_claim: Option<String>,
     }
     structure Explained {
         granted: bool, why: Option<String>, pool: Option<String>, rules: Vec<Rule>,
@@ -147,7 +168,16 @@ types! {
     structure Drain { device: Option<String>, grace: Option<u64>, }
     structure Reload {}
     structure Devices {}
+    structure Monitor {}
+    /// A reply of Monitor.
+    structure Told { record: Record, }
     structure DeviceList { devices: Vec<DeviceInfo>, }
+    structure OpenClaim { claim: String, }
+    /// The reply of OpenClaim.
+    structure Claim { directory: String, }
+    structure EndClaim { claim: String, }
+    structure Claims {}
+    structure ClaimList { claims: Vec<String>, }
     /// The descriptor is number [`Adopt::file_descriptor`] of those of the message.
     structure Adopt { device: String, file_descriptor: u32, }
     /// A reply without anything in it.

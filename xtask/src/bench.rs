@@ -107,7 +107,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         }
         let mut report = in_guest(options, &prepared, &module, &program, clock)?;
         if clock == Clock::Time {
-            report.measures.extend(on_host(options, &program)?.measures);
+            println!("\nWhat needs no device is measured here.");
+            let service =
+                checkout::guest_program("barlease-bench-service", "barlease-bench-service")?;
+            for mut run in [native(&program), Command::new(&service)] {
+                let measured = on_host(options, &mut run)?;
+                report.measures.extend(measured.measures);
+            }
         }
         let text = serde_json::to_string_pretty(&report)?;
         fs::write(&path, text + "\n").with_context(|| format!("write {}", path.display()))?;
@@ -207,14 +213,19 @@ fn importer(module: &Path) -> Result<PathBuf> {
     Ok(folder.join("barlease_importer.ko"))
 }
 
-/// Runs the part of the program that needs no device, here.
-fn on_host(options: &Options, program: &Path) -> Result<Report> {
-    println!("\nWhat needs no device is measured here.");
-    let output = Command::new(program)
-        .arg("native")
+/// The part of the program that needs no device.
+fn native(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.arg("native");
+    command
+}
+
+/// Runs a program that needs no device, here.
+fn on_host(options: &Options, command: &mut Command) -> Result<Report> {
+    let output = command
         .args(arguments(options))
         .output()
-        .with_context(|| format!("start {}", program.display()))?;
+        .with_context(|| format!("start {}", command.get_program().to_string_lossy()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
         bail!("the benchmarks ended with {}", output.status);

@@ -35,7 +35,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
     println!(
         "\nA guest with the unmodified kernel {} and a display adapter boots; in it one process holds\n\
-         the adapter through VFIO and leases parts of its frame buffer to processes of other users.",
+         the adapter through VFIO and leases parts of its frame buffer to processes of other users; then a daemon does, by a policy.",
         prepared.kernel.release
     );
     let outcome = Run::new(&prepared, Preset::Display.machine())
@@ -51,6 +51,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         "before: two tenants draw, each in its own rows",
         "revoked: the rows of the first are the owner's again, the other tenant goes on",
         "after: the same rows, leased to somebody else",
+        "tenants of the daemon: two draw, one waits for more rows than are free",
+        "the first was killed: the third has its rows, and those that were free",
     ]) {
         println!("  {}\n      {caption}", picture.display());
     }

@@ -134,7 +134,8 @@ fn with_service<'a>(mut run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
 
 fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
     let folder = Cache::open()?.path("systems");
-    let root = Root::prepare(prepared, &[])?;
+    // Of another language.
+    let root = Root::prepare(prepared, &["python3"])?;
     let path = folder.join(format!("check-{}.img", std::process::id()));
     let disk = root.copy_to(&path)?;
     let boots = [

@@ -10,6 +10,7 @@ mod memory;
 mod module;
 mod passing;
 mod revoke;
+mod service;
 mod take_away;
 mod throughput;
 mod touch;
@@ -56,6 +57,7 @@ pub const ALL: &[Set] = &[
     Set::new("interrupt", interrupt::take),
     Set::new("memory", memory::take),
     Set::new("passing", passing::take),
+    Set::new("service", service::take),
     Set::new("module", module::take),
 ];
 

@@ -18,6 +18,7 @@ use crate::args::LeaseCommand;
 use crate::args::Source;
 use crate::failure::Failure;
 use crate::output::Output;
+use crate::service;
 
 /// How long an owner may take to send its lease.
 const RECEIVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -26,7 +27,22 @@ pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Fai
     match command {
         LeaseCommand::Show { bdf } => show::run(bdf, output),
         LeaseCommand::Grant(args) => return grant::run(&args, output),
-        LeaseCommand::Revoke { socket, no_wait } => revoke::run(&socket, no_wait, output),
+        LeaseCommand::Revoke(args) => match &args.whose.what {
+            // A number is a lease of the service's.
+            Some(socket) if socket.to_str().is_none_or(|it| it.parse::<u64>().is_err()) => {
+                revoke::run(socket, args.no_wait, output)
+            }
+            _ => service::revoke(&args, output),
+        },
+        LeaseCommand::Acquire(args) => service::acquire(&args, output),
+        LeaseCommand::List(args) => service::list(&args, output),
+        LeaseCommand::Watch(args) => service::watch(&args, output),
+        LeaseCommand::Release { lease, service } => service::release(lease, &service),
+        LeaseCommand::Renew {
+            lease,
+            ttl,
+            service,
+        } => service::renew(lease, ttl, &service, output),
         LeaseCommand::Holders { what } => holders::run(what.as_deref(), output),
         LeaseCommand::Take { socket, command } => take::run(&socket, &command),
         LeaseCommand::Dump {

@@ -6,6 +6,7 @@ use crate::policy::Limits;
 use crate::policy::Outcome;
 use crate::policy::Place;
 use crate::policy::Policy;
+use crate::record::Holder;
 use crate::record::Record;
 use crate::types::Access;
 use crate::types::Ask;
@@ -232,7 +233,8 @@ pub enum Action {
     Append(Record),
     /// Put these in the place of all records, as `record` says how.
     Compact(Vec<Record>),
-    /// Fill the ranges through the owner's own mapping. Answer: [`Event::Scrubbed`].
+    /// Begin to fill the ranges through the owner's own mapping. [`Event::Scrubbed`] may come any
+    /// time later, after other events.
     Scrub {
         /// For this lease.
         lease: LeaseId,
@@ -278,6 +280,8 @@ pub enum Action {
         lease: LeaseId,
         /// The news.
         news: News,
+        /// What it is, and whose: it may be gone when this is read.
+        about: Arc<About>,
     },
     /// Begin to watch a process: [`Event::ProcessGone`], at once if there is no such process.
     WatchProcess(ProcessId),
@@ -348,6 +352,21 @@ pub struct Grant {
     pub expires: Time,
     /// How long before a reclaim the holder is told.
     pub grace: Millis,
+}
+
+/// A lease that there is news of.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct About {
+    /// Its holder.
+    pub holder: Arc<Holder>,
+    /// Name of its pool.
+    pub pool: Arc<str>,
+    /// Name of its device.
+    pub device: Arc<str>,
+    /// The BAR.
+    pub bar: u8,
+    /// All its bytes.
+    pub bytes: u64,
 }
 
 /// News of a lease.
@@ -423,7 +442,7 @@ pub enum Refusal {
         what: &'static str,
     },
     /// The lease cannot end with what the kernel did not tell of the peer.
-    #[error("what the lifetime {0:?} needs is not known of this connection")]
+    #[error("{}", no_identity(*.0))]
     NoIdentity(Lifetime),
     /// A limit of the policy.
     #[error("the limit of {place}: {limit}, of which {have} are in use")]
@@ -474,6 +493,22 @@ pub enum Refusal {
     NothingToResume,
 }
 
+fn no_identity(lifetime: Lifetime) -> &'static str {
+    match lifetime {
+        Lifetime::Process => {
+            "the kernel does not say which process connected: the lifetime `process` needs Linux \
+             6.9 or later"
+        }
+        Lifetime::Cgroup => {
+            "the process that connected is in no control group of version 2, or in its root: the \
+             lifetime `cgroup` needs a host with that version (`stat -fc %T /sys/fs/cgroup` says \
+             cgroup2fs), and Linux 6.5 or later"
+        }
+        Lifetime::Claim => "the lifetime `claim` is for those who connect to the socket of a claim",
+        Lifetime::Connection | Lifetime::Holders => "the connection is not known",
+    }
+}
+
 /// A limit of the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Limit {
@@ -522,6 +557,19 @@ pub struct Explanation {
     pub limits: Option<[Limits; 3]>,
     /// Whether it would be granted now.
     pub verdict: Result<(), Refusal>,
+}
+
+/// A request in line, to look at.
+#[derive(Clone, Copy, Debug)]
+pub struct WaiterView<'a> {
+    /// Name of the pool.
+    pub pool: &'a str,
+    /// Who waits.
+    pub peer: &'a Peer,
+    /// For what.
+    pub ask: &'a Ask,
+    /// Until when.
+    pub deadline: Time,
 }
 
 /// A lease, to look at.

@@ -27,22 +27,11 @@ use crate::types::ConnectionId;
 use crate::types::EndReason;
 use crate::types::LeaseId;
 use crate::types::Millis;
-use crate::types::Peer;
 use crate::types::RequestId;
 use crate::types::Time;
 
 /// How long after a failure a revocation is tried again.
 const RETRY: Millis = Millis(1000);
-
-/// Whether one may do with the leases of the other as with one's own: a claim is somebody for
-/// itself, whatever its user.
-fn same(one: &Peer, other: &Peer) -> bool {
-    match (&one.claim, &other.claim) {
-        (Some(one), Some(other)) => one == other,
-        (None, None) => one.uid == other.uid,
-        _ => false,
-    }
-}
 
 impl Core {
     /// Begins to take a lease back; after that much grace it is revoked. What has begun is not
@@ -214,7 +203,7 @@ impl Core {
             .ok_or(Refusal::NotConnected)?;
         let slot = self.leases.slot(lease).ok_or(Refusal::NoLease(lease))?;
         let known = self.leases.get(slot).ok_or(Refusal::NoLease(lease))?;
-        if !same(&session.holder.peer, &known.holder.peer) {
+        if !session.holder.peer.is_as(&known.holder.peer) {
             return Err(Refusal::NoLease(lease));
         }
         Ok(slot)
@@ -305,7 +294,7 @@ impl Core {
         let (Some(session), Some(orphan)) = (session, orphan) else {
             return self.refuse(request, Refusal::NothingToResume);
         };
-        if !same(&session.holder.peer, &orphan.peer) {
+        if !session.holder.peer.is_as(&orphan.peer) {
             return self.refuse(request, Refusal::NothingToResume);
         }
         let orphan = orphan.clone();

@@ -1,6 +1,7 @@
 //! Leases, where they are kept, and the threads that run through them.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 
 use crate::record::Holder;
@@ -76,7 +77,9 @@ pub enum State {
 }
 
 impl State {
-    pub(super) fn buffer(&self) -> Option<BufferId> {
+    /// Its buffer, if it has one.
+    #[must_use]
+    pub fn buffer(&self) -> Option<BufferId> {
         match *self {
             Self::Granted { buffer, .. } | Self::Reclaiming { buffer, .. } => Some(buffer),
             Self::Revoking { buffer, .. } => buffer,
@@ -201,6 +204,14 @@ impl Leases {
         self.ids
             .values()
             .filter_map(|slot| Some((*slot, self.get(*slot)?)))
+    }
+
+    /// Those behind an id, by id.
+    pub(super) fn after(&self, id: LeaseId) -> impl Iterator<Item = &Lease> {
+        let behind = (Bound::Excluded(id), Bound::Unbounded);
+        self.ids
+            .range(behind)
+            .filter_map(|(_, slot)| self.get(*slot))
     }
 
     /// The slots of those of which that is true, by id.

@@ -4,6 +4,7 @@ use super::Core;
 use super::Explanation;
 use super::Lease;
 use super::LeaseView;
+use super::WaiterView;
 use crate::policy::Policy;
 use crate::policy::Question;
 use crate::types::Ask;
@@ -15,6 +16,32 @@ impl Core {
     /// The leases, by id.
     pub fn leases(&self) -> impl Iterator<Item = LeaseView<'_>> {
         self.leases.iter().map(|(_, lease)| self.view(lease))
+    }
+
+    /// Those with a greater id than this one, by id.
+    pub fn leases_after(&self, id: LeaseId) -> impl Iterator<Item = LeaseView<'_>> {
+        self.leases.after(id).map(|lease| self.view(lease))
+    }
+
+    /// Those who wait in line, by pool and in their order there.
+    pub fn waiters(&self) -> impl Iterator<Item = WaiterView<'_>> {
+        self.pools.iter().flat_map(|pool| {
+            pool.queue.iter().filter_map(|waiter| {
+                Some(WaiterView {
+                    pool: &pool.name,
+                    peer: &self.sessions.get(&waiter.connection)?.holder.peer,
+                    ask: &waiter.ask,
+                    deadline: waiter.deadline,
+                })
+            })
+        })
+    }
+
+    /// The lengths of the BARs of a device that is or was open.
+    #[must_use]
+    pub fn bars(&self, device: &str) -> Option<[u64; 6]> {
+        let state = self.devices.iter().find(|state| &*state.name == device)?;
+        Some(state.facts.bars)
     }
 
     /// A lease.

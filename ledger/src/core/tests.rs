@@ -16,6 +16,16 @@ use crate::types::Peer;
 use crate::types::ProcessId;
 use crate::types::What;
 
+/// News that somebody is told.
+fn told(action: &Action) -> Option<(RequestId, LeaseId, News)> {
+    match action {
+        Action::Notify {
+            watch, lease, news, ..
+        } => Some((*watch, *lease, *news)),
+        _ => None,
+    }
+}
+
 struct Host;
 
 impl Names for Host {
@@ -820,20 +830,8 @@ fn a_holder_is_told_and_has_its_grace_when_the_device_goes() {
         deadline,
         reason: EndReason::DeviceGoing,
     };
-    let told: Vec<_> = service
-        .seen
-        .iter()
-        .filter(|action| matches!(action, Action::Notify { .. }))
-        .collect();
-    assert_eq!(
-        told,
-        [&Action::Notify {
-            watch,
-            lease: lease.lease,
-            news
-        }],
-        "of one's own only"
-    );
+    let told: Vec<_> = service.seen.iter().filter_map(told).collect();
+    assert_eq!(told, [(watch, lease.lease, news)], "of one's own only");
     assert_eq!(
         service.answer(waits),
         Some(Err(Refusal::DeviceGoing(card())))
@@ -911,14 +909,15 @@ fn what_the_kernel_suspends_is_told_and_comes_back() {
         service.buffer(lease.buffer).unwrap().reasons = reasons;
         service.list();
         service.list();
-        assert_eq!(
-            service.seen,
-            [Action::Notify {
-                watch,
-                lease: lease.lease,
-                news
-            }]
-        );
+        let [action] = &service.seen[..] else {
+            panic!("{:?}", service.seen);
+        };
+        assert_eq!(told(action), Some((watch, lease.lease, news)));
+        let Action::Notify { about, .. } = action else {
+            unreachable!("it is one");
+        };
+        assert_eq!((&*about.pool, &*about.device), ("rows", "card"));
+        assert_eq!(about.holder.peer, peer(1));
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::About;
 use super::Action;
 use super::Core;
 use super::News;
@@ -92,12 +93,22 @@ impl Core {
             return;
         };
         let id = lease.id;
+        let pool = self.pools.get(lease.pool as usize);
+        let device = self.devices.get(usize::from(lease.device));
+        let about = Arc::new(About {
+            holder: lease.holder.clone(),
+            pool: pool.map_or_else(|| "".into(), |pool| pool.name.clone()),
+            device: device.map_or_else(|| "".into(), |device| device.name.clone()),
+            bar: lease.bar,
+            bytes: lease.ranges.size(),
+        });
         for scope in [Scope::of(&lease.holder.peer), Scope::All] {
             for watch in self.watchers.scopes.get(&scope).into_iter().flatten() {
                 self.out.push(Action::Notify {
                     watch: *watch,
                     lease: id,
                     news,
+                    about: about.clone(),
                 });
             }
         }

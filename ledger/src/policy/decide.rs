@@ -1,6 +1,7 @@
 //! The decision, among many rules.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use super::Pattern;
@@ -73,6 +74,18 @@ pub enum Outcome {
     Lifetime,
     /// It does not allow steering tags.
     SteeringTags,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Allows => f.write_str("it allows it"),
+            Self::Others(key) => write!(f, "it is for others: `{key}` does not fit"),
+            Self::Access => f.write_str("it allows reading only"),
+            Self::Lifetime => f.write_str("it does not allow this lifetime"),
+            Self::SteeringTags => f.write_str("it does not allow steering tags"),
+        }
+    }
 }
 
 /// Makes the smaller of the two.

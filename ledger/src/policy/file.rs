@@ -37,7 +37,8 @@ pub(super) struct File {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub(super) struct DeviceTable {
-    /// `0000:01:00.0`, `slot:NAME`, `1af4:1110` (vendor and device) or `serial:NUMBER`.
+    /// `0000:01:00.0`, `slot:NAME` (of `/sys/bus/pci/slots`), `1af4:1110` (vendor and device) or
+    /// `serial:52-54-00-ff-ff-12-34-56` (as `lspci -v` says it).
     #[cfg_attr(feature = "schema", schemars(with = "String"))]
     pub(super) r#match: Spanned<String>,
     /// The driver that it must be bound to.
@@ -287,6 +288,7 @@ fn span(text: &str) -> Option<Millis> {
         ("ms", 1),
         ("s", 1000),
         ("min", 60_000),
+        ("m", 60_000),
         ("h", 3_600_000),
         ("d", 86_400_000),
     ];
@@ -353,7 +355,7 @@ macro_rules! written {
 written! {
     Size: "bytes, such as 4096, \"0x1000\", \"4K\", \"2M\" or \"1G\"",
         |written| written.or_else(|text| size(text).ok_or(())).ok().map(Size);
-    Span: "a time with its unit, such as \"500ms\", \"30s\", \"5min\", \"1h\" or \"1d\"",
+    Span: "a time with its unit, such as \"500ms\", \"30s\", \"5m\", \"1h\" or \"1d\"",
         |written| span(written.err()?).map(Span);
     Queue: "\"none\", or how long one may wait, such as \"30s\"",
         |written| match written.err()? {

@@ -108,7 +108,18 @@ pub enum Match {
     /// By vendor and device.
     Ids(u16, u16),
     /// By serial number.
-    Serial(String),
+    Serial(Serial),
+}
+
+/// The serial number of a PCI Express device, written as `lspci` does: `52-54-00-ff-ff-12-34-56`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Serial(pub u64);
+
+impl fmt::Display for Serial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = self.0.to_be_bytes().map(|byte| format!("{byte:02x}"));
+        f.write_str(&bytes.join("-"))
+    }
 }
 
 /// A device that the service owns.
@@ -362,7 +373,7 @@ impl Reader {
             }
             let Some(matches) = parse_match(table.r#match.get_ref()) else {
                 let message = "not an address such as 0000:01:00.0, slot:NAME, VENDOR:DEVICE in \
-                               hexadecimal, or serial:NUMBER";
+                               hexadecimal, or serial:52-54-00-ff-ff-12-34-56";
                 self.errors.push(source.error(span, message));
                 continue;
             };
@@ -534,7 +545,14 @@ fn parse_match(text: &str) -> Option<Match> {
         return (!slot.is_empty()).then(|| Match::Slot(slot.to_owned()));
     }
     if let Some(serial) = text.strip_prefix("serial:") {
-        return (!serial.is_empty()).then(|| Match::Serial(serial.to_owned()));
+        let digits = match serial.split('-').collect::<Vec<_>>()[..] {
+            [digits] => digits.to_owned(),
+            ref bytes if bytes.iter().all(|byte| byte.len() == 2) => bytes.concat(),
+            _ => return None,
+        };
+        let (high, low) = digits.split_at_checked(8)?;
+        let serial = u64::from(hex(high, 8)?) << 32 | u64::from(hex(low, 8)?);
+        return Some(Match::Serial(Serial(serial)));
     }
     if let [vendor, device] = text.split(':').collect::<Vec<_>>()[..] {
         let (vendor, device) = (hex(vendor, 4)?, hex(device, 4)?);

@@ -144,6 +144,31 @@ fn a_rule_allows_what_it_says_and_no_more() {
 }
 
 #[test]
+fn each_unit_of_time_is_one_for_every_key() {
+    for (written, millis) in [
+        ("250ms", 250),
+        ("30s", 30_000),
+        ("2m", 120_000),
+        ("2min", 120_000),
+        ("1h", 3_600_000),
+        ("1d", 86_400_000),
+    ] {
+        let rule = format!(
+            "[[allow]]\npools = [\"rows\"]\nwho = {{ user = \"*\" }}\naccess = \"read-write\"\n\
+             max-ttl = \"{written}\"\ngrace = \"{written}\"\nqueue = \"{written}\"\n"
+        );
+        let policy = parse(&rule).unwrap();
+        let terms = policy.decide(&question(&policy, &peer(1), "rows")).unwrap();
+        let all = (terms.max_ttl.unwrap(), terms.grace, terms.wait);
+        assert_eq!(all, (Millis(millis), Millis(millis), Millis(millis)));
+    }
+    let wrong =
+        "[[allow]]\npools = [\"rows\"]\nwho = { user = 1 }\naccess = \"read\"\nqueue = \"1M\"\n";
+    let said = parse(wrong).unwrap_err()[0].to_string();
+    assert!(said.contains("queue") && said.contains("30s"), "{said}");
+}
+
+#[test]
 fn the_smallest_limit_of_the_rules_that_match_counts_for_each_kind_of_subject() {
     let policy = parse(
         r#"
@@ -343,7 +368,7 @@ fn pools_that_cannot_be_right_are_refused() {
 fn a_name_that_comes_twice_is_refused() {
     let files = [
         ("a.toml", BASE),
-        ("b.toml", "[device.card]\nmatch = \"serial:7\"\n"),
+        ("b.toml", "[device.card]\nmatch = \"slot:7\"\n"),
     ];
     let errors = Policy::parse(&files, &Host).unwrap_err();
     let text = errors[0].to_string();
@@ -381,7 +406,18 @@ fn a_device_is_found_by_what_is_written() {
         ),
         ("1af4:1110", Some(Match::Ids(0x1af4, 0x1110))),
         ("slot:3-1", Some(Match::Slot("3-1".to_owned()))),
-        ("serial:ab", Some(Match::Serial("ab".to_owned()))),
+        (
+            "serial:52-54-00-ff-ff-12-34-5A",
+            Some(Match::Serial(Serial(0x5254_00ff_ff12_345a))),
+        ),
+        (
+            "serial:525400ffff12345a",
+            Some(Match::Serial(Serial(0x5254_00ff_ff12_345a))),
+        ),
+        ("serial:7", None),
+        ("serial:5254-00ff-ff12-345a", None),
+        ("serial:52-54-00-ff-ff-12-34-5a-00", None),
+        ("serial:52-54-00-ff-ff-12-34-é", None),
         ("serial:", None),
         ("01:00.0", None),
         ("0000:01:20.0", None),

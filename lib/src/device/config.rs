@@ -528,7 +528,7 @@ fn walk(
 }
 
 /// The same of the extended ones.
-fn walk_extended(
+pub(super) fn walk_extended(
     mut read: impl FnMut(u16) -> Result<u32>,
 ) -> Result<Option<Vec<ExtendedCapability>>> {
     let mut found = Vec::new();

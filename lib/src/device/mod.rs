@@ -11,6 +11,7 @@ mod interrupts;
 mod open;
 mod region;
 mod reset;
+pub(crate) mod serial;
 
 use std::ops::Bound;
 use std::ops::RangeBounds;

@@ -1,0 +1,324 @@
+//! The service: a lease from a daemon, against one that is made and sent by bare calls; the end of a client with many;
+//! what many leases take.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use barlease_guest_tests::PAGE;
+use barlease_guest_tests::map::Map;
+use barlease_guest_tests::pci::Function;
+use barlease_guest_tests::process::{Child, Link};
+use barlease_guest_tests::vfio::Device;
+use barlease_proto::{Access, Acquire, Client, Lifetime};
+use rustix::process::{Resource, getrlimit, setrlimit};
+
+use super::export::Payload;
+use super::{BAR, Context, MEMORY, driver, open};
+use crate::report::{Goal, Measure, Unit};
+use crate::rounds::{Batch, Rounds, Side, nanoseconds};
+use crate::statistics::median;
+
+const BIG: &str = super::BIG;
+/// To the owner: a lease is wanted.
+const WANTED: u64 = 1;
+/// Leases of a client that dies.
+const DYING: u64 = 1000;
+/// Leases that are there at once, and the bytes of the daemon that each may take, and all of them.
+const MANY: u64 = 100_000;
+const EACH: f64 = 400.0;
+const ALL: f64 = 50.0 * (1 << 20) as f64;
+const DESCRIPTORS: f64 = 64.0;
+
+pub(super) fn take(context: &Context) -> Vec<Measure> {
+    let mut measures = grants(context);
+    measures.push(death(context));
+    measures.extend(many(context));
+    measures
+}
+
+/// A daemon that has a device; it ends with this.
+struct Daemon {
+    directory: PathBuf,
+    child: Child,
+}
+
+impl Daemon {
+    fn start(device: &str) -> Self {
+        let function = Function::named(device);
+        function.bind(driver(Side::Ours));
+        let directory = PathBuf::from("/tmp/barleased");
+        let policy = directory.join("policy");
+        fs::create_dir_all(&policy).expect("a directory");
+        let text = format!(
+            "[device.card]\nmatch = \"{}\"\n\
+             [pool.rows]\ndevice = \"card\"\nbar = {BAR}\nunit = \"4K\"\ncontents = \"memory\"\n\
+             [[allow]]\npools = [\"rows\"]\nwho = {{ user = \"*\" }}\naccess = \"read-write\"\n\
+             lifetime = [\"connection\", \"holders\"]\nqueue = \"1m\"\n",
+            function.bdf
+        );
+        fs::write(policy.join("a.toml"), text).expect("a policy");
+        let arguments = [
+            "barleased".into(),
+            "--policy".into(),
+            policy.into_os_string(),
+            "--socket".into(),
+            directory.clone().into_os_string(),
+        ];
+        let child = Child::start(&[], |_| {
+            barleased::run(arguments, &barleased::device::open);
+        });
+        let daemon = Self { directory, child };
+        while daemon.try_client().is_none() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        daemon
+    }
+
+    fn try_client(&self) -> Option<Client> {
+        Client::connect(self.directory.join("leases.sock")).ok()
+    }
+
+    fn client(&self) -> Client {
+        self.try_client().expect("a daemon that serves")
+    }
+
+    /// A line of its status, in bytes.
+    fn memory(&self, line: &str) -> f64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("its status");
+        let line = status.lines().find_map(|text| text.strip_prefix(line));
+        let kib = line.and_then(|rest| rest.trim_start_matches(':').split_whitespace().next());
+        kib.and_then(|kib| kib.parse::<f64>().ok())
+            .expect("a number")
+            * 1024.0
+    }
+
+    fn descriptors(&self) -> f64 {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        entries.expect("its descriptors").count() as f64
+    }
+}
+
+fn rows() -> Acquire {
+    Acquire::of_pool("rows", PAGE, Access::ReadWrite)
+}
+
+/// How many leases are asked for in a turn.
+const ASKED: usize = 300;
+
+fn grants(context: &Context) -> Vec<Measure> {
+    let mut tail = Vec::new();
+    let middle = Rounds::new(
+        "service",
+        "A lease of the service, from the call to the descriptor",
+        "export, and a bare exchange with SCM_RIGHTS",
+        Unit::Nanoseconds,
+    )
+    .run(context.rounds(15), |side, batch| match side {
+        Side::Ours => {
+            let daemon = Daemon::start(MEMORY);
+            let mut client = daemon.client();
+            let mut took: Vec<f64> = (0..ASKED)
+                .map(|_| {
+                    let mut lease = None;
+                    let took =
+                        nanoseconds(|| lease = Some(client.acquire(&rows()).expect("a lease")));
+                    let (acquired, _fd) = lease.expect("a lease");
+                    client.release(acquired.lease).expect("an answer");
+                    took
+                })
+                .collect();
+            took.drain(..ASKED / 10);
+            for time in &took {
+                batch.add("acquire", None, *time);
+            }
+            took.sort_by(f64::total_cmp);
+            tail.push((took[took.len() * 99 / 100], median(&took).unwrap_or(0.0)));
+        }
+        Side::Theirs => bare(batch),
+    })
+    .finish(|_, _| Some(Goal::AtMost(2.0)));
+    let mut rounds = Rounds::new(
+        "service-tail",
+        "The slowest of a hundred leases of the service",
+        "the median",
+        Unit::Nanoseconds,
+    );
+    for (slow, middle) in tail.into_iter().skip(1) {
+        for (side, value) in [(Side::Ours, slow), (Side::Theirs, middle)] {
+            let mut batch = Batch::default();
+            batch.add("acquire, 99 of 100", None, value);
+            rounds.add(side, &batch);
+        }
+    }
+    vec![middle, rounds.finish(|_, _| Some(Goal::AtMost(5.0)))]
+}
+
+/// A process that has the device exports what it is asked for.
+fn bare(batch: &mut Batch) {
+    let owner = Child::start(&[], |link: &Link| {
+        let device = open(MEMORY, Side::Ours);
+        let payload = Payload::new(1);
+        loop {
+            link.expect(WANTED);
+            link.send_fd(payload.export(&device));
+        }
+    });
+    let get = || {
+        owner.link.send(WANTED);
+        owner.link.receive_fd()
+    };
+    for _ in 0..ASKED / 10 {
+        drop(get());
+    }
+    for _ in 0..ASKED {
+        let mut fd = None;
+        batch.add("acquire", None, nanoseconds(|| fd = Some(get())));
+    }
+}
+
+/// The bare side of a death: leases, and their revocation one after the other.
+fn revoke_all(device: &Device) -> f64 {
+    let payload = Payload::new(1);
+    let leases: Vec<OwnedFd> = (0..DYING).map(|_| payload.export(device)).collect();
+    nanoseconds(|| {
+        for lease in &leases {
+            device.revoke(lease).expect("revoked");
+        }
+    })
+}
+
+fn death(context: &Context) -> Measure {
+    Rounds::new(
+        "service-death",
+        "A client with 1,000 leases goes, until others have all of them",
+        "1,000 bare REVOKEs",
+        Unit::Nanoseconds,
+    )
+    .run(context.rounds(9), |side, batch| match side {
+        Side::Ours => {
+            let daemon = Daemon::start(MEMORY);
+            let mut client = daemon.client();
+            let mut leases = Vec::new();
+            for _ in 0..DYING {
+                leases.push(client.acquire(&rows()).expect("a lease"));
+            }
+            // The first lease is the last to be revoked: whoever waits for its range has it then.
+            let first = leases[0].0.ranges.clone();
+            let wanted = Acquire {
+                wait: Some(60_000),
+                ..Acquire::of_ranges("card", BAR as u8, first, Access::Read)
+            };
+            let mut other = daemon.client();
+            // A call first: it is known when the other side has answered.
+            assert!(
+                other
+                    .acquire(&Acquire {
+                        wait: None,
+                        ..wanted.clone()
+                    })
+                    .is_err()
+            );
+            let start = Instant::now();
+            drop(client);
+            other.acquire(&wanted).expect("its range");
+            batch.add("until the last", None, start.elapsed().as_nanos() as f64);
+            batch.add("until the first", None, until_the_first(&daemon));
+        }
+        Side::Theirs => {
+            let device = open(MEMORY, Side::Ours);
+            batch.add("until the last", None, revoke_all(&device));
+            // The most that it may take.
+            batch.add("until the first", None, 10e6);
+        }
+    })
+    .finish(|curve, _| match curve {
+        "until the first" => Some(Goal::AtMost(1.0)),
+        _ => Some(Goal::AtMost(1.3)),
+    })
+}
+
+/// The time from the end of a client with many leases to the first that is gone.
+fn until_the_first(daemon: &Daemon) -> f64 {
+    let mut client = daemon.client();
+    let mut leases = Vec::new();
+    for _ in 0..DYING {
+        leases.push(client.acquire(&rows()).expect("a lease").1);
+    }
+    // The newest is the first.
+    let map = Map::new(leases.last().expect("a lease"), PAGE).expect("a mapping");
+    map.read(0).expect("memory");
+    let start = Instant::now();
+    drop(client);
+    while map.read(0).is_ok() {
+        thread::sleep(Duration::from_micros(100));
+    }
+    start.elapsed().as_nanos() as f64
+}
+
+/// Many leases at once: the descriptors are with the client, the rest with the daemon.
+fn many(context: &Context) -> Vec<Measure> {
+    let count = if context.quick { MANY / 20 } else { MANY };
+    let limit = getrlimit(Resource::Nofile);
+    let mut more = limit;
+    more.current = Some(count + 1000);
+    more.maximum = Some(count + 1000);
+    setrlimit(Resource::Nofile, more).expect("root may");
+    let daemon = Daemon::start(BIG);
+    let mut client = daemon.client();
+    client.acquire(&rows()).expect("a lease");
+    let before = (daemon.memory("RssAnon"), daemon.descriptors());
+    let lasting = Acquire {
+        lifetime: Some(Lifetime::Holders),
+        ..rows()
+    };
+    let mut leases = Vec::new();
+    for _ in 0..count {
+        leases.push(client.acquire(&lasting).expect("a lease").1);
+    }
+    let each = (daemon.memory("RssAnon") - before.0) / count as f64;
+    let whole = daemon.memory("VmRSS");
+    let descriptors = daemon.descriptors();
+    drop(leases);
+    drop(daemon);
+    setrlimit(Resource::Nofile, limit).expect("less than there was");
+    let one = |name: &str, title: &str, curve: &str, unit, value: f64, most: f64| {
+        let mut rounds = Rounds::new(name, title, "the most that it may be", unit);
+        for (side, value) in [(Side::Ours, value), (Side::Theirs, most)] {
+            let mut batch = Batch::default();
+            batch.add(curve, None, value);
+            rounds.add(side, &batch);
+        }
+        rounds.finish(|_, _| Some(Goal::AtMost(1.0)))
+    };
+    let leases = format!("at {count} leases");
+    vec![
+        one(
+            "service-lease",
+            "Memory of the service for a lease",
+            &leases,
+            Unit::Bytes,
+            each,
+            EACH,
+        ),
+        one(
+            "service-memory",
+            "Memory of the service, all that is resident",
+            &leases,
+            Unit::Bytes,
+            whole,
+            ALL,
+        ),
+        one(
+            "service-descriptors",
+            "Descriptors of the service, beside one connection",
+            &leases,
+            Unit::Count,
+            descriptors - 1.0,
+            DESCRIPTORS,
+        ),
+    ]
+}
