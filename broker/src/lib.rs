@@ -39,6 +39,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::CommandFactory;
 use clap::Parser;
 use signal_hook::consts::SIGHUP;
 use signal_hook::consts::SIGINT;
@@ -84,6 +85,12 @@ fn prom(text: &str) -> Result<PathBuf, String> {
         Some(end) if end == "prom" => Ok(path),
         _ => Err("the collector reads files that end with .prom only".to_owned()),
     }
+}
+
+/// The definition of the command line, for completions and manual pages.
+#[must_use]
+pub fn command() -> clap::Command {
+    Options::command()
 }
 
 /// Runs the daemon.

@@ -2,7 +2,11 @@
 //! that does not let go keeps the range, and nobody else waiting.
 #![cfg(barlease_guest)]
 
-use std::{fs, os::fd::AsFd, path::Path};
+use std::{
+    fs::{self, File},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
 
 use barlease::pci::Pci;
 use barlease_guest_tests::{
@@ -10,10 +14,11 @@ use barlease_guest_tests::{
     importer::Importer,
     map::{How, Sigbus},
     pci::{BARLEASE, Function},
-    process::{Child, End},
+    process::{self, Child, End},
     wait::until,
 };
 use barlease_proto::{Access, Acquire, Client, Error, LeaseInfo, Range, Refusal, State};
+use serde_json::Value;
 
 const DIRECTORY: &str = "/tmp/barleased";
 const SIGTERM: i32 = 15;
@@ -116,5 +121,75 @@ fn an_importer_that_does_not_let_go_keeps_the_range_only() {
     attachment.unmap().unwrap();
     until("its range is free", || leases().len() == 1);
     let (_, _fd) = other.acquire(&rows()).unwrap();
+    drop(daemon);
+}
+
+/// The command, with its output in a file.
+struct Command {
+    child: Child,
+    output: PathBuf,
+}
+
+impl Command {
+    fn start(args: &[&str]) -> Self {
+        let output = Path::new(DIRECTORY).join(format!("output-{}", args.len()));
+        let file = File::create(&output).unwrap();
+        let socket = format!("--service={DIRECTORY}/leases.sock");
+        let child = Child::start(&[file.as_fd()], |link| {
+            process::become_command(link, &file);
+            let args = ["barlease"].iter().chain(args).copied();
+            let _code = barlease_cli::run(args.chain([socket.as_str()]));
+        });
+        Self { child, output }
+    }
+
+    fn said(&self) -> String {
+        fs::read_to_string(&self.output).unwrap()
+    }
+
+    /// Its output, when it has come to its end.
+    fn end(mut self) -> String {
+        assert_eq!(self.child.wait(), End::Code(0));
+        self.said()
+    }
+}
+
+fn listed() -> Vec<Value> {
+    let text = Command::start(&["lease", "list", "--json"]).end();
+    serde_json::from_str(&text).unwrap()
+}
+
+#[test]
+fn the_command_acquires_lists_and_draws() {
+    let daemon = daemon();
+    let holder = Command::start(&["lease", "acquire", "rows", "2M", "--json"]);
+    until("it has a lease", || holder.said().ends_with("}\n"));
+    let granted: Value = serde_json::from_str(&holder.said()).unwrap();
+    assert_eq!(granted["size"], 2 << 20);
+    // One of this process, mapped and attached, for which the kernel is asked.
+    let mut one = client().unwrap();
+    let (_, fd) = one
+        .acquire(&Acquire::of_pool("rows", 2 * PAGE, Access::ReadWrite))
+        .unwrap();
+    let _map = How::shared().map(&fd, 0, 2 * PAGE).unwrap();
+    let importer = Importer::open();
+    let attachment = importer.attach(fd.as_fd()).unwrap();
+    let leases = listed();
+    let usage = |lease: &Value| [lease["mappings"].clone(), lease["attachments"].clone()];
+    assert_eq!(leases.len(), 2);
+    assert_eq!(usage(&leases[0]), [0, 0].map(Value::from));
+    assert_eq!(usage(&leases[1]), [1, 1].map(Value::from));
+    assert_eq!(leases[0]["pid"], holder.child.id());
+    let picture = Command::start(&["top", "--once"]).end();
+    let strip = picture.lines().nth(2).unwrap();
+    assert!(strip.starts_with('A') && strip.contains('.'), "{picture}");
+    assert!(
+        picture.lines().any(|line| line.starts_with('B')),
+        "{picture}"
+    );
+    drop((attachment, importer));
+    holder.child.signal(SIGTERM);
+    holder.end();
+    assert_eq!(listed().len(), 1);
     drop(daemon);
 }
