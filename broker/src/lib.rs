@@ -63,6 +63,7 @@ use barlease_ledger::types::Millis;
 use barlease_proto::Client;
 use barlease_proto::Drain;
 use barlease_proto::Reload;
+use clap::CommandFactory;
 use clap::Parser;
 use nix::sys::resource::Resource;
 use nix::sys::resource::getrlimit;
@@ -183,6 +184,12 @@ impl<'a> Surroundings<'a> {
             before_action: Box::new(|| {}),
         }
     }
+}
+
+/// The definition of the command line, for completions and manual pages.
+#[must_use]
+pub fn command() -> clap::Command {
+    Options::command()
 }
 
 /// Runs the daemon, without anything that systemd has passed.

@@ -2,7 +2,11 @@
 //! with its connection; an importer that does not let go keeps the range, and nobody else waiting.
 #![cfg(barlease_guest)]
 
-use std::{fs, os::fd::AsFd, path::Path};
+use std::{
+    fs::{self, File},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
 
 use barlease::pci::Pci;
 use barlease_guest_tests::{
@@ -10,13 +14,14 @@ use barlease_guest_tests::{
     map::{How, Sigbus},
     page_size,
     pci::{BARLEASE, Function},
-    process::{Child, End, become_user},
+    process::{self, Child, End, become_user},
     wait::{at_once, until},
 };
 use barlease_proto::{
     Access, Acquire, Client, Devices, Error, Event, LeaseInfo, Range, Reason, Refusal, Reload,
     State,
 };
+use serde_json::Value;
 
 const DIRECTORY: &str = "/tmp/barleased";
 const SIGTERM: i32 = 15;
@@ -133,7 +138,7 @@ fn an_unbind_is_over_when_the_leases_are() {
     let _daemon = daemon();
     let mut one = client().unwrap();
     let (lease, fd) = one.acquire(&rows()).unwrap();
-    let map = How::shared().map(&fd, 0, 2 * PAGE).unwrap();
+    let map = How::shared().map(&fd, 0, 2 * page_size()).unwrap();
     let mut watch = client().unwrap().watch(true).unwrap();
     // The watch has begun when the next call is answered.
     assert_eq!(leases().len(), 1);
@@ -201,4 +206,78 @@ fn a_user_has_256_connections() {
     child.join();
     // Everybody else has theirs.
     assert_eq!(leases().len(), 0);
+}
+
+/// The command, with its output in a file.
+struct Command {
+    child: Child,
+    output: PathBuf,
+}
+
+impl Command {
+    fn start(args: &[&str]) -> Self {
+        let output = Path::new(DIRECTORY).join(format!("output-{}", args.len()));
+        let file = File::create(&output).unwrap();
+        let socket = format!("--service={DIRECTORY}/leases.sock");
+        let child = Child::start(&[file.as_fd()], |link| {
+            process::become_command(link, &file);
+            let args = ["barlease"].iter().chain(args).copied();
+            let _code = barlease_cli::run(args.chain([socket.as_str()]));
+        });
+        Self { child, output }
+    }
+
+    fn said(&self) -> String {
+        fs::read_to_string(&self.output).unwrap()
+    }
+
+    /// Its output, when it has come to its end.
+    fn end(mut self) -> String {
+        assert_eq!(self.child.wait(), End::Code(0));
+        self.said()
+    }
+}
+
+fn listed() -> Vec<Value> {
+    let text = Command::start(&["lease", "list", "--json"]).end();
+    serde_json::from_str(&text).unwrap()
+}
+
+#[test]
+fn the_command_acquires_lists_and_draws() {
+    let daemon = daemon();
+    let holder = Command::start(&["lease", "acquire", "rows", "2M", "--json"]);
+    until("it has a lease", || holder.said().ends_with("}\n"));
+    let granted: Value = serde_json::from_str(&holder.said()).unwrap();
+    assert_eq!(granted["size"], 2 << 20);
+    // One of this process, mapped and attached, for which the kernel is asked.
+    let mut one = client().unwrap();
+    let (_, fd) = one
+        .acquire(&Acquire::of_pool(
+            "rows",
+            2 * page_size(),
+            Access::ReadWrite,
+        ))
+        .unwrap();
+    let _map = How::shared().map(&fd, 0, 2 * page_size()).unwrap();
+    let importer = Importer::open();
+    let attachment = importer.attach(fd.as_fd()).unwrap();
+    let leases = listed();
+    let usage = |lease: &Value| [lease["mappings"].clone(), lease["attachments"].clone()];
+    assert_eq!(leases.len(), 2);
+    assert_eq!(usage(&leases[0]), [0, 0].map(Value::from));
+    assert_eq!(usage(&leases[1]), [1, 1].map(Value::from));
+    assert_eq!(leases[0]["pid"], holder.child.id());
+    let picture = Command::start(&["top", "--once"]).end();
+    let strip = picture.lines().nth(2).unwrap();
+    assert!(strip.starts_with('A') && strip.contains('.'), "{picture}");
+    assert!(
+        picture.lines().any(|line| line.starts_with('B')),
+        "{picture}"
+    );
+    drop((attachment, importer));
+    holder.child.signal(SIGTERM);
+    holder.end();
+    assert_eq!(listed().len(), 1);
+    drop(daemon);
 }

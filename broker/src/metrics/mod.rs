@@ -24,6 +24,7 @@ use prometheus::IntGaugeVec;
 use prometheus::Opts;
 use prometheus::Registry;
 use prometheus::TextEncoder;
+use prometheus::core::Collector;
 
 use crate::questions;
 use crate::records::word;
@@ -62,31 +63,18 @@ impl Metrics {
     pub(crate) fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         let gauges = |name: &str, help: &str, labels: &[&str]| {
-            let gauges = IntGaugeVec::new(Opts::new(name, help), labels)?;
-            registry.register(Box::new(gauges.clone()))?;
-            prometheus::Result::Ok(gauges)
-        };
-        let gauge = |name: &str, help: &str| {
-            let gauge = IntGauge::new(name, help)?;
-            registry.register(Box::new(gauge.clone()))?;
-            prometheus::Result::Ok(gauge)
+            register(&registry, IntGaugeVec::new(Opts::new(name, help), labels))
         };
         let counters = |name: &str, help: &str, labels: &[&str]| {
-            let counters = IntCounterVec::new(Opts::new(name, help), labels)?;
-            registry.register(Box::new(counters.clone()))?;
-            prometheus::Result::Ok(counters)
+            register(&registry, IntCounterVec::new(Opts::new(name, help), labels))
         };
-        let counter = |name: &str, help: &str| {
-            let counter = IntCounter::new(name, help)?;
-            registry.register(Box::new(counter.clone()))?;
-            prometheus::Result::Ok(counter)
-        };
+        let gauge = |name: &str, help: &str| register(&registry, IntGauge::new(name, help));
+        let counter = |name: &str, help: &str| register(&registry, IntCounter::new(name, help));
+        let (start, factor, count) = SECONDS;
+        let buckets = prometheus::exponential_buckets(start, factor, count)?;
         let seconds = |name: &str, help: &str| {
-            let (start, factor, count) = SECONDS;
-            let buckets = prometheus::exponential_buckets(start, factor, count)?;
-            let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?;
-            registry.register(Box::new(histogram.clone()))?;
-            prometheus::Result::Ok(histogram)
+            let options = HistogramOpts::new(name, help).buckets(buckets.clone());
+            register(&registry, Histogram::with_opts(options))
         };
         Ok(Self {
             leases: gauges(
@@ -258,6 +246,15 @@ impl Metrics {
         let lost = moment.lost.saturating_sub(self.records_lost.get());
         self.records_lost.inc_by(lost);
     }
+}
+
+fn register<M: Collector + Clone + 'static>(
+    registry: &Registry,
+    made: prometheus::Result<M>,
+) -> prometheus::Result<M> {
+    let made = made?;
+    registry.register(Box::new(made.clone()))?;
+    Ok(made)
 }
 
 /// What gauges are taken of.

@@ -5,7 +5,6 @@
 //! others; it is one datagram.
 
 use std::io;
-use std::io::Write;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
@@ -72,8 +71,10 @@ fn write_all(journal: Option<&UnixDatagram>, records: &mpsc::Receiver<Record>, l
 }
 
 fn say(message: &str) {
-    // Nobody is left to tell that standard error is gone.
-    let _ = writeln!(io::stderr(), "barleased: {message}");
+    // Not by `eprintln`, whose lock the loop would wait for while nobody reads. Nobody is left to
+    // tell that standard error is gone.
+    let line = format!("barleased: {message}\n");
+    let _ = rustix::io::write(rustix::stdio::stderr(), line.as_bytes());
 }
 
 /// A record as an entry of the journal.

@@ -195,6 +195,14 @@ impl<W: Write> Drop for Screen<W> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+    use std::process::Stdio;
+
+    use rustix::fs::Mode;
+    use rustix::fs::OFlags;
+    use rustix::pty;
+    use rustix::pty::OpenptFlags;
+
     use super::*;
 
     #[test]
@@ -205,6 +213,49 @@ mod tests {
         // F5, Ctrl-right, an unfinished sequence, and other letters.
         assert_eq!(parse(b"\x1b[15~x\x1b[1;5Cs\x1b["), [Key::Right]);
         assert_eq!(parse(b"\xc3\xa4\x1b"), []);
+    }
+
+    /// Not a test: the process of the next one.
+    #[test]
+    #[ignore = "panics on a terminal"]
+    fn panics() {
+        let _screen = Screen::enter(io::stdout()).unwrap();
+        panic!("on purpose");
+    }
+
+    #[test]
+    fn a_panic_gives_the_terminal_back_and_is_read_afterwards() {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let master = pty::openpt(flags).unwrap();
+        pty::unlockpt(&master).unwrap();
+        let name = pty::ptsname(&master, Vec::new()).unwrap();
+        let slave = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+        let modes = || rustix::termios::tcgetattr(&slave).unwrap().local_modes;
+        let before = modes();
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "top::screen::tests::panics",
+                "--ignored",
+                "--nocapture",
+            ])
+            .stdin(slave.try_clone().unwrap())
+            .stdout(slave.try_clone().unwrap())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("on purpose"), "{said}");
+        assert_eq!(modes(), before);
+        let mut bytes = [0; 4096];
+        let read = rustix::io::read(&master, &mut bytes).unwrap();
+        let drawn = String::from_utf8_lossy(&bytes[..read]);
+        let (_, after) = drawn.split_once("\x1b[?1049h").unwrap();
+        assert!(
+            after.contains("\x1b[?25h") && after.contains("\x1b[?1049l"),
+            "{drawn:?}"
+        );
     }
 
     #[test]
