@@ -181,7 +181,7 @@ pub enum Preset {
     Bench,
     /// As `device`, with a kernel that keeps who has allocated what.
     Tracked,
-    /// Two host bridges: devices with memory behind one of them, the importer behind the other.
+    /// Two host bridges: devices with memory behind one of them, the importer behind the other; and a VGA adapter.
     Bridges,
 }
 
@@ -254,7 +254,7 @@ impl Preset {
             "random" => Self::Random,
             "nopat" => Self::NoPat,
             "fault_injection" => Self::Tracked,
-            "p2p_route" => Self::Bridges,
+            "p2p_route" | "vga" => Self::Bridges,
             _ => Self::Full,
         }
     }
@@ -411,6 +411,12 @@ fn bridges() -> Vec<Device> {
         bridge("second", "pxb-pcie,bus=pcie.0,addr=05,bus_nr=64"),
         bridge("rp3", "pcie-root-port,bus=second,addr=00,chassis=5,slot=5"),
         edu_at("0000:41:00.0", "bus=rp3,addr=00.0"),
+        Device::new(
+            "vga",
+            "0000:00:06.0",
+            "a display adapter that decodes VGA's own addresses",
+            "VGA,bus=pcie.0,addr=06,romfile=",
+        ),
     ]
 }
 

@@ -353,7 +353,8 @@ unsafe impl<U: Send> Sync for Live<U> {}
 
 struct Unreleased(NonNull<bindings::dma_buf>);
 
-// SAFETY: A dma-buf may be used from any thread.
+// SAFETY: It is used only while the `Live` that it is in is locked, and by functions of the dma-buf
+// core that take the dma-buf's own locks.
 unsafe impl Send for Unreleased {}
 
 impl<U: Send> Live<U> {
@@ -571,9 +572,10 @@ impl<'a> DmaBufRef<'a> {
 /// The pointer is valid and owns a reference.
 pub(crate) struct MappedInode(*mut bindings::inode);
 
-// SAFETY: An inode may be used from any thread.
+// SAFETY: The reference is counted with the inode's own lock: it may be given back on any thread.
 unsafe impl Send for MappedInode {}
-// SAFETY: An inode may be used from any thread.
+// SAFETY: Through a shared one the number is read, which does not change, and entries are taken out,
+// for which the kernel takes the mapping's own lock.
 unsafe impl Sync for MappedInode {}
 
 impl MappedInode {

@@ -16,6 +16,7 @@ use kernel::{
         Arc,
         atomic::{Acquire, Atomic, Full, Relaxed},
     },
+    time::{Delta, delay::fsleep},
     types::Opaque,
 };
 
@@ -180,9 +181,13 @@ impl Found {
     }
 
     /// Publishes what the look has found: a watch that is armed, or nothing. A full barrier. Only
-    /// the first look counts.
+    /// the first look counts; it is there when this returns.
     pub(crate) fn publish(&self, watch: Option<Pin<KBox<FenceWatch>>>) {
         if self.state.cmpxchg(UNKNOWN, CLAIMED, Relaxed).is_err() {
+            while !self.is_known() {
+                // Another thread is a few instructions away from that.
+                fsleep(Delta::from_millis(1));
+            }
             return;
         }
         // INVARIANT: This thread made it `CLAIMED`.

@@ -101,6 +101,7 @@ bool bl_count_any(const atomic_t *count);
 unsigned int bl_count_read(const atomic_t *count);
 bool bl_count_wait(atomic_t *count, unsigned int milliseconds);
 long bl_count_wait_killable(atomic_t *count, unsigned int milliseconds);
+int bl_sleep_killable(unsigned int milliseconds);
 
 /* An eventfd, or none. */
 struct bl_event_slot {

@@ -42,9 +42,9 @@ const MMIO: usize = bindings::DMA_ATTR_MMIO as usize;
 
 struct Provider(NonNull<bindings::p2pdma_provider>);
 
-// SAFETY: A provider may be used from any thread.
+// SAFETY: A pointer to what is valid as long as the function is bound, whichever thread has it.
 unsafe impl Send for Provider {}
-// SAFETY: A provider may be used from any thread; nobody writes to it.
+// SAFETY: The kernel writes the fields of a provider before it gives it away, and never after that.
 unsafe impl Sync for Provider {}
 
 /// The P2P providers of the BARs of a function, while the device is open.

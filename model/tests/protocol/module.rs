@@ -667,7 +667,16 @@ impl Builder {
                 Some(Bug::NoNesting) => Change::SampleAndEndAll(event),
                 _ => Change::SampleAndEnd(event, this.look()),
             };
+            // What takes memory away is believed without the lock.
+            let off = this.unless(Cond::MemoryIsOff);
+            this.update(match change {
+                Change::SampleAndEnd(event, _) => Change::SampleAndEnd(event, Look::Counted),
+                planted => planted,
+            });
+            let over = this.goto();
+            this.land(off);
             this.locked(Lock::Memory, Mode::Read, |this| this.update(change));
+            this.land(over);
         });
     }
 
