@@ -46,7 +46,7 @@ struct probe_entry {
 	__u32 flags;
 };
 
-/* What the CPU makes of the three bits of an entry, by the CPU's own table. */
+/* The memory type that the CPU's own table has for the three bits of an entry. */
 static u32 memory_type(u64 prot, bool large)
 {
 	u64 pat;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What there is of a function from its bind to its unbind.
+//! The state of a function from its bind to its unbind.
 
 use crate::{
     debugfs::BuffersFile,
@@ -31,8 +31,8 @@ pub(crate) struct Barlease {
     completer: Completer,
     #[pin]
     aliases: Mutex<Aliases>,
-    /// Of the time since the device was opened: what of its BARs is protected, whether the kernel's
-    /// own exporter answers feature 11, and whether somebody has asked about aliases.
+    /// These three hold since the device was opened: the protected parts of its BARs, whether the
+    /// kernel's own exporter answers feature 11, and whether somebody has asked about aliases.
     #[pin]
     protected: Mutex<Protected>,
     stock_dma_buf: Flag,
@@ -82,7 +82,7 @@ impl Barlease {
         self.knows_aliases.set(false);
     }
 
-    /// What it has leased.
+    /// Its leases.
     pub(crate) fn leases(&self) -> &Arc<Leases> {
         &self.leases
     }
@@ -92,7 +92,7 @@ impl Barlease {
         &self.aliases
     }
 
-    /// What it does not lease, since it was opened.
+    /// The parts of its BARs that it does not lease, as read when it was opened.
     pub(crate) fn protected(&self) -> Protected {
         *self.protected.lock()
     }
@@ -120,12 +120,12 @@ impl Barlease {
         self.stock_dma_buf.get()
     }
 
-    /// What it says of the steering tags that it takes.
+    /// The steering tags that it says it takes.
     pub(crate) fn completer(&self) -> Completer {
         self.completer
     }
 
-    /// What warns of buffers that drain with nobody waiting for it.
+    /// The work that warns of buffers that drain with nobody waiting for it.
     pub(crate) fn left_draining(&self) -> &Delayed<Leases> {
         &self.left_draining
     }

@@ -4,7 +4,7 @@
 
 use crate::{
     PAGE_SHIFT, abi,
-    leases::Leases,
+    leases::{Leases, Look},
     model::{
         access::{Epoch, State},
         batch::{self, Batch},
@@ -41,7 +41,7 @@ use kernel::{
     },
 };
 
-/// What a buffer holds.
+/// The memory of a buffer.
 pub(crate) struct Contents {
     /// The BAR.
     pub(crate) memory: Bar,
@@ -112,7 +112,7 @@ pub(crate) struct Buffer {
     live: Live<Guarded>,
 }
 
-/// What the reservation lock of a buffer's dma-buf guards.
+/// The data that the reservation lock of a buffer's dma-buf guards.
 pub(crate) struct Guarded {
     /// Steering tags for importers.
     pub(crate) tph: Tph,
@@ -221,8 +221,8 @@ impl Buffer {
         self.inode.number()
     }
 
-    /// Whether it belongs to the latest open of the device of `leases`: the current one, for who
-    /// comes through the device fd.
+    /// Whether it belongs to the latest open of the device of `leases`: the current one, if the
+    /// caller comes through the device fd.
     pub(crate) fn is_of(&self, leases: &Arc<Leases>) -> bool {
         Arc::ptr_eq(&self.leases, leases) && leases.is_latest(self.epoch)
     }
@@ -287,8 +287,8 @@ impl Buffer {
         Ok(watch)
     }
 
-    /// Whether it is dead, its importers were told, and what they still do is counted. Until then
-    /// one may be about to count a mapping that it has made.
+    /// Whether it is dead, its importers were told, and their fences and mappings are counted. Until
+    /// then one may be about to count a mapping that it has made.
     pub(crate) fn is_told(&self) -> bool {
         self.revocation.is_known()
     }
@@ -322,24 +322,23 @@ impl Buffer {
     /// has yet to end what it does or to undo its mapping, or nobody has looked yet whether one has,
     /// or the entries of processes have yet to go.
     pub(crate) fn is_draining(&self) -> bool {
-        self.drains_in(self.state())
+        self.drains_in(&self.look())
     }
 
-    /// The same of a buffer whose state was found to be `state`.
-    fn drains_in(&self, state: State) -> bool {
-        // A thread that closes the device says so before the state does, and passes over buffers
-        // that have no importer.
-        let untold = !self.is_told() && (self.is_revoked() || self.leases.is_ending());
-        state == State::Dead && (untold || self.is_in_use())
+    /// The same as of that look at the state.
+    fn drains_in(&self, look: &Look) -> bool {
+        // A thread that closes the device passes over buffers that have no importer.
+        let untold = !self.is_told() && (self.is_revoked() || look.ending);
+        look.state == State::Dead && (untold || self.is_in_use())
     }
 
-    /// What its importers do with it.
+    /// The counts of the fences and mappings by which its importers may still reach the memory.
     fn outstanding(&self) -> impl Iterator<Item = &Outstanding> {
         let all = [self.revocation.pending(), Some(&self.mappings)];
         all.into_iter().flatten()
     }
 
-    /// Whether there is any of that.
+    /// Whether an importer may still reach the memory.
     pub(crate) fn is_in_use(&self) -> bool {
         self.outstanding().any(Outstanding::any)
     }
@@ -369,7 +368,7 @@ impl Buffer {
         Ok(())
     }
 
-    /// What STATUS says of it.
+    /// The answer of STATUS.
     pub(crate) fn status(&self) -> abi::DmaBufStatus {
         self.status_in(self.state())
     }
@@ -394,11 +393,11 @@ impl Buffer {
         }
     }
 
-    /// What LIST says of it.
+    /// Its record in LIST.
     pub(crate) fn record(&self) -> abi::DmaBufRecord {
         // Looked at once: a record must not say of one moment what is so in another.
-        let state = self.state();
-        let status = self.status_in(state);
+        let look = self.look();
+        let status = self.status_in(look.state);
         let name = self.name();
         let flag = |set, flag| if set { flag } else { 0 };
         abi::DmaBufRecord {
@@ -410,7 +409,7 @@ impl Buffer {
             state: status.state,
             reasons: status.reasons,
             flags: flag(self.internal, abi::BUFFER_INTERNAL)
-                | flag(self.drains_in(state), abi::BUFFER_DRAINING)
+                | flag(self.drains_in(&look), abi::BUFFER_DRAINING)
                 | flag(name.is_none(), abi::BUFFER_NAME_BUSY),
             nr_attachments: status.nr_attachments,
             nr_mappings: self.mappings.count(),
@@ -531,17 +530,21 @@ impl Buffer {
         );
     }
 
-    /// What an importer maps: the ranges, those that touch as one.
+    /// The runs of pages that an importer maps: ranges that touch are one.
     fn runs(&self) -> impl Iterator<Item = Run> + Clone + '_ {
         ranges::runs(&self.contents.segments)
     }
 
     fn state(&self) -> State {
-        self.leases.state(self.epoch, self.is_revoked())
+        self.look().state
     }
 
-    /// What a fault is to insert while the buffer is accessible, or its outcome. Allocates what
-    /// that takes.
+    fn look(&self) -> Look {
+        self.leases.look(self.epoch, self.is_revoked())
+    }
+
+    /// The entries that a fault is to insert while the buffer is accessible, or its outcome.
+    /// Allocates the table that they go into.
     ///
     /// An entry above a page is uncached: write-combining ones are made a page at a time, since the
     /// kernel gives no way to make others. Where no entry above a page is possible, now or later,
@@ -601,7 +604,7 @@ impl Buffer {
     }
 }
 
-/// What a fault is to insert.
+/// The entries that a fault is to insert.
 enum Plan {
     /// This page of the BAR.
     Page(u64),
@@ -653,7 +656,7 @@ impl BarMaps {
 /// The names of a function's dma-bufs: `barlease:<BDF>/<bar>`, with `+wc` behind it where it is
 /// that; cut where such a name ends.
 pub(crate) struct Names {
-    /// What they begin with.
+    /// Their beginning.
     start: [u8; NAME_LEN],
     length: usize,
 }
@@ -847,7 +850,7 @@ impl vma::Mapped for Buffer {
         }
         if last && self.internal {
             let unused = self.leases.bar_maps().lock().take_unused(self, memory_type);
-            // What this drops last may be the device fd: without the lock.
+            // This may drop the last reference to the device fd: without the lock.
             drop(unused);
         }
     }

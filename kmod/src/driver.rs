@@ -2,7 +2,7 @@
 
 //! The driver: which operation of a device does what to its leases.
 //!
-//! What is not here is the core's, untouched.
+//! All other operations are the core's, untouched.
 
 use crate::{
     abi,
@@ -52,8 +52,8 @@ impl Driver for Barlease {
     }
 
     fn unbinding(&self, function: &Function<'_>) {
-        // The core asks the user to close the device and waits for it. What was pulled out is not
-        // left reachable for so long: its addresses may be given to something else.
+        // The core asks the user to close the device and waits for it. A device that was pulled out
+        // is not left reachable for so long: its addresses may be given to another one.
         if function.is_gone() {
             self.leases().close();
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a bound function has leased, and whether its memory may be touched.
+//! The leases of a bound function, and whether its memory may be touched.
 //!
 //! # Lock order
 //!
@@ -96,7 +96,7 @@ pub(crate) struct Leases {
     bar_maps: Mutex<BarMaps>,
     /// The eventfd of the open, which hears of every change.
     events: Arc<EventSlot>,
-    /// See [`Self::is_ending`].
+    /// [`Look::ending`]. Written with `access` locked.
     ending: Flag,
     /// See [`Self::has_untold`].
     untold: Flag,
@@ -110,6 +110,15 @@ pub(crate) struct Leases {
     /// log.
     #[pin]
     complaint_limit: Ratelimit,
+}
+
+/// The result of one look at the state of a buffer.
+pub(crate) struct Look {
+    /// The state.
+    pub(crate) state: State,
+    /// Whether the device was closed or pulled out, so that its buffers are dead, and a thread has
+    /// not yet taken them from all processes and told all importers.
+    pub(crate) ending: bool,
 }
 
 /// Whether the importers that are told to let go are waited for.
@@ -166,7 +175,7 @@ impl Leases {
         &self.names
     }
 
-    /// What importers reach its BARs by.
+    /// The P2P providers by which importers reach its BARs.
     pub(crate) fn providers(&self) -> &Providers {
         &self.providers
     }
@@ -234,7 +243,9 @@ impl Leases {
             });
         }
         if first {
+            let access = self.access.lock();
             self.ending.set(false);
+            drop(access);
             self.notify();
         }
         if has_importers {
@@ -242,12 +253,6 @@ impl Leases {
             let at_work = |buffer: &Buffer| buffer.is_waited_for() || buffer.is_left_by_close();
             self.for_each(at_work, |buffer| buffer.wait());
         }
-    }
-
-    /// Whether the device was closed or pulled out, so that its buffers are dead, and a thread has
-    /// not yet taken them from all processes and told all importers.
-    pub(crate) fn is_ending(&self) -> bool {
-        self.ending.get()
     }
 
     /// The current epoch; `ENODEV` when the device is not open.
@@ -329,9 +334,13 @@ impl Leases {
         self.asleep.get()
     }
 
-    /// The state of a buffer of `epoch`.
-    pub(crate) fn state(&self, epoch: Epoch, revoked: bool) -> State {
-        self.access.lock().state(epoch, revoked)
+    /// Looks at the state of a buffer of `epoch`.
+    pub(crate) fn look(&self, epoch: Epoch, revoked: bool) -> Look {
+        let access = self.access.lock();
+        Look {
+            state: access.state(epoch, revoked),
+            ending: self.ending.get(),
+        }
     }
 
     /// Whether the buffers of `epoch` may be touched, but for those that were revoked for good.
@@ -390,7 +399,7 @@ impl Leases {
     /// Takes a buffer out, if it was ever added.
     pub(crate) fn remove(&self, id: u64) {
         let removed = self.table.lock().remove(id);
-        // What this may drop last is dropped without the lock.
+        // The last reference to it may be dropped here: without the lock.
         drop(removed);
         self.notify();
     }
@@ -490,7 +499,7 @@ impl Leases {
     ///
     /// A fence that somebody adds later is not waited for, so nobody can make this last for ever.
     /// The importers of a buffer that was revoked have been told, and its fences were looked at
-    /// then: what is left of that is waited for, and nothing that a holder adds to a dead lease.
+    /// then: the rest of those is waited for, and nothing that a holder adds to a dead lease.
     #[inline(never)]
     fn drain_importers(&self, wait: Wait) {
         let mut fences = KVVec::new();
@@ -543,7 +552,7 @@ impl Leases {
     /// is some now.
     fn tell_left(&self) {
         self.for_each(Buffer::is_left_untold, |buffer| {
-            // What does not work now is tried again the next time.
+            // One for which memory is short now is tried again the next time.
             let _ = buffer.tell_and_watch(|| Err(ENOMEM));
         });
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the device says of its memory, and when it is asked: see the table of registers in
+//! Asking the device whether its memory may be touched: see the table of registers in
 //! [`model::access`](crate::model::access).
 
 use crate::{
@@ -66,9 +66,9 @@ pub(crate) fn bracketed<R>(
     let leases = device.driver().leases();
     leases.begin(event, Wait::Yes);
     let result = act();
-    // What takes memory away is believed without the lock: a thread that changes it back has a
-    // bracket of its own, and samples after this. Else, unless the core refused it, `act` had the
-    // lock for writing, and waited as long for it.
+    // "Memory is off" is believed without the lock: a thread that turns it on again has a bracket of
+    // its own, and samples after this. Else the lock is waited for: unless the core refused it, `act`
+    // had it for writing, and waited as long for it.
     let lock = (!device.memory_is_off()).then(|| device.memory().read());
     leases.update(|access| {
         let sampled = sample(device, access, lock.as_ref());

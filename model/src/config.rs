@@ -21,8 +21,8 @@ pub const LENGTH: usize = 256;
 /// Longest write that [`may_cover`] looks at.
 const SHORT: u64 = 4;
 
-/// What [`may_cover`] looks at: a bit for each dword, set where it or the next one has a byte that a
-/// write of `len` bytes at `pos` `covers`.
+/// A map for [`may_cover`]: a bit for each dword, set where a write to it and the next one covers a
+/// byte that matters, as `covers` says of a position and a length.
 pub fn nearby(covers: impl Fn(u64, u64) -> bool) -> u64 {
     (0..u64::BITS).fold(0, |bits, dword| {
         let near = covers(u64::from(dword) * SHORT, 2 * SHORT);

@@ -130,7 +130,7 @@ impl FenceWatch {
         this.end();
     }
 
-    /// What is under way: one thing, until the fence has signalled.
+    /// The work that the fence stands for: 1 until it has signalled, then 0.
     pub(crate) fn pending(&self) -> &Outstanding {
         &self.pending
     }
@@ -149,7 +149,7 @@ impl PinnedDrop for FenceWatch {
     }
 }
 
-/// What one look has found under way: written once, and read at any time.
+/// The fence that one look has found, if there was one: written once, and read at any time.
 ///
 /// # Invariants
 ///
@@ -201,7 +201,7 @@ impl Found {
         self.state.load(Acquire) == FOUND
     }
 
-    /// What of that is still under way, if anything was.
+    /// The work of the fence that was found; `None` where nobody has looked, or there was none.
     pub(crate) fn pending(&self) -> Option<&Outstanding> {
         if !self.is_known() {
             return None;

@@ -667,7 +667,7 @@ impl Builder {
                 Some(Bug::NoNesting) => Change::SampleAndEndAll(event),
                 _ => Change::SampleAndEnd(event, this.look()),
             };
-            // What takes memory away is believed without the lock.
+            // "Memory is off" is believed without the lock.
             let off = this.unless(Cond::MemoryIsOff);
             this.update(match change {
                 Change::SampleAndEnd(event, _) => Change::SampleAndEnd(event, Look::Counted),
