@@ -196,12 +196,16 @@ static struct fake {
 			    .data_size = sizeof(u32 *) } },
 };
 
-/* Of the first so many. */
-static void end_fakes(size_t count)
+static void end_fakes_before(size_t count)
 {
 	while (count--)
 		if (*fakes[count].wanted)
 			unregister_kretprobe(&fakes[count].probe);
+}
+
+static void end_fakes(void)
+{
+	end_fakes_before(ARRAY_SIZE(fakes));
 }
 
 static int begin_fakes(void)
@@ -211,14 +215,14 @@ static int begin_fakes(void)
 	for (size_t i = 0; i < ARRAY_SIZE(fakes); i++) {
 		ret = *fakes[i].wanted ? register_kretprobe(&fakes[i].probe) : 0;
 		if (ret) {
-			end_fakes(i);
+			end_fakes_before(i);
 			return ret;
 		}
 	}
 	return 0;
 }
 #else
-static void end_fakes(size_t count)
+static void end_fakes(void)
 {
 }
 
@@ -278,7 +282,7 @@ static int __init probe_init(void)
 		return 0;
 	make_fine();
 end:
-	end_fakes(ARRAY_SIZE(fakes));
+	end_fakes();
 	return ret;
 }
 module_init(probe_init);
@@ -287,7 +291,7 @@ static void __exit probe_exit(void)
 {
 	misc_deregister(&probe_device);
 	make_fine();
-	end_fakes(ARRAY_SIZE(fakes));
+	end_fakes();
 }
 module_exit(probe_exit);
 
