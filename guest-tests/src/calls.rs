@@ -3,7 +3,7 @@
 use std::{
     fs::{self, OpenOptions},
     io::Write,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use crate::allocations::tracing;
@@ -63,8 +63,8 @@ impl Drop for Calls {
     }
 }
 
-fn say(tracing: &PathBuf, line: &str) {
-    let path = Path::new(tracing).join("kprobe_events");
+fn say(tracing: &Path, line: &str) {
+    let path = tracing.join("kprobe_events");
     let file = OpenOptions::new().append(true).open(path);
     let mut file = file.expect("kprobe_events");
     file.write_all(line.as_bytes()).expect(line);

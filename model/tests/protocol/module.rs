@@ -263,7 +263,7 @@ impl Builder {
         self.within("Leases::fail", |this| this.shut(change, Wait::No));
     }
 
-    /// `Leases::shut`: the change and the word in `access`, then a drain.
+    /// `Leases::shut_door` and `Leases::shut`: the change and the word in `access`, then a drain.
     fn shut(&mut self, change: Change, wait: Wait) {
         let late = self.has(Bug::PublishedAfterTheDrain);
         self.locked(Lock::Access, Mode::Write, |this| {
@@ -315,7 +315,8 @@ impl Builder {
         });
     }
 
-    /// `Leases::close`.
+    /// `Leases::close`: the steps of an event. That each buffer keeps the fences which were seen is
+    /// for LIST, and changes none of them.
     fn close(&mut self) {
         self.within("Leases::close", |this| this.shut(Change::Close, Wait::Yes));
     }
