@@ -1,9 +1,28 @@
 //! The memory that the kernel allocates for this process, from its trace.
 
-use std::{collections::BTreeMap, fs, path::Path, process::Command};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 const TRACING: &str = "/sys/kernel/tracing";
 const EVENTS: [&str; 4] = ["kmalloc", "kmem_cache_alloc", "kfree", "kmem_cache_free"];
+
+/// Where the kernel's traces are; `None` where it has none.
+pub(crate) fn tracing() -> Option<PathBuf> {
+    let tracing = PathBuf::from(TRACING);
+    if !tracing.exists() {
+        return None;
+    }
+    if !tracing.join("tracing_on").exists() {
+        let mut mount = Command::new("mount");
+        let status = mount.args(["-t", "tracefs", "tracefs", TRACING]).status();
+        assert!(status.expect("mount").success());
+    }
+    Some(tracing)
+}
 
 /// The kernel's trace of the allocations of this thread, which is on for the time of one call. One
 /// at a time.
@@ -27,14 +46,7 @@ impl Trace {
     /// When it has one that does not work.
     #[must_use]
     pub fn new() -> Option<Self> {
-        if !Path::new(TRACING).exists() {
-            return None;
-        }
-        if !Path::new(TRACING).join("tracing_on").exists() {
-            let mut mount = Command::new("mount");
-            let status = mount.args(["-t", "tracefs", "tracefs", TRACING]).status();
-            assert!(status.expect("mount").success());
-        }
+        tracing()?;
         // SAFETY: Has no argument.
         let thread = unsafe { libc::gettid() };
         write("tracing_on", "0");

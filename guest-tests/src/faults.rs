@@ -41,6 +41,48 @@ pub fn say(text: impl Display) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
+/// While there is one, no allocation of slab memory works for a process that [asked for
+/// it](Self::begin_for_this_process).
+#[derive(Debug)]
+pub struct Shortage(());
+
+impl Shortage {
+    /// `None` where the kernel cannot do that.
+    ///
+    /// # Panics
+    ///
+    /// When a kernel that could does not.
+    #[must_use]
+    pub fn prepare() -> Option<Self> {
+        Faults::prepare()?;
+        let settings = [("task-filter", "Y"), ("interval", "1"), ("times", "-1")];
+        settings.iter().for_each(|(name, value)| set(name, value));
+        set("probability", "100");
+        Some(Self(()))
+    }
+
+    /// From here on nothing that this process asks the kernel for works that takes memory.
+    ///
+    /// # Panics
+    ///
+    /// When the kernel refuses that.
+    pub fn begin_for_this_process(&self) {
+        fs::write("/proc/self/make-it-fail", "1").expect("make-it-fail");
+    }
+}
+
+impl Drop for Shortage {
+    fn drop(&mut self) {
+        set("probability", "0");
+        set("task-filter", "N");
+    }
+}
+
+fn set(name: &str, value: &str) {
+    let path = format!("{DEBUGFS}/failslab/{name}");
+    fs::write(&path, value).unwrap_or_else(|error| panic!("{path}: {error}"));
+}
+
 /// How the kernel is to treat an allocation that fails.
 #[derive(Debug)]
 pub struct Faults {

@@ -21,6 +21,7 @@
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
 //! - [`importer`]: a device that does DMA to leases;
 //! - [`allocations`]: what the kernel allocates for this process;
+//! - [`calls`]: how often a function of the kernel is called;
 //! - [`random`]: steps drawn from a seed, and judged;
 //! - [`faults`]: allocations that fail on request, and what must not be left behind;
 //! - [`errno`]: error numbers with their names.
@@ -33,6 +34,7 @@ pub mod allocations;
 #[expect(unsafe_code, reason = "an ioctl, fds by number")]
 pub mod attributes;
 pub mod buffers;
+pub mod calls;
 pub mod cgroup;
 pub mod errno;
 #[expect(unsafe_code, reason = "finit_module, fork, sched_setaffinity")]

@@ -1,5 +1,5 @@
-//! The module `barlease_probe` (`kmod/probe`): what page-table entries really are, and a kernel
-//! without peer-to-peer DMA.
+//! The module `barlease_probe` (`kmod/probe`): what page-table entries really are, and kernels and
+//! machines that the lab has not.
 
 use std::{
     fs::File,
@@ -17,29 +17,30 @@ use crate::{
 const DEVICE: &str = "/dev/barlease_probe";
 const MODULE: &str = "/lib/modules/barlease_probe.ko";
 
-/// While there is one, devices that are opened have no P2P provider.
+/// While there is one, the module plays what no machine of the lab has.
 #[derive(Debug)]
-pub struct NoProviders(());
+pub struct Played(());
 
-impl NoProviders {
-    /// Takes providers away. `None` where the kernel has nothing to do that with.
+impl Played {
+    /// Loads the module with such parameters; `kmod/probe` says what there is. `None` where the
+    /// kernel has nothing to do that with.
     ///
     /// # Panics
     ///
     /// When it has, and that does not work.
     #[must_use]
-    pub fn new() -> Option<Self> {
+    pub fn new(parameters: &str) -> Option<Self> {
         if !Path::new("/sys/kernel/debug/kprobes").exists() {
             return None;
         }
         let mut insmod = Command::new("insmod");
-        let status = insmod.args([MODULE, "no_p2p=1"]).status();
-        assert!(status.expect("insmod").success());
+        let status = insmod.args([MODULE, parameters]).status();
+        assert!(status.expect("insmod").success(), "{parameters}");
         Some(Self(()))
     }
 }
 
-impl Drop for NoProviders {
+impl Drop for Played {
     fn drop(&mut self) {
         let status = Command::new("rmmod").arg("barlease_probe").status();
         assert!(status.expect("rmmod").success());

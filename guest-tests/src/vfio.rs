@@ -58,6 +58,8 @@ pub const ROM_REGION: u32 = 6;
 /// Region index of VGA memory.
 pub const VGA_REGION: u32 = 8;
 
+/// Index of the interrupt pin.
+pub const INTX_IRQ: u32 = 0;
 /// Index of the MSI interrupts.
 pub const MSI_IRQ: u32 = 1;
 /// Index of the MSI-X interrupts.
@@ -66,6 +68,8 @@ pub const MSIX_IRQ: u32 = 2;
 pub const IRQ_DATA_NONE: u32 = 1 << 0;
 /// `vfio_irq_set`: an eventfd an interrupt.
 pub const IRQ_DATA_EVENTFD: u32 = 1 << 2;
+/// They are not to come any more.
+pub const IRQ_ACTION_MASK: u32 = 1 << 3;
 /// `vfio_irq_set`: make it do the action.
 pub const IRQ_ACTION_TRIGGER: u32 = 1 << 5;
 

@@ -260,7 +260,7 @@ fn a_container_tells_its_groups_and_how_many_mappings_it_takes() {
     let iommu = device.require_iommu().unwrap();
     let left = || iommu.available_mappings().unwrap().unwrap();
     let before = left();
-    let buffer = DmaBuffer::new(iommu, PAGE).unwrap();
+    let buffer = DmaBuffer::new(iommu, page_size()).unwrap();
     assert_eq!(left(), before - 1);
     drop(buffer);
     assert_eq!(left(), before);
@@ -284,7 +284,9 @@ fn a_device_of_an_iommufd_does_dma_where_it_is_attached() {
     let options = OpenOptions::new().iommu(&iommu).unattached();
     let edu = Edu::new(options.open(bdf).unwrap());
     assert!(edu.device.iommufd_id().is_some());
-    let buffer = DmaOptions::new().below(1 << 32).allocate(&iommu, PAGE);
+    let buffer = DmaOptions::new()
+        .below(1 << 32)
+        .allocate(&iommu, page_size());
     let buffer = buffer.unwrap();
     // Whether what the device does reaches the buffer.
     let reaches = |value: u32| {

@@ -10,7 +10,9 @@ use std::{
     thread,
 };
 
-use barlease_abi::{FEATURE_EVENTS, REASON_LOW_POWER, REASON_MEMORY_OFF, STATE_OK, STATE_REVOKED};
+use barlease_abi::{
+    BUFFER_DRAINING, FEATURE_EVENTS, REASON_LOW_POWER, REASON_MEMORY_OFF, STATE_OK, STATE_REVOKED,
+};
 use barlease_guest_tests::{
     buffers::{Events, id_of},
     errno::{EBADF, EFAULT, EINVAL},
@@ -285,6 +287,46 @@ fn what_waits_for_an_importer_signals_before_and_after() {
             events.until("the end of draining", || device.record(&fd).flags == 0);
         },
     );
+}
+
+#[test]
+fn the_end_of_a_fence_signals() {
+    let device = open();
+    let fd = export(&device);
+    let attachment = Importer::open().attach(&fd).unwrap();
+    attachment.map().unwrap();
+    attachment.fence().unwrap();
+    let events = device.events();
+    let answer = waits_for(
+        || device.revoke(&fd),
+        || {
+            attachment.wait_for_interruption();
+            events.settle();
+            assert_eq!(device.record(&fd).flags, BUFFER_DRAINING);
+        },
+        || {
+            attachment.signal().unwrap();
+            events.until("the end of draining", || device.record(&fd).flags == 0);
+        },
+    );
+    assert_eq!(answer, Ok(()));
+}
+
+#[test]
+fn revoke_signals_before_it_can_tell_an_importer() {
+    let device = open();
+    let fd = export(&device);
+    let attachment = Importer::open().attach(&fd).unwrap();
+    let events = device.events();
+    thread::scope(|scope| {
+        let revoking = attachment.occupied(|| {
+            let revoking = scope.spawn(|| device.revoke(&fd));
+            events.until("a dead buffer", || device.state(&fd) == State::Dead);
+            assert!(!revoking.is_finished());
+            revoking
+        });
+        assert_eq!(revoking.join().unwrap(), Ok(()));
+    });
 }
 
 #[test]

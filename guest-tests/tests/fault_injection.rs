@@ -8,28 +8,34 @@
 use std::{
     fs::File,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::FileExt,
     },
     path::Path,
     sync::atomic::AtomicU32,
+    thread,
+    time::Duration,
 };
 
-use barlease_abi::{ALIAS_WC, FEATURE_DMA_BUF_STOCK, MEMATTR_WC, REASON_MEMORY_OFF, REVOKE_NOWAIT};
+use barlease_abi::{
+    ALIAS_WC, BUFFER_DRAINING, FEATURE_DMA_BUF_STOCK, MEMATTR_WC, REASON_MEMORY_OFF, REVOKE_NOWAIT,
+};
 use barlease_guest_tests::{
     attributes::no_tags,
     buffers::{List, RECORD, id_of},
     errno::{Answer, EAGAIN, EFAULT, EINVAL, EIO, ENODEV, ENOMEM, Errno},
-    faults::{self, Faults, Ledger, Memory, Trial},
+    faults::{self, Faults, Ledger, Memory, Shortage, Trial},
     huge_size,
     importer::{self, Attachment, Domain, Importer, check_that_nothing_is_left},
     lease::{Request, State},
     map::{How, Map, Sigbus},
     page_size,
     pci::{self, BARLEASE, Function},
-    probe, process,
+    probe,
+    process::{self, Child, End},
+    race,
     vfio::{Device, Group},
-    wait,
+    wait::{self, A_WHILE},
 };
 use barlease_lab::guest;
 
@@ -664,6 +670,44 @@ fn loading_the_module() {
         bench.finish();
     }
     pci::load_module("");
+}
+
+/// REVOKE waits for memory to look at an importer's fences with, and a fatal signal ends that, too:
+/// the module looks later.
+#[test]
+fn a_revocation_that_waits_for_memory_can_be_killed() {
+    let Some(shortage) = Shortage::prepare() else {
+        return;
+    };
+    let device = Device::open("memory");
+    let fd = device.export(BAR, &[(0, page_size())]).unwrap();
+    let attachment = Importer::open().attach(&fd).unwrap();
+    attachment.map().unwrap();
+    // To wait for two of them as one takes memory.
+    let fences = [0, 1].map(|_| attachment.add_fence(0, Duration::ZERO).unwrap());
+    let mut child = Child::start(&[device.as_fd(), fd.as_fd()], |link| {
+        shortage.begin_for_this_process();
+        let answer = device.revoke(&fd);
+        link.send(u64::from(answer.is_ok()));
+    });
+    attachment.wait_for_interruption();
+    thread::sleep(A_WHILE);
+    assert_eq!(device.state(&fd), State::Dead);
+    assert_eq!(device.record(&fd).flags, BUFFER_DRAINING);
+    child.signal(libc::SIGKILL);
+    let signal_all = || {
+        for fence in fences {
+            race::whatever(attachment.signal_number(fence));
+        }
+    };
+    let end = wait::ends_by_itself("the killed process", || child.wait(), signal_all);
+    assert_eq!(end, End::Signal(libc::SIGKILL));
+    drop(shortage);
+    assert_eq!(device.record(&fd).flags, BUFFER_DRAINING);
+    let events = device.events();
+    signal_all();
+    // When the module's own work has looked, which it does every 10 s.
+    events.until("the end of draining", || device.record(&fd).flags == 0);
 }
 
 #[test]

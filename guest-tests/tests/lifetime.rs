@@ -19,8 +19,8 @@ use barlease_guest_tests::{
     map::{How, Map, Sigbus},
     observe, page_size,
     pci::{self, BARLEASE, Function, Parameter, STOCK},
-    process::{Child, End},
-    vfio::{Device, GET, Group},
+    process::{self, Child, End},
+    vfio::{Device, GET, Group, INTX_IRQ, IRQ_ACTION_MASK, IRQ_ACTION_TRIGGER, IRQ_DATA_NONE},
     wait::{A_WHILE, until},
 };
 
@@ -495,6 +495,23 @@ fn export_of_msix_table() -> Result<OwnedFd, Errno> {
     device.export(bar, &[(page, page_size())])
 }
 
+/// Whether the kernel masks the interrupt pin of a function by the function's own bit, in COMMAND,
+/// and not by the line that it may have in common with others: what `nointxmask` decides.
+fn masks_in_the_function() -> bool {
+    const DISABLES_PIN: u8 = 1 << 2;
+    let device = Device::open("nvme");
+    let event = process::eventfd();
+    device.trigger(INTX_IRQ, &event).unwrap();
+    let is_set = || device.function().config()[5] & DISABLES_PIN != 0;
+    assert!(!is_set());
+    let mask = IRQ_DATA_NONE | IRQ_ACTION_MASK;
+    device.set_irqs(INTX_IRQ, mask, 1, &[]).unwrap();
+    let masked = is_set();
+    let off = IRQ_DATA_NONE | IRQ_ACTION_TRIGGER;
+    device.set_irqs(INTX_IRQ, off, 0, &[]).unwrap();
+    masked
+}
+
 #[test]
 fn parameters_are_given_when_the_module_is_loaded() {
     let parameter = |name: &str| pci::module_attribute(&format!("parameters/{name}")).unwrap();
@@ -513,11 +530,16 @@ fn parameters_are_given_when_the_module_is_loaded() {
             assert_eq!(function.runtime_status(), "active");
         }
         assert_eq!(parameter("nointxmask"), "Y");
+        for value in ["N", "Y"] {
+            let _parameter = Parameter::set("nointxmask", value).unwrap();
+            assert!(!masks_in_the_function(), "nointxmask is {value} now");
+        }
         function.unbind();
         pci::unload_module().unwrap();
         pci::load_module("");
     });
     assert!(export_of_msix_table().is_ok());
+    assert!(masks_in_the_function());
     until("an idle device to sleep", || {
         Function::named("nvme").runtime_status() == "suspended"
     });

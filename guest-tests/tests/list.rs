@@ -9,6 +9,7 @@ use std::{
         Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
 };
 
 use barlease_abi::{
@@ -660,6 +661,32 @@ fn list_says_that_a_buffer_is_draining_while_its_fence_is_waited_for() {
     );
     assert_eq!(answer, Ok(()));
     assert_eq!(device.record(&fd).flags, 0);
+}
+
+#[test]
+fn list_says_that_a_buffer_is_draining_before_its_importers_were_told() {
+    let device = open();
+    let fd = page(&device);
+    let attachment = Importer::open().attach(&fd).unwrap();
+    let revoking = thread::scope(|scope| {
+        let revoking = attachment.occupied(|| {
+            let revoking = scope.spawn(|| device.revoke(&fd));
+            // REVOKE has the buffer locked while it waits for the importer's lock.
+            wait::until("REVOKE before the reservation lock", || {
+                let record = at_once("LIST", || device.record(&fd));
+                let draining = record.flags & BUFFER_DRAINING != 0;
+                assert_eq!(record.state == STATE_DEAD, draining, "{record:?}");
+                assert_eq!(record.name == [0; 32], record.flags & BUFFER_NAME_BUSY != 0);
+                record.flags == BUFFER_DRAINING | BUFFER_NAME_BUSY
+            });
+            revoking
+        });
+        revoking.join().unwrap()
+    });
+    assert_eq!(revoking, Ok(()));
+    let record = device.record(&fd);
+    assert_eq!((record.state, record.flags), (STATE_DEAD, 0));
+    assert!(name(&record).starts_with("barlease:"));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use barlease_guest_tests::{
     lease::{Request, State},
     map::{How, Map, Sigbus},
     page_size,
-    probe::NoProviders,
+    probe::Played,
     vfio::Device,
 };
 
@@ -27,7 +27,7 @@ fn lease(device: &Device) -> (OwnedFd, Map) {
 
 #[test]
 fn a_lease_serves_the_cpu() {
-    let Some(_none) = NoProviders::new() else {
+    let Some(_none) = Played::new("no_p2p=1") else {
         return;
     };
     let device = Device::open("memory");
@@ -70,7 +70,7 @@ fn a_lease_serves_the_cpu() {
 
 #[test]
 fn an_importer_is_refused() {
-    let Some(_none) = NoProviders::new() else {
+    let Some(_none) = Played::new("no_p2p=1") else {
         return;
     };
     let device = Device::open("memory");
@@ -94,7 +94,7 @@ fn an_importer_is_refused() {
 
 #[test]
 fn an_importer_is_served_once_the_device_is_opened_with_a_provider() {
-    let Some(none) = NoProviders::new() else {
+    let Some(none) = Played::new("no_p2p=1") else {
         return;
     };
     let device = Device::open("memory");

@@ -141,7 +141,7 @@ static ssize_t example_write(struct file *file, const char __user *text, size_t 
 	return ret ?: length;
 }
 
-/* What is imported, as text. With the reservation lock held, and mapped. */
+/* The ranges that are imported, as text. With the reservation lock held, and mapped. */
 static int describe(const struct import *import, char *text, int size)
 {
 	struct scatterlist *entry;
@@ -186,7 +186,7 @@ static ssize_t example_read(struct file *file, char __user *text, size_t length,
 	return ret;
 }
 
-/* What a process has imported ends with it. */
+/* The imports of a process end with it. */
 static int example_release(struct inode *inode, struct file *file)
 {
 	mutex_lock(&lock);

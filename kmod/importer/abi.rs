@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a test asks of `/dev/barlease_importer`: the module and the tests share this file.
+//! The requests that a test makes of `/dev/barlease_importer`: the module and the tests share this file.
 //!
 //! Each request is one ioctl on one structure, which goes in and comes back. Attachments belong to
 //! the open file that made them and go with it. Errors of all requests on an attachment: `ENOENT`

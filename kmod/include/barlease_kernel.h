@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What barlease_vfio_pci exports to other kernel modules. */
+/* The functions that barlease_vfio_pci exports to other kernel modules. */
 #ifndef BARLEASE_KERNEL_H
 #define BARLEASE_KERNEL_H
 

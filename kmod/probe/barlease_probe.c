@@ -8,17 +8,28 @@
  * does not fault anything in. EFAULT: no mapping there, ENOENT: no entry, or
  * one of ordinary memory; EINVAL: less than a whole structure was asked for.
  *
- * With the parameter no_p2p=1 no BAR has a P2P provider, as if the kernel were
- * built without CONFIG_PCI_P2PDMA: for devices that are opened from then on, until
- * the module is unloaded. EOPNOTSUPP where the kernel has no kretprobes.
+ * And it plays what no machine of the lab has, by other answers of functions of
+ * the kernel until the module is unloaded. Parameters, 0 or 1:
+ *
+ * no_p2p: no BAR has a P2P provider, as if the kernel were built without
+ *   CONFIG_PCI_P2PDMA; for devices that are opened from then on.
+ * too_far: no device reaches another one's memory.
+ * below_bridge: any two devices have a PCI bridge above both of them.
+ * no_msix_place: MSI-X capabilities read as all ones where the place of the
+ *   table is.
+ *
+ * coarse_iommu=BDF: the IOMMU of that device has no entries for pages.
  *
  * With shares_group=DRIVER the PCI driver of that name lets others have the IOMMU
  * group of the functions that it is bound to from then on: a device behind a switch
  * without ACS is in one group with its neighbours, and VFIO takes none that a driver
  * uses. It must not be bound to any meanwhile.
+ *
+ * EOPNOTSUPP where the kernel has no kretprobes.
  */
 
 #include <linux/fs.h>
+#include <linux/iommu.h>
 #include <linux/kprobes.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
@@ -158,9 +169,26 @@ static struct miscdevice probe_device = {
 	.fops = &probe_fops,
 	.mode = 0444,
 };
+
 static bool no_p2p;
 module_param(no_p2p, bool, 0444);
 MODULE_PARM_DESC(no_p2p, "No BAR has a P2P provider");
+
+static bool too_far;
+module_param(too_far, bool, 0444);
+MODULE_PARM_DESC(too_far, "No device reaches another one's memory");
+
+static bool below_bridge;
+module_param(below_bridge, bool, 0444);
+MODULE_PARM_DESC(below_bridge, "Any two devices are below one bridge");
+
+static bool no_msix_place;
+module_param(no_msix_place, bool, 0444);
+MODULE_PARM_DESC(no_msix_place, "The place of MSI-X tables reads as all ones");
+
+static char *coarse_iommu;
+module_param(coarse_iommu, charp, 0444);
+MODULE_PARM_DESC(coarse_iommu, "The IOMMU of this device has no entries for pages");
 
 #ifdef CONFIG_KRETPROBES
 static int no_provider(struct kretprobe_instance *instance,
@@ -170,28 +198,91 @@ static int no_provider(struct kretprobe_instance *instance,
 	return 0;
 }
 
-static struct kretprobe provider_probe = {
-	.kp.symbol_name = "pcim_p2pdma_provider",
-	.handler = no_provider,
+static int no_distance(struct kretprobe_instance *instance,
+		       struct pt_regs *regs)
+{
+	regs_set_return_value(regs, -1);
+	return 0;
+}
+
+/* The answer of bl_p2p_through_host() where it depends on a bridge. */
+static int a_bridge(struct kretprobe_instance *instance, struct pt_regs *regs)
+{
+	regs_set_return_value(regs, 0);
+	return 0;
+}
+
+/* pci_read_config_dword(pdev, where, value) */
+static int is_msix_place(struct kretprobe_instance *instance,
+			 struct pt_regs *regs)
+{
+	struct pci_dev *pdev = (void *)regs_get_kernel_argument(regs, 0);
+	int where = regs_get_kernel_argument(regs, 1);
+	u32 **value = (void *)instance->data;
+
+	if (!pdev->msix_cap || where != pdev->msix_cap + PCI_MSIX_TABLE)
+		return 1;
+	*value = (void *)regs_get_kernel_argument(regs, 2);
+	return 0;
+}
+
+static int all_ones(struct kretprobe_instance *instance, struct pt_regs *regs)
+{
+	u32 **value = (void *)instance->data;
+
+	**value = ~0;
+	return 0;
+}
+
+static struct fake {
+	bool *wanted;
+	struct kretprobe probe;
+} fakes[] = {
+	{ &no_p2p, { .kp.symbol_name = "pcim_p2pdma_provider",
+		     .handler = no_provider } },
+	{ &too_far, { .kp.symbol_name = "pci_p2pdma_distance_many",
+		      .handler = no_distance } },
+	{ &below_bridge, { .kp.symbol_name = "bl_p2p_through_host",
+			   .handler = a_bridge } },
+	{ &no_msix_place, { .kp.symbol_name = "pci_read_config_dword",
+			    .entry_handler = is_msix_place,
+			    .handler = all_ones,
+			    .data_size = sizeof(u32 *) } },
 };
 
-static int take_providers(void)
+static void end_fakes_before(size_t count)
 {
-	return register_kretprobe(&provider_probe);
+	while (count--)
+		if (*fakes[count].wanted)
+			unregister_kretprobe(&fakes[count].probe);
 }
 
-static void give_providers_back(void)
+static void end_fakes(void)
 {
-	unregister_kretprobe(&provider_probe);
+	end_fakes_before(ARRAY_SIZE(fakes));
+}
+
+static int begin_fakes(void)
+{
+	int ret;
+
+	for (size_t i = 0; i < ARRAY_SIZE(fakes); i++) {
+		ret = *fakes[i].wanted ? register_kretprobe(&fakes[i].probe) : 0;
+		if (ret) {
+			end_fakes_before(i);
+			return ret;
+		}
+	}
+	return 0;
 }
 #else
-static int take_providers(void)
+static void end_fakes(void)
 {
-	return -EOPNOTSUPP;
 }
 
-static void give_providers_back(void)
+static int begin_fakes(void)
 {
+	return no_p2p || too_far || below_bridge || no_msix_place ? -EOPNOTSUPP : 0;
 }
 #endif
 
@@ -209,21 +300,60 @@ static int share_groups(void)
 	return 0;
 }
 
+static struct pci_dev *coarse;
+static unsigned long page_sizes;
+
+static int make_coarse(void)
+{
+	unsigned int segment, bus, slot, function;
+	struct iommu_domain *domain;
+
+	if (!coarse_iommu)
+		return 0;
+	if (sscanf(coarse_iommu, "%x:%x:%x.%x", &segment, &bus, &slot, &function) != 4)
+		return -EINVAL;
+	coarse = pci_get_domain_bus_and_slot(segment, bus,
+					     PCI_DEVFN(slot, function));
+	domain = coarse ? iommu_get_domain_for_dev(&coarse->dev) : NULL;
+	if (!domain) {
+		pci_dev_put(coarse);
+		return -ENODEV;
+	}
+	page_sizes = domain->pgsize_bitmap;
+	domain->pgsize_bitmap &= ~PAGE_SIZE;
+	return 0;
+}
+
+static void make_fine(void)
+{
+	struct iommu_domain *domain;
+
+	if (!coarse_iommu)
+		return;
+	domain = iommu_get_domain_for_dev(&coarse->dev);
+	if (domain)
+		domain->pgsize_bitmap = page_sizes;
+	pci_dev_put(coarse);
+}
+
 static int __init probe_init(void)
 {
-	int ret = 0;
+	int ret = shares_group ? share_groups() : 0;
 
-	if (shares_group)
-		ret = share_groups();
 	if (ret)
 		return ret;
-	if (no_p2p)
-		ret = take_providers();
+	ret = begin_fakes();
 	if (ret)
 		return ret;
+	ret = make_coarse();
+	if (ret)
+		goto end;
 	ret = misc_register(&probe_device);
-	if (ret && no_p2p)
-		give_providers_back();
+	if (!ret)
+		return 0;
+	make_fine();
+end:
+	end_fakes();
 	return ret;
 }
 module_init(probe_init);
@@ -231,10 +361,10 @@ module_init(probe_init);
 static void __exit probe_exit(void)
 {
 	misc_deregister(&probe_device);
-	if (no_p2p)
-		give_providers_back();
+	make_fine();
+	end_fakes();
 }
 module_exit(probe_exit);
 
-MODULE_DESCRIPTION("Looks at page-table entries and takes P2P providers away, for tests");
+MODULE_DESCRIPTION("Looks at page-table entries and plays other kernels and machines, for tests");
 MODULE_LICENSE("GPL");

@@ -11,7 +11,7 @@
 //! - [`driver`]: which operation of a device does what to its leases;
 //! - [`features`]: the private features that are about one buffer, and EVENTS;
 //! - [`sampling`]: what the device says of its memory, and when it is asked;
-//! - [`bound`]: what there is of a function from its bind to its unbind;
+//! - [`bound`]: the state of a function from its bind to its unbind;
 //! - [`door`]: whether a read or a write through the device fd may reach a BAR;
 //! - [`export`]: makes a buffer of what a process asks for;
 //! - [`regions`]: mmap of BARs through the device fd, and aliases;

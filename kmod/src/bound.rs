@@ -1,18 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What there is of a function from its bind to its unbind.
+//! The state of a function from its bind to its unbind.
 
 use crate::{
     debugfs::BuffersFile,
     leases::Leases,
-    model::{alias::Aliases, tph::Completer},
+    model::{alias::Aliases, config, tph::Completer},
     msix::Protected,
-    sys::{delayed::Delayed, flag::Flag, p2p::Providers, params, vfio_pci::Function},
+    sys::{
+        delayed::Delayed,
+        flag::{Flag, peek},
+        p2p::Providers,
+        params,
+        vfio_pci::{Device, Function},
+    },
 };
 use kernel::{
     new_mutex,
     prelude::*,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{Atomic, Relaxed},
+    },
 };
 
 /// A bound function.
@@ -22,12 +31,16 @@ pub(crate) struct Barlease {
     completer: Completer,
     #[pin]
     aliases: Mutex<Aliases>,
-    /// Of the time since the device was opened: what of its BARs is protected, whether the kernel's
-    /// own exporter answers feature 11, and whether somebody has asked about aliases.
+    /// These three hold since the device was opened: the protected parts of its BARs, whether the
+    /// kernel's own exporter answers feature 11, and whether somebody has asked about aliases.
     #[pin]
     protected: Mutex<Protected>,
     stock_dma_buf: Flag,
     knows_aliases: Flag,
+    /// Likewise: which writes to config space are looked at closer ([`config::nearby`]), all of them
+    /// and those that may cover a power state.
+    sensitive: Atomic<u64>,
+    power_states: Atomic<u64>,
     /// Warns of what drains with nobody waiting for it.
     #[pin]
     left_draining: Delayed<Leases>,
@@ -48,6 +61,8 @@ impl Barlease {
                 protected <- new_mutex!(Protected::nothing(), "barlease::protected"),
                 stock_dma_buf: Flag::new(),
                 knows_aliases: Flag::new(),
+                sensitive: Atomic::new(u64::MAX),
+                power_states: Atomic::new(u64::MAX),
                 _buffers_file: buffers_file,
             }),
             GFP_KERNEL,
@@ -55,14 +70,19 @@ impl Barlease {
     }
 
     /// It was opened: what holds for this open is found out, but for the state of its memory.
-    pub(crate) fn opened(&self, function: &Function<'_>) {
+    pub(crate) fn opened(&self, device: &Device<'_, Self>) {
         self.aliases.lock().clear();
-        *self.protected.lock() = Protected::of(function);
+        *self.protected.lock() = Protected::of(&device.function());
+        let map = device.config_map();
+        let power_states = config::nearby(|pos, len| config::covers_power_state(map, pos, len));
+        let command = config::nearby(config::covers_command);
+        self.power_states.store(power_states, Relaxed);
+        self.sensitive.store(power_states | command, Relaxed);
         self.stock_dma_buf.set(params::stock_dma_buf());
         self.knows_aliases.set(false);
     }
 
-    /// What it has leased.
+    /// Its leases.
     pub(crate) fn leases(&self) -> &Arc<Leases> {
         &self.leases
     }
@@ -72,7 +92,7 @@ impl Barlease {
         &self.aliases
     }
 
-    /// What it does not lease, since it was opened.
+    /// The parts of its BARs that it does not lease, as read when it was opened.
     pub(crate) fn protected(&self) -> Protected {
         *self.protected.lock()
     }
@@ -83,17 +103,29 @@ impl Barlease {
         &self.knows_aliases
     }
 
+    /// Whether a write to config space has to be looked at closer.
+    #[inline]
+    pub(crate) fn may_take_away(&self, pos: u64, len: u64) -> bool {
+        config::may_cover(peek(&self.sensitive), pos, len)
+    }
+
+    /// Whether a write to config space has to be looked at for power states.
+    #[inline]
+    pub(crate) fn may_set_power(&self, pos: u64, len: u64) -> bool {
+        config::may_cover(peek(&self.power_states), pos, len)
+    }
+
     /// Whether the kernel's own exporter answers feature 11, since it was opened.
     pub(crate) fn stock_dma_buf(&self) -> bool {
         self.stock_dma_buf.get()
     }
 
-    /// What it says of the steering tags that it takes.
+    /// The steering tags that it says it takes.
     pub(crate) fn completer(&self) -> Completer {
         self.completer
     }
 
-    /// What warns of buffers that drain with nobody waiting for it.
+    /// The work that warns of buffers that drain with nobody waiting for it.
     pub(crate) fn left_draining(&self) -> &Delayed<Leases> {
         &self.left_draining
     }

@@ -4,7 +4,7 @@
 
 use crate::{
     PAGE_SHIFT, abi,
-    leases::Leases,
+    leases::{Leases, Look},
     model::{
         access::{Epoch, State},
         batch::{self, Batch},
@@ -22,6 +22,7 @@ use crate::{
         items::Items,
         p2p::{Importer, Mapped},
         rwsem::RwSem,
+        shortage::until_there_is_memory,
         tree::{self, Links},
         vfio_pci::BARS,
         vma::{
@@ -38,10 +39,9 @@ use kernel::{
         Arc, ArcBorrow,
         atomic::{Atomic, Full, Relaxed},
     },
-    time::{Delta, delay::fsleep},
 };
 
-/// What a buffer holds.
+/// The memory of a buffer.
 pub(crate) struct Contents {
     /// The BAR.
     pub(crate) memory: Bar,
@@ -101,17 +101,18 @@ pub(crate) struct Buffer {
     inode: MappedInode,
     /// Its place in the table of its [`Leases`].
     links: Links<Buffer>,
-    /// The fences that it had when it was revoked. Known once its importers have been told of that:
-    /// no mapping of it can be in the making after that.
+    /// The fences that it had when it died: when it was revoked, or when its device was closed or
+    /// pulled out. Known once its importers have been told of that: no mapping of it can be in the
+    /// making after that.
     revocation: Found,
-    /// Whether nobody waits for the importers that it had when it was revoked.
+    /// Whether it was revoked, and nobody waits for the importers that it had then.
     left: Flag,
     /// Locked by what looks at the dma-buf; its release locks it first.
     #[pin]
     live: Live<Guarded>,
 }
 
-/// What the reservation lock of a buffer's dma-buf guards.
+/// The data that the reservation lock of a buffer's dma-buf guards.
 pub(crate) struct Guarded {
     /// Steering tags for importers.
     pub(crate) tph: Tph,
@@ -220,8 +221,8 @@ impl Buffer {
         self.inode.number()
     }
 
-    /// Whether it belongs to the latest open of the device of `leases`: the current one, for who
-    /// comes through the device fd.
+    /// Whether it belongs to the latest open of the device of `leases`: the current one, if the
+    /// caller comes through the device fd.
     pub(crate) fn is_of(&self, leases: &Arc<Leases>) -> bool {
         Arc::ptr_eq(&self.leases, leases) && leases.is_latest(self.epoch)
     }
@@ -236,43 +237,58 @@ impl Buffer {
         self.internal
     }
 
-    /// Revokes it for good, but for importers that have yet to let go: it is dead, no process
-    /// reaches it, and its importers are told. `EBADFD` when that was done before.
-    pub(crate) fn revoke(&self) -> Result {
+    /// Makes it dead for good, and takes it from all processes; its importers are yet to be told.
+    /// `EBADFD` when that was done before.
+    pub(crate) fn kill(&self) -> Result {
         let first = self.revoked.xchg(1, Full) == 0;
         self.leases.notify();
         if self.is_mapped() {
             self.zap();
         }
-        if !first {
-            return Err(errno::EBADFD.into());
-        }
-        let fence = if self.is_attached() {
-            self.tell_and_look()
+        if first {
+            Ok(())
         } else {
-            None
-        };
-        self.revocation
-            .publish(fence.map(|fence| self.watch(fence)));
+            Err(errno::EBADFD.into())
+        }
+    }
+
+    /// Tells its importers that it is dead, and watches what they still do with it; of each end of
+    /// that the owner is to hear. Where memory is short it does `pause` between its attempts, and
+    /// fails with that.
+    pub(crate) fn tell_and_watch<E>(
+        &self,
+        mut pause: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut watch = None;
+        if self.is_attached() {
+            if let Some(fence) = self.tell_and_look(&mut pause)? {
+                watch = Some(self.watch(fence, pause)?);
+            }
+        }
+        self.revocation.publish(watch);
         // Without the full barrier of that, this could find no eventfd for an owner that has set
         // one and then seen the old state.
         self.leases.notify();
         Ok(())
     }
 
-    /// Begins to watch `fence`, of whose end the owner is to hear.
+    /// Begins to watch `fence`.
     #[cold]
-    fn watch(&self, fence: Fence) -> Pin<KBox<FenceWatch>> {
-        let watch = until_there_is_memory(|| {
+    fn watch<E>(
+        &self,
+        fence: Fence,
+        pause: impl FnMut() -> Result<(), E>,
+    ) -> Result<Pin<KBox<FenceWatch>>, E> {
+        let watch = until_there_is_memory(pause, || {
             let events = Some(self.leases.events().clone());
             KBox::pin_init(FenceWatch::new(events), GFP_KERNEL)
-        });
+        })?;
         watch.arm(fence);
-        watch
+        Ok(watch)
     }
 
-    /// Whether it was revoked for good, and what it drains is counted. Until then an importer may
-    /// be about to count a mapping that it has made.
+    /// Whether it is dead, its importers were told, and their fences and mappings are counted. Until
+    /// then one may be about to count a mapping that it has made.
     pub(crate) fn is_told(&self) -> bool {
         self.revocation.is_known()
     }
@@ -292,26 +308,38 @@ impl Buffer {
         self.left.set(true);
     }
 
+    /// Whether its importers are yet to be told that it is dead, and nobody else does.
+    pub(crate) fn is_left_untold(&self) -> bool {
+        self.left.get() && !self.is_told()
+    }
+
     /// Whether it drains, and nobody waits for that.
     pub(crate) fn is_left_draining(&self) -> bool {
         self.left.get() && self.is_draining()
     }
 
-    /// Whether it is dead, and an importer that it had before has yet to end what it does or to
-    /// undo its mapping, or nobody has looked yet whether one has.
+    /// Whether it is dead, and something that it had before may still reach the memory: an importer
+    /// has yet to end what it does or to undo its mapping, or nobody has looked yet whether one has,
+    /// or the entries of processes have yet to go.
     pub(crate) fn is_draining(&self) -> bool {
-        let unknown = self.is_revoked() && !self.is_told();
-        self.state() == State::Dead && (unknown || self.is_in_use())
+        self.drains_in(&self.look())
     }
 
-    /// What its importers do with it.
+    /// The same as of that look at the state.
+    fn drains_in(&self, look: &Look) -> bool {
+        // A thread that closes the device passes over buffers that have no importer.
+        let untold = !self.is_told() && (self.is_revoked() || look.ending);
+        look.state == State::Dead && (untold || self.is_in_use())
+    }
+
+    /// The counts of the fences and mappings by which its importers may still reach the memory.
     fn outstanding(&self) -> impl Iterator<Item = &Outstanding> {
         let all = [self.revocation.pending(), Some(&self.mappings)];
         all.into_iter().flatten()
     }
 
-    /// Whether there is any of that.
-    fn is_in_use(&self) -> bool {
+    /// Whether an importer may still reach the memory.
+    pub(crate) fn is_in_use(&self) -> bool {
         self.outstanding().any(Outstanding::any)
     }
 
@@ -340,18 +368,18 @@ impl Buffer {
         Ok(())
     }
 
-    /// Its state and the reasons for it, as the uAPI has them.
-    fn state_and_reasons(&self) -> (u32, u32) {
-        match self.state() {
+    /// The answer of STATUS.
+    pub(crate) fn status(&self) -> abi::DmaBufStatus {
+        self.status_in(self.state())
+    }
+
+    /// The same, once its state was found to be `state`.
+    fn status_in(&self, state: State) -> abi::DmaBufStatus {
+        let (state, reasons) = match state {
             State::Ok => (abi::STATE_OK, 0),
             State::Revoked(reasons) => (abi::STATE_REVOKED, reasons.bits()),
             State::Dead => (abi::STATE_DEAD, 0),
-        }
-    }
-
-    /// What STATUS says of it.
-    pub(crate) fn status(&self) -> abi::DmaBufStatus {
-        let (state, reasons) = self.state_and_reasons();
+        };
         abi::DmaBufStatus {
             dmabuf_fd: 0,
             reserved: 0,
@@ -365,9 +393,11 @@ impl Buffer {
         }
     }
 
-    /// What LIST says of it.
+    /// Its record in LIST.
     pub(crate) fn record(&self) -> abi::DmaBufRecord {
-        let status = self.status();
+        // Looked at once: a record must not say of one moment what is so in another.
+        let look = self.look();
+        let status = self.status_in(look.state);
         let name = self.name();
         let flag = |set, flag| if set { flag } else { 0 };
         abi::DmaBufRecord {
@@ -379,7 +409,7 @@ impl Buffer {
             state: status.state,
             reasons: status.reasons,
             flags: flag(self.internal, abi::BUFFER_INTERNAL)
-                | flag(self.is_draining(), abi::BUFFER_DRAINING)
+                | flag(self.drains_in(&look), abi::BUFFER_DRAINING)
                 | flag(name.is_none(), abi::BUFFER_NAME_BUSY),
             nr_attachments: status.nr_attachments,
             nr_mappings: self.mappings.count(),
@@ -441,13 +471,18 @@ impl Buffer {
     /// Fences are looked at once in each event that takes the memory away: a process can go on
     /// adding some for ever (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`), and need not even be an importer
     /// for it.
-    pub(crate) fn tell_and_look(&self) -> Option<Fence> {
+    ///
+    /// Where memory is short it does `pause` between its attempts, and fails with that.
+    pub(crate) fn tell_and_look<E>(
+        &self,
+        pause: impl FnMut() -> Result<(), E>,
+    ) -> Result<Option<Fence>, E> {
         let live = self.live.lock();
         let look = live.invalidate_and_look(|| self.mappings.any());
         drop(live);
         match look {
-            Ok(fence) => fence,
-            Err(_) => until_there_is_memory(|| self.live.lock().fences()),
+            Ok(fence) => Ok(fence),
+            Err(_) => until_there_is_memory(pause, || self.live.lock().fences()),
         }
     }
 
@@ -467,6 +502,12 @@ impl Buffer {
     /// Whether there is something to wait for, once its importers have been told.
     pub(crate) fn is_waited_for(&self) -> bool {
         self.is_attached() && self.is_in_use()
+    }
+
+    /// Whether its importers were told when the device was closed, and there is something to wait
+    /// for.
+    pub(crate) fn is_left_by_close(&self) -> bool {
+        !self.is_revoked() && self.is_told() && self.is_in_use()
     }
 
     /// Says in the log which importers are waited for, a line, not too often.
@@ -489,17 +530,21 @@ impl Buffer {
         );
     }
 
-    /// What an importer maps: the ranges, those that touch as one.
+    /// The runs of pages that an importer maps: ranges that touch are one.
     fn runs(&self) -> impl Iterator<Item = Run> + Clone + '_ {
         ranges::runs(&self.contents.segments)
     }
 
     fn state(&self) -> State {
-        self.leases.state(self.epoch, self.is_revoked())
+        self.look().state
     }
 
-    /// What a fault is to insert while the buffer is accessible, or its outcome. Allocates what
-    /// that takes.
+    fn look(&self) -> Look {
+        self.leases.look(self.epoch, self.is_revoked())
+    }
+
+    /// The entries that a fault is to insert while the buffer is accessible, or its outcome.
+    /// Allocates the table that they go into.
     ///
     /// An entry above a page is uncached: write-combining ones are made a page at a time, since the
     /// kernel gives no way to make others. Where no entry above a page is possible, now or later,
@@ -559,7 +604,7 @@ impl Buffer {
     }
 }
 
-/// What a fault is to insert.
+/// The entries that a fault is to insert.
 enum Plan {
     /// This page of the BAR.
     Page(u64),
@@ -567,17 +612,6 @@ enum Plan {
     Large(u64),
     /// Pages.
     Run(Batch),
-}
-
-/// Runs `f` until it does not fail for want of memory: taking memory away must not fail, and what
-/// it needs is little.
-pub(crate) fn until_there_is_memory<T>(mut f: impl FnMut() -> Result<T>) -> T {
-    loop {
-        if let Ok(value) = f() {
-            return value;
-        }
-        fsleep(Delta::from_millis(10));
-    }
 }
 
 /// The mappings of a BAR through the device fd.
@@ -622,7 +656,7 @@ impl BarMaps {
 /// The names of a function's dma-bufs: `barlease:<BDF>/<bar>`, with `+wc` behind it where it is
 /// that; cut where such a name ends.
 pub(crate) struct Names {
-    /// What they begin with.
+    /// Their beginning.
     start: [u8; NAME_LEN],
     length: usize,
 }
@@ -816,7 +850,7 @@ impl vma::Mapped for Buffer {
         }
         if last && self.internal {
             let unused = self.leases.bar_maps().lock().take_unused(self, memory_type);
-            // What this drops last may be the device fd: without the lock.
+            // This may drop the last reference to the device fd: without the lock.
             drop(unused);
         }
     }

@@ -60,9 +60,8 @@ pub(crate) fn access(
     if region >= u64::from(BARS) || !device.driver().leases().is_shut() {
         return way.pass(device, buffer, position);
     }
-    // What low power takes away an access gets back: the core wakes the device for it. Here too,
-    // since what the device says of itself counts when it is awake. If that fails it fails in the
-    // core, too.
+    // An access ends low power for its time: the core wakes the device for it. So does this, since
+    // the device is to be asked when it is awake. If that fails it fails in the core, too.
     let _awake = device.wake();
     sampling::notice_wake_up(device);
     if is_open(device) {

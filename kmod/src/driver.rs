@@ -2,7 +2,7 @@
 
 //! The driver: which operation of a device does what to its leases.
 //!
-//! What is not here is the core's, untouched.
+//! All other operations are the core's, untouched.
 
 use crate::{
     abi,
@@ -52,8 +52,8 @@ impl Driver for Barlease {
     }
 
     fn unbinding(&self, function: &Function<'_>) {
-        // The core asks the user to close the device and waits for it. What was pulled out is not
-        // left reachable for so long: its addresses may be given to something else.
+        // The core asks the user to close the device and waits for it. A device that was pulled out
+        // is not left reachable for so long: its addresses may be given to another one.
         if function.is_gone() {
             self.leases().close();
         }
@@ -65,11 +65,13 @@ impl Driver for Barlease {
 
     fn opened(device: &Device<'_, Self>) {
         let driver = device.driver();
-        Barlease::opened(driver, &device.function());
+        driver.opened(device);
         // A thread that waits for an importer with the lock held has the device open, or, for a hot
         // reset, the lock of its set, which is held here.
         let lock = device.memory().read();
-        driver.leases().open(|access| sample(device, access, &lock));
+        driver
+            .leases()
+            .open(|access| sample(device, access, Some(&lock)));
         drop(lock);
         // If `unbinding` came before this.
         driver.unbinding(&device.function());
@@ -94,9 +96,15 @@ impl Driver for Barlease {
     #[inline]
     fn write(device: &Device<'_, Self>, buffer: UserBuffer, position: &mut i64) -> Answer {
         let region = door::region_of(*position);
-        let further = region > CONFIG_REGION
-            || region == CONFIG_REGION && takes_away(device, buffer, *position);
-        if further || device.driver().leases().is_shut() {
+        let driver = device.driver();
+        let closer = match region {
+            CONFIG_REGION => {
+                let begin = *position as u64 - CONFIG_START;
+                driver.may_take_away(begin, buffer.len() as u64)
+            }
+            _ => region > CONFIG_REGION,
+        };
+        if closer || driver.leases().is_shut() {
             return write_further(*device, buffer, position);
         }
         device.core_write(buffer, position)
@@ -257,8 +265,8 @@ fn read_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut
     answer
 }
 
-/// Writes to config space, to what lies behind it, and to a device whose memory must not be
-/// touched.
+/// Writes to config space that may take memory away, to what lies behind it, and to a device whose
+/// memory must not be touched.
 #[inline(never)]
 fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
     let answer = if door::region_of(*position) == CONFIG_REGION {
@@ -270,23 +278,17 @@ fn write_further(device: Device<'_, Barlease>, buffer: UserBuffer, position: &mu
     answer
 }
 
-/// Whether a write to config space covers bytes by which memory can be taken away. The core refuses
-/// one that goes past the end, before it writes anything.
-#[inline]
-fn takes_away(device: &Device<'_, Barlease>, buffer: UserBuffer, position: i64) -> bool {
-    let begin = position as u64 - CONFIG_START;
-    let len = buffer.len() as u64;
-    begin.saturating_add(len) <= device.function().config_size()
-        && (config::covers_command(begin, len)
-            || config::covers_power_state(device.config_map(), begin, len))
-}
-
+/// A write to config space, bracketed where it covers bytes by which memory can be taken away.
 fn write_config(device: &Device<'_, Barlease>, buffer: UserBuffer, position: &mut i64) -> Answer {
-    if !takes_away(device, buffer, *position) {
+    let begin = *position as u64 - CONFIG_START;
+    let len = buffer.len() as u64;
+    let power = device.driver().may_set_power(begin, len)
+        && config::covers_power_state(device.config_map(), begin, len);
+    let takes_away = power || config::covers_command(begin, len);
+    // The core refuses one that goes past the end, before it writes anything.
+    if !takes_away || begin.saturating_add(len) > device.function().config_size() {
         return device.core_write(buffer, position);
     }
-    let begin = *position as u64 - CONFIG_START;
-    let power = config::covers_power_state(device.config_map(), begin, buffer.len() as u64);
     bracketed(device, Event::ConfigWrite, || {
         let answer = device.core_write(buffer, position);
         if power {

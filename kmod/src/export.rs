@@ -90,7 +90,7 @@ pub(crate) fn check_protected(driver: &Barlease, bar: u32, ranges: &[abi::DmaRan
     }
 }
 
-/// What of a BAR must not be exported, if there is anything.
+/// The parts of a BAR that must not be exported, if there are any.
 fn protected_of(driver: &Barlease, bar: u32) -> Option<Protected> {
     let protected = driver.protected();
     protected.refuses(bar).then_some(protected)

@@ -12,6 +12,7 @@ use crate::{
         dma_buf::DmaBuf,
         errno,
         payload::UserPayload,
+        shortage::pause_unless_killed,
         vfio_pci::{Device, FEATURE_GET, FEATURE_PROBE, FEATURE_SET},
         vma,
     },
@@ -65,16 +66,15 @@ pub(crate) fn revoke_id(
 }
 
 fn revoke_buffer(device: &Device<'_, Barlease>, buffer: &Buffer, wait: Wait) -> Result<i32> {
-    buffer.revoke()?;
-    if !buffer.is_draining() {
-        return Ok(0);
-    }
-    let left = match wait {
-        Wait::Yes => match buffer.wait_killable() {
+    buffer.kill()?;
+    let left = match (buffer.tell_and_watch(pause_unless_killed), wait) {
+        (Err(killed), _) => killed,
+        (Ok(()), _) if !buffer.is_draining() => return Ok(0),
+        (Ok(()), Wait::No) => errno::EINPROGRESS.into(),
+        (Ok(()), Wait::Yes) => match buffer.wait_killable() {
             Ok(()) => return Ok(0),
             Err(killed) => killed,
         },
-        Wait::No => errno::EINPROGRESS.into(),
     };
     buffer.leave_draining();
     device.driver().left_draining().start();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a bound function has leased, and whether its memory may be touched.
+//! The leases of a bound function, and whether its memory may be touched.
 //!
 //! # Lock order
 //!
@@ -47,7 +47,7 @@
 //! (`Full`): one of the two sees the other.
 
 use crate::{
-    buffer::{BarMaps, Buffer, Names, PATIENCE_MS, until_there_is_memory},
+    buffer::{BarMaps, Buffer, Names, PATIENCE_MS},
     model::access::{Access, Epoch, Event, NOTHING, Reasons, Sampled, State},
     sys::{
         delayed::Later,
@@ -56,6 +56,7 @@ use crate::{
         flag::{Flag, peek},
         p2p::Providers,
         ratelimit::Ratelimit,
+        shortage::{pause, until_there_is_memory},
         tree::Tree,
     },
 };
@@ -95,6 +96,8 @@ pub(crate) struct Leases {
     bar_maps: Mutex<BarMaps>,
     /// The eventfd of the open, which hears of every change.
     events: Arc<EventSlot>,
+    /// [`Look::ending`]. Written with `access` locked.
+    ending: Flag,
     /// See [`Self::has_untold`].
     untold: Flag,
     /// VMAs that map its buffers, and importers attached to them: each is the sum of what the
@@ -107,6 +110,15 @@ pub(crate) struct Leases {
     /// log.
     #[pin]
     complaint_limit: Ratelimit,
+}
+
+/// The result of one look at the state of a buffer.
+pub(crate) struct Look {
+    /// The state.
+    pub(crate) state: State,
+    /// Whether the device was closed or pulled out, so that its buffers are dead, and a thread has
+    /// not yet taken them from all processes and told all importers.
+    pub(crate) ending: bool,
 }
 
 /// Whether the importers that are told to let go are waited for.
@@ -142,6 +154,7 @@ impl Leases {
                 table <- new_mutex!(Tree::new(), "barlease::table"),
                 bar_maps <- new_mutex!(BarMaps::default(), "barlease::bar_maps"),
                 events,
+                ending: Flag::new(),
                 untold: Flag::new(),
                 vmas: Atomic::new(0),
                 attachments: Atomic::new(0),
@@ -162,7 +175,7 @@ impl Leases {
         &self.names
     }
 
-    /// What importers reach its BARs by.
+    /// The P2P providers by which importers reach its BARs.
     pub(crate) fn providers(&self) -> &Providers {
         &self.providers
     }
@@ -200,7 +213,6 @@ impl Leases {
 
     /// The device was opened. `sample` is as for [`Self::update`].
     pub(crate) fn open(&self, sample: impl FnOnce(&Access) -> Sampled) {
-        self.events.clear();
         self.update(|access| {
             let sampled = sample(access);
             let _epoch = access.open(sampled);
@@ -209,12 +221,38 @@ impl Leases {
     }
 
     /// The device is being closed, or is gone: all its buffers are dead when this returns.
+    ///
+    /// As for an event, in phases. But since what is dead stays dead, each buffer keeps what its
+    /// importers still do: the owner of a device that was pulled out can ask about it.
     pub(crate) fn close(&self) {
-        let change = |access: &mut Access| {
+        let mut first = false;
+        self.shut_door(|access| {
+            first = access.epoch().is_some();
+            if first {
+                self.ending.set(true);
+            }
             access.close();
             self.epoch.store(NOTHING, Relaxed);
-        };
-        self.shut(change, Wait::Yes);
+        });
+        self.zap();
+        let has_importers = peek(&self.attachments) != 0;
+        if has_importers {
+            let untold = |buffer: &Buffer| buffer.is_attached() && !buffer.is_told();
+            self.for_each(untold, |buffer| {
+                let Ok(()) = buffer.tell_and_watch(pause);
+            });
+        }
+        if first {
+            let access = self.access.lock();
+            self.ending.set(false);
+            drop(access);
+            self.notify();
+        }
+        if has_importers {
+            // An importer may have detached meanwhile, and still be at work.
+            let at_work = |buffer: &Buffer| buffer.is_waited_for() || buffer.is_left_by_close();
+            self.for_each(at_work, |buffer| buffer.wait());
+        }
     }
 
     /// The current epoch; `ENODEV` when the device is not open.
@@ -245,12 +283,17 @@ impl Leases {
 
     /// Makes a change after which nothing may be reached, and takes away what is there.
     fn shut(&self, change: impl FnOnce(&mut Access), wait: Wait) {
+        self.shut_door(change);
+        self.drain(wait);
+    }
+
+    /// Makes a change after which nothing new may be reached.
+    fn shut_door(&self, change: impl FnOnce(&mut Access)) {
         let mut access = self.access.lock();
         change(&mut access);
         self.reachable.xchg(NOTHING, Full);
         drop(access);
         self.notify();
-        self.drain(wait);
     }
 
     /// Changes the state of access in one step, which `change` computes: to end an event, and to
@@ -291,9 +334,13 @@ impl Leases {
         self.asleep.get()
     }
 
-    /// The state of a buffer of `epoch`.
-    pub(crate) fn state(&self, epoch: Epoch, revoked: bool) -> State {
-        self.access.lock().state(epoch, revoked)
+    /// Looks at the state of a buffer of `epoch`.
+    pub(crate) fn look(&self, epoch: Epoch, revoked: bool) -> Look {
+        let access = self.access.lock();
+        Look {
+            state: access.state(epoch, revoked),
+            ending: self.ending.get(),
+        }
     }
 
     /// Whether the buffers of `epoch` may be touched, but for those that were revoked for good.
@@ -352,7 +399,7 @@ impl Leases {
     /// Takes a buffer out, if it was ever added.
     pub(crate) fn remove(&self, id: u64) {
         let removed = self.table.lock().remove(id);
-        // What this may drop last is dropped without the lock.
+        // The last reference to it may be dropped here: without the lock.
         drop(removed);
         self.notify();
     }
@@ -434,11 +481,16 @@ impl Leases {
     /// In phases, so that it takes as long as the slowest importer and not the sum, and CPU access
     /// waits for no importer.
     fn drain(&self, wait: Wait) {
-        if peek(&self.vmas) != 0 {
-            self.for_each(Buffer::is_mapped, |buffer| buffer.zap());
-        }
+        self.zap();
         if peek(&self.attachments) != 0 {
             self.drain_importers(wait);
+        }
+    }
+
+    /// Takes each buffer out of the page tables of all processes.
+    fn zap(&self) {
+        if peek(&self.vmas) != 0 {
+            self.for_each(Buffer::is_mapped, |buffer| buffer.zap());
         }
     }
 
@@ -447,21 +499,24 @@ impl Leases {
     ///
     /// A fence that somebody adds later is not waited for, so nobody can make this last for ever.
     /// The importers of a buffer that was revoked have been told, and its fences were looked at
-    /// then: what is left of that is waited for, and nothing that a holder adds to a dead lease.
+    /// then: the rest of those is waited for, and nothing that a holder adds to a dead lease.
     #[inline(never)]
     fn drain_importers(&self, wait: Wait) {
         let mut fences = KVVec::new();
+        let mut at_work = false;
         self.for_each(Buffer::is_attached, |buffer| {
-            if buffer.is_told() {
-                return;
-            }
-            if wait == Wait::Yes {
-                if let Some(fence) = buffer.tell_and_look() {
-                    watch(buffer, fence, &mut fences);
+            if !buffer.is_told() {
+                if wait == Wait::Yes {
+                    let Ok(fence) = buffer.tell_and_look(pause);
+                    if let Some(fence) = fence {
+                        watch(buffer, fence, &mut fences);
+                    }
+                } else if !buffer.try_tell() {
+                    self.untold.set(true);
                 }
-            } else if !buffer.try_tell() {
-                self.untold.set(true);
             }
+            // Those that let go when they are told are most. None begins anything after that.
+            at_work |= buffer.is_in_use();
         });
         if wait == Wait::No {
             return;
@@ -469,7 +524,9 @@ impl Leases {
         for watched in &fences {
             watched.wait();
         }
-        self.for_each(Buffer::is_waited_for, |buffer| buffer.wait());
+        if at_work {
+            self.for_each(Buffer::is_waited_for, |buffer| buffer.wait());
+        }
     }
 
     /// Whether importers are to be told that the thread which took memory away could not tell
@@ -488,6 +545,15 @@ impl Leases {
             if !buffer.is_reachable() {
                 buffer.tell();
             }
+        });
+    }
+
+    /// Tells the importers of buffers whose revocation was killed while memory was short, if there
+    /// is some now.
+    fn tell_left(&self) {
+        self.for_each(Buffer::is_left_untold, |buffer| {
+            // One for which memory is short now is tried again the next time.
+            let _ = buffer.tell_and_watch(|| Err(ENOMEM));
         });
     }
 
@@ -524,7 +590,7 @@ impl Watched {
 /// Taking away must not fail: where memory is short, this waits for some.
 #[cold]
 fn watch(buffer: &Arc<Buffer>, fence: Fence, fences: &mut KVVec<Pin<KBox<Watched>>>) {
-    let watched = until_there_is_memory(|| {
+    let Ok(watched) = until_there_is_memory(pause, || {
         fences.reserve(1, GFP_KERNEL)?;
         KBox::pin_init(
             pin_init!(Watched {
@@ -544,6 +610,7 @@ impl Later for Leases {
 
     fn run(&self) -> bool {
         self.tell_untold();
+        self.tell_left();
         self.warn_of_draining()
     }
 }

@@ -23,7 +23,8 @@ struct Area {
     length: u64,
 }
 
-/// What of the BARs of an open device a lease holds only where the parameter `msix_export` lets it.
+/// The parts of an open device's BARs that a lease holds only where the parameter `msix_export` lets
+/// it.
 #[derive(Clone, Copy)]
 pub(crate) struct Protected {
     areas: Areas,
@@ -74,7 +75,7 @@ impl Protected {
             }
     }
 
-    /// What one of `ranges` of `bar` overlaps.
+    /// The name of the area that one of `ranges` of `bar` overlaps.
     pub(crate) fn hit(&self, bar: u32, ranges: &[abi::DmaRange]) -> Option<&'static str> {
         let Areas::Known(areas) = &self.areas else {
             return Some("an MSI-X table that the device does not tell the place of");
@@ -90,7 +91,7 @@ impl Protected {
 }
 
 impl Areas {
-    /// What the capability at this offset of config space says; `None` for a device that does not
+    /// Reads the capability at this offset of config space; `None` for a device that does not
     /// answer, or names no BAR.
     fn read(function: &Function<'_>, capability: u8) -> Option<Self> {
         let at = |register: u32| {

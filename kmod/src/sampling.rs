@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the device says of its memory, and when it is asked: see the table of registers in
+//! Asking the device whether its memory may be touched: see the table of registers in
 //! [`model::access`](crate::model::access).
 
 use crate::{
@@ -44,14 +44,14 @@ pub(crate) fn resample(
 pub(crate) fn sample(
     device: &Device<'_, Barlease>,
     access: &Access,
-    lock: &MemoryRead<'_>,
+    lock: Option<&MemoryRead<'_>>,
 ) -> Sampled {
     let function = device.function();
     let memory_off = device.memory_is_off();
     Sampled {
         memory_off,
         // Not asked where it makes no difference: it is a read from the bus.
-        undecoded: !memory_off && is_undecoded(&function, access, Some(lock)),
+        undecoded: !memory_off && is_undecoded(&function, access, lock),
         sleeping: function.is_sleeping(),
         low_power: device.is_in_low_power(),
     }
@@ -66,10 +66,12 @@ pub(crate) fn bracketed<R>(
     let leases = device.driver().leases();
     leases.begin(event, Wait::Yes);
     let result = act();
-    // Unless the core refused it, `act` had the lock for writing, and waited as long for it.
-    let lock = device.memory().read();
+    // "Memory is off" is believed without the lock: a thread that turns it on again has a bracket of
+    // its own, and samples after this. Else the lock is waited for: unless the core refused it, `act`
+    // had it for writing, and waited as long for it.
+    let lock = (!device.memory_is_off()).then(|| device.memory().read());
     leases.update(|access| {
-        let sampled = sample(device, access, &lock);
+        let sampled = sample(device, access, lock.as_ref());
         access.set_sampled(sampled);
         access.end(event);
     });
@@ -98,7 +100,7 @@ fn try_to_ask(device: Device<'_, Barlease>) {
 pub(crate) fn ask(device: Device<'_, Barlease>, lock: &MemoryRead<'_>) {
     let leases = device.driver().leases();
     leases.update(|access| {
-        let sampled = sample(&device, access, lock);
+        let sampled = sample(&device, access, Some(lock));
         access.set_sampled(sampled);
     });
 }

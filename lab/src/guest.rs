@@ -3,8 +3,8 @@
 //! Needs nothing but std, so that a test or demo program can link it without the rest of this crate
 //! (`default-features = false`).
 //!
-//! The control channel is a serial port of the guest: one JSON object per line, each request answered
-//! by one line before the next is sent. Requests of several processes take turns.
+//! The control channel is a serial port of the guest: one JSON object per line, each request
+//! answered by one line before the next is sent. Requests of several processes take turns.
 //!
 //! ```no_run
 //! use barlease_lab::guest;

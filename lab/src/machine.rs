@@ -186,7 +186,8 @@ pub enum Preset {
     Bench,
     /// As `device`, with a kernel that keeps who has allocated what.
     Tracked,
-    /// Two host bridges: devices with memory behind one of them, the importer behind the other.
+    /// Two host bridges: devices with memory behind one of them, the importer behind the other; and
+    /// a VGA adapter.
     Bridges,
     /// A switch with a device with memory and the importer below it, and another such device apart.
     Switch,
@@ -267,7 +268,7 @@ impl Preset {
             "random" => Self::Random,
             "nopat" => Self::NoPat,
             "fault_injection" => Self::Tracked,
-            "p2p_route" => Self::Bridges,
+            "p2p_route" | "vga" => Self::Bridges,
             "p2p_switch" => Self::Switch,
             _ => Self::Full,
         }
@@ -425,6 +426,12 @@ fn bridges() -> Vec<Device> {
         bridge("second", "pxb-pcie,bus=pcie.0,addr=05,bus_nr=64"),
         bridge("rp3", "pcie-root-port,bus=second,addr=00,chassis=5,slot=5"),
         edu_at("0000:41:00.0", "bus=rp3,addr=00.0"),
+        Device::new(
+            "vga",
+            "0000:00:06.0",
+            "a display adapter that decodes VGA's own addresses",
+            "VGA,bus=pcie.0,addr=06,romfile=",
+        ),
     ]
 }
 

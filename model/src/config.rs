@@ -18,6 +18,28 @@ const PMCSR: usize = 4;
 /// Bytes of config space that have capabilities of this kind.
 pub const LENGTH: usize = 256;
 
+/// Longest write that [`may_cover`] looks at.
+const SHORT: u64 = 4;
+
+/// A map for [`may_cover`]: a bit for each dword, set where a write to it and the next one covers a
+/// byte that matters, as `covers` says of a position and a length.
+pub fn nearby(covers: impl Fn(u64, u64) -> bool) -> u64 {
+    (0..u64::BITS).fold(0, |bits, dword| {
+        let near = covers(u64::from(dword) * SHORT, 2 * SHORT);
+        bits | u64::from(near) << dword
+    })
+}
+
+/// Whether a write of `len` bytes at `pos` has to be looked at closer: a first look, of few
+/// instructions. False only where the write covers none of the bytes that `nearby` was made for.
+#[inline]
+pub const fn may_cover(nearby: u64, pos: u64, len: u64) -> bool {
+    if len > SHORT {
+        return true;
+    }
+    pos < LENGTH as u64 && nearby >> (pos / SHORT) & 1 != 0
+}
+
 /// Whether a write of `len` bytes at `pos` covers the low byte of COMMAND.
 pub const fn covers_command(pos: u64, len: u64) -> bool {
     pos <= COMMAND && COMMAND - pos < len

@@ -158,7 +158,7 @@ pub struct Place {
 
 /// Finds page `page` of a buffer; `None` past its end. O(log n).
 ///
-/// The sums saturate only where `segments` breaks its invariants: what is found is wrong then, but
+/// The sums saturate only where `segments` breaks its invariants: the result is wrong then, but
 /// nothing panics.
 pub fn find(segments: &[Segment], page: u64) -> Option<Place> {
     let segment = segments.partition_point(|s| s.end <= page);

@@ -2,7 +2,7 @@
 
 //! Classification of config writes, for every write to a config space of 256 bytes.
 
-use barlease_model::config::{LENGTH, covers_command, covers_power_state};
+use barlease_model::config::{LENGTH, covers_command, covers_power_state, may_cover, nearby};
 use proptest::prelude::*;
 
 const COMMAND: u64 = 0x04;
@@ -57,6 +57,28 @@ fn a_write_with_the_low_byte_of_any_pmcsr_covers_the_power_state() {
             let found = covers_power_state(&map, pos, len);
             assert_eq!(found, holds, "{places:x?} {pos:#x} {len}");
         }
+    }
+}
+
+#[test]
+fn the_first_look_passes_over_no_write_that_takes_away_and_few_others() {
+    for places in PLACES {
+        let map = map(places);
+        let covers = |pos, len| covers_command(pos, len) || covers_power_state(&map, pos, len);
+        let nearby = nearby(covers);
+        let mut needless = 0;
+        for (pos, len) in every_write() {
+            let takes_away = covers(pos, len);
+            let found = may_cover(nearby, pos, len);
+            assert!(found || !takes_away, "{places:x?} {pos:#x} {len}");
+            needless += usize::from(found && !takes_away && len <= 4);
+        }
+        // Seven bytes around each that matters, for each of five lengths.
+        let matter = 1 + places.len();
+        assert!(needless <= matter * 5 * 7, "{places:x?}: {needless}");
+    }
+    for pos in [SIZE, SIZE + 3, 1 << 32, u64::MAX] {
+        assert!(!may_cover(u64::MAX, pos, 4), "{pos:#x}");
     }
 }
 

@@ -241,7 +241,8 @@ fn a_grant_in_the_background_of_a_shell_goes_on_and_reads_in_the_foreground() {
     });
     let job = shell.link.receive();
     let map = How::shared().map(take(socket), 0, page_size()).unwrap();
-    // The shell does not read it. Serving again means that the loop came round with the line waiting.
+    // The shell does not read it. Serving again means that the loop came round with the line
+    // waiting.
     terminal.keyboard.write_all(b"revoke\n").unwrap();
     for _ in 0..2 {
         std::thread::sleep(std::time::Duration::from_millis(1500));

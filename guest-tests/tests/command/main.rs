@@ -1,5 +1,5 @@
-//! The command `barlease` on the real kernel: binding, granting, revoking, memory types, aliases and
-//! steering tags. Run on the machine `device`, whose own device takes tags.
+//! The command `barlease` on the real kernel: binding, granting, revoking, memory types, aliases
+//! and steering tags. Run on the machine `device`, whose own device takes tags.
 #![cfg(barlease_guest)]
 
 mod bind;
@@ -85,7 +85,8 @@ impl Command {
     }
 }
 
-/// `barlease lease show`, in a process that was started before there was a mapping: it would have a copy of each.
+/// `barlease lease show`, in a process that was started before there was a mapping: it would have a
+/// copy of each.
 struct Show {
     child: Child,
     output: File,

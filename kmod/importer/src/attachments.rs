@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Who has attached what.
+//! The attachments of each open of the importer.
 
 use crate::sys::dma_buf::Attachment;
 use kernel::{prelude::*, sync::Arc};

@@ -28,7 +28,7 @@ const TO_BUS: u64 = 1 << 1;
 /// Where the engine sees the device's memory.
 const OWN_MEMORY: u64 = 0x40000;
 
-/// What the device's memory is filled with before a read that is expected to fail.
+/// The byte that fills the device's memory before a read that is expected to fail.
 const BLANK: u8 = 0xEE;
 
 kernel::sync::global_lock! {
@@ -71,7 +71,7 @@ pub(crate) struct Edu {
 }
 
 impl Edu {
-    /// What importers attach.
+    /// The device as importers attach it.
     pub(crate) fn function(&self) -> &Function {
         &self.function
     }

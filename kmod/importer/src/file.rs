@@ -212,7 +212,7 @@ fn run_transfer(attachment: &Attachment, request: &abi::Transfer, bytes: &mut [u
         return Err(ENXIO);
     }
     let pieces = locked.pieces(request.offset, request.length)?;
-    // What is stale must not make the exporter wait.
+    // A transfer by a stale mapping must not make the exporter wait.
     let _locked = (!is_stale).then_some(locked);
     let pieces = pieces.iter().copied();
     if request.flags & abi::TRANSFER_WRITE != 0 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What bindgen reads; see Kbuild for what it takes from here. */
+/* bindgen reads this; Kbuild says which names it takes from here. */
 #include <linux/suspend.h>
 #include <linux/vfio_pci_core.h>
 

@@ -24,7 +24,7 @@ use kernel::{
 /// Bytes of a dma-buf's name, the terminating NUL included.
 pub(crate) const NAME_LEN: usize = bindings::BL_DMA_BUF_NAME_LEN as usize;
 
-/// What a dma-buf exports.
+/// An object that a dma-buf exports.
 ///
 /// # Safety
 ///
@@ -32,7 +32,7 @@ pub(crate) const NAME_LEN: usize = bindings::BL_DMA_BUF_NAME_LEN as usize;
 /// for a value. A value must be exported by one dma-buf only: what `make` returns to
 /// [`DmaBuf::export`] is new, and its `live` leads to the dma-buf that it was made for.
 pub(crate) unsafe trait Exporter: Send + Sync + Sized + 'static {
-    /// What is guarded by the reservation lock of the dma-buf.
+    /// The data that the reservation lock of the dma-buf guards.
     type UnderResv: Send + 'static;
 
     /// The operations, by whose address a dma-buf is recognised as one of `Self`.
@@ -81,7 +81,8 @@ impl<T: Exporter> Operations<T> {
         )
     }
 
-    /// What the dma-buf core wants to see in `priv` before there is something to export.
+    /// A value for `priv`, which the dma-buf core wants not to be null, before there is an object to
+    /// export.
     fn unfinished() -> *mut c_void {
         (&raw const T::operations().0).cast_mut().cast()
     }
@@ -253,7 +254,7 @@ impl DmaBuf {
         NonNull::new(dmabuf).map(Self).ok_or(EBADF)
     }
 
-    /// What it exports, if that is a `T`.
+    /// The object that it exports, if that is a `T`.
     pub(crate) fn exported<T: Exporter>(&self) -> Option<ArcBorrow<'_, T>> {
         // SAFETY: By the type invariant the dma-buf is valid.
         let operations = unsafe { self.0.as_ref().ops };
@@ -321,7 +322,7 @@ impl NewDmaBuf<'_> {
         MappedInode(inode)
     }
 
-    /// The way to the dma-buf, for what it is to export; its reservation lock will guard
+    /// The way to the dma-buf, for the object that it is to export; its reservation lock will guard
     /// `under_resv`.
     pub(crate) fn live<U: Send>(&self, under_resv: U) -> impl PinInit<Live<U>> {
         let dmabuf = Unreleased(self.0.0);
@@ -353,7 +354,8 @@ unsafe impl<U: Send> Sync for Live<U> {}
 
 struct Unreleased(NonNull<bindings::dma_buf>);
 
-// SAFETY: A dma-buf may be used from any thread.
+// SAFETY: It is used only while the `Live` that it is in is locked, and by functions of the dma-buf
+// core that take the dma-buf's own locks.
 unsafe impl Send for Unreleased {}
 
 impl<U: Send> Live<U> {
@@ -551,7 +553,7 @@ impl<'a> DmaBufRef<'a> {
         Self(unsafe { &*dmabuf })
     }
 
-    /// What the lock guards, if the dma-buf exports a `T`.
+    /// The data that the lock guards, if the dma-buf exports a `T`.
     pub(super) fn under_resv<T: Exporter>(&self) -> Option<&T::UnderResv> {
         if !core::ptr::eq(self.0.ops, &raw const T::operations().0) {
             return None;
@@ -571,9 +573,10 @@ impl<'a> DmaBufRef<'a> {
 /// The pointer is valid and owns a reference.
 pub(crate) struct MappedInode(*mut bindings::inode);
 
-// SAFETY: An inode may be used from any thread.
+// SAFETY: The reference is counted with the inode's own lock: it may be given back on any thread.
 unsafe impl Send for MappedInode {}
-// SAFETY: An inode may be used from any thread.
+// SAFETY: Through a shared one the number is read, which does not change, and entries are taken out,
+// for which the kernel takes the mapping's own lock.
 unsafe impl Sync for MappedInode {}
 
 impl MappedInode {

@@ -16,6 +16,7 @@ use kernel::{
         Arc,
         atomic::{Acquire, Atomic, Full, Relaxed},
     },
+    time::{Delta, delay::fsleep},
     types::Opaque,
 };
 
@@ -129,7 +130,7 @@ impl FenceWatch {
         this.end();
     }
 
-    /// What is under way: one thing, until the fence has signalled.
+    /// The work that the fence stands for: 1 until it has signalled, then 0.
     pub(crate) fn pending(&self) -> &Outstanding {
         &self.pending
     }
@@ -148,7 +149,7 @@ impl PinnedDrop for FenceWatch {
     }
 }
 
-/// What one look has found under way: written once, and read at any time.
+/// The fence that one look has found, if there was one: written once, and read at any time.
 ///
 /// # Invariants
 ///
@@ -180,9 +181,13 @@ impl Found {
     }
 
     /// Publishes what the look has found: a watch that is armed, or nothing. A full barrier. Only
-    /// the first look counts.
+    /// the first look counts; it is there when this returns.
     pub(crate) fn publish(&self, watch: Option<Pin<KBox<FenceWatch>>>) {
         if self.state.cmpxchg(UNKNOWN, CLAIMED, Relaxed).is_err() {
+            while !self.is_known() {
+                // Another thread is a few instructions away from that.
+                fsleep(Delta::from_millis(1));
+            }
             return;
         }
         // INVARIANT: This thread made it `CLAIMED`.
@@ -196,7 +201,7 @@ impl Found {
         self.state.load(Acquire) == FOUND
     }
 
-    /// What of that is still under way, if anything was.
+    /// The work of the fence that was found; `None` where nobody has looked, or there was none.
     pub(crate) fn pending(&self) -> Option<&Outstanding> {
         if !self.is_known() {
             return None;

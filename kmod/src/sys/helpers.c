@@ -14,6 +14,7 @@
 #include <linux/ratelimit.h>
 #include <linux/scatterlist.h>
 #include <linux/sched.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/suspend.h>
 #include <linux/wait_bit.h>
@@ -99,6 +100,7 @@ bool bl_pci_no_command_memory(const struct pci_dev *pdev)
 	return data_race(pdev->no_command_memory != 0);
 }
 
+/* Static inlines without CONFIG_PM_SLEEP. */
 int bl_register_pm_notifier(struct notifier_block *block)
 {
 	return register_pm_notifier(block);
@@ -149,8 +151,6 @@ int bl_pm_runtime_resume_and_get(struct device *dev)
 {
 	return pm_runtime_resume_and_get(dev);
 }
-
-/* Static inlines without CONFIG_PM_SLEEP. */
 
 /*
  * Wakes a function that sleeps although the kernel takes it for awake, by way
@@ -369,6 +369,12 @@ long bl_count_wait_killable(atomic_t *count, unsigned int milliseconds)
 				 ___wait_cond_timeout(!atomic_read_acquire(count)),
 				 TASK_KILLABLE, 0, msecs_to_jiffies(milliseconds),
 				 __ret = schedule_timeout(__ret));
+}
+
+int bl_sleep_killable(unsigned int milliseconds)
+{
+	schedule_timeout_killable(msecs_to_jiffies(milliseconds));
+	return fatal_signal_pending(current) ? -EINTR : 0;
 }
 
 void bl_event_slot_init(struct bl_event_slot *slot)

@@ -31,8 +31,8 @@ enum { BL_VFIO_DEVICE_SET_IRQS = VFIO_DEVICE_SET_IRQS };
 enum { BL_PMD_ORDER = PMD_ORDER };
 
 /*
- * What the compiler makes of the core's structures, for Rust to compare with
- * what bindgen made of them.
+ * The layouts that the compiler gives to the core's structures, for Rust to
+ * compare with those that bindgen gave them.
  */
 enum {
 	BL_VFIO_DEVICE_SIZE = sizeof(struct vfio_device),
@@ -84,7 +84,7 @@ bool bl_vma_may_share(const struct vm_area_struct *vma);
 int bl_vma_no_more_than(struct vm_area_struct *vma, const struct file *file);
 void bl_vma_set_io(struct vm_area_struct *vma, bool write_combining);
 bool bl_write_combining_is_real(void);
-/* What the table above pages has for an address. */
+/* The kinds of entry that the table above pages can have for an address. */
 enum { BL_NO_TABLE, BL_TABLE, BL_LARGE_ENTRY };
 unsigned int bl_table_of(const struct vm_fault *vmf);
 vm_fault_t bl_make_table(struct vm_fault *vmf);
@@ -101,6 +101,7 @@ bool bl_count_any(const atomic_t *count);
 unsigned int bl_count_read(const atomic_t *count);
 bool bl_count_wait(atomic_t *count, unsigned int milliseconds);
 long bl_count_wait_killable(atomic_t *count, unsigned int milliseconds);
+int bl_sleep_killable(unsigned int milliseconds);
 
 /* An eventfd, or none. */
 struct bl_event_slot {

@@ -12,9 +12,9 @@ use kernel::{prelude::*, types::Opaque};
 /// The number of things that are under way.
 pub(crate) struct Outstanding(Opaque<bindings::atomic_t>);
 
-// SAFETY: Atomics may be used from any thread.
+// SAFETY: A number, which belongs to no thread.
 unsafe impl Send for Outstanding {}
-// SAFETY: Atomics may be used from any thread.
+// SAFETY: All that is done with the count are atomic operations.
 unsafe impl Sync for Outstanding {}
 
 impl Outstanding {

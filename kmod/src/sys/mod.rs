@@ -27,6 +27,7 @@ pub(crate) mod params;
 pub(crate) mod payload;
 pub(crate) mod ratelimit;
 pub(crate) mod rwsem;
+pub(crate) mod shortage;
 pub(crate) mod sleep;
 pub(crate) mod tree;
 pub(crate) mod vfio_pci;

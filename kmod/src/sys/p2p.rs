@@ -42,16 +42,16 @@ const MMIO: usize = bindings::DMA_ATTR_MMIO as usize;
 
 struct Provider(NonNull<bindings::p2pdma_provider>);
 
-// SAFETY: A provider may be used from any thread.
+// SAFETY: A pointer to what is valid as long as the function is bound, whichever thread has it.
 unsafe impl Send for Provider {}
-// SAFETY: A provider may be used from any thread; nobody writes to it.
+// SAFETY: The kernel writes the fields of a provider before it gives it away, and never after that.
 unsafe impl Sync for Provider {}
 
 /// The P2P providers of the BARs of a function, while the device is open.
 ///
 /// # Invariants
 ///
-/// What is in it is valid: it is filled when the device is opened and emptied before it is closed,
+/// Each provider in it is valid: they are filled in when the device is opened and emptied before it is closed,
 /// and providers live until the function is unbound.
 #[pin_data]
 pub(crate) struct Providers {
@@ -131,7 +131,7 @@ impl BarProvider<'_> {
         }
     }
 
-    /// What is added to an address of the CPU's to get one of the bus.
+    /// The difference between an address on the bus and the CPU's address of the same byte.
     fn bus_offset(&self) -> Result<u64> {
         let provider = self.get()?;
         // SAFETY: The provider is valid while `bars` is locked.
@@ -195,7 +195,7 @@ enum Route {
     Direct,
 }
 
-/// What is noted of an attachment, in its `priv`: no memory.
+/// A note about an attachment, a number in its `priv`: it takes no memory.
 ///
 /// Its low two bits are the route, once that is known; the others count its mappings. Zero is that
 /// of a new attachment. The reservation lock guards it.
@@ -246,7 +246,7 @@ impl Note {
 
 /// One importer that maps or unmaps, with the reservation lock held.
 ///
-/// What it needs to know of earlier calls is in the [`Note`] of the attachment.
+/// The [`Note`] of the attachment remembers earlier calls.
 pub(crate) struct Importer<'a> {
     attachment: *mut bindings::dma_buf_attachment,
     direction: bindings::dma_data_direction,
@@ -292,7 +292,7 @@ impl<'a> Importer<'a> {
         unsafe { (*self.attachment).dev }
     }
 
-    /// What is noted of the attachment.
+    /// The note about the attachment.
     fn note(&self) -> Note {
         // SAFETY: The attachment is valid, and the reservation lock is held.
         unsafe { Note::of(self.attachment) }

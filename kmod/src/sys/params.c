@@ -54,7 +54,7 @@ MODULE_PARM_DESC(stock_dma_buf,
 		 "Let the kernel's own exporter answer VFIO_DEVICE_FEATURE_DMA_BUF, as iommufd needs it (default: no)");
 
 /*
- * What stock vfio-pci lets an administrator choose for its devices. Kernels
+ * The choices that stock vfio-pci leaves to an administrator. Kernels
  * before 7.2 keep these in the core, for all its drivers together, and stock
  * vfio-pci sets them.
  */

@@ -10,7 +10,7 @@
 use super::bindings;
 use kernel::{prelude::*, types::Opaque};
 
-/// What a notifier is told.
+/// The two events that a notifier is called for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SystemSleep {
     /// The system is about to sleep, hibernate, or restore an image.
@@ -20,7 +20,7 @@ pub(super) enum SystemSleep {
 }
 
 impl SystemSleep {
-    /// What `event` of a notifier means here.
+    /// Which of the two the kernel's `event` is, if either.
     pub(super) fn of(event: c_ulong) -> Option<Self> {
         match event as u32 {
             bindings::PM_SUSPEND_PREPARE

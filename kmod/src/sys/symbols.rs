@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the module exports to other modules; the C side is `symbols.c`.
+//! The functions that the module exports to other modules; the C side is `symbols.c`.
 //!
 //! The one place below `sys` that knows the driver's types: a symbol has no parameter for them.
 

@@ -110,7 +110,7 @@ impl<T: Item> Tree<T> {
         if !inside {
             return Err(item);
         }
-        // Whatever the tree that had it before did with `node` is over.
+        // No tree has it now: one that had it before is done with `node`.
         let taken = ptr::dangling_mut();
         if links.item.cmpxchg(ptr::null_mut(), taken, Acquire).is_err() {
             return Err(item);
@@ -214,8 +214,7 @@ impl<T: Item> Drop for Tree<T> {
     fn drop(&mut self) {
         while let Some(key) = self.iter_from(0).next().map(|item| item.key()) {
             if self.remove(key).is_none() {
-                // The key of an item has changed: what is left is not freed, rather than freed
-                // twice.
+                // The key of an item has changed: rather than freed twice, the rest is not freed.
                 return;
             }
         }

@@ -149,7 +149,7 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     fn system_woke_up(&self, function: &Function<'_>, memory: MemorySem<'_>);
 }
 
-/// What the kernel says of an error.
+/// The kernel's statement about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ErrorState {
     /// `pci_channel_io_normal`, `pci_channel_io_frozen`: it tries to recover from it.

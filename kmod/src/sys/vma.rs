@@ -223,7 +223,7 @@ impl<T: Mapped, const WC: bool> Vtable<T, WC> {
         MemoryType::Uncached
     };
 
-    const OPS: bindings::vm_operations_struct = bindings::vm_operations_struct {
+    const OPS: &'static bindings::vm_operations_struct = &bindings::vm_operations_struct {
         open: Some(Self::open),
         close: Some(Self::close),
         fault: Some(Self::fault),
@@ -330,7 +330,7 @@ impl NewVma<'_> {
     /// Lets it allow no more than `file` does; `EACCES` when it is to be written and the file is
     /// not.
     pub(super) fn allow_no_more_than(&self, file: *const bindings::file) -> Result {
-        // SAFETY: `vma` is valid and locked for writing during mmap; so is the file, by the caller.
+        // SAFETY: `vma` is valid and locked for writing during mmap; the file is valid by the caller.
         to_result(unsafe { bindings::bl_vma_no_more_than(self.vma, file) })
     }
 
@@ -369,16 +369,16 @@ impl NewVma<'_> {
     pub(crate) fn map_io<T: Mapped>(self, mapped: Arc<T>, memory_type: MemoryType) {
         let wc = memory_type == MemoryType::WriteCombining;
         let ops = if wc {
-            &Vtable::<T, true>::OPS
+            Vtable::<T, true>::OPS
         } else {
-            &Vtable::<T, false>::OPS
+            Vtable::<T, false>::OPS
         };
         // SAFETY: `vma` is valid and locked for writing during mmap.
         unsafe { bindings::bl_vma_set_io(self.vma, wc) };
         mapped.vma_opened(memory_type);
         // SAFETY: As above; the reference belongs to the VMA from here on.
         unsafe { (*self.vma).vm_private_data = mapped.into_foreign() };
-        // SAFETY: As above.
+        // SAFETY: As above; the operations are static, and find what they want in `vm_private_data`.
         unsafe { (*self.vma).vm_ops = ops };
     }
 }
@@ -390,10 +390,8 @@ impl NewVma<'_> {
 /// The pointer is valid and owns a reference.
 pub(crate) struct OpenFile(*mut bindings::file);
 
-// SAFETY: A file may be used from any thread.
+// SAFETY: All that is done with the file is to give back a reference, whose count is atomic.
 unsafe impl Send for OpenFile {}
-// SAFETY: A file may be used from any thread.
-unsafe impl Sync for OpenFile {}
 
 impl Drop for OpenFile {
     fn drop(&mut self) {

@@ -22,7 +22,8 @@ use kernel::{
 #[repr(transparent)]
 pub(super) struct Domain(Opaque<bindings::dev_pm_domain>);
 
-/// What stands for the bus's `runtime_resume`, which it calls ([`bus_runtime_resume`]).
+/// A function that is called in the place of the bus's `runtime_resume`, and calls that
+/// ([`bus_runtime_resume`]).
 pub(super) type Resume = unsafe extern "C" fn(*mut bindings::device) -> c_int;
 
 impl Domain {

@@ -290,6 +290,8 @@ pub(crate) enum Cond {
     IsOpen,
     /// `is_asleep()`; no lock is held.
     IsAsleep,
+    /// The virtual COMMAND says that memory is off.
+    MemoryIsOff,
     HasVmas(usize),
     IsAttached(usize),
     /// `mappings` is not 0.
@@ -701,6 +703,7 @@ impl World {
             Cond::Alive(buffer) => self.state(buffer) != State::Dead,
             Cond::IsOpen => self.access.epoch().is_some(),
             Cond::IsAsleep => self.asleep,
+            Cond::MemoryIsOff => !self.device.memory,
             Cond::HasVmas(buffer) => buffers[buffer].vmas != 0,
             Cond::IsAttached(buffer) => buffers[buffer].attachments != 0,
             Cond::HasMappings(buffer) => buffers[buffer].mappings != 0,

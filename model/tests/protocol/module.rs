@@ -267,7 +267,7 @@ impl Builder {
         self.within("Leases::fail", |this| this.shut(change, Wait::No));
     }
 
-    /// `Leases::shut`: the change and the word in `access`, then a drain.
+    /// `Leases::shut_door` and `Leases::shut`: the change and the word in `access`, then a drain.
     fn shut(&mut self, change: Change, wait: Wait) {
         let late = self.has(Bug::PublishedAfterTheDrain);
         self.locked(Lock::Access, Mode::Write, |this| {
@@ -319,7 +319,8 @@ impl Builder {
         });
     }
 
-    /// `Leases::close`.
+    /// `Leases::close`: the steps of an event. That each buffer keeps the fences which were seen is
+    /// for LIST, and changes none of them.
     fn close(&mut self) {
         self.within("Leases::close", |this| this.shut(Change::Close, Wait::Yes));
     }
@@ -674,7 +675,16 @@ impl Builder {
                 Some(Bug::NoNesting) => Change::SampleAndEndAll(event),
                 _ => Change::SampleAndEnd(event, this.look()),
             };
+            // "Memory is off" is believed without the lock.
+            let off = this.unless(Cond::MemoryIsOff);
+            this.update(match change {
+                Change::SampleAndEnd(event, _) => Change::SampleAndEnd(event, Look::Counted),
+                planted => planted,
+            });
+            let over = this.goto();
+            this.land(off);
             this.locked(Lock::Memory, Mode::Read, |this| this.update(change));
+            this.land(over);
         });
     }
 

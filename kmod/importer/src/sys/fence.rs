@@ -15,10 +15,10 @@ extern "C" {
     fn bli_dma_fence_put(fence: *mut bindings::dma_fence);
 }
 
-/// What comes of waiting for a fence.
+/// The way in which a wait for a fence ends.
 #[derive(Clone, Copy)]
 pub(crate) enum Wait {
-    /// What the core makes of it.
+    /// The core's own way.
     Usual,
     /// When the time is over, `ETIME`.
     TimeError,

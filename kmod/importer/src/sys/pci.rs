@@ -19,8 +19,8 @@ const BUFFER: usize = kernel::page::PAGE_SIZE;
 ///
 /// # Safety
 ///
-/// What `bound` was given must be dropped, and nothing that was attached with it may be left, when
-/// `unbound` returns.
+/// When `unbound` returns, the function that `bound` was given must be dropped, and nothing that was
+/// attached with it may be left.
 pub(crate) unsafe trait Driver: 'static {
     /// Its name on the bus.
     const NAME: &'static CStr;
