@@ -267,7 +267,11 @@ impl Service {
     ) -> io::Result<Option<Event>> {
         (self.before_action)();
         match action {
-            Action::Append(record) => if !matches!(record, barlease_ledger::record::Record::Granted { .. }) { self.store.append(&record)? },
+            Action::Append(record) => {
+                if !matches!(record, barlease_ledger::record::Record::Granted { .. }) {
+                    self.store.append(&record)?
+                }
+            }
             Action::Compact(records) => self.store.compact(&records)?,
             Action::Scrub {
                 lease,
