@@ -102,14 +102,67 @@ struct World {
     /// Actions that the daemon has still to carry out.
     pending: VecDeque<Action>,
     answer: Option<Event>,
-    ledger: Vec<Record>,
+    ledger: File,
     kernel: BTreeMap<BufferId, KernelBuffer>,
     buffers: u64,
     clients: Vec<Client>,
     connections: u64,
     kills: u8,
+    /// Whether the daemon ends the old records before it writes new ones behind them.
+    gap: bool,
     /// A second answer to one request, or an answer to nobody.
     wrong: bool,
+}
+
+/// The ledger's file: records, and gaps that end them for whoever reads.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct File {
+    entries: Vec<Option<Record>>,
+    /// Where the header says that they begin.
+    start: usize,
+    /// What is still to be written of what the daemon is at.
+    writes: VecDeque<Write>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Write {
+    Entry(Option<Record>),
+    Header(usize),
+}
+
+impl File {
+    fn compact(&mut self, records: Vec<Record>, gap: bool) {
+        if gap {
+            self.writes.push_back(Write::Entry(None));
+        }
+        let start = self.entries.len() + self.writes.len();
+        let entries = records.into_iter().map(|record| Write::Entry(Some(record)));
+        self.writes.extend(entries);
+        self.writes.push_back(Write::Header(start));
+    }
+
+    fn write(&mut self) {
+        match self.writes.pop_front() {
+            Some(Write::Entry(entry)) => self.entries.push(entry),
+            Some(Write::Header(start)) => {
+                // The space before is given back.
+                self.entries.drain(..start);
+                self.start = 0;
+            }
+            None => {}
+        }
+    }
+
+    /// What the next daemon reads; it cuts off the rest.
+    fn read(&mut self) -> Vec<Record> {
+        let records: Vec<_> = self.entries[self.start..]
+            .iter()
+            .cloned()
+            .map_while(|r| r)
+            .collect();
+        self.entries.truncate(self.start + records.len());
+        records
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,6 +199,7 @@ struct Setting {
     asks: u8,
     kills: u8,
     bug: Option<Bug>,
+    compacts_often: bool,
     policy: Arc<Policy>,
 }
 
@@ -218,6 +272,7 @@ impl Setting {
             asks,
             kills,
             bug,
+            compacts_often: false,
             policy: policy(),
         }
     }
@@ -225,6 +280,9 @@ impl Setting {
     fn core(&self, time: u64) -> Core {
         let mut core = Core::new(self.policy.clone(), Time(time));
         core.plant(self.bug);
+        if self.compacts_often {
+            core.compact_often();
+        }
         core
     }
 
@@ -234,7 +292,8 @@ impl Setting {
             core: Some(self.core(1)),
             pending: VecDeque::new(),
             answer: None,
-            ledger: Vec::new(),
+            ledger: File::default(),
+            gap: self.bug != Some(Bug::NoGap),
             kernel: BTreeMap::new(),
             buffers: 0,
             clients: vec![
@@ -268,7 +327,7 @@ impl Setting {
             facts: facts(),
             buffers: world.list(),
         };
-        let ledger = world.ledger.clone();
+        let ledger = world.ledger.read();
         let (core, actions) = self.core(world.time).go_on(ledger, vec![found], RESUME);
         world.core = Some(core);
         world.pending = actions.into();
@@ -277,7 +336,8 @@ impl Setting {
 
 impl World {
     fn idle(&self) -> bool {
-        self.core.is_some() && self.pending.is_empty() && self.answer.is_none()
+        let writes = &self.ledger.writes;
+        self.core.is_some() && self.pending.is_empty() && self.answer.is_none() && writes.is_empty()
     }
 
     fn give(&mut self, event: Event) {
@@ -336,7 +396,7 @@ impl World {
     }
 
     fn carry_all(&mut self) {
-        while self.answer.is_some() || !self.pending.is_empty() {
+        while self.core.is_some() && !self.idle() {
             match self.answer.take() {
                 Some(event) => self.give(event),
                 None => self.carry(),
@@ -344,14 +404,17 @@ impl World {
         }
     }
 
-    /// Carries out one action.
+    /// Carries out one action, or a part of one that another kill can come between.
     fn carry(&mut self) {
+        if !self.ledger.writes.is_empty() {
+            return self.ledger.write();
+        }
         let Some(action) = self.pending.pop_front() else {
             return;
         };
         match action {
-            Action::Append(record) => self.ledger.push(record),
-            Action::Compact(records) => self.ledger = records,
+            Action::Append(record) => self.ledger.entries.push(Some(record)),
+            Action::Compact(records) => self.ledger.compact(records, self.gap),
             Action::Export(export) => {
                 self.buffers += 1;
                 let id = BufferId(self.buffers);
@@ -524,6 +587,7 @@ impl World {
     fn kill(&mut self) {
         self.core = None;
         self.pending.clear();
+        self.ledger.writes.clear();
         self.answer = None;
         for buffer in self.kernel.values_mut() {
             for has in &mut buffer.refs {
@@ -549,7 +613,7 @@ impl Model for Setting {
     fn actions(&self, world: &World, steps: &mut Vec<Step>) {
         if world.answer.is_some() {
             steps.push(Step::Answer);
-        } else if !world.pending.is_empty() {
+        } else if !world.pending.is_empty() || !world.ledger.writes.is_empty() {
             steps.push(Step::Carry);
         }
         if world.core.is_none() {
@@ -780,7 +844,7 @@ impl Model for Setting {
                         let granted = |record: &Record| {
                             matches!(record, Record::Granted { buffer, .. } if buffer == id)
                         };
-                        !world.ledger.iter().any(granted)
+                        !world.ledger.entries.iter().flatten().any(granted)
                     })
             }),
         ]
@@ -805,8 +869,8 @@ const BOTH: &str = "both have a lease";
 const STRAY: &str = "a restart meets a buffer that nobody knows";
 
 /// Without kills that the world goes on after, a restart is still looked at in each state.
-fn passes(name: &str, wishes: Vec<Wish>, asks: u8, kills: u8, met: &[&'static str]) {
-    let checker = check(Setting::new(wishes, asks, kills, None));
+fn passes(name: &str, setting: Setting, met: &[&'static str]) {
+    let checker = check(setting);
     println!("{name}: {} states", checker.unique_state_count());
     for (property, path) in checker.discoveries() {
         let expected = SOMETIMES.contains(&property);
@@ -823,25 +887,44 @@ fn one_unit_each() {
     let other = wish(1, Lifetime::Process, 0);
     // Kills that two clients go on after make millions of states: minutes.
     let kills = std::env::var("BARLEASE_WORLD_KILLS").map_or(0, |kills| kills.parse().unwrap());
-    passes("one unit each", vec![one, other], 1, kills, &[BOTH]);
+    let setting = Setting::new(vec![one, other], 1, kills, None);
+    passes("one unit each", setting, &[BOTH]);
 }
 
 #[test]
 fn the_second_waits_for_all_of_it() {
     let one = wish(1, Lifetime::Process, 0);
     let other = wish(2, Lifetime::Connection, 1000);
-    passes("the second waits", vec![one, other], 1, 0, &[]);
+    let setting = Setting::new(vec![one, other], 1, 0, None);
+    passes("the second waits", setting, &[]);
 }
 
 #[test]
 fn killed_and_killed_again() {
-    passes(
-        "killed twice",
-        vec![wish(2, Lifetime::Connection, 0)],
-        2,
-        1,
-        &[STRAY],
-    );
+    let wishes = vec![wish(2, Lifetime::Connection, 0)];
+    passes("killed twice", Setting::new(wishes, 2, 1, None), &[STRAY]);
+}
+
+/// A kill comes between any two records of those that take the place of all others.
+fn compacted(bug: Option<Bug>) -> Setting {
+    Setting {
+        compacts_often: true,
+        ..Setting::new(vec![wish(1, Lifetime::Connection, 0)], 2, 0, bug)
+    }
+}
+
+#[test]
+fn killed_while_the_ledger_is_compacted() {
+    passes("compacted", compacted(None), &[]);
+    for bug in [Bug::NoGap, Bug::StaysRecorded] {
+        let found = check(compacted(Some(bug))).discoveries();
+        let found: Vec<_> = found
+            .into_keys()
+            .filter(|n| !SOMETIMES.contains(n))
+            .collect();
+        println!("{bug:?}: {found:?}");
+        assert!(!found.is_empty(), "{bug:?} is not found");
+    }
 }
 
 #[test]

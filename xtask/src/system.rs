@@ -30,6 +30,9 @@ pub(crate) struct Options {
     /// Without our module
     #[arg(long)]
     stock: bool,
+    /// Seconds that the guest may take, boot and all
+    #[arg(long)]
+    timeout: Option<u64>,
     /// Test the guest itself: systemd is up without a failure, a lease is taken, a reboot finds
     /// what was written; and barleased from its units, through kills, restarts and whatever else
     /// happens to a service
@@ -80,6 +83,8 @@ exit 7
 
 /// `broker/examples/lab_service.rs` says what it does.
 const SERVICE: &str = "lab_service 0000:01:00.0 /lab/service";
+/// It takes two minutes on a machine that does nothing else.
+const SERVICE_LASTS: Duration = Duration::from_secs(1800);
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let prepared = options.machine.prepare()?;
@@ -113,9 +118,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 fn guest<'a>(options: &Options, prepared: &'a Prepared, disk: &Disk) -> Result<Run<'a>> {
     let command = checkout::guest_program(prepared, "barlease-cli", "barlease")?;
-    Ok(Run::new(prepared, options.machine.preset.machine())
+    let run = Run::new(prepared, options.machine.preset.machine())
         .system(disk)
-        .file(command, "/lab/bin/barlease"))
+        .file(command, "/lab/bin/barlease");
+    Ok(match options.timeout {
+        Some(seconds) => run.timeout(Duration::from_secs(seconds)),
+        None => run,
+    })
 }
 
 /// barleased and what its package has.
@@ -146,7 +155,7 @@ fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
     let checked = boots.into_iter().try_for_each(|(script, code, expected)| {
         let mut run = with_module(guest(options, prepared, &disk)?, prepared)?;
         if script == SERVICE {
-            run = with_service(run, prepared)?;
+            run = with_service(run, prepared)?.timeout(SERVICE_LASTS);
         }
         let outcome = run
             .output(Output::Capture)

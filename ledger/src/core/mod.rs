@@ -136,6 +136,9 @@ pub struct Core {
     out: Vec<Action>,
     #[cfg(test)]
     bug: Option<Bug>,
+    /// Whether a few records are enough to compact them.
+    #[cfg(test)]
+    compacts_often: bool,
 }
 
 /// Mistakes that the checker of every order must find (`world.rs`).
@@ -158,6 +161,10 @@ pub(crate) enum Bug {
     EmptyMap,
     /// The end of a connection ends nothing.
     ForgetPeer,
+    /// A holder whose record was compacted away is taken for one that has a record.
+    StaysRecorded,
+    /// Nothing ends the old records in the file before the new ones are written behind them.
+    NoGap,
 }
 
 /// Most records between two compactions, for each lease and on top.
@@ -186,6 +193,8 @@ impl Core {
             out: Vec::new(),
             #[cfg(test)]
             bug: None,
+            #[cfg(test)]
+            compacts_often: false,
         };
         core.place_pools();
         core.settle();
@@ -293,11 +302,34 @@ impl Core {
             self.armed = next;
             self.out.push(Action::SetTimer(next));
         }
-        if self.records > RECORDS.0 * self.leases.len() + RECORDS.1 {
+        if self.records > self.most_records() {
             self.records = 0;
             let records = self.snapshot();
+            self.forget_holders(&records);
             self.out.push(Action::Compact(records));
         }
+    }
+
+    /// Holders that have no lease now are not in the ledger any more: their next lease says them
+    /// again.
+    fn forget_holders(&mut self, records: &[Record]) {
+        let holder = |record: &Record| match record {
+            Record::Holder(holder) => Some(holder.id),
+            _ => None,
+        };
+        let holders: BTreeSet<_> = records.iter().filter_map(holder).collect();
+        let all = self.has(Bug::StaysRecorded);
+        for session in self.sessions.values_mut() {
+            session.recorded &= all || holders.contains(&session.holder.id);
+        }
+    }
+
+    fn most_records(&self) -> usize {
+        #[cfg(test)]
+        if self.compacts_often {
+            return 2 + RECORDS.0 * self.leases.len();
+        }
+        RECORDS.0 * self.leases.len() + RECORDS.1
     }
 
     fn append(&mut self, record: Record) {
@@ -521,6 +553,11 @@ impl Core {
     #[cfg(test)]
     pub(crate) fn plant(&mut self, bug: Option<Bug>) {
         self.bug = bug;
+    }
+
+    #[cfg(test)]
+    pub(crate) fn compact_often(&mut self) {
+        self.compacts_often = true;
     }
 
     #[cfg(test)]
