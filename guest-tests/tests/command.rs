@@ -1,5 +1,5 @@
-//! The command `barlease` on the real kernel: binding, granting, revoking, memory types, aliases and
-//! steering tags. Run on the machine `device`, whose own device takes tags.
+//! The command `barlease` on the real kernel: binding, granting, revoking, memory types, aliases
+//! and steering tags. Run on the machine `device`, whose own device takes tags.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -68,7 +68,8 @@ impl Command {
     }
 }
 
-/// `barlease lease show`, in a process that was started before there was a mapping: it would have a copy of each.
+/// `barlease lease show`, in a process that was started before there was a mapping: it would have a
+/// copy of each.
 struct Show {
     child: Child,
     output: File,
@@ -103,7 +104,7 @@ impl Show {
     }
 }
 
-/// What the doctor says of the mappings of a device.
+/// The doctor's lines about the mappings of a device.
 fn mappings(function: &Function) -> Check {
     let bdf: Bdf = function.bdf.parse().unwrap();
     let checks = Doctor::new().examine(Some(bdf));
@@ -272,7 +273,7 @@ fn tags_that_a_device_does_not_complete_end_the_grant() {
     ]);
     assert_eq!(command.end(), "");
     assert!(!fs::exists(socket).unwrap());
-    // Whoever asks for none gets it.
+    // A client that asks for none gets it.
     let device = Device::open("display");
     device.export(0, &[(0, PAGE)]).unwrap();
 }
@@ -321,7 +322,7 @@ fn the_doctor_says_that_write_combining_is_real() {
     assert_eq!(check.unwrap().verdict, Verdict::Ok, "{checks:?}");
 }
 
-/// What a command that fails says, as JSON.
+/// The error of a command that fails, as JSON.
 fn failure(args: &[&str]) -> String {
     let said = Command::json(&Command::start(args).end()).remove(0);
     assert_eq!(said["exit_code"], 1, "{said}");
@@ -398,7 +399,7 @@ fn bind_takes_all_devices_or_none() {
     }
 }
 
-/// What is granted at a socket, as soon as it is.
+/// The lease that is granted at a socket, as soon as it is.
 fn take(socket: &str) -> Lease {
     let mut stream = UnixStream::connect(socket);
     // The socket is there a moment before anybody listens.
@@ -442,7 +443,8 @@ fn a_grant_in_the_background_of_a_shell_goes_on_and_reads_in_the_foreground() {
     });
     let job = shell.link.receive();
     let map = How::shared().map(take(socket), 0, PAGE).unwrap();
-    // The shell does not read it. Serving again means that the loop came round with the line waiting.
+    // The shell does not read it. Serving again means that the loop came round with the line
+    // waiting.
     terminal.keyboard.write_all(b"revoke\n").unwrap();
     for _ in 0..2 {
         std::thread::sleep(std::time::Duration::from_millis(1500));
