@@ -199,7 +199,7 @@ impl Root {
     ///
     /// When a package is unknown, or cannot be downloaded.
     pub fn lacks(&self, prepared: &Prepared, packages: &[&str]) -> Result<Vec<PathBuf>> {
-        let (apt, _) = Apt::set_up(&prepared.cache)?;
+        let (apt, _) = Apt::set_up(&prepared.cache, Arch::Amd64)?;
         let mut wanted = self.asked.clone();
         wanted.extend(packages.iter().map(|&name| name.to_owned()));
         let has = |name: &str| self.packages.iter().any(|package| package.name == name);

@@ -208,7 +208,7 @@ impl Pci {
         let length = fs::metadata(&path).map_err(failed)?.len();
         let bytes = fs::read(&path).map_err(failed)?;
         if (bytes.len() as u64) < length {
-            return Err(failed(Errno::PERM.into()).with_remedy("be root, or have CAP_SYS_ADMIN"));
+            return Err(failed(Errno::PERM.into()).if_denied("be root, or have CAP_SYS_ADMIN"));
         }
         Ok(serial::of_bytes(&bytes))
     }
