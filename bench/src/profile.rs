@@ -1,8 +1,10 @@
-//! Where the kernel is while something is measured: samples of its call chain, by `perf_event_open`, on the guest's clock.
+//! Where the kernel is while something is measured: samples of its call chain, by
+//! `perf_event_open`, on the guest's clock.
 //!
-//! The clock event interrupts the processor (`PERF_COUNT_SW_CPU_CLOCK`, a high-resolution timer), so what runs with
-//! interrupts off is counted where they are turned on again. The interrupts make what is measured slower, and are
-//! themselves not in the samples: a function's value is its share of the samples, of the time measured without them.
+//! The clock event interrupts the processor (`PERF_COUNT_SW_CPU_CLOCK`, a high-resolution timer),
+//! so what runs with interrupts off is counted where they are turned on again. The interrupts make
+//! what is measured slower, and are themselves not in the samples: a function's value is its share
+//! of the samples, of the time measured without them.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -16,8 +18,8 @@ use perf_event::data::Record;
 use perf_event::events::Software;
 use perf_event::{Builder, SampleFlag, Sampler};
 
-/// The shortest time between two samples: several times as long as it takes to make one. A sample that is still on its
-/// way when the next is due would be seen twice.
+/// The shortest time between two samples: several times as long as it takes to make one. A sample
+/// that is still on its way when the next is due would be seen twice.
 const PERIOD: Duration = Duration::from_micros(50);
 
 /// How many samples to wait for, and how long.
@@ -90,7 +92,8 @@ impl Samples {
     }
 }
 
-/// Runs `f` again and again, and returns samples of this thread meanwhile; `None` when they were not asked for.
+/// Runs `f` again and again, and returns samples of this thread meanwhile; `None` when they were
+/// not asked for.
 ///
 /// # Panics
 ///
@@ -120,8 +123,8 @@ pub fn sampled(mut f: impl FnMut()) -> Option<Samples> {
     Some(samples)
 }
 
-/// Another one each time: where instructions are counted all calls are the same, and one period would always meet the same
-/// ones of them.
+/// Another one each time: where instructions are counted all calls are the same, and one period
+/// would always meet the same ones of them.
 fn period() -> Duration {
     let number = NUMBER.get();
     NUMBER.set(number + 1);
@@ -193,7 +196,8 @@ fn costs(samples: &Samples, whole: f64, symbols: &Symbols) -> HashMap<String, Co
     costs
 }
 
-/// A table of the functions in which two sides differ most. Each side is its samples and what a call takes without them.
+/// A table of the functions in which two sides differ most. Each side is its samples and what a
+/// call takes without them.
 #[must_use]
 pub fn table(
     title: &str,

@@ -49,7 +49,8 @@ pub fn median(values: &[f64]) -> Option<f64> {
 
 /// The exponent `k` of `y = c·x^k`, by least squares over the logarithms.
 ///
-/// `None` where there is nothing to fit: fewer than three points above zero, or all of the same `x`.
+/// `None` where there is nothing to fit: fewer than three points above zero, or all of the same
+/// `x`.
 #[must_use]
 pub fn exponent(points: &[(f64, f64)]) -> Option<f64> {
     let logs: Vec<_> = points

@@ -1,4 +1,5 @@
-//! The pictures that the processes draw: frames of pixels in ordinary memory, copied to the lease row by row.
+//! The pictures that the processes draw: frames of pixels in ordinary memory, copied to the lease
+//! row by row.
 
 use std::convert::Infallible;
 

@@ -34,8 +34,8 @@ pub fn capabilities(input: &[u8]) {
     barlease::fuzzing::capabilities(answer, u32::from_le_bytes(*first));
 }
 
-/// The answer of the driver that lists leases. The first eight bytes are the id that it was asked to
-/// begin behind.
+/// The answer of the driver that lists leases. The first eight bytes are the id that it was asked
+/// to begin behind.
 pub fn list(input: &[u8]) {
     let Some((after, answer)) = input.split_first_chunk() else {
         return;
@@ -189,7 +189,8 @@ fn chains() -> Vec<Vec<u8>> {
     vec![input]
 }
 
-/// `struct vfio_device_feature`, `struct dma_buf_list` of the contract, and two records of 96 bytes.
+/// `struct vfio_device_feature`, `struct dma_buf_list` of the contract, and two records of 96
+/// bytes.
 fn lists() -> Vec<Vec<u8>> {
     let mut input = vec![0; 8 + 8];
     input.extend(2u64.to_ne_bytes());

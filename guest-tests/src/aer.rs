@@ -31,7 +31,8 @@ pub fn inject(error: &str) {
 
 /// Waits for the end of a recovery: `successful` or `failed`.
 ///
-/// Another error that comes before the kernel has cleared the status of this one may be taken for it.
+/// Another error that comes before the kernel has cleared the status of this one may be taken for
+/// it.
 ///
 /// # Panics
 ///
@@ -59,7 +60,8 @@ pub fn wait_for_recovery(log: &mut KernelLog) {
     assert_eq!(end_of_recovery(log), "successful");
 }
 
-/// Has the device report an error that the hardware has corrected, and waits until the kernel has counted it.
+/// Has the device report an error that the hardware has corrected, and waits until the kernel has
+/// counted it.
 ///
 /// # Panics
 ///
@@ -77,8 +79,8 @@ pub fn report_corrected() {
 ///
 /// When it does not.
 pub fn wait_until_handled() {
-    // Errors are handled one after the other, but the port may hand over two at once, of which the corrected one comes
-    // first. What is reported after that was handled is handed over after both.
+    // Errors are handled one after the other, but the port may hand over two at once, of which the
+    // corrected one comes first. What is reported after that was handled is handed over after both.
     report_corrected();
     report_corrected();
 }

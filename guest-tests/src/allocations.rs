@@ -1,15 +1,16 @@
-//! What the kernel allocates for this process, from its trace.
+//! The memory that the kernel allocates for this process, from its trace.
 
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 const TRACING: &str = "/sys/kernel/tracing";
 const EVENTS: [&str; 4] = ["kmalloc", "kmem_cache_alloc", "kfree", "kmem_cache_free"];
 
-/// The kernel's trace of the allocations of this thread, which is on for the time of one call. One at a time.
+/// The kernel's trace of the allocations of this thread, which is on for the time of one call. One
+/// at a time.
 #[derive(Debug)]
 pub struct Trace(());
 
-/// What something keeps.
+/// The memory that something keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Kept {
     /// Bytes, as the allocators round them up.
@@ -44,7 +45,7 @@ impl Trace {
         Some(Self(()))
     }
 
-    /// What of the memory that `make` has the kernel allocate is not freed by its end.
+    /// The memory that the kernel allocates while `make` runs and has not freed at its end.
     ///
     /// # Panics
     ///
@@ -71,7 +72,7 @@ fn write(file: &str, text: &str) {
     fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
 }
 
-/// What of a trace was allocated and not freed.
+/// The allocations of a trace that were not freed.
 fn kept(trace: &str) -> Kept {
     let mut live = BTreeMap::new();
     let lines = trace.lines().filter(|line| !line.starts_with('#'));

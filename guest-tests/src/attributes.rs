@@ -1,4 +1,5 @@
-//! The features of the contract that change how memory is reached: memory type, steering tags, aliases.
+//! The features of the contract that change how memory is reached: memory type, steering tags,
+//! aliases.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -134,8 +135,8 @@ impl Device {
         Ok(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) })
     }
 
-    /// `VFIO_DEVICE_GET_REGION_INFO` with this `argsz` and what the kernel made of a buffer that is larger and was filled with
-    /// 0xee behind `argsz`.
+    /// `VFIO_DEVICE_GET_REGION_INFO` with this `argsz` and what the kernel made of a buffer that is
+    /// larger and was filled with 0xee behind `argsz`.
     ///
     /// # Errors
     ///

@@ -33,7 +33,7 @@ pub struct List {
     pub room: u32,
 }
 
-/// What LIST answers.
+/// The answer of LIST.
 #[derive(Clone, Debug)]
 pub struct Listed {
     /// The fixed part.
@@ -290,7 +290,7 @@ impl Device {
 pub struct Events(pub OwnedFd);
 
 impl Events {
-    /// What was added since the last look, if anything.
+    /// The count that was added since the last look, if any.
     #[must_use]
     pub fn taken(&self) -> u64 {
         let mut bytes = [0; 8];
@@ -342,7 +342,8 @@ impl Events {
         );
     }
 
-    /// Waits for a signal after which that is so. Looks only after a signal, as a program does that polls nothing.
+    /// Waits for a signal after which that is so. Looks only after a signal, as a program does that
+    /// polls nothing.
     ///
     /// # Panics
     ///

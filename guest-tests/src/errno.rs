@@ -2,7 +2,7 @@
 
 use std::{fmt, io};
 
-/// What a system call answers.
+/// The answer of a system call.
 pub type Answer<T> = Result<T, Errno>;
 
 /// An error number.

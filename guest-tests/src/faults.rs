@@ -1,8 +1,9 @@
-//! Allocations that fail on request: `/proc/PID/task/TID/fail-nth` (`Documentation/fault-injection/fault-injection.rst`
-//! of the kernel), and what must be as it was after that.
+//! Allocations that fail on request: `/proc/PID/task/TID/fail-nth`
+//! (`Documentation/fault-injection/fault-injection.rst` of the kernel), and what must be as it was
+//! after that.
 //!
-//! Only kernels with `CONFIG_FAULT_INJECTION` have it: the debug kernel. Of those, one that was started with
-//! `slab_debug=U` says who has allocated what; the machine of these tests is.
+//! Only kernels with `CONFIG_FAULT_INJECTION` have it: the debug kernel. Of those, one that was
+//! started with `slab_debug=U` says who has allocated what; the machine of these tests is.
 
 use std::{
     collections::BTreeMap,
@@ -28,7 +29,8 @@ const DEBUGFS: &str = "/sys/kernel/debug";
 /// More points than any operation has.
 const FAR: u32 = 100_000;
 
-/// How long to wait for what the kernel does a little later, such as freeing after a grace period of RCU.
+/// How long to wait for what the kernel does a little later, such as freeing after a grace period
+/// of RCU.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How often the kernel is asked for a list that it could not make.
@@ -39,14 +41,15 @@ pub fn say(text: impl Display) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// What is to be made of an allocation that fails.
+/// How the kernel is to treat an allocation that fails.
 #[derive(Debug)]
 pub struct Faults {
     fail_nth: File,
 }
 
 impl Faults {
-    /// Makes allocations of this thread ready to fail. `None`, said on stderr, where the kernel cannot do that.
+    /// Makes allocations of this thread ready to fail. `None`, said on stderr, where the kernel
+    /// cannot do that.
     ///
     /// # Panics
     ///
@@ -103,7 +106,7 @@ impl Faults {
         self.fail_nth.write_at(digits, 0).expect("set fail-nth");
     }
 
-    /// What is left of the number; 0 when an allocation has failed.
+    /// The rest of the number; 0 when an allocation has failed.
     fn left(&self) -> u32 {
         let mut digits = [0; 16];
         let length = self.fail_nth.read_at(&mut digits, 0).expect("fail-nth");
@@ -113,8 +116,8 @@ impl Faults {
 
     /// Runs `operation`, whose `nth` allocation, from 1 on, fails. Also whether there were so many.
     ///
-    /// `operation` should be one system call and what it needs, made ready before: what the C library or a page fault of
-    /// this program allocates counts, too.
+    /// `operation` should be one system call and what it needs, made ready before: what the C
+    /// library or a page fault of this program allocates counts, too.
     pub fn with<R>(&self, nth: u32, operation: impl FnOnce() -> R) -> (R, bool) {
         self.arm(nth);
         let result = operation();
@@ -133,8 +136,8 @@ impl Faults {
     }
 }
 
-/// Keeps this thread where it is: what the kernel keeps for the next time, such as I/O virtual addresses, it keeps for each
-/// processor.
+/// Keeps this thread where it is: what the kernel keeps for the next time, such as I/O virtual
+/// addresses, it keeps for each processor.
 ///
 /// # Panics
 ///
@@ -215,10 +218,10 @@ impl<'a> Trial<'a> {
         self
     }
 
-    /// Lets one allocation after the other fail, until there are no more. When `operation` fails it must work right after
-    /// that, and at the end what there was before must be there.
+    /// Lets one allocation after the other fail, until there are no more. When `operation` fails it
+    /// must work right after that, and at the end what there was before must be there.
     ///
-    /// What `operation` returns is dropped to undo it.
+    /// The result of `operation` is dropped to undo it.
     ///
     /// # Panics
     ///
@@ -227,8 +230,8 @@ impl<'a> Trial<'a> {
         self.run_on(|| (), |()| operation(), |(), result| drop(result))
     }
 
-    /// The same on what `prepare` makes, anew for each allocation; `check` looks at it when the operation has worked.
-    /// It is dropped after what `operation` returned.
+    /// The same on what `prepare` makes, anew for each allocation; `check` looks at it when the
+    /// operation has worked. It is dropped after what `operation` returned.
     ///
     /// # Panics
     ///
@@ -240,7 +243,7 @@ impl<'a> Trial<'a> {
         mut check: impl FnMut(&mut P, T),
     ) -> Points {
         let name = self.name;
-        // What is allocated once and kept, by the kernel or by this program, is there from here on.
+        // The kernel and this program have made by now what they allocate once and keep.
         for _ in 0..2 {
             let mut object = prepare();
             match operation(&mut object) {
@@ -279,7 +282,7 @@ impl<'a> Trial<'a> {
     }
 }
 
-/// What is counted to see whether something has been left behind.
+/// The counts that tell whether something has been left behind.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     functions: Vec<Function>,
@@ -333,7 +336,8 @@ impl Ledger {
         Counts(counts)
     }
 
-    /// Waits until the numbers are `wanted`: some references are dropped a little after the call that gave them up.
+    /// Waits until the numbers are `wanted`: some references are dropped a little after the call
+    /// that gave them up.
     fn wait_for(&self, wanted: &Counts, when: &str) {
         wait_until(
             || self.now(),
@@ -373,21 +377,23 @@ fn dma_bufs() -> i64 {
     number.expect("the total of bufinfo")
 }
 
-/// Caches whose objects belong to nobody: nodes of trees that others have their entries in, too, and addresses of the
-/// kernel, which are given back some time after their use. (What they are used for is in other caches.)
+/// Caches whose objects belong to nobody: nodes of trees that others have their entries in, too,
+/// and addresses of the kernel, which are given back some time after their use. (What they are used
+/// for is in other caches.)
 const SHARED: &[&str] = &["radix_tree_node", "vmap_area"];
 
-/// What keeps what it allocates for the next time: the cache of I/O virtual addresses, which has those of a few pages, as
-/// the stock helper maps them to find out how an importer reaches the device.
+/// Functions that keep what they allocate for the next time: the cache of I/O virtual addresses,
+/// which has those of a few pages, as the stock helper maps them to find out how an importer
+/// reaches the device.
 const KEPT: &[&str] = &["free_iova_fast", "dma_buf_phys_vec_to_sgt"];
 
-/// What our modules have allocated, or had allocated, by cache and call trace: inodes, files and page tables of
-/// dma-bufs included.
+/// The objects that our modules have allocated, or had allocated, by cache and call trace: inodes,
+/// files and page tables of dma-bufs included.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memory(BTreeMap<String, i64>);
 
 impl Memory {
-    /// What is allocated now.
+    /// The objects that are allocated now.
     ///
     /// # Panics
     ///
@@ -435,10 +441,10 @@ impl Memory {
     }
 }
 
-/// Who has allocated the objects of a cache.
+/// The call traces that have allocated the objects of a cache.
 ///
-/// The kernel makes the list in memory that it asks for without waiting, and says nothing when it has had to leave out the
-/// rest: then there are fewer in it than there are objects.
+/// The kernel makes the list in memory that it asks for without waiting, and says nothing when it
+/// has had to leave out the rest: then there are fewer in it than there are objects.
 fn traces(cache: &str) -> String {
     let folder = Path::new("/sys/kernel/slab").join(cache);
     let mut shrunk = false;
@@ -467,9 +473,11 @@ fn count(trace: &str) -> Option<i64> {
     trace.split_whitespace().next()?.parse().ok()
 }
 
-/// The functions of a trace up to the last one that is in one of our modules, and how many objects were allocated by it.
+/// The functions of a trace up to the last one that is in one of our modules, and how many objects
+/// were allocated by it.
 ///
-/// What called that may have been in memory that is something else's now, such as the beginning of a module.
+/// Their caller may have been in memory that is something else's now, such as the beginning of a
+/// module.
 fn ours(trace: &str) -> Option<(String, i64)> {
     let modules = [barlease_abi::MODULE_NAME, importer::abi::DRIVER];
     let modules = modules.map(|module| format!("[{module}]"));

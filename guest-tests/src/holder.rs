@@ -22,8 +22,8 @@ pub struct Slow {
     pub tight: bool,
 }
 
-/// Has a process in the control group `group` map the lease `fd` of `len` bytes again and again, at a
-/// place that takes many page tables, and touch all of it; runs `body` meanwhile. How often the
+/// Has a process in the control group `group` map the lease `fd` of `len` bytes again and again, at
+/// a place that takes many page tables, and touch all of it; runs `body` meanwhile. How often the
 /// process came to the end.
 ///
 /// # Panics

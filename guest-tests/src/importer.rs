@@ -31,7 +31,7 @@ pub mod abi;
 
 use abi::{Entry, Status};
 
-/// What an importer must be able to do.
+/// The abilities of an importer.
 pub const DYNAMIC: u32 = abi::ATTACH_P2P | abi::ATTACH_INVALIDATE;
 
 /// The name of the device in the lab's machines.
@@ -271,8 +271,8 @@ impl Attachment {
         self.target(abi::SIGNAL, 0)
     }
 
-    /// Adds a further fence, with these `abi::FENCE_*`: its number. It signals after `time`, or, if that is nothing, by
-    /// [`Self::signal_number`] or with the end of the attachment.
+    /// Adds a further fence, with these `abi::FENCE_*`: its number. It signals after `time`, or, if
+    /// that is nothing, by [`Self::signal_number`] or with the end of the attachment.
     ///
     /// # Errors
     ///
@@ -469,13 +469,14 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        // What was detached already is not there any more.
+        // An attachment that was detached already is not there any more.
         let _ = self.target(abi::DETACH, 0);
     }
 }
 
-/// Another way for the IOMMU to treat edu, until it is dropped: `identity` does not translate, `DMA-FQ`
-/// forgets translations lazily, as is usual on hardware, `DMA` is how the lab's machines begin.
+/// Another way for the IOMMU to treat edu, until it is dropped: `identity` does not translate,
+/// `DMA-FQ` forgets translations lazily, as is usual on hardware, `DMA` is how the lab's machines
+/// begin.
 #[derive(Debug)]
 pub struct Domain(Function);
 
@@ -551,7 +552,7 @@ impl KernelLog {
         log
     }
 
-    /// What has come since the last call.
+    /// The interrupts that have come since the last call.
     ///
     /// # Panics
     ///

@@ -257,7 +257,8 @@ pub fn set_name(fd: impl AsFd, name: &str) -> Answer<()> {
     answer(unsafe { libc::ioctl(fd, SET_NAME, name.as_ptr()) }).map(drop)
 }
 
-/// The fences of a dma-buf that who writes to it waits for, as a sync file (`DMA_BUF_IOCTL_EXPORT_SYNC_FILE`).
+/// The fences of a dma-buf that who writes to it waits for, as a sync file
+/// (`DMA_BUF_IOCTL_EXPORT_SYNC_FILE`).
 ///
 /// # Errors
 ///
@@ -272,7 +273,8 @@ pub fn export_sync_file(fd: impl AsFd) -> Answer<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(argument[1]) })
 }
 
-/// Adds the fences of a sync file to a dma-buf, for who reads or writes (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`).
+/// Adds the fences of a sync file to a dma-buf, for who reads or writes
+/// (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`).
 ///
 /// # Errors
 ///
@@ -336,7 +338,8 @@ pub fn no_such_fd() -> i32 {
     1_000_000
 }
 
-/// What closing an fd by its number gives, for races: nobody may use the number for something else.
+/// The answer of closing an fd by its number, for races: nobody may use the number for something
+/// else.
 ///
 /// # Errors
 ///

@@ -1,7 +1,7 @@
-//! What the guest tests share: raw calls of the contract, and what is needed to look at their effects.
+//! The guest tests share this: raw calls of the contract, and the means to look at their effects.
 //!
-//! Nothing here goes through the library `barlease`: a contract test sees what the kernel answers, not
-//! what the library makes of it. All `unsafe` of the tests is here.
+//! Nothing here goes through the library `barlease`: a contract test sees what the kernel answers,
+//! not what the library makes of it. All `unsafe` of the tests is here.
 //!
 //! - [`pci`]: functions, drivers, resets, through sysfs;
 //! - [`vfio`]: groups, devices and their ioctls;
@@ -25,8 +25,8 @@
 //! - [`faults`]: allocations that fail on request, and what must not be left behind;
 //! - [`errno`]: error numbers with their names.
 
-// What a test looks at are bare system calls and memory that a kernel takes away: what is not safe about them is
-// in these modules, so that no test needs `unsafe`.
+// Tests look at bare system calls and at memory that a kernel takes away: what is not safe about
+// them is in these modules, so that no test needs `unsafe`.
 pub mod aer;
 #[expect(unsafe_code, reason = "gettid")]
 pub mod allocations;

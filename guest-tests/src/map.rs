@@ -28,7 +28,7 @@ pub struct Sigbus;
 pub struct Map {
     address: usize,
     len: usize,
-    /// What is left of it: address and length.
+    /// The address and length of the rest.
     parts: Vec<(usize, usize)>,
 }
 
@@ -107,7 +107,7 @@ impl How {
             )
         };
         if address == libc::MAP_FAILED {
-            // What was reserved stays, and is in nobody's way.
+            // The reservation stays, and is in nobody's way.
             return Err(Errno::last());
         }
         Ok(Map::at(address.addr(), len as usize))
@@ -115,7 +115,8 @@ impl How {
 }
 
 impl How {
-    /// Maps `len` bytes from `offset` of a file on over a part of other memory, from `at` on. That is memory no more.
+    /// Maps `len` bytes from `offset` of a file on over a part of other memory, from `at` on. That
+    /// is memory no more.
     ///
     /// # Errors
     ///
@@ -149,8 +150,8 @@ impl How {
     }
 }
 
-/// Reserves `len` bytes of address space, `skew` bytes behind a multiple of `align`: to be replaced, so that no other
-/// thread gets in between.
+/// Reserves `len` bytes of address space, `skew` bytes behind a multiple of `align`: to be
+/// replaced, so that no other thread gets in between.
 fn reserve(len: u64, align: u64, skew: u64) -> usize {
     // A whole multiple, so that a mapping has the last unit of alignment to itself.
     let all = (len.next_multiple_of(align) + align + skew) as usize;
@@ -485,7 +486,8 @@ pub fn shared_words(number: usize) -> &'static [AtomicU32] {
     unsafe { std::slice::from_raw_parts(address.cast::<AtomicU32>(), number) }
 }
 
-/// Addresses that are reserved for a mapping. They stay so when they are not used, and are in nobody's way.
+/// Addresses that are reserved for a mapping. They stay so when they are not used, and are in
+/// nobody's way.
 #[derive(Debug)]
 pub struct Place(usize);
 

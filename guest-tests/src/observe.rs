@@ -1,4 +1,4 @@
-//! What the kernel says of itself: debugfs, `/proc/PID/maps`, page faults.
+//! The kernel's own view of itself: debugfs, `/proc/PID/maps`, page faults.
 
 use std::{
     cell::RefCell,
@@ -48,7 +48,7 @@ pub struct Line {
 }
 
 impl Line {
-    /// What is in a column.
+    /// The contents of a column.
     ///
     /// # Panics
     ///
@@ -190,7 +190,8 @@ pub fn random() -> u64 {
     u64::from_ne_bytes(bytes)
 }
 
-/// Has the system go to sleep as far as to freeze all processes, for a second. False where the kernel cannot.
+/// Has the system go to sleep as far as to freeze all processes, for a second. False where the
+/// kernel cannot.
 ///
 /// # Panics
 ///
@@ -199,7 +200,8 @@ pub fn pretend_to_sleep() -> bool {
     pretend_to_sleep_as_far_as("freezer")
 }
 
-/// The same, as far as a step that `/sys/power/pm_test` has, such as `devices`: these sleep, too, and wake up.
+/// The same, as far as a step that `/sys/power/pm_test` has, such as `devices`: these sleep, too,
+/// and wake up.
 ///
 /// # Panics
 ///
@@ -214,7 +216,8 @@ pub fn pretend_to_sleep_as_far_as(step: &str) -> bool {
     true
 }
 
-/// Has the system sleep (to idle: all devices sleep, processors too, until an interrupt wakes them), and woken by the host.
+/// Has the system sleep (to idle: all devices sleep, processors too, until an interrupt wakes
+/// them), and woken by the host.
 ///
 /// # Panics
 ///

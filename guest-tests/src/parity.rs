@@ -2,7 +2,7 @@
 //! write and mmap, with right and wrong arguments, of the same device bound to stock vfio-pci and
 //! then to ours. All bytes that come back, sizes and error numbers are compared.
 //!
-//! What may differ is in `ALLOWED`, with the reason.
+//! `ALLOWED` has the differences that may be, each with its reason.
 
 use std::{
     collections::BTreeSet,
@@ -48,7 +48,7 @@ const ALLOWED: [(&str, &str); 3] = [
 /// One answer: what was asked, and what came of it.
 pub type Line = (String, String);
 
-/// What is asked of a device.
+/// The questions to a device.
 struct Asker<'a> {
     device: &'a Device,
     lines: Vec<Line>,
@@ -159,7 +159,7 @@ impl Asker<'_> {
         }
     }
 
-    /// What feature 11 makes of a request: the fd is a dma-buf either way.
+    /// The answer of feature 11 to a request: the fd is a dma-buf either way.
     fn dma_bufs(&mut self, when: &str) {
         let flags = [
             0,

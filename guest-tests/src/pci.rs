@@ -111,7 +111,7 @@ impl Function {
     ///
     /// # Errors
     ///
-    /// What the write gives.
+    /// The result of the write.
     pub fn reset(&self) -> Answer<()> {
         write(&self.path("reset"), "1")
     }
@@ -177,8 +177,8 @@ impl Function {
             let bytes = value.to_le_bytes();
             file.write_all_at(&bytes, register).expect("write");
         };
-        // QEMU takes out what is in a slot that is turned off. By the next write it is as if nobody had
-        // turned it off.
+        // QEMU takes out what is in a slot that is turned off. By the next write it is as if nobody
+        // had turned it off.
         write(control & !SLOT_INTERRUPTS | SLOT_OFF);
         write(control);
     }
@@ -207,7 +207,7 @@ impl Function {
     ///
     /// # Errors
     ///
-    /// What the write gives.
+    /// The result of the write.
     pub fn reset_subordinate(&self) -> Answer<()> {
         write(&self.path("reset_subordinate"), "1")
     }

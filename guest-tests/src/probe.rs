@@ -1,4 +1,5 @@
-//! The module `barlease_probe` (`kmod/probe`): what page-table entries really are, and a kernel without peer-to-peer DMA.
+//! The module `barlease_probe` (`kmod/probe`): what page-table entries really are, and a kernel
+//! without peer-to-peer DMA.
 
 use std::{
     fs::File,
@@ -67,7 +68,7 @@ pub struct Entry {
     pub physical: u64,
     /// Bytes that the entry maps.
     pub size: u64,
-    /// What the CPU makes of it.
+    /// The memory type that the CPU makes of it.
     pub memory_type: MemoryType,
     /// Whether it can be written to.
     pub writable: bool,
@@ -85,7 +86,8 @@ fn device() -> File {
     File::open(DEVICE).expect("the probe")
 }
 
-/// The entry at an address of this process; `None` when there is none yet, or one of ordinary memory.
+/// The entry at an address of this process; `None` when there is none yet, or one of ordinary
+/// memory.
 ///
 /// # Panics
 ///

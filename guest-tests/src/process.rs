@@ -158,14 +158,15 @@ pub fn become_user(uid: u32) {
     assert_eq!([groups, group, user], [0; 3]);
 }
 
-/// What this process, a child, reads and writes by default from here on: the link, and a file.
+/// The link and the file that this process, a child, reads and writes by default from here on.
 ///
 /// # Panics
 ///
 /// When that does not work.
 pub fn become_command(link: &Link, output: impl AsFd) {
     for (fd, number) in [(link.0.as_fd(), 0), (output.as_fd(), 1)] {
-        // SAFETY: Standard input and output belong to the whole process, and this is its only thread.
+        // SAFETY: Standard input and output belong to the whole process, and this is its only
+        // thread.
         let answer = unsafe { libc::dup2(fd.as_raw_fd(), number) };
         assert_eq!(answer, number, "dup2: {}", io::Error::last_os_error());
     }

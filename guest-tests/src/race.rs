@@ -6,10 +6,11 @@ use std::{
     thread,
 };
 
-/// What a thread does again and again.
+/// The work that a thread does again and again.
 pub type Loop<'a> = &'a (dyn Fn() + Sync);
 
-/// Runs `body`, and meanwhile each of `loops` again and again in a thread of its own, at least once.
+/// Runs `body`, and meanwhile each of `loops` again and again in a thread of its own, at least
+/// once.
 ///
 /// # Panics
 ///
@@ -34,7 +35,8 @@ pub fn meanwhile<R>(loops: &[Loop<'_>], body: impl FnOnce() -> R) -> R {
     })
 }
 
-/// For a moment, in which another processor can meet what was just stored: two stores in a row it would hardly ever.
+/// For a moment, in which another processor can meet what was just stored: two stores in a row it
+/// would hardly ever.
 pub fn stay() {
     for _ in 0..100 {
         hint::spin_loop();

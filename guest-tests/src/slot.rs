@@ -14,8 +14,9 @@ use crate::{
     wait,
 };
 
-/// The device that comes and goes, alone in its slot. It has a function-level reset: a reset of the slot, as the core does
-/// it at open, takes the kernel's own locks in another order than a removal does.
+/// The device that comes and goes, alone in its slot. It has a function-level reset: a reset of the
+/// slot, as the core does it at open, takes the kernel's own locks in another order than a removal
+/// does.
 pub const DEVICE: &str = "card";
 
 /// Where a kernel that proves the order of locks is told whether to.
@@ -23,15 +24,17 @@ const PROVE_LOCKING: &str = "/proc/sys/kernel/prove_locking";
 
 /// A time in which the order of locks is not proved; it ends when this is dropped.
 ///
-/// The kernel's hot-plug driver takes two locks in both orders: `pciehp_ist` has `reset_lock` when it comes to
-/// `pci_lock_rescan_remove`, and `pciehp_unconfigure_device` and `pciehp_configure_device` take `reset_lock` again under
-/// that, after they have let it go for the time in which drivers are unbound or bound. A kernel that has reported one
-/// inversion looks for no other. One of the two orders alone is no inversion: a removal can be proved up to the moment at
-/// which drivers are unbound, and that is when the last user of the device has let go.
+/// The kernel's hot-plug driver takes two locks in both orders: `pciehp_ist` has `reset_lock` when
+/// it comes to `pci_lock_rescan_remove`, and `pciehp_unconfigure_device` and
+/// `pciehp_configure_device` take `reset_lock` again under that, after they have let it go for the
+/// time in which drivers are unbound or bound. A kernel that has reported one inversion looks for
+/// no other. One of the two orders alone is no inversion: a removal can be proved up to the moment
+/// at which drivers are unbound, and that is when the last user of the device has let go.
 ///
-/// Another pair is `pci_bus_sem` and the `memory_lock` of vfio-pci: recovery from an error wakes functions that sleep
-/// (`vfio_pci_core_runtime_resume`) while it walks their bus (`pcie_do_recovery`), and a reset of the bus looks at what
-/// is on it (`pci_bridge_wait_for_secondary_bus`) with the memory locks held (`vfio_pci_dev_set_hot_reset`).
+/// Another pair is `pci_bus_sem` and the `memory_lock` of vfio-pci: recovery from an error wakes
+/// functions that sleep (`vfio_pci_core_runtime_resume`) while it walks their bus
+/// (`pcie_do_recovery`), and a reset of the bus looks at what is on it
+/// (`pci_bridge_wait_for_secondary_bus`) with the memory locks held (`vfio_pci_dev_set_hot_reset`).
 #[derive(Debug)]
 pub struct Unproved(());
 
@@ -65,7 +68,7 @@ impl Drop for Unproved {
 /// The slot of the [device](DEVICE).
 #[derive(Debug)]
 pub struct Slot {
-    /// What is in it, if anything.
+    /// The device that is in it, if any.
     pub function: Function,
     port: Function,
     /// Turns the slot on and off.
@@ -115,7 +118,8 @@ impl Slot {
         self.port.pull();
     }
 
-    /// Waits until the kernel has given the device up and turned the slot off, which throws out what is in it.
+    /// Waits until the kernel has given the device up and turned the slot off, which throws out
+    /// what is in it.
     ///
     /// # Panics
     ///
@@ -126,9 +130,9 @@ impl Slot {
         wait::until("the slot's thread", || self.has_come_to_rest());
     }
 
-    /// Lets the kernel look into the slot, which is empty, and waits until it is done with that, and with whatever came
-    /// before. A card that is put in before that is found at the end of the removal; the press of the button that comes
-    /// with it, handled after that, asks for it back.
+    /// Lets the kernel look into the slot, which is empty, and waits until it is done with that,
+    /// and with whatever came before. A card that is put in before that is found at the end of the
+    /// removal; the press of the button that comes with it, handled after that, asks for it back.
     fn has_come_to_rest(&self) -> bool {
         let mut log = KernelLog::from_now();
         let answer = pci::write(&self.power, "1");
@@ -169,7 +173,7 @@ impl Default for Slot {
 ///
 /// # Errors
 ///
-/// What QEMU says.
+/// The answer of QEMU.
 pub fn ask_back() -> std::io::Result<()> {
     let command = format!(r#"{{"execute":"device_del","arguments":{{"id":"{DEVICE}"}}}}"#);
     guest::qmp(&command).map(drop)

@@ -9,9 +9,9 @@ use std::{
 /// Both ends of a pseudo terminal.
 #[derive(Debug)]
 pub struct Terminal {
-    /// What is written to it was typed.
+    /// The side whose input is what a person types.
     pub keyboard: File,
-    /// What programs have.
+    /// The side that programs have.
     pub program: OwnedFd,
 }
 
@@ -77,7 +77,8 @@ pub fn become_job(terminal: impl AsFd, output: impl AsFd) {
     // SAFETY: The arguments are numbers.
     checked(unsafe { libc::setpgid(0, 0) }, "setpgid");
     for (fd, number) in [(terminal.as_fd(), 0), (output.as_fd(), 1)] {
-        // SAFETY: Standard input and output belong to the whole process, and this is its only thread.
+        // SAFETY: Standard input and output belong to the whole process, and this is its only
+        // thread.
         checked(unsafe { libc::dup2(fd.as_raw_fd(), number) }, "dup2");
     }
 }

@@ -91,8 +91,8 @@ pub const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 /// An ioctl of a device or group on a structure whose first field is its size.
 fn ioctl_on(fd: BorrowedFd<'_>, number: u64, argument: &mut [u32]) -> Answer<i32> {
     assert!(argument[0] as usize <= size_of_val(argument));
-    // SAFETY: The kernel writes at most `argsz` bytes, which `argument` has, and any number in it is
-    // valid.
+    // SAFETY: The kernel writes at most `argsz` bytes, which `argument` has, and any number in it
+    // is valid.
     answer(unsafe { libc::ioctl(fd.as_raw_fd(), number, argument.as_mut_ptr()) })
 }
 
@@ -227,7 +227,7 @@ impl AsFd for Device {
     }
 }
 
-/// What `VFIO_DEVICE_GET_REGION_INFO` says.
+/// The answer of `VFIO_DEVICE_GET_REGION_INFO`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegionInfo {
     /// `VFIO_REGION_INFO_FLAG_*`.
@@ -299,7 +299,7 @@ impl Device {
         Ok((info[1], info[2], info[3]))
     }
 
-    /// What region `index` is.
+    /// The description of region `index`.
     ///
     /// # Errors
     ///
@@ -451,8 +451,8 @@ impl Device {
         answer(result)
     }
 
-    /// The same with memory that another thread changes meanwhile. It begins with two words for the header, which are
-    /// filled in here.
+    /// The same with memory that another thread changes meanwhile. It begins with two words for the
+    /// header, which are filled in here.
     ///
     /// # Errors
     ///
@@ -493,16 +493,16 @@ impl Device {
         answer(result)
     }
 
-    /// The ioctl with this number of VFIO, and any argument: it is as long as all that the kernel writes
-    /// for any of them.
+    /// The ioctl with this number of VFIO, and any argument: it is as long as all that the kernel
+    /// writes for any of them.
     ///
     /// # Errors
     ///
     /// That of the ioctl.
     pub fn raw_ioctl(&self, number: u64, argument: &mut [u8; 4096]) -> Answer<i32> {
         let fd = self.file.as_raw_fd();
-        // SAFETY: Of these structures the kernel writes what it knows, whatever `argsz` says: less than a
-        // page. Nothing in them is an address.
+        // SAFETY: Of these structures the kernel writes what it knows, whatever `argsz` says: less
+        // than a page. Nothing in them is an address.
         answer(unsafe { libc::ioctl(fd, ioctl_number(number), argument.as_mut_ptr()) })
     }
 

@@ -28,8 +28,9 @@ pub fn until(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
-/// Does what must come to its end although somebody else does not, and ends the whole test binary when
-/// it does not come to its end for [`LONG`]: a thread that hangs in the kernel cannot be stopped.
+/// Does what must come to its end although somebody else does not, and ends the whole test binary
+/// when it does not come to its end for [`LONG`]: a thread that hangs in the kernel cannot be
+/// stopped.
 ///
 /// # Panics
 ///
@@ -49,8 +50,8 @@ pub fn at_once<R>(what: &str, body: impl FnOnce() -> R) -> R {
     })
 }
 
-/// Runs `wait`, which must not be over while `meanwhile` runs nor for [`A_WHILE`] after it, and must
-/// come to its end after `let_go`.
+/// Runs `wait`, which must not be over while `meanwhile` runs nor for [`A_WHILE`] after it, and
+/// must come to its end after `let_go`.
 ///
 /// # Panics
 ///
@@ -79,8 +80,8 @@ pub fn waits_for<R: Send>(
     })
 }
 
-/// Runs `act`, which must come to its end by itself. When it has not for [`LONG`], the test has failed, and `let_go` is called,
-/// so that no thread is left in the kernel.
+/// Runs `act`, which must come to its end by itself. When it has not for [`LONG`], the test has
+/// failed, and `let_go` is called, so that no thread is left in the kernel.
 ///
 /// # Panics
 ///

@@ -56,7 +56,8 @@ impl Witness {
 
     /// Asks about the past: of what has been written until now nothing is on its way any more.
     fn look(self, request: &Value) -> Value {
-        // The emulator does not wait until a write has arrived. It does for a read, which comes behind all writes.
+        // The emulator does not wait until a write has arrived. It does for a read, which comes
+        // behind all writes.
         let function = Function::named(self.0);
         let config = fs::File::open(sysfs(&function, "config")).expect("config space");
         // COMMAND: other registers the emulator may know by itself.
@@ -104,7 +105,8 @@ impl Witness {
         assert_eq!(reply["count"], 0, "{query}: {:#}", reply["entries"]);
     }
 
-    /// How many accesses to these physical addresses have reached no device since the machine was started.
+    /// How many accesses to these physical addresses have reached no device since the machine was
+    /// started.
     #[must_use]
     pub fn stray(self, start: u64, length: u64) -> u64 {
         number(

@@ -1,4 +1,5 @@
-//! Errors that a device reports (AER): what is leased is REVOKED until recovery succeeds, and then what the device says.
+//! Errors that a device reports (AER): what is leased is REVOKED until recovery succeeds, and then
+//! what the device says.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -24,7 +25,8 @@ use barlease_guest_tests::{
     wait::{self, LONG},
 };
 
-/// Offset of feature bits (virtio 1.2, 4.1.4.3): neither all zeroes nor all ones while the device answers.
+/// Offset of feature bits (virtio 1.2, 4.1.4.3): neither all zeroes nor all ones while the device
+/// answers.
 const FEATURES: u64 = 4;
 
 const ERROR: State = State::Revoked(REASON_ERROR);
@@ -39,7 +41,7 @@ struct Scene {
     told: OwnedFd,
     fd: OwnedFd,
     maps: [Map; 3],
-    /// What is read at [`FEATURES`].
+    /// The value that is read at [`FEATURES`].
     features: u32,
 }
 
@@ -92,7 +94,7 @@ impl Scene {
         }
     }
 
-    /// What touching everything costs: nothing as long as nothing was taken away.
+    /// The faults of touching everything: none as long as nothing was taken away.
     fn faults(&self) -> [i64; 3] {
         Map::anonymous(PAGE).touch_all().unwrap();
         [0, 1, 2].map(|n| observe::faults_of(|| assert!(self.maps[n].read(FEATURES).is_ok())))
@@ -180,7 +182,7 @@ fn until_recovery_nobody_reaches_the_device() {
     stall.hold_up(&scene, NON_FATAL, || {
         scene.is(ERROR);
         assert_eq!(scene.attachment.status().mapped, 0);
-        // What is exported now is born REVOKED; an mmap works, an attachment does not.
+        // A buffer that is exported now is born REVOKED; an mmap works, an attachment does not.
         let fd = scene.device.export(BAR, &[(0, PAGE)]).unwrap();
         assert_eq!(scene.device.state(&fd), ERROR);
         let map = Map::new(&fd, PAGE).unwrap();
@@ -291,8 +293,8 @@ fn recovery_with_memory_off_gives_nothing_back() {
     scene.is(State::Ok);
 }
 
-/// Finds the device anew when dropped. A reset of the link turns off the reporting of errors, and nobody else turns it
-/// on again.
+/// Finds the device anew when dropped. A reset of the link turns off the reporting of errors, and
+/// nobody else turns it on again.
 struct Anew;
 
 impl Drop for Anew {
@@ -304,8 +306,9 @@ impl Drop for Anew {
     }
 }
 
-/// Recovery resets the link and leaves it to the driver to restore config space. The core leaves it to the user, who
-/// reads a COMMAND that is as it was; the device decodes nothing until COMMAND is written.
+/// Recovery resets the link and leaves it to the driver to restore config space. The core leaves it
+/// to the user, who reads a COMMAND that is as it was; the device decodes nothing until COMMAND is
+/// written.
 #[test]
 fn after_a_reset_of_the_link_memory_is_off_until_command_is_written() {
     let _anew = Anew;
@@ -384,7 +387,7 @@ fn a_reset_by_ioctl_after_a_reset_of_the_link_does_not_give_back_what_is_not_the
     let _anew = Anew;
     let scene = Scene::new();
     scene.survives(FATAL);
-    // What the kernel saves and restores is what the error has left.
+    // The kernel saves and restores what the error has left.
     scene.device.reset().unwrap();
     scene.is(MEMORY_OFF);
     scene.device.set_memory(true);
@@ -458,7 +461,8 @@ fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
     check_that_nothing_is_left(&[DEVICE, NEIGHBOUR, "memory", "igb"]);
 }
 
-/// A fatal error leaves the device reset and not restored: it decodes nothing, which stock vfio-pci does not look at.
+/// A fatal error leaves the device reset and not restored: it decodes nothing, which stock vfio-pci
+/// does not look at.
 #[test]
 fn reads_and_writes_are_refused_until_the_device_is_restored() {
     let _anew = Anew;

@@ -1,4 +1,5 @@
-//! Aliases of regions: who gets one, what it says of itself, that it is the BAR, and how long it lives.
+//! Aliases of regions: who gets one, what it says of itself, that it is the BAR, and how long it
+//! lives.
 #![cfg(barlease_guest)]
 
 use std::{os::fd::AsFd, sync::Mutex, thread};
@@ -65,7 +66,8 @@ fn words(payload: &[u8]) -> Vec<u32> {
     payload.chunks_exact(4).map(word).collect()
 }
 
-// ---- Who gets one ---------------------------------------------------------------------------------
+// ---- Who gets one
+// ---------------------------------------------------------------------------------
 
 #[test]
 fn probe_says_that_it_can_be_had() {
@@ -217,7 +219,8 @@ fn what_is_no_bar_of_a_page_that_can_be_mapped_is_enodev() {
     assert_eq!(device.alias(0, ALIAS_WC), Err(ENODEV));
 }
 
-// ---- What it says of itself -----------------------------------------------------------------------
+// ---- What it says of itself
+// -----------------------------------------------------------------------
 
 #[test]
 fn an_alias_says_what_its_bar_says_and_what_it_is() {
@@ -284,7 +287,7 @@ fn a_bar_says_one_capability_more_to_who_has_asked() {
         ];
         for ask in asked {
             let device = Device::open(name);
-            // Whoever has not asked sees what stock says.
+            // A program that has not asked sees what stock says.
             assert_eq!(regions(&device), stock, "{name}");
             ask(&device);
             let mut aliasable = 0;
@@ -398,7 +401,8 @@ fn an_index_that_is_no_alias_is_what_it_is_with_stock() {
     assert!(stock.iter().all(Result::is_err), "{stock:?}");
 }
 
-// ---- It is the BAR --------------------------------------------------------------------------------
+// ---- It is the BAR
+// --------------------------------------------------------------------------------
 
 #[test]
 fn reads_and_writes_are_those_of_the_bar() {
@@ -454,7 +458,7 @@ fn reads_fail_as_those_of_the_bar_while_memory_is_off() {
     assert_eq!(device.read(alias, 0, &mut bytes), Ok(4));
 }
 
-/// What a program does that knows VFIO and nothing of us: asks for a region, and maps it.
+/// A program that knows VFIO and nothing of us: it asks for a region, and maps it.
 fn map_region(device: &Device, index: u32) -> Map {
     let info = device.region_info(index).unwrap();
     assert_ne!(info.flags & CAN_BE_MAPPED, 0);
@@ -539,7 +543,8 @@ fn an_alias_cannot_be_leased() {
     assert_eq!(device.export(alias, &[(0, PAGE)]).unwrap_err(), ENODEV);
 }
 
-// ---- It is taken away -----------------------------------------------------------------------------
+// ---- It is taken away
+// -----------------------------------------------------------------------------
 
 fn assert_taken_and_given(device: &Device, map: &Map, take: impl Fn(), give: impl Fn()) {
     map.read(0).unwrap();
@@ -642,7 +647,8 @@ fn revoking_leases_leaves_a_mapping_of_an_alias() {
     assert_eq!(device.state(&lease), State::Dead);
 }
 
-// ---- How long it lives ----------------------------------------------------------------------------
+// ---- How long it lives
+// ----------------------------------------------------------------------------
 
 #[test]
 fn aliases_end_with_the_device_fd() {

@@ -1,5 +1,5 @@
-//! The module built under the name of the stock one (`make -C kmod NAME=vfio-pci`) takes its place, and programs that know no
-//! other name find all that they look for.
+//! The module built under the name of the stock one (`make -C kmod NAME=vfio-pci`) takes its place,
+//! and programs that know no other name find all that they look for.
 #![cfg(barlease_guest)]
 
 use std::{collections::BTreeSet, fs, os::fd::AsFd, path::Path};

@@ -1,5 +1,5 @@
-//! The daemon on the real kernel: a lease that goes to another process is mapped there, and lost with its connection; an importer
-//! that does not let go keeps the range, and nobody else waiting.
+//! The daemon on the real kernel: a lease that goes to another process is mapped there, and lost
+//! with its connection; an importer that does not let go keeps the range, and nobody else waiting.
 #![cfg(barlease_guest)]
 
 use std::{fs, os::fd::AsFd, path::Path};

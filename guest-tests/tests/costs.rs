@@ -1,4 +1,5 @@
-//! What leases cost, in things that can be counted: the same on every machine, however busy it is.
+//! The costs of leases, in things that can be counted: the same on every machine, however busy it
+//! is.
 #![cfg(barlease_guest)]
 
 use barlease_guest_tests::{
@@ -41,8 +42,8 @@ fn a_skewed_mapping_takes_a_fault_for_256_of_stocks() {
     assert!(ours * 256 <= stock, "{ours} and {stock}");
 }
 
-/// The least that one of five buffers of so many ranges keeps: a softirq may allocate in between. `None` on a kernel
-/// that cannot say.
+/// The least that one of five buffers of so many ranges keeps: a softirq may allocate in between.
+/// `None` on a kernel that cannot say.
 fn kept(driver: &str, ranges: u64) -> Option<Kept> {
     let device = Device::open_with("memory", driver);
     let ranges: Vec<_> = (0..ranges).map(|range| (range * 2 * PAGE, PAGE)).collect();

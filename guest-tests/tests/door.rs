@@ -1,7 +1,8 @@
-//! The door for reads and writes through the device fd: shut with EIO while the device's memory may not be touched, and
-//! otherwise stock's. Run on the machine `device`.
+//! The door for reads and writes through the device fd: shut with EIO while the device's memory may
+//! not be touched, and otherwise stock's. Run on the machine `device`.
 //!
-//! An error that the device reports shuts it too: `aer.rs`. What the core itself refuses is compared in `parity.rs`.
+//! An error that the device reports shuts it too: `aer.rs`. What the core itself refuses is
+//! compared in `parity.rs`.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -111,7 +112,8 @@ fn the_door_is_shut_while_memory_is_off() {
 fn the_door_is_shut_during_a_reset_through_sysfs() {
     let (witness, device, regions) = setup();
     let lease = device.export(MEMORY, &[(0, PAGE)]).unwrap();
-    // The log cannot be asked during the reset: that takes a read of config space, which waits for its end.
+    // The log cannot be asked during the reset: that takes a read of config space, which waits for
+    // its end.
     let before = accesses(witness);
     witness.set(&json!({"reset_fails": true}));
     thread::scope(|scope| {
@@ -185,7 +187,7 @@ fn an_access_in_low_power_wakes_the_device_for_its_duration() {
         is_open(witness, &device, regions);
         assert!(matches!(device.state(&lease), State::Revoked(_)));
     }
-    // What shuts the door besides low power still does.
+    // The other causes that shut the door still do.
     device.set_memory(false);
     assert_eq!(device.read(MEMORY, 0, &mut [0; 4]), Err(EIO));
     device.set_memory(true);

@@ -1,4 +1,4 @@
-//! What a driver needs, from the library and on the real kernel: interrupts, DMA, config space,
+//! The needs of a driver, from the library and on the real kernel: interrupts, DMA, config space,
 //! resets, functions that share an address space, devices that somebody else opened; and the leases
 //! of any device descriptor.
 #![cfg(barlease_guest)]
@@ -399,7 +399,8 @@ fn a_container_with_devices_in_it_is_taken_over() {
     buffer.write(0, 9u32).unwrap();
     edu.transfer(buffer.iova(), buffer.iova() + 64, 4);
     assert_eq!(buffer.read::<u32>(64).unwrap(), 9);
-    // What they have mapped is told by the kernel, and kept free by who says so.
+    // The kernel tells the ranges that they have mapped, and the caller that names them keeps them
+    // free.
     assert!(!iommu.reserve(buffer.iova(), PAGE));
     let [other, _] = ["virtio", "neighbour"].map(bdf);
     let device = OpenOptions::new().iommu(&iommu).open(other).unwrap();

@@ -1,4 +1,5 @@
-//! Config writes, power states and low power: what takes a buffer away, what gives it back, and what leaves it alone.
+//! Config writes, power states and low power: what takes a buffer away, what gives it back, and
+//! what leaves it alone.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -104,7 +105,8 @@ impl Leased {
     }
 }
 
-// ---- COMMAND --------------------------------------------------------------------------------------
+// ---- COMMAND
+// --------------------------------------------------------------------------------------
 
 #[test]
 fn memory_off_takes_away_and_memory_on_gives_back() {
@@ -247,7 +249,8 @@ fn a_device_that_is_opened_has_memory_on() {
     assert_eq!(device.state(&fd), expected);
 }
 
-// ---- What leaves buffers alone --------------------------------------------------------------------
+// ---- What leaves buffers alone
+// --------------------------------------------------------------------
 
 #[test]
 fn events_of_one_device_leave_others_alone() {
@@ -270,7 +273,7 @@ fn config_writes_elsewhere_leave_buffers_alone() {
         let device = &leased.device;
         let size = device.function().config().len() as u64;
         let pmcsr = device.capability(1).map(|at| at + 4);
-        // What resets is not elsewhere.
+        // The function that resets is not elsewhere.
         let express = device.capability(0x10).map(|at| at + 8);
         let skip = [Some(COMMAND), pmcsr, express];
         for offset in (0..size.min(256)).step_by(4) {
@@ -361,10 +364,11 @@ fn reads_and_other_ioctls_leave_buffers_alone() {
     });
 }
 
-// ---- A process that races itself ------------------------------------------------------------------
+// ---- A process that races itself
+// ------------------------------------------------------------------
 
-/// Flips COMMAND in memory while it is being written: whatever the kernel took, what it says afterwards
-/// and what can be touched agree.
+/// Flips COMMAND in memory while it is being written: whatever the kernel took, what it says
+/// afterwards and what can be touched agree.
 fn races_itself(len: usize, offset: u64) {
     let leased = leased("display");
     let device = &leased.device;
@@ -447,7 +451,8 @@ fn writers_that_race_each_other_leave_what_the_last_one_said() {
     leased.is(State::Ok);
 }
 
-// ---- Power states ---------------------------------------------------------------------------------
+// ---- Power states
+// ---------------------------------------------------------------------------------
 
 /// Devices with a power-management capability, with D3hot.
 const SLEEPERS: [&str; 1] = ["nvme"];
@@ -573,7 +578,8 @@ fn a_device_closed_in_d3hot_is_opened_in_d0() {
     assert_eq!(map.read(0), Err(Sigbus));
 }
 
-// ---- Low power ------------------------------------------------------------------------------------
+// ---- Low power
+// ------------------------------------------------------------------------------------
 
 fn eventfd() -> OwnedFd {
     process::eventfd()
@@ -684,8 +690,8 @@ fn low_power_with_wake_up_ends_at_the_next_access() {
     }
 }
 
-/// Wakes the device as the host's administrator does, without an access through the device fd, and lets it
-/// sleep again afterwards.
+/// Wakes the device as the host's administrator does, without an access through the device fd, and
+/// lets it sleep again afterwards.
 fn woken_by_the_host<R>(device: &Device, meanwhile: impl FnOnce() -> R) -> R {
     device.function().set_power_control("on");
     assert_eq!(device.function().runtime_status(), "active");
@@ -747,7 +753,8 @@ fn a_wake_up_by_the_host_does_not_end_low_power_without_wake_up() {
 #[test]
 fn a_device_that_was_bound_again_is_woken_by_the_host_too() {
     let function = Device::open("nvme").function().clone();
-    // The driver's operations belong to all its devices: another that is bound meanwhile changes nothing.
+    // The driver's operations belong to all its devices: another that is bound meanwhile changes
+    // nothing.
     let other = Device::open("display").function().clone();
     function.unbind();
     let leased = leased("nvme");
@@ -858,9 +865,9 @@ fn a_device_closed_in_low_power_is_opened_awake() {
     leased("nvme").is(State::Ok);
 }
 
-/// A write to PMCSR can bring this about when a reset comes in the middle of it: the core writes the state back that it
-/// has read before. With the stock driver a device sleeps from then on, though its user has asked for D0 and reads that the
-/// kernel says so.
+/// A write to PMCSR can bring this about when a reset comes in the middle of it: the core writes
+/// the state back that it has read before. With the stock driver a device sleeps from then on,
+/// though its user has asked for D0 and reads that the kernel says so.
 #[test]
 fn a_device_that_sleeps_unnoticed_is_woken_by_a_write_of_d0() {
     let leased = leased("nvme");
@@ -887,7 +894,8 @@ fn revoke_in_low_power_is_for_good() {
     leased.is_dead();
 }
 
-/// However many there are, in whatever order they come and go, and whoever came into the place of another.
+/// However many there are, in whatever order they come and go, and whoever came into the place of
+/// another.
 #[test]
 fn leases_by_the_hundred_are_all_taken_away() {
     let device = Device::open("display");
@@ -918,7 +926,8 @@ fn leases_by_the_hundred_are_all_taken_away() {
     }
 }
 
-/// Whether the system can sleep like this. If so, all is taken away and given back, but for memory that is off.
+/// Whether the system can sleep like this. If so, all is taken away and given back, but for memory
+/// that is off.
 fn sleeps_and_wakes_up(leased: &Leased, what: &str, sleep: impl Fn() -> bool) -> bool {
     if !sleep() {
         return false;

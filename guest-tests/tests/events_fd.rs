@@ -50,7 +50,8 @@ fn low_power(device: &Device, feature: u32) {
     device.feature(SET | feature, &mut []).expect("low power");
 }
 
-// ---- The request ----------------------------------------------------------------------------------
+// ---- The request
+// ----------------------------------------------------------------------------------
 
 #[test]
 fn a_probe_is_truthful() {
@@ -131,7 +132,8 @@ fn an_eventfd_whose_fds_are_closed_is_no_harm() {
     drop(device.events());
 }
 
-// ---- What signals ---------------------------------------------------------------------------------
+// ---- What signals
+// ---------------------------------------------------------------------------------
 
 #[test]
 fn every_change_of_a_buffer_signals() {
@@ -331,7 +333,8 @@ fn other_devices_signal_nothing() {
     events.expect_none("what is another device's");
 }
 
-// ---- The eventfd ----------------------------------------------------------------------------------
+// ---- The eventfd
+// ----------------------------------------------------------------------------------
 
 #[test]
 fn a_counter_at_its_end_blocks_nobody() {

@@ -44,7 +44,8 @@ fn export(ranges: &[(u64, u64)]) -> Answer<OwnedFd> {
     display().export(FRAME_BUFFER, ranges)
 }
 
-// ---- PROBE ----------------------------------------------------------------------------------------
+// ---- PROBE
+// ----------------------------------------------------------------------------------------
 
 #[test]
 fn probe_says_that_get_is_there_and_set_is_not() {
@@ -76,7 +77,8 @@ fn probe_exports_nothing() {
     assert_eq!(observe::buffers(device.function()), []);
 }
 
-// ---- Values that are refused ----------------------------------------------------------------------
+// ---- Values that are refused
+// ----------------------------------------------------------------------
 
 #[test]
 fn flags_that_are_not_0_are_einval() {
@@ -416,7 +418,8 @@ fn a_burst_of_refusals_leaves_few_lines_in_the_log() {
         .lines()
         .filter(|line| line.contains("refused"))
         .collect();
-    // What other tests have used up of the limit is gone after a while; 10 lines in 5 s is the kernel's default.
+    // Other tests have used up the limit, and it is whole again after a while: 10 lines in 5 s is
+    // the kernel's default.
     assert!(lines.len() <= 20, "{} lines", lines.len());
     let bdf = &device.function().bdf;
     assert!(lines.iter().all(|line| line.contains(bdf)), "{lines:?}");
@@ -478,7 +481,8 @@ fn a_process_that_races_its_own_request_gains_nothing() {
     );
 }
 
-// ---- MSI-X ----------------------------------------------------------------------------------------
+// ---- MSI-X
+// ----------------------------------------------------------------------------------------
 
 /// BAR, first page and length in bytes of what the register at `offset` of the MSI-X capability
 /// points to, `bytes` long.
@@ -603,7 +607,8 @@ fn another_bar_than_that_of_the_msix_table_is_exported() {
     assert_eq!(device.state(&fd), State::Ok);
 }
 
-// ---- What a buffer is -----------------------------------------------------------------------------
+// ---- What a buffer is
+// -----------------------------------------------------------------------------
 
 /// Checks that a buffer is the concatenation of ranges: what is written through it is read through
 /// the device fd, and the other way round.
@@ -715,7 +720,8 @@ fn many_buffers_come_and_go() {
     }
 }
 
-// ---- The fd ---------------------------------------------------------------------------------------
+// ---- The fd
+// ---------------------------------------------------------------------------------------
 
 #[test]
 fn cloexec_is_as_asked_for() {

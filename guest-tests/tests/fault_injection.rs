@@ -1,7 +1,8 @@
-//! Every allocation of every operation fails in turn: the error is the right one, nothing is left behind, and what was
-//! there before still works.
+//! Every allocation of every operation fails in turn: the error is the right one, nothing is left
+//! behind, and what was there before still works.
 //!
-//! On kernels without fault injection each test says that it is skipped. How many allocations an operation has is printed.
+//! On kernels without fault injection each test says that it is skipped. How many allocations an
+//! operation has is printed.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -36,10 +37,10 @@ const BAR: u32 = 2;
 const BAR_LEN: u64 = 64 << 20;
 const GIB: u64 = 1 << 30;
 
-/// What is in the BAR where tests look.
+/// The contents of the BAR where tests look.
 const WORD: u32 = 0x0bad_cafe;
 
-/// What a test needs besides its device.
+/// A test's needs besides its device.
 struct Bench {
     faults: Faults,
     ledger: Ledger,
@@ -47,8 +48,8 @@ struct Bench {
 }
 
 impl Bench {
-    /// `None` where the kernel cannot let allocations fail. `warm_up` does once what will be tried, so that what is
-    /// allocated once and kept is not taken for a leak.
+    /// `None` where the kernel cannot let allocations fail. `warm_up` does once what will be tried,
+    /// so that what is allocated once and kept is not taken for a leak.
     fn new(functions: &[&Function], warm_up: impl FnOnce()) -> Option<Self> {
         let faults = Faults::prepare()?;
         warm_up();
@@ -233,8 +234,9 @@ fn asking_about_regions() {
     bench.finish();
 }
 
-/// With a device without an interrupt pin: for one with, Linux 7.3-rc7 asks ACPI, which uses freed memory after an allocation
-/// of its own has failed (`acpi_ns_get_attached_object`), with the stock driver, too.
+/// With a device without an interrupt pin: for one with, Linux 7.3-rc7 asks ACPI, which uses freed
+/// memory after an allocation of its own has failed (`acpi_ns_get_attached_object`), with the stock
+/// driver, too.
 #[test]
 fn opening_and_closing_the_device() {
     let function = Function::named("memory");
@@ -509,7 +511,8 @@ fn taking_away() {
                 assert!(!attachment.is_mapped());
             },
         );
-    // The kernel's own part of a config write may fail; what is leased is accessible or not as COMMAND then says.
+    // The kernel's own part of a config write may fail; what is leased is accessible or not as
+    // COMMAND then says.
     bench.trial("COMMAND: memory off").never_fails().run_on(
         leased,
         |_| {
@@ -562,9 +565,10 @@ fn write(file: &File, text: &str) -> Answer<()> {
     written.map(drop).map_err(|error| Errno::of(&error))
 }
 
-/// What is registered with VFIO afterwards is left out: Linux 7.3-rc7 itself warns when an allocation of that fails
-/// (`vfio_group_release`, from `vfio_create_group`), with the stock driver, too. A port is no function that VFIO takes:
-/// all that comes before is done and, as after a registration that failed, undone.
+/// Registering with VFIO afterwards is left out: Linux 7.3-rc7 itself warns when an allocation of
+/// that fails (`vfio_group_release`, from `vfio_create_group`), with the stock driver, too. A port
+/// is no function that VFIO takes: all that comes before is done and, as after a registration that
+/// failed, undone.
 #[test]
 fn binding_up_to_the_registration() {
     let port = Function::named("big").port();
@@ -610,7 +614,8 @@ fn unbinding() {
     bench.finish();
 }
 
-/// The allocations of a load that the module itself makes come last; those before are made for any module.
+/// The allocations of a load that the module itself makes come last; those before are made for any
+/// module.
 const LAST: u32 = 30;
 
 #[test]

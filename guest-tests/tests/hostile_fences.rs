@@ -42,7 +42,8 @@ fn open() -> Device {
     Device::open("memory")
 }
 
-/// Where a holder gets its fences: a lease of another device, which no event of the first one concerns.
+/// Where a holder gets its fences: a lease of another device, which no event of the first one
+/// concerns.
 struct Source {
     // First, so that the close of the device waits for no fence of it when a test fails.
     attachment: Attachment,
@@ -65,7 +66,8 @@ impl Source {
         }
     }
 
-    /// Adds one more fence to each of these, and signals the one before: there always is one that is not signalled.
+    /// Adds one more fence to each of these, and signals the one before: there always is one that
+    /// is not signalled.
     fn add_to(&self, targets: &[&OwnedFd]) {
         let mut last = self.last.lock().unwrap();
         let attachment = &self.attachment;
@@ -74,7 +76,7 @@ impl Source {
         for target in targets {
             lease::import_sync_file(target, &file).expect("to add a fence");
         }
-        // Whoever looks at one after the other must find one, however slowly it does.
+        // A thread that looks at one after the other must find one, however slowly it does.
         thread::sleep(Duration::from_millis(5));
         if let Some(last) = last.replace(next) {
             attachment.signal_number(last).expect("a fence");
@@ -127,7 +129,8 @@ fn read_only() -> Request {
     read_write().open_flags(libc::O_RDONLY)
 }
 
-// ---- Fences without end ---------------------------------------------------------------------------
+// ---- Fences without end
+// ---------------------------------------------------------------------------
 
 #[test]
 fn fences_without_end_do_not_keep_revoke_from_its_end() {
@@ -195,7 +198,8 @@ fn fences_of_a_process_that_has_only_an_fd_do_not_keep_others_waiting() {
     assert_eq!(answer, Ok(()));
 }
 
-// ---- One look -------------------------------------------------------------------------------------
+// ---- One look
+// -------------------------------------------------------------------------------------
 
 #[test]
 fn revoke_waits_for_the_fences_that_were_there_and_for_no_later_one() {
@@ -284,7 +288,8 @@ fn a_fence_that_a_timer_signals_is_waited_for() {
     assert!(begin.elapsed() >= time, "it did not wait");
 }
 
-// ---- Fences whose wait fails ----------------------------------------------------------------------
+// ---- Fences whose wait fails
+// ----------------------------------------------------------------------
 
 /// Ticks of processor time that a thread has used, user and system.
 fn ticks(thread: &str) -> u64 {
@@ -295,8 +300,8 @@ fn ticks(thread: &str) -> u64 {
     number(11) + number(12)
 }
 
-/// Waits for a fence of this kind with `act`, and looks on meanwhile: how many ticks it cost of how many that there were,
-/// and whether there was a warning that names `fd`'s buffer.
+/// Waits for a fence of this kind with `act`, and looks on meanwhile: how many ticks it cost of how
+/// many that there were, and whether there was a warning that names `fd`'s buffer.
 fn waited_for(flags: u32, act: impl FnOnce(&Device, &OwnedFd) + Send) {
     // Of a clock of 100 Hz, which is what /proc counts in.
     const TICK: Duration = Duration::from_millis(10);
@@ -347,7 +352,8 @@ fn an_event_waits_asleep_for_a_fence_whose_wait_fails_at_once() {
     waited_for(FENCE_DEADLOCK, |device, _| device.set_memory(false));
 }
 
-// ---- The log --------------------------------------------------------------------------------------
+// ---- The log
+// --------------------------------------------------------------------------------------
 
 /// Lines of the log with this word, from a while after the first one on.
 fn lines_with(log: &mut KernelLog, word: &str) -> Vec<String> {
@@ -415,7 +421,8 @@ fn many_leases_that_are_waited_for_make_few_lines() {
     device.set_memory(true);
 }
 
-// ---- Signals --------------------------------------------------------------------------------------
+// ---- Signals
+// --------------------------------------------------------------------------------------
 
 /// A lease that an importer has mapped that does not let go, with a name, and a mapping of ours.
 fn held(device: &Device) -> (OwnedFd, Attachment, Map) {
@@ -525,7 +532,8 @@ fn the_module_warns_of_what_a_killed_revoke_left() {
     let child = revoking(&device, &fd, &slow, false, &[]);
     is_killed(child, libc::SIGKILL, || slow.unmap());
     let bdfs = ["memory", EDU].map(|name| Function::named(name).bdf);
-    // The second of them is of the module alone, however far the first was when the process was killed.
+    // The second of them is of the module alone, however far the first was when the process was
+    // killed.
     for _ in 0..2 {
         let mut log = KernelLog::from_now();
         let lines = lines_with(&mut log, "held-fast");

@@ -90,7 +90,8 @@ fn bytes_of(bar: &Map, page: u64) -> Vec<u8> {
         .collect()
 }
 
-// ---- Attach ---------------------------------------------------------------------------------------
+// ---- Attach
+// ---------------------------------------------------------------------------------------
 
 #[test]
 fn an_importer_that_cannot_do_peer_to_peer_is_refused() {
@@ -221,7 +222,8 @@ fn a_lease_holder_may_pin() {
     device.revoke(fd).unwrap();
 }
 
-// ---- Map ------------------------------------------------------------------------------------------
+// ---- Map
+// ------------------------------------------------------------------------------------------
 
 #[test]
 fn mapping_a_revoked_buffer_is_enodev_until_it_is_ok_again() {
@@ -309,7 +311,8 @@ fn a_mapping_that_is_for_reading_cannot_be_written_through() {
     assert_eq!(bytes_of(&bar, 0), expected(&[0], 0, PAGE as usize, 1));
 }
 
-// ---- Where the mapping leads ----------------------------------------------------------------------
+// ---- Where the mapping leads
+// ----------------------------------------------------------------------
 
 /// Checks each page of a mapping against where it must lead, and that the table is right: its
 /// entries add up, none is larger than can be, and together they are one run of addresses.
@@ -669,7 +672,8 @@ fn what_a_device_without_translation_cannot_name_is_refused() {
     attachment.map().unwrap();
 }
 
-// ---- Bytes ----------------------------------------------------------------------------------------
+// ---- Bytes
+// ----------------------------------------------------------------------------------------
 
 #[test]
 fn edu_reads_and_writes_one_range() {
@@ -716,7 +720,7 @@ fn check_bytes(ranges: &[(u64, u64)], transfers: &[u64]) {
     let bar = Map::new(device.export(BAR, &[(0, BAR_LEN)]).unwrap(), BAR_LEN).unwrap();
     let (_fd, attachment) = mapped(&device, ranges);
     let pages = pages(ranges);
-    // What is in the BAR: the pages that are touched, and those beside them.
+    // The contents of the BAR: the pages that are touched, and those beside them.
     let mut shadow: HashMap<u64, Vec<u8>> = HashMap::new();
     for at in transfers.iter().flat_map(|&at| [at, at + PAGE - 1]) {
         let page = pages[(at / PAGE) as usize];
@@ -790,7 +794,8 @@ fn edu_reads_and_writes_4096_ranges() {
     check_bytes(&ranges, &transfers);
 }
 
-// ---- Between processes, and the ends of things ----------------------------------------------------
+// ---- Between processes, and the ends of things
+// ----------------------------------------------------
 
 #[test]
 fn an_attachment_keeps_the_buffer_when_its_fd_is_closed() {

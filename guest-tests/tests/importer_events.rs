@@ -33,9 +33,9 @@ const PLACE: u64 = 16 * PAGE;
 /// A mapping of one range goes through the kernel's own helper, one of several through ours.
 const SHAPES: [&[(u64, u64)]; 2] = [&[(PLACE, 2 * PAGE)], &[(PLACE + PAGE, PAGE), (PLACE, PAGE)]];
 
-/// What the CPU writes.
+/// The pattern that the CPU writes.
 const PATTERN: u32 = 0x600d_f00d;
-/// What edu writes.
+/// The pattern that edu writes.
 const INTRUDER: u8 = 0x66;
 /// Bytes that are moved.
 const LENGTH: usize = 512;
@@ -204,7 +204,8 @@ fn blocked_dma_is_a_fault_in_the_log() {
     let (_, slot) = function.bdf.split_once(':').unwrap();
     let kinds = ["DMA Write", "DMA Read"];
     let mut lines = Vec::new();
-    // The kernel logs ten faults of all devices in five seconds, and tests before this one had many.
+    // The kernel logs ten faults of all devices in five seconds, and tests before this one had
+    // many.
     wait::until("faults of both kinds in the log", || {
         scene.tries_to_intrude();
         lines.extend(log.lines());
@@ -324,14 +325,15 @@ fn map_when_there_are_addresses(attachment: &Attachment) {
     });
 }
 
-/// A device that forgets late what it may reach: DMA that is under way when REVOKE comes must be over
-/// or blocked when it returns.
+/// A device that forgets late what it may reach: DMA that is under way when REVOKE comes must be
+/// over or blocked when it returns.
 #[test]
 fn no_dma_lands_after_revoke_where_the_iommu_is_lazy() {
     const MARK: u32 = 0x1111_1111;
     let _domain = Domain::set("DMA-FQ");
     let importer = Importer::open();
-    // What has no place in one piece, see `what_does_not_fit_in_one_piece_is_mapped_in_several`.
+    // A buffer that has no place in one piece, see
+    // `what_does_not_fit_in_one_piece_is_mapped_in_several`.
     let pieces: &[(u64, u64)] = &[(2 << 30, 512 << 20), (1 << 30, 256 << 20)];
     let cases = [
         ("memory", SHAPES[0], 1),

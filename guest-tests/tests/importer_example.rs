@@ -1,4 +1,5 @@
-//! The importer of the documentation (`kmod/examples/`): it maps, lets go when it is told to, and maps again.
+//! The importer of the documentation (`kmod/examples/`): it maps, lets go when it is told to, and
+//! maps again.
 #![cfg(barlease_guest)]
 
 use std::{

@@ -1,4 +1,5 @@
-//! Devices as lease holders: the kernel's own exporter beside ours, what neither exports, and steering tags.
+//! Devices as lease holders: the kernel's own exporter beside ours, what neither exports, and
+//! steering tags.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -30,7 +31,8 @@ fn stock(device: &Device, bar: u32, ranges: &[(u64, u64)]) -> Answer<OwnedFd> {
     importer::stock(device, &Request::new(bar, ranges))
 }
 
-// ---- The stock exporter ---------------------------------------------------------------------------
+// ---- The stock exporter
+// ---------------------------------------------------------------------------
 
 #[test]
 fn the_stock_exporter_is_there_for_get() {
@@ -90,7 +92,7 @@ fn the_features_of_leases_refuse_stock_buffers() {
     let fd = stock(&device, BAR, &[(0, PAGE)]).unwrap();
     assert_eq!(device.revoke(&fd), Err(EINVAL));
     assert_eq!(device.status(&fd).unwrap_err(), EINVAL);
-    // What has no mmap.
+    // A region that has no mmap.
     assert_eq!(Map::new(&fd, PAGE).unwrap_err(), EINVAL);
 }
 
@@ -125,7 +127,8 @@ fn a_parameter_makes_feature_11_the_stock_exporters() {
     device.status(export(&device)).unwrap();
 }
 
-// ---- The MSI-X table ------------------------------------------------------------------------------
+// ---- The MSI-X table
+// ------------------------------------------------------------------------------
 
 /// The pages of BAR0 in which the MSI-X table and the pending bits are.
 fn protected_pages(device: &Device) -> Vec<u64> {
@@ -189,7 +192,8 @@ fn neither_exporter_exports_the_msix_table_where_it_is_told_not_to() {
     }
 }
 
-// ---- Steering tags --------------------------------------------------------------------------------
+// ---- Steering tags
+// --------------------------------------------------------------------------------
 
 #[test]
 fn there_is_no_steering_tag_where_none_was_set() {
@@ -243,7 +247,8 @@ fn steering_tags_cannot_be_set_on_these_devices() {
     }
 }
 
-// ---- The importer itself --------------------------------------------------------------------------
+// ---- The importer itself
+// --------------------------------------------------------------------------
 
 #[test]
 fn the_importer_refuses_what_it_does_not_know() {

@@ -1,5 +1,6 @@
-//! Defects of the kernel that stock vfio-pci meets and our driver does not: each test fails with `STOCK` on a kernel that has
-//! the defect, so these are ignored; `docs/kernel-defects.md` says what was seen. Their twins, with our driver, are run always.
+//! Defects of the kernel that stock vfio-pci meets and our driver does not: each test fails with
+//! `STOCK` on a kernel that has the defect, so these are ignored; `docs/kernel-defects.md` says
+//! what was seen. Their twins, with our driver, are run always.
 #![cfg(barlease_guest)]
 
 use std::{fs, os::fd::AsFd};

@@ -55,7 +55,7 @@ fn set_memory(device: &Device, on: bool) {
         .unwrap();
 }
 
-/// What the device has at an offset of the frame buffer.
+/// The device's value at an offset of the frame buffer.
 fn seen(device: &Device, offset: u64) -> u32 {
     let mut bytes = [0; 4];
     device
@@ -73,7 +73,8 @@ macro_rules! assert_error {
     };
 }
 
-// ---- Devices --------------------------------------------------------------------------------------
+// ---- Devices
+// --------------------------------------------------------------------------------------
 
 #[test]
 fn a_device_is_bound_and_unbound() {
@@ -211,7 +212,8 @@ fn what_stock_vfio_pci_cannot_do_is_unsupported() {
     assert!(text.contains(BARLEASE), "{text}");
 }
 
-// ---- Leases ---------------------------------------------------------------------------------------
+// ---- Leases
+// ---------------------------------------------------------------------------------------
 
 #[test]
 fn a_lease_is_mapped_where_large_entries_are_possible() {
@@ -320,7 +322,8 @@ fn a_lease_shows_its_name() {
     assert_error!(lease.set_name(&"x".repeat(32)), Invalid);
 }
 
-// ---- Memory types, aliases, steering tags ----------------------------------------------------------
+// ---- Memory types, aliases, steering tags
+// ----------------------------------------------------------
 
 /// How the CPU treats the ends of a mapping.
 fn types(mapping: &Mapping) -> [Option<probe::MemoryType>; 2] {
@@ -401,7 +404,8 @@ fn steering_tags_of_a_device_that_completes_none_are_unsupported() {
     assert_error!(device.set_tph(&lease, too_large), Invalid);
 }
 
-// ---- Revocation -----------------------------------------------------------------------------------
+// ---- Revocation
+// -----------------------------------------------------------------------------------
 
 #[test]
 fn a_guarded_access_after_revocation_is_an_error() {
@@ -591,7 +595,8 @@ fn a_lease_of_another_device_or_of_no_device_is_told_apart() {
     assert_error!(lease.map(), Dead);
 }
 
-// ---- Another process ------------------------------------------------------------------------------
+// ---- Another process
+// ------------------------------------------------------------------------------
 
 #[test]
 fn an_unprivileged_holder_draws_until_it_is_revoked_and_lives_on() {

@@ -1,4 +1,4 @@
-//! What ends when: fds, mappings, the open device, the binding, the module.
+//! The ends of things and their order: fds, mappings, the open device, the binding, the module.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -52,7 +52,8 @@ fn mmaps(function: &Function) -> Vec<String> {
         .collect()
 }
 
-// ---- The device fd --------------------------------------------------------------------------------
+// ---- The device fd
+// --------------------------------------------------------------------------------
 
 #[test]
 fn close_of_the_device_fd_is_the_end_of_its_buffers() {
@@ -179,7 +180,8 @@ fn an_open_and_close_without_leases_is_no_harm() {
     }
 }
 
-// ---- O_PATH ---------------------------------------------------------------------------------------
+// ---- O_PATH
+// ---------------------------------------------------------------------------------------
 
 /// A dma-buf whose file is gone and whose inode is not: an `O_PATH` descriptor holds it.
 fn path_of_closed(fd: OwnedFd) -> OwnedFd {
@@ -196,7 +198,7 @@ fn an_o_path_descriptor_outlives_the_buffer_and_the_device() {
     let function = device.function().clone();
     let fd = device.export(FRAME_BUFFER, &[(0, PAGE)]).unwrap();
     let path = path_of_closed(fd);
-    // What walks over all buffers finds it or not, but comes to no harm.
+    // A walk over all buffers finds it or not, but comes to no harm.
     let _ = observe::buffers_text(&function);
     device.set_memory(false);
     device.set_memory(true);
@@ -302,7 +304,8 @@ fn many_o_path_descriptors_while_everything_closes() {
     }
 }
 
-// ---- The binding ----------------------------------------------------------------------------------
+// ---- The binding
+// ----------------------------------------------------------------------------------
 
 #[test]
 fn fds_and_mappings_outlive_the_binding() {
@@ -380,7 +383,8 @@ fn fds_and_mappings_outlive_the_device() {
     device.export(2, &[(0, PAGE)]).unwrap();
 }
 
-// ---- The module -----------------------------------------------------------------------------------
+// ---- The module
+// -----------------------------------------------------------------------------------
 
 /// Takes every function from our driver; what `f` does with the module ends with all as it was.
 fn with_module_idle(f: impl FnOnce()) {
@@ -486,7 +490,8 @@ fn parameters_are_given_when_the_module_is_loaded() {
         pci::load_module("msix_export=never nointxmask=1 disable_idle_d3=1");
         assert_eq!(parameter("msix_export"), "never");
         assert_eq!(export_of_msix_table().unwrap_err(), EPERM);
-        // A function that is bound keeps what it was bound with: it does not sleep while it is idle.
+        // A function that is bound keeps what it was bound with: it does not sleep while it is
+        // idle.
         let function = Function::named("nvme");
         for value in ["N", "Y"] {
             let _parameter = Parameter::set("disable_idle_d3", value).unwrap();

@@ -58,7 +58,8 @@ fn ids(records: &[DmaBufRecord]) -> Vec<u64> {
     records.iter().map(|record| record.id).collect()
 }
 
-// ---- The request ----------------------------------------------------------------------------------
+// ---- The request
+// ----------------------------------------------------------------------------------
 
 #[test]
 fn a_probe_is_truthful() {
@@ -171,14 +172,15 @@ fn memory_that_cannot_be_read_or_written_is_efault() {
     }
     assert_eq!(device.feature_at_edge(LIST, &good, announced), Ok(0));
     assert_eq!(device.feature_read_only(LIST, &good), Err(EFAULT));
-    // What is announced and not needed need not be there.
+    // The memory of records that are announced and not needed need not be there.
     let none = List::new(u64::MAX, 2).bytes(0);
     let answer = device.feature_at_edge(LIST, &none[..HEAD], announced);
     assert!(answer == Ok(0) || answer == Err(EFAULT), "{answer:?}");
     assert_eq!(device.records().len(), 2);
 }
 
-// ---- What is said ---------------------------------------------------------------------------------
+// ---- What is said
+// ---------------------------------------------------------------------------------
 
 #[test]
 fn a_record_says_what_was_exported() {
@@ -402,7 +404,8 @@ fn inode_of(map: &Map) -> u64 {
     column.parse().expect("a number")
 }
 
-// ---- Identity -------------------------------------------------------------------------------------
+// ---- Identity
+// -------------------------------------------------------------------------------------
 
 /// `ino:` of an fd in `/proc/self/fdinfo`.
 fn fdinfo_inode(fd: &OwnedFd) -> u64 {
@@ -487,7 +490,8 @@ fn nothing_of_an_earlier_open_or_of_another_device_is_listed() {
     assert_eq!(ids(&device.records()), [id_of(&now)]);
 }
 
-// ---- Many -----------------------------------------------------------------------------------------
+// ---- Many
+// -----------------------------------------------------------------------------------------
 
 #[test]
 fn pages_of_any_size_have_each_buffer_once_and_in_order() {
@@ -517,7 +521,7 @@ fn pages_of_any_size_have_each_buffer_once_and_in_order() {
 fn more_than_a_call_copies_come_in_several() {
     const NUMBER: usize = MAX_RECORDS as usize + 300;
     let device = open();
-    // Who keeps no fd needs no more of them than others.
+    // A program that keeps no fd needs no more of them than others.
     let mut maps = Vec::new();
     for _ in 0..NUMBER {
         let fd = page(&device);
@@ -590,7 +594,8 @@ fn a_walk_while_buffers_come_and_go_has_each_lasting_one_once() {
     });
 }
 
-// ---- While others wait ----------------------------------------------------------------------------
+// ---- While others wait
+// ----------------------------------------------------------------------------
 
 #[test]
 fn list_does_not_wait_for_who_has_the_reservation_lock() {

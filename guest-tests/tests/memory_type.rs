@@ -72,7 +72,8 @@ fn take_and_give(device: &Device) {
     device.set_memory(true);
 }
 
-// ---- The request ----------------------------------------------------------------------------------
+// ---- The request
+// ----------------------------------------------------------------------------------
 
 #[test]
 fn probe_says_that_it_can_be_set() {
@@ -167,7 +168,8 @@ fn status_says_what_the_next_mapping_gets() {
     }
 }
 
-// ---- What the entries are -------------------------------------------------------------------------
+// ---- What the entries are
+// -------------------------------------------------------------------------
 
 #[test]
 fn a_mapping_is_uncached_unless_asked() {
@@ -202,7 +204,7 @@ fn write_combining_is_real_from_the_first_fault_on() {
         let (_fd, map) = wc(&device, offset, len);
         assert_eq!(probe::entry(&map, 0), None);
         map.write(0, 17).unwrap();
-        // What comes in around the fault as well.
+        // So do the entries that come in around the fault.
         let batch = len.min(HUGE);
         let part = (0, batch);
         assert_type(&device, &map, part, offset, MemoryType::WriteCombining);
@@ -463,7 +465,8 @@ fn revocation_takes_a_write_combining_mapping_too() {
     assert_eq!(How::shared().map(&fd, 0, PAGE).unwrap_err(), ENODEV);
 }
 
-// ---- Faults ---------------------------------------------------------------------------------------
+// ---- Faults
+// ---------------------------------------------------------------------------------------
 
 fn faults_of_touching(map: &Map) -> u64 {
     // The code is there when it counts.
@@ -542,7 +545,8 @@ fn a_bar_mapping_takes_far_fewer_faults_than_stock_when_skewed_and_as_many_when_
     assert!(aligned <= stock_aligned, "{aligned} {stock_aligned}");
 }
 
-// ---- Races ----------------------------------------------------------------------------------------
+// ---- Races
+// ----------------------------------------------------------------------------------------
 
 /// Touches all of a mapping until it fails, and looks at the entries on the way.
 fn touch_and_look(map: &Map, wanted: MemoryType) {

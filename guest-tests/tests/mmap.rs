@@ -1,4 +1,5 @@
-//! mmap of buffers: what is refused, what a mapping shows, which entries it gets, how long it lives.
+//! mmap of buffers: what is refused, what a mapping shows, which entries it gets, how long it
+//! lives.
 #![cfg(barlease_guest)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -61,7 +62,8 @@ fn faults_of_touching(map: &Map) -> i64 {
     observe::faults_of(|| map.touch_all().unwrap())
 }
 
-// ---- What is refused ------------------------------------------------------------------------------
+// ---- What is refused
+// ------------------------------------------------------------------------------
 
 #[test]
 fn a_private_mapping_is_einval() {
@@ -211,7 +213,8 @@ fn files_of_proc_that_walk_page_tables_show_a_mapping() {
     }
 }
 
-// ---- What a mapping shows -------------------------------------------------------------------------
+// ---- What a mapping shows
+// -------------------------------------------------------------------------
 
 #[test]
 fn every_page_is_the_right_one_whatever_the_ranges_and_the_alignment() {
@@ -241,7 +244,8 @@ fn every_page_is_the_right_one_whatever_the_ranges_and_the_alignment() {
         let fd = device.export(FRAME_BUFFER, ranges).unwrap();
         for skew in [0, PAGE, mib, HUGE - PAGE] {
             for offset in [0, PAGE, mib, len - PAGE] {
-                // From both ends: what comes in around a fault, before it and behind it, is looked at too.
+                // From both ends: what comes in around a fault, before it and behind it, is looked
+                // at too.
                 for backwards in [false, true] {
                     let how = How::shared().align(HUGE).skew(skew);
                     let map = how.map(&fd, offset, len - offset).unwrap();
@@ -288,7 +292,8 @@ fn proc_maps_shows_the_offset_that_was_asked_for() {
     assert_eq!(words[2], "00003000", "{line}");
 }
 
-// ---- Entries --------------------------------------------------------------------------------------
+// ---- Entries
+// --------------------------------------------------------------------------------------
 
 /// KiB of page tables that touching all of a mapping costs.
 fn page_tables_of_touching(map: &Map) -> u64 {
@@ -409,7 +414,8 @@ fn what_is_touched_once_faults_once() {
     }
 }
 
-// ---- How long a mapping lives ---------------------------------------------------------------------
+// ---- How long a mapping lives
+// ---------------------------------------------------------------------
 
 fn huge_map(device: &Device) -> (OwnedFd, Map) {
     let fd = device.export(FRAME_BUFFER, &[(0, 2 * HUGE)]).unwrap();
@@ -457,7 +463,7 @@ fn a_mapping_survives_fork() {
         panic!("one buffer");
     };
     assert_eq!(line.get("mmaps"), "2");
-    // What takes memory away takes it from the child too.
+    // A take-away takes memory from the child too.
     device.set_memory(false);
     child.link.send(1);
     child.link.expect(2);
@@ -566,7 +572,8 @@ fn the_buffers_file_counts_mappings() {
     assert_eq!(count(), "0");
 }
 
-// ---- More than a GiB ------------------------------------------------------------------------------
+// ---- More than a GiB
+// ------------------------------------------------------------------------------
 
 const GIB: u64 = 1 << 30;
 
@@ -621,7 +628,8 @@ fn offsets_over_4_gib_are_kept_apart() {
     assert_eq!(device.status(&fd).unwrap().size, 8 * GIB);
 }
 
-// ---- Together with the device fd ------------------------------------------------------------------
+// ---- Together with the device fd
+// ------------------------------------------------------------------
 
 #[test]
 fn a_bar_mapped_through_the_device_fd_shows_the_same() {

@@ -1,4 +1,5 @@
-//! Names of leases and BAR mappings, and what else a mapping of a BAR through the device fd has in common with stock's.
+//! Names of leases and BAR mappings, and what else a mapping of a BAR through the device fd has in
+//! common with stock's.
 #![cfg(barlease_guest)]
 
 use std::{fs, os::fd::AsFd};
@@ -44,7 +45,8 @@ fn map_bar(device: &Device, region: u32, offset: u64, len: u64) -> Map {
     How::shared().map(device.as_fd(), at, len).unwrap()
 }
 
-// ---- Names ----------------------------------------------------------------------------------------
+// ---- Names
+// ----------------------------------------------------------------------------------------
 
 #[test]
 fn a_lease_is_named_after_device_and_bar() {
@@ -172,7 +174,8 @@ fn a_name_cannot_forge_lines_or_columns_of_debugfs() {
     }
 }
 
-// ---- mmap through the device fd -------------------------------------------------------------------
+// ---- mmap through the device fd
+// -------------------------------------------------------------------
 
 #[test]
 fn the_offset_that_is_shown_is_the_one_that_was_asked_for() {
@@ -202,7 +205,7 @@ fn a_part_that_was_split_off_shows_its_own_offset() {
     assert_eq!(u64::from_str_radix(offset, 16).unwrap(), 12 * PAGE);
     device.set_memory(false);
     device.set_memory(true);
-    // What faults in again is the right page.
+    // The page that faults in again is the right one.
     let (start, _) = device.function().bar(FRAME_BUFFER);
     map.touch(4 * PAGE, 4 * PAGE).unwrap();
     assert_eq!(
@@ -211,7 +214,7 @@ fn a_part_that_was_split_off_shows_its_own_offset() {
     );
 }
 
-/// What mmap of the device fd answers to many requests.
+/// The answers of mmap of the device fd to many requests.
 fn answers(name: &str, driver: &str) -> Vec<(String, Result<(), Errno>)> {
     let device = Device::open_with(name, driver);
     let mut answers = Vec::new();

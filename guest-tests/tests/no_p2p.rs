@@ -78,7 +78,8 @@ fn an_importer_is_refused() {
     let stock = importer::stock(&device, &Request::new(BAR, &[(0, PAGE)]));
     assert_eq!(stock.map(drop), Err(EINVAL));
     map.touch_all().unwrap();
-    // What device and platform can do comes before the state of the buffer, except that what is dead is dead.
+    // The answers about device and platform come before the state of the buffer, except that a dead
+    // one is dead.
     device.set_memory(false);
     assert_eq!(importer.attach(&fd).unwrap_err(), EOPNOTSUPP);
     device.revoke(&fd).unwrap();

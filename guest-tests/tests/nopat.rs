@@ -118,6 +118,6 @@ fn the_msix_table_is_exported_only_where_the_parameter_says_always() {
         let _parameter = Parameter::set("msix_export", policy).unwrap();
         assert_eq!(both(), [answer; 2], "{policy}");
     }
-    // What is beside it is exported.
+    // The memory beside it is exported.
     device.export(2, &[(0, PAGE)]).unwrap();
 }

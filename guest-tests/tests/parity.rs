@@ -1,4 +1,5 @@
-//! To a program that uses nothing of ours every answer is stock's, byte for byte: `barlease_guest_tests::parity` asks.
+//! To a program that uses nothing of ours every answer is stock's, byte for byte:
+//! `barlease_guest_tests::parity` asks.
 #![cfg(barlease_guest)]
 
 use barlease_guest_tests::{

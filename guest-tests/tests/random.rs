@@ -1,6 +1,8 @@
-//! Steps drawn from a seed, each judged by what the contract says of it. Run on the machine `random`.
+//! Steps drawn from a seed, each judged by what the contract says of it. Run on the machine
+//! `random`.
 //!
-//! `BARLEASE_TEST_SEED` repeats a run, `BARLEASE_TEST_SECONDS` says how long it is; see docs/testing.md.
+//! `BARLEASE_TEST_SEED` repeats a run, `BARLEASE_TEST_SECONDS` says how long it is; see
+//! docs/testing.md.
 #![cfg(barlease_guest)]
 
 use barlease_guest_tests::{

@@ -33,7 +33,8 @@ fn slot() -> (Slot, Unproved) {
     (Slot::new(), Unproved::new())
 }
 
-/// A device with everything that can be leased of it: a lease, mappings of it, of the BAR and of an alias, an importer.
+/// A device with everything that can be leased of it: a lease, mappings of it, of the BAR and of an
+/// alias, an importer.
 struct Scene {
     /// First, since it is dropped first: the close of the device waits for it.
     attachment: Attachment,

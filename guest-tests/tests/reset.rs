@@ -74,11 +74,11 @@ impl Leased {
     }
 }
 
-/// What is written to the memory of ivshmem, which a reset leaves alone.
+/// The pattern in the memory of ivshmem, which a reset leaves alone.
 const MAGIC: u32 = 0x3a61_c001;
 
-/// Runs `reset` and meanwhile touches and asks: both must see the reset. A touch that comes through must reach the
-/// device: in reset it does not answer, and something else is read.
+/// Runs `reset` and meanwhile touches and asks: both must see the reset. A touch that comes through
+/// must reach the device: in reset it does not answer, and something else is read.
 fn is_seen_by_everybody(device: &Device, leased: &Leased, reset: impl Fn()) {
     let [lease, bar, reasons] = [0; 3].map(AtomicU32::new);
     // The memory buffer of NVMe is off after a reset.
@@ -119,7 +119,8 @@ fn function_level_reset(device: &Device) {
     device.set_config(control, &[low, high | 0x80]);
 }
 
-// ---- VFIO_DEVICE_RESET ----------------------------------------------------------------------------
+// ---- VFIO_DEVICE_RESET
+// ----------------------------------------------------------------------------
 
 #[test]
 fn vfio_reset_takes_away_and_gives_back() {
@@ -194,7 +195,8 @@ fn a_reset_that_the_device_cannot_do_changes_nothing() {
     assert_eq!(device.state(&fd), State::Ok);
 }
 
-// ---- Function-level reset through config space ----------------------------------------------------
+// ---- Function-level reset through config space
+// ----------------------------------------------------
 
 #[test]
 fn a_function_level_reset_takes_away_and_gives_back() {
@@ -233,7 +235,8 @@ fn a_function_level_reset_with_memory_off_gives_nothing_back() {
     leased.is(&device, State::Ok);
 }
 
-// ---- Through sysfs --------------------------------------------------------------------------------
+// ---- Through sysfs
+// --------------------------------------------------------------------------------
 
 #[test]
 fn a_sysfs_reset_takes_away_and_gives_back() {
@@ -352,7 +355,8 @@ fn revoke_during_a_reset_is_for_good() {
     leased.is(&device, State::Ok);
 }
 
-// ---- Hot reset ------------------------------------------------------------------------------------
+// ---- Hot reset
+// ------------------------------------------------------------------------------------
 
 fn pair() -> [Function; 2] {
     ["pair0", "pair1"].map(Function::named)
@@ -403,8 +407,8 @@ fn a_hot_reset_gives_back_to_each_function_what_it_had() {
     leases[1].is(&devices[1], State::Ok);
 }
 
-/// With the stock driver they are lost: what run-time power management saves when a function falls asleep in the middle of
-/// the reset is what is restored after it.
+/// With the stock driver they are lost: what run-time power management saves when a function falls
+/// asleep in the middle of the reset is what is restored after it.
 #[test]
 fn functions_that_fall_asleep_in_a_bus_reset_keep_their_bars() {
     let (devices, leases) = open_pair();

@@ -48,7 +48,8 @@ fn is_gone(map: &Map) {
     }
 }
 
-// ---- PROBE and sizes ------------------------------------------------------------------------------
+// ---- PROBE and sizes
+// ------------------------------------------------------------------------------
 
 #[test]
 fn probe_says_that_revoke_is_set_and_status_is_get() {
@@ -135,7 +136,8 @@ fn a_larger_argsz_is_fine() {
     assert_eq!(device.state(&fd), State::Dead);
 }
 
-// ---- The fd in the payload ------------------------------------------------------------------------
+// ---- The fd in the payload
+// ------------------------------------------------------------------------
 
 #[test]
 fn no_such_fd_is_ebadf() {
@@ -188,7 +190,8 @@ fn a_buffer_of_another_device_is_enodev_and_unharmed() {
     assert_eq!(device.revoke(&fd), Err(ENODEV));
 }
 
-// ---- What a revocation is -------------------------------------------------------------------------
+// ---- What a revocation is
+// -------------------------------------------------------------------------
 
 #[test]
 fn a_revoked_buffer_is_gone_for_good() {
@@ -416,7 +419,8 @@ fn a_mapping_that_was_forked_is_gone_in_both_processes() {
     child.join();
 }
 
-// ---- STATUS ---------------------------------------------------------------------------------------
+// ---- STATUS
+// ---------------------------------------------------------------------------------------
 
 #[test]
 fn status_tells_all_of_a_buffer() {

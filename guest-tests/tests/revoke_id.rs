@@ -1,4 +1,5 @@
-//! REVOKE_ID: REVOKE of a buffer that the owner has no fd of, with and without a wait for importers.
+//! REVOKE_ID: REVOKE of a buffer that the owner has no fd of, with and without a wait for
+//! importers.
 #![cfg(barlease_guest)]
 
 use std::{os::fd::OwnedFd, thread, time::Duration};
@@ -35,7 +36,8 @@ fn export(device: &Device) -> OwnedFd {
     device.export(BAR, TWO).expect("an export")
 }
 
-/// A lease, a mapping of it that was touched, and an importer that has mapped it and does not let go.
+/// A lease, a mapping of it that was touched, and an importer that has mapped it and does not let
+/// go.
 fn held(device: &Device) -> (OwnedFd, Map, Attachment) {
     let fd = export(device);
     let map = Map::new(&fd, 2 * PAGE).expect("an mmap");
@@ -57,7 +59,8 @@ fn is_dead(device: &Device, fd: &OwnedFd, map: &Map) {
     assert_eq!(attach.unwrap_err(), ENODEV);
 }
 
-// ---- The request ----------------------------------------------------------------------------------
+// ---- The request
+// ----------------------------------------------------------------------------------
 
 #[test]
 fn a_probe_is_truthful() {
@@ -89,7 +92,7 @@ fn what_is_not_defined_is_refused_and_revokes_nothing() {
             Err(EINVAL)
         );
     }
-    // What is wrong with the payload comes before what the buffer is.
+    // An error of the payload comes before an error of the buffer.
     assert_eq!(device.revoke_id_raw(u64::MAX, 2, 0), Err(EINVAL));
     assert_eq!(device.revoke_id_raw(u64::MAX, 0, 1), Err(EINVAL));
     let mut payload = [0; 16];
@@ -160,7 +163,8 @@ fn a_mapping_of_a_bar_cannot_be_revoked() {
     map.touch_all().unwrap();
 }
 
-// ---- What comes of it -----------------------------------------------------------------------------
+// ---- What comes of it
+// -----------------------------------------------------------------------------
 
 #[test]
 fn revoke_by_id_is_revoke() {
@@ -206,7 +210,7 @@ fn revoke_by_id_needs_no_fd() {
     assert_eq!(device.revoke_id(id), Ok(()));
     child.link.send(2);
     child.join();
-    // Who had it has ended: nothing is left of it.
+    // Its holder has ended: nothing is left of it.
     wait::until("its end", || device.find_record(id).is_none());
 }
 
@@ -249,7 +253,8 @@ fn revoke_by_id_waits_for_a_slow_importer() {
     assert_eq!(answer, Ok(()));
 }
 
-// ---- Without a wait -------------------------------------------------------------------------------
+// ---- Without a wait
+// -------------------------------------------------------------------------------
 
 #[test]
 fn nowait_of_an_idle_buffer_leaves_nothing_to_wait_for() {

@@ -1,5 +1,6 @@
-//! Mappings of every kind after they were split, moved or inherited: each part of them is what the whole was, and is taken
-//! away and given back with it. Run on the machine `device`, whose own device can do all that takes memory away.
+//! Mappings of every kind after they were split, moved or inherited: each part of them is what the
+//! whole was, and is taken away and given back with it. Run on the machine `device`, whose own
+//! device can do all that takes memory away.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -26,7 +27,8 @@ const BAR: u32 = 0;
 const LEN: u64 = 2 * HUGE;
 /// The page that is cut out, in the middle of a 2 MiB entry.
 const CUT: u64 = HUGE / 2;
-/// Pages that are looked at: the ends, both sides of the cut, both sides of the border of two entries.
+/// Pages that are looked at: the ends, both sides of the cut, both sides of the border of two
+/// entries.
 const PAGES: [u64; 6] = [0, CUT - PAGE, CUT + PAGE, HUGE - PAGE, HUGE, LEN - PAGE];
 
 /// A kind of mapping.
@@ -85,7 +87,7 @@ impl Kind {
     }
 }
 
-/// What is done to a mapping.
+/// An operation on a mapping.
 #[derive(Clone, Copy, Debug)]
 enum Split {
     Unmap,
@@ -151,7 +153,7 @@ impl Part {
     }
 }
 
-/// What a page has in it.
+/// The contents of a page.
 fn tag(page: u64) -> u32 {
     0x7a60_0000 + (page / PAGE) as u32
 }
@@ -370,7 +372,7 @@ fn splits_race_with_memory_that_comes_and_goes() {
     let split = |kind: Kind, worked: &AtomicU32| {
         let map = kind.map(&device);
         let touch = |map: &Map| {
-            // What is there stays there until it is taken away.
+            // An entry that is there stays there until it is taken away.
             for page in [PAGES; 4].concat() {
                 let read = || match map.read(page) {
                     Ok(value) => {

@@ -22,17 +22,19 @@ use barlease_guest_tests::{
     witness::sysfs,
 };
 
-/// What may be opened with it is opened with it.
+/// Every function that may be opened with it is opened with it.
 const TOKEN: &str = "3f8a1c52-90d7-4b6e-8e21-5ac4d07b9f16";
 
 /// Registers of a virtual function, and of the physical one.
 const BAR: u32 = 0;
-/// igb, VTRDBAL (Intel 82576 Datasheet, 8.26): the lower half of an address, which reads as what was written.
+/// igb, VTRDBAL (Intel 82576 Datasheet, 8.26): the lower half of an address, which reads as what
+/// was written.
 const REGISTER: u64 = 0x2800;
 /// Bytes that are leased.
 const BYTES: u64 = 3 * PAGE;
 
-/// The physical function with this driver, open, and so many virtual functions of it. These are gone when it is dropped.
+/// The physical function with this driver, open, and so many virtual functions of it. These are
+/// gone when it is dropped.
 struct Physical {
     device: Device,
     functions: Vec<Function>,
@@ -103,7 +105,8 @@ impl Drop for Physical {
     }
 }
 
-/// A virtual function that is open, with a lease of its registers, and everything that can reach them.
+/// A virtual function that is open, with a lease of its registers, and everything that can reach
+/// them.
 struct Virtual {
     /// First, since it is dropped first: the close of the device waits for it.
     attachment: Attachment,
@@ -152,7 +155,8 @@ impl Virtual {
         }
     }
 
-    /// How often a device lost its way to the registers, and how many of the mappings a process did.
+    /// How often a device lost its way to the registers, and how many of the mappings a process
+    /// did.
     fn losses(&self) -> (u32, i64) {
         let interruptions = self.attachment.status().interruptions;
         let touch = || {
@@ -194,7 +198,8 @@ fn is_dead(fd: &OwnedFd, map: &Map) {
     assert_eq!(lease::size(fd), BYTES);
 }
 
-// ---- Making and opening ---------------------------------------------------------------------------
+// ---- Making and opening
+// ---------------------------------------------------------------------------
 
 #[test]
 fn virtual_functions_are_made_where_the_module_parameter_allows_it() {
@@ -228,7 +233,8 @@ fn virtual_functions_are_opened_with_the_token_of_the_physical_one() {
     }
 }
 
-// ---- Leases ---------------------------------------------------------------------------------------
+// ---- Leases
+// ---------------------------------------------------------------------------------------
 
 #[test]
 fn a_lease_of_a_virtual_function_is_revoked_alone() {
@@ -259,8 +265,9 @@ fn a_reset_of_a_virtual_function_takes_its_leases_away_and_gives_them_back() {
     first.reaches_its_registers();
 }
 
-/// The memory bit of its COMMAND means nothing (SR-IOV, 9.3.4.1.3); what its user reads is the kernel's invention. Stock's
-/// mappings stay, too. An emulated one has the bit, and does not answer without it.
+/// The memory bit of its COMMAND means nothing (SR-IOV, 9.3.4.1.3); what its user reads is the
+/// kernel's invention. Stock's mappings stay, too. An emulated one has the bit, and does not answer
+/// without it.
 #[test]
 fn a_virtual_function_whose_memory_bit_is_cleared_stays_accessible() {
     for driver in [STOCK, BARLEASE] {
@@ -349,12 +356,14 @@ fn a_physical_function_that_was_woken_for_virtual_ones_is_accessible() {
     assert_eq!(physical.device.state(&own), State::Ok);
 }
 
-// ---- The end --------------------------------------------------------------------------------------
+// ---- The end
+// --------------------------------------------------------------------------------------
 
-/// Virtual functions go; `act` makes them. They are leased until their owner, who is asked to, closes them.
+/// Virtual functions go; `act` makes them. They are leased until their owner, who is asked to,
+/// closes them.
 fn ends_when_the_owner_closes_it(physical: &Physical, act: impl FnOnce() + Send) {
     let leased = Virtual::of(physical, 0);
-    // Who has the lease is not asked, nor is an importer that lets go when it is told.
+    // The holder is not asked, nor is an importer that lets go when it is told.
     let Virtual {
         attachment,
         device,

@@ -1,4 +1,5 @@
-//! What is not ours is the core's, untouched: the same device with stock vfio-pci and with our driver.
+//! Everything that is not ours is the core's, untouched: the same device with stock vfio-pci and
+//! with our driver.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -31,7 +32,7 @@ const DEVICES: [&str; 8] = [
     "display", "memory", "pair0", "nvme", "edu", "testdev", "igb", "big",
 ];
 
-/// What `look` sees of a device, with stock vfio-pci and with our driver.
+/// The answers that `look` sees of a device, with stock vfio-pci and with our driver.
 fn both<T>(name: &str, look: impl Fn(&Device) -> T) -> [T; 2] {
     [STOCK, BARLEASE].map(|driver| {
         let device = Device::open_with(name, driver);
@@ -39,7 +40,7 @@ fn both<T>(name: &str, look: impl Fn(&Device) -> T) -> [T; 2] {
     })
 }
 
-/// What is to be the same, of one device with one driver: a line each.
+/// The answers that are to be the same, of one device with one driver: a line each.
 struct Portrait {
     information: Vec<String>,
     config_space: Vec<String>,
@@ -51,7 +52,7 @@ struct Portrait {
 
 impl Portrait {
     fn of(device: &Device) -> Self {
-        // What changes the device comes last.
+        // Calls that change the device come last.
         Self {
             information: information(device),
             config_space: config_space(device),
@@ -194,7 +195,8 @@ fn what_is_no_memory_is_read_the_same() {
     is_the_same(|portrait| &portrait.other_regions);
 }
 
-// ---- mmap of the device fd ------------------------------------------------------------------------
+// ---- mmap of the device fd
+// ------------------------------------------------------------------------
 
 fn mmap(device: &Device) -> Vec<String> {
     let mut seen = Vec::new();
@@ -309,7 +311,8 @@ fn map_and_move(device: &Device) -> Map {
     map.moved().unwrap()
 }
 
-// ---- Interrupts -----------------------------------------------------------------------------------
+// ---- Interrupts
+// -----------------------------------------------------------------------------------
 
 fn count(event: &OwnedFd) -> Option<u64> {
     let mut bytes = [0; 8];
@@ -369,7 +372,8 @@ fn interrupts_survive_that_memory_is_off() {
     assert_eq!(device.command() & 2, 0);
 }
 
-// ---- Features -------------------------------------------------------------------------------------
+// ---- Features
+// -------------------------------------------------------------------------------------
 
 fn features(device: &Device) -> Vec<String> {
     let probe = |feature| {

@@ -27,9 +27,9 @@ const FRAME_BUFFER: u32 = 0;
 /// Length of the lease that is fought over, at the beginning of it.
 const LEN: u64 = 2 * HUGE;
 const PAGES: u64 = LEN / PAGE;
-/// What the grantor fills it with.
+/// The pattern that the grantor fills it with.
 const PATTERN: u32 = 0x600d_600d;
-/// What holders write.
+/// The pattern that holders write.
 const MARK: u32 = 0x0bad_0000;
 
 fn display() -> Device {
@@ -43,7 +43,8 @@ fn for_a_while(milliseconds: u64, mut body: impl FnMut()) {
     }
 }
 
-// ---- Revocation against holders that do not let go ------------------------------------------------
+// ---- Revocation against holders that do not let go
+// ------------------------------------------------
 
 /// Numbers without a pattern that a page fault could follow.
 struct Dice(u64);
@@ -58,7 +59,7 @@ impl Dice {
     }
 }
 
-/// What one thread of a holder does until it gets SIGBUS.
+/// The work of one thread of a holder until it gets SIGBUS.
 type Attack = fn(&OwnedFd, &Map, &mut Dice) -> Result<(), Sigbus>;
 
 /// Writes to the mapping of its process.
@@ -126,7 +127,7 @@ fn forks_and_writes(_: &OwnedFd, map: &Map, dice: &mut Dice) -> Result<(), Sigbu
     }
 }
 
-/// What a holder and the grantor tell each other.
+/// The messages between a holder and the grantor.
 mod say {
     pub(crate) const END: u64 = 0;
     pub(crate) const TAKE: u64 = 1;
@@ -137,8 +138,8 @@ mod say {
 
 /// A holder: one thread an attack, on each buffer that it is sent.
 ///
-/// They go on while it is taken away, and then some more: from the moment on at which the grantor's call has returned,
-/// each attempt ends in SIGBUS.
+/// They go on while it is taken away, and then some more: from the moment on at which the grantor's
+/// call has returned, each attempt ends in SIGBUS.
 fn hold(link: &Link, skew: u64, attacks: &[Attack]) {
     while link.receive() == say::TAKE {
         let fd = link.receive_fd();
@@ -178,8 +179,8 @@ fn hold(link: &Link, skew: u64, attacks: &[Attack]) {
     }
 }
 
-/// Gives a buffer to holders, takes it back by `take`, fills the range, and checks that it stays as it
-/// was filled.
+/// Gives a buffer to holders, takes it back by `take`, fills the range, and checks that it stays as
+/// it was filled.
 fn nobody_writes_after(holders: &[Child], rounds: u64, take: impl Fn(Device, &OwnedFd) -> Device) {
     let mut device = display();
     for round in 0..rounds {
@@ -290,8 +291,9 @@ fn a_neighbour_goes_on_undisturbed_while_others_are_revoked() {
 /// Pages that lie apart, so that each has a fault of its own.
 const APART: u64 = 64;
 
-/// Exports pages that lie apart, lets threads fault them in, takes the buffer away in the middle of it, and looks for
-/// entries that are still there. What a fault puts in too late stays for good, so there is no moment to be missed.
+/// Exports pages that lie apart, lets threads fault them in, takes the buffer away in the middle of
+/// it, and looks for entries that are still there. What a fault puts in too late stays for good, so
+/// there is no moment to be missed.
 fn no_fault_slips_through(milliseconds: u64, take: impl Fn(&Device, &OwnedFd)) {
     let device = display();
     let ranges: Vec<_> = (0..APART).map(|page| (2 * page * PAGE, PAGE)).collect();
@@ -344,7 +346,8 @@ fn no_fault_slips_through_when_memory_is_turned_off() {
     no_fault_slips_through(1000, |device, _| device.set_memory(false));
 }
 
-// ---- Many at once ---------------------------------------------------------------------------------
+// ---- Many at once
+// ---------------------------------------------------------------------------------
 
 #[test]
 fn many_leases_are_revoked_at_once_and_each_once() {
@@ -408,10 +411,11 @@ fn exports_and_closes_race_with_everything_that_walks_over_buffers() {
     observe::wait_for_buffers(device.function(), 0);
 }
 
-// ---- Events against holders -----------------------------------------------------------------------
+// ---- Events against holders
+// -----------------------------------------------------------------------
 
-/// Reads what the device has there. A read that comes through while memory is off reaches nothing and gives something
-/// else; then it does not matter whether the call had returned.
+/// Reads what the device has there. A read that comes through while memory is off reaches nothing
+/// and gives something else; then it does not matter whether the call had returned.
 fn reads_magic(map: &Map, offset: u64) -> bool {
     match map.read(offset) {
         Ok(seen) => {

@@ -1,5 +1,5 @@
-//! Steering tags: which devices take them, what is refused, and what importers see. Run on the machine `device`, whose own
-//! device completes what it is told to.
+//! Steering tags: which devices take them, what is refused, and what importers see. Run on the
+//! machine `device`, whose own device completes what it is told to.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -72,14 +72,15 @@ fn both(tag: u8, tag_ext: u16, ph: u8) -> DmaBufTph {
     }
 }
 
-/// What an importer sees in the two namespaces.
+/// The tags that an importer sees in the two namespaces.
 fn seen(importer: &Importer, fd: impl AsFd) -> [Answer<(u32, u32)>; 2] {
     [false, true].map(|extended| importer.steering_tag(fd.as_fd(), extended))
 }
 
 const UNSET: Answer<(u32, u32)> = Err(EOPNOTSUPP);
 
-// ---- Which devices take them ----------------------------------------------------------------------
+// ---- Which devices take them
+// ----------------------------------------------------------------------
 
 #[test]
 fn devices_that_do_not_complete_them_are_refused() {
@@ -135,7 +136,7 @@ fn a_completer_of_8_bits_takes_8_bits() {
     for tags in [extended(1, 0), extended(0, 0), both(1, 1, 0)] {
         assert_eq!(device.tph(&fd, tags), Err(EOPNOTSUPP), "{tags:?}");
     }
-    // What the platform cannot do comes before what the fd is.
+    // An error of the platform comes before an error of the fd.
     assert_eq!(device.tph_raw(extended(1, 0)), Err(EOPNOTSUPP));
 }
 
@@ -166,7 +167,8 @@ fn what_a_device_completes_is_asked_when_it_is_bound() {
     assert_eq!(second.tph(&fd, extended(1, 0)), Ok(()));
 }
 
-// ---- What is refused ------------------------------------------------------------------------------
+// ---- What is refused
+// ------------------------------------------------------------------------------
 
 #[test]
 fn probe_says_that_they_can_be_set() {
@@ -276,7 +278,8 @@ fn a_buffer_of_an_earlier_open_is_enodev() {
     assert_eq!(device.tph(&fd, plain(1, 0)), Err(ENODEV));
 }
 
-// ---- What importers see ---------------------------------------------------------------------------
+// ---- What importers see
+// ---------------------------------------------------------------------------
 
 #[test]
 fn the_namespaces_are_apart_and_a_tag_of_0_is_one() {

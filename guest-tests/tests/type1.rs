@@ -1,5 +1,6 @@
-//! Mappings of BARs that are mapped for DMA by their address (`VFIO_IOMMU_MAP_DMA` of the type1 backend): what works with stock
-//! vfio-pci works with us, and what stock does not take away we do not either.
+//! Mappings of BARs that are mapped for DMA by their address (`VFIO_IOMMU_MAP_DMA` of the type1
+//! backend): what works with stock vfio-pci works with us, and what stock does not take away we do
+//! not either.
 #![cfg(barlease_guest)]
 
 use std::{os::fd::AsFd, sync::Arc};
@@ -181,7 +182,7 @@ fn write_combining_mappings_and_leases_are_mapped_for_dma_too() {
     for (n, (map, memory_type)) in maps.iter().enumerate() {
         let group = device.group();
         assert_eq!(group.map_dma(BOTH, map.address(), IOVA, LEN), Ok(()));
-        // What the kernel faulted in for it is of the mapping's own type.
+        // The entries that the kernel faulted in for it are of the mapping's own type.
         for at in [0, LEN - PAGE] {
             assert_eq!(probe::memory_type(map, at), Some(*memory_type), "{n}");
         }

@@ -1,7 +1,8 @@
-//! What the device saw: its own log says that nothing reached its memory when nothing may. Run on the machine `device`.
+//! The device as a witness: its own log says that nothing reached its memory when nothing may. Run
+//! on the machine `device`.
 //!
-//! An access that is made while the device's decoding is off, or not in D0, does not get to the device: the emulator keeps
-//! it, and counts it. There must be none of these either.
+//! An access that is made while the device's decoding is off, or not in D0, does not get to the
+//! device: the emulator keeps it, and counts it. There must be none of these either.
 #![cfg(barlease_guest)]
 
 use std::{
@@ -86,8 +87,8 @@ fn stray(witness: Witness, function: &Function) -> u64 {
     witness.stray(start, length)
 }
 
-/// Writes here and there, whatever comes of it. A read waits until the writes have arrived: without it there would be more and
-/// more on their way.
+/// Writes here and there, whatever comes of it. A read waits until the writes have arrived: without
+/// it there would be more and more on their way.
 fn scribble(map: &Map, value: u32) {
     for at in [0, 4, PAGE, 7 * PAGE, HUGE, 2 * HUGE - PAGE] {
         let _ = map.write(at, value);
@@ -150,7 +151,8 @@ fn mark(device: &Device) -> u32 {
     value
 }
 
-// ---- The witness itself ---------------------------------------------------------------------------
+// ---- The witness itself
+// ---------------------------------------------------------------------------
 
 #[test]
 fn the_witness_sees_every_access_in_order() {
@@ -216,7 +218,8 @@ fn the_witness_sees_what_the_emulator_keeps_and_what_comes_during_a_reset() {
     function.bind(BARLEASE);
 }
 
-// ---- Config space --------------------------------------------------------------------------------
+// ---- Config space
+// --------------------------------------------------------------------------------
 
 /// A request that a function in reset drops is an error of its port, which the neighbours pay for.
 #[test]
@@ -273,7 +276,8 @@ fn power_management(device: &Device) -> [u64; 2] {
     found.try_into().expect("two of them")
 }
 
-// ---- Revocation -----------------------------------------------------------------------------------
+// ---- Revocation
+// -----------------------------------------------------------------------------------
 
 #[test]
 fn nothing_reaches_the_device_after_a_revocation_has_returned() {
@@ -351,7 +355,7 @@ fn no_transfer_of_a_peer_reaches_the_device_after_a_revocation_has_returned() {
     witness.assert_none(&json!({"region": MEMORY, "after": place}));
 }
 
-/// What a peer writes: four bytes of it.
+/// The pattern that a peer writes: four bytes of it.
 const PEER: u32 = 0xdada_dada;
 
 /// edu with a mapping of a lease, or where it was, writing all the time.
@@ -395,7 +399,8 @@ fn of_the_peer(more: &Value) -> Value {
     query
 }
 
-/// Runs `body` with a peer that writes all the time, and has reached the device before and does so again after it.
+/// Runs `body` with a peer that writes all the time, and has reached the device before and does so
+/// again after it.
 fn with_peer(body: impl FnOnce(Witness, &Device, &Peer)) {
     let witness = Witness::new("trapped");
     let device = Device::open("trapped");
@@ -420,7 +425,8 @@ fn with_peer(body: impl FnOnce(Witness, &Device, &Peer)) {
     assert_eq!(kept, before, "accesses that the emulator kept");
 }
 
-/// Asserts that nothing of the peer arrives from now on until `undo` begins, in which time it tries.
+/// Asserts that nothing of the peer arrives from now on until `undo` begins, in which time it
+/// tries.
 fn peer_is_kept_out(witness: Witness, peer: &Peer, undo: impl FnOnce()) {
     // Nothing is on its way any more.
     let _ = witness.count(&json!({}));
@@ -521,8 +527,8 @@ fn a_reset_that_does_not_end_keeps_peers_away_until_it_does() {
         witness.set(&json!({"reset_fails": true}));
         thread::scope(|scope| {
             let resetting = scope.spawn(|| device.function().reset());
-            // Nobody gets at config space meanwhile, so the log is asked as it is: a reset comes behind all
-            // writes before it.
+            // Nobody gets at config space meanwhile, so the log is asked as it is: a reset comes
+            // behind all writes before it.
             let begun = json!({"query": {"kind": "reset_begin"}});
             until("a reset", || witness.ask(&begun)["count"] != 0);
             let begin = witness.mark("in reset");
@@ -552,7 +558,8 @@ fn no_transfer_of_a_peer_reaches_a_device_that_plays_dead_after_a_revocation() {
     });
 }
 
-// ---- Memory off, low power ------------------------------------------------------------------------
+// ---- Memory off, low power
+// ------------------------------------------------------------------------
 
 #[test]
 fn nothing_reaches_the_device_while_decoding_is_off() {
@@ -634,7 +641,7 @@ fn d1_and_d2_take_away_until_d0() {
         is(0, State::Ok);
         device.set_power_state(state.into());
         is(state, low_power);
-        // What is exported now is born REVOKED.
+        // A buffer that is exported now is born REVOKED.
         let fd = device.export(MEMORY, &[(PAGE, PAGE)]).unwrap();
         assert_eq!(device.state(&fd), low_power);
         let map = Map::new(&fd, PAGE).unwrap();
@@ -690,7 +697,8 @@ fn nothing_reaches_the_device_in_low_power() {
     setup.assert_never_when_it_must_not();
 }
 
-// ---- Resets ---------------------------------------------------------------------------------------
+// ---- Resets
+// ---------------------------------------------------------------------------------------
 
 /// Runs a reset that takes the device a while, with threads that write all the time.
 fn during(reset: impl Fn(&Device), by: &str) {
@@ -755,7 +763,7 @@ fn a_reset_that_does_not_end_keeps_everything_away_until_it_does() {
         setup.wait_for_accesses(10);
         thread::scope(|scope| {
             let resetting = scope.spawn(|| setup.device.function().reset());
-            // What holds the memory is told, without waiting for the device.
+            // Importers of the memory are told, without waiting for the device.
             for lease in &setup.leases {
                 until("word of the reset", || {
                     matches!(setup.device.state(lease), State::Revoked(reasons) if reasons & REASON_RESET != 0)
@@ -777,7 +785,8 @@ fn a_reset_that_does_not_end_keeps_everything_away_until_it_does() {
     setup.assert_never_when_it_must_not();
 }
 
-// ---- The end --------------------------------------------------------------------------------------
+// ---- The end
+// --------------------------------------------------------------------------------------
 
 /// Gives up the device while threads write through leases of it.
 fn after(give_up: impl Fn(&Function)) {
@@ -865,9 +874,11 @@ fn a_device_that_is_gone_without_a_word_gives_up_its_leases() {
     Map::new(&fd, PAGE).unwrap().read(0).unwrap();
 }
 
-// ---- All at once ----------------------------------------------------------------------------------
+// ---- All at once
+// ----------------------------------------------------------------------------------
 
-/// Runs `loops` at once for some seconds, with threads that write, and with leases that come and go.
+/// Runs `loops` at once for some seconds, with threads that write, and with leases that come and
+/// go.
 fn at_once(setup: &Setup, loops: &[Loop<'_>]) {
     setup.witness.set(&json!({"reset_ms": 20}));
     let device = &setup.device;
@@ -883,7 +894,7 @@ fn at_once(setup: &Setup, loops: &[Loop<'_>]) {
                 assert_eq!(map.write(0, 6), Err(Sigbus));
             }
         });
-        // Whoever was last, the device is on.
+        // Whichever thread was last, the device is on.
         device.set_power_state(3);
         device.set_power_state(0);
         device.set_memory(true);
@@ -934,8 +945,8 @@ fn nothing_reaches_the_device_when_resets_through_sysfs_and_d3hot_race() {
     let sysfs = || whatever(device.function().reset());
     let sleep = || sleep_and_wake(device);
     at_once(&setup, &[&sysfs, &sleep, &sleep]);
-    // The kernel does not keep the one out while it does the other: a function-level reset may find the device in D3hot.
-    // The device is in D0 then, but the emulator has seen no write that says so, and keeps accesses that are right.
-    // So here only the device itself is asked.
+    // The kernel does not keep the one out while it does the other: a function-level reset may find
+    // the device in D3hot. The device is in D0 then, but the emulator has seen no write that says
+    // so, and keeps accesses that are right. So here only the device itself is asked.
     assert_saw_none(setup.witness);
 }

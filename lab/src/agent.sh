@@ -1,5 +1,5 @@
 #!/bin/sh
-# What a guest with a system of its own runs once that is up: the command or a shell. As init.sh does for the small guest.
+# A guest with a system of its own runs this once that is up: the command or a shell. As init.sh does for the small guest.
 #
 # Serial ports: ttyS1 the command's terminal, ttyS2 the control channel (JSON lines).
 

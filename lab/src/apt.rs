@@ -1,7 +1,8 @@
-//! A private apt: the machine's own mirror and proxy settings, other suites, nothing of the machine changed.
+//! A private apt: the machine's own mirror and proxy settings, other suites, nothing of the machine
+//! changed.
 //!
-//! It has its own folder, its own sources and an empty dpkg status, so that `install --download-only` resolves a complete
-//! set of packages for an empty system. It needs no root.
+//! It has its own folder, its own sources and an empty dpkg status, so that `install
+//! --download-only` resolves a complete set of packages for an empty system. It needs no root.
 
 use std::collections::HashSet;
 use std::fs;
@@ -46,7 +47,7 @@ impl Package {
     }
 }
 
-/// What apt's lists say about a package at one version.
+/// The entry of apt's lists for a package at one version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
     pub(crate) package: Package,
@@ -227,7 +228,8 @@ impl Apt {
     }
 
     fn download_files(&self, names: &[String], files: &[String], step: &Step) -> Result<()> {
-        // Into a folder of its own first: apt writes in place, and a file in `archives` counts as complete.
+        // Into a folder of its own first: apt writes in place, and a file in `archives` counts as
+        // complete.
         let here = self.archives.join("partial");
         let mut child = self
             .tool("apt-get")

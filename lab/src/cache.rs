@@ -1,7 +1,8 @@
 //! The cache folder: where it is, its locks, and how results get into it.
 //!
-//! A result is made under a temporary name and renamed when it is complete, then a stamp says what it was made from.
-//! So a run that is interrupted anywhere loses at most the step it was in, and nothing half-made is ever used.
+//! A result is made under a temporary name and renamed when it is complete, then a stamp says what
+//! it was made from. So a run that is interrupted anywhere loses at most the step it was in, and
+//! nothing half-made is ever used.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -24,14 +25,16 @@ pub struct Cache {
     top: PathBuf,
 }
 
-/// A lock on something in the cache, given back when dropped (or when the process ends, however that happens).
+/// A lock on something in the cache, given back when dropped (or when the process ends, however
+/// that happens).
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
 }
 
 impl Cache {
-    /// Opens the cache at `BARLEASE_CACHE`, `$XDG_CACHE_HOME/barlease` or `~/.cache/barlease`, whichever is set first.
+    /// Opens the cache at `BARLEASE_CACHE`, `$XDG_CACHE_HOME/barlease` or `~/.cache/barlease`,
+    /// whichever is set first.
     ///
     /// # Errors
     ///
@@ -187,7 +190,8 @@ pub fn unique() -> String {
 ///
 /// When it cannot be written.
 pub fn write(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
-    // Two processes or threads may write the same thing at once: the last one wins, neither is torn.
+    // Two processes or threads may write the same thing at once: the last one wins, neither is
+    // torn.
     let new = unfinished(path).with_extension(unique());
     fs::write(&new, content)
         .and_then(|()| fs::rename(&new, path))
@@ -209,7 +213,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-/// What a step was made from.
+/// The inputs that a step was made from.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stamp {
     made_from: Vec<String>,

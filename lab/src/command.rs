@@ -30,7 +30,8 @@ pub(crate) fn need(program: &str, package: &str) -> Result<PathBuf> {
 
 /// A command whose process is killed when we end, however we end (Ctrl-C, SIGKILL).
 ///
-/// Start it from a thread that waits for it: the kernel looks at the thread that started it, not at the process.
+/// Start it from a thread that waits for it: the kernel looks at the thread that started it, not at
+/// the process.
 pub(crate) fn tied(program: impl AsRef<OsStr>) -> Command {
     static SETPRIV: LazyLock<Option<PathBuf>> = LazyLock::new(|| find("setpriv"));
     match &*SETPRIV {

@@ -1,10 +1,11 @@
 //! The debug lane: kernels of the lab's own making, with everything on that watches a kernel.
 //!
-//! They are built from the same `linux-source` as Debian's newest kernel that can be used, in the same tool chain; clang and
-//! LLD are added, because KASAN and Rust, and KCSAN and Rust, go together with them only. The configuration is `allnoconfig`
-//! and the options in `lab/debug/*.config`, and each of them must have been taken.
+//! They are built from the same `linux-source` as Debian's newest kernel that can be used, in the
+//! same tool chain; clang and LLD are added, because KASAN and Rust, and KCSAN and Rust, go
+//! together with them only. The configuration is `allnoconfig` and the options in
+//! `lab/debug/*.config`, and each of them must have been taken.
 //!
-//! What is kept has the shape of Debian's packages, and a build tree for modules beside it:
+//! The result has the shape of Debian's packages, and a build tree for modules beside it:
 //!
 //! | path | what |
 //! |---|---|
@@ -30,10 +31,10 @@ use crate::report::{Step, seconds};
 use crate::source::SourceBuild;
 use crate::sysroot::{Sysroot, logged, reason};
 
-/// What the debug lane needs besides the tool chain.
+/// The packages that the debug lane needs besides the tool chain.
 const TOOLS: &[&str] = &["clang", "lld", "llvm"];
 
-/// What a kernel of the lab's own making watches. KASAN and KCSAN exclude each other.
+/// The checkers in a kernel of the lab's own making. KASAN and KCSAN exclude each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Watch {
     /// Memory and locks, with KASAN and lockdep; it can also let allocations fail.
@@ -46,7 +47,7 @@ impl Watch {
     /// All of them.
     pub const ALL: [Self; 2] = [Self::Memory, Self::Races];
 
-    /// What kernels that watch this are called.
+    /// The name of kernels that watch this.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -77,7 +78,8 @@ impl Watch {
         [base, more.to_owned()]
     }
 
-    /// Changes the source; empty where nothing is to be changed. It may run again on what it has changed.
+    /// Changes the source; empty where nothing is to be changed. It may run again on what it has
+    /// changed.
     fn patch(self) -> &'static str {
         match self {
             Self::Memory => "",
@@ -86,9 +88,10 @@ impl Watch {
     }
 }
 
-/// Linux 7.3-rc7 has KCSAN instrument C only. What its runtime offers is what LLVM calls for a thread sanitizer, whatever the
-/// language, so Rust gets the flags that C files get (`scripts/Makefile.kcsan`), and a target that says that it can have
-/// one. All of Rust gets them: `rustc` links no crates of which only some have a sanitizer.
+/// Linux 7.3-rc7 has KCSAN instrument C only. What its runtime offers is what LLVM calls for a
+/// thread sanitizer, whatever the language, so Rust gets the flags that C files get
+/// (`scripts/Makefile.kcsan`), and a target that says that it can have one. All of Rust gets them:
+/// `rustc` links no crates of which only some have a sanitizer.
 const INSTRUMENT_RUST: &str = r#"
 set -eu
 cd /work/src
@@ -134,7 +137,7 @@ const OTHER_MACHINES: &[&str] = &[
     "xtensa",
 ];
 
-/// What else is: drivers, sound and documentation. Together that is half of the source.
+/// The rest: drivers, sound and documentation. Together that is half of the source.
 const LEFT_OUT: &[&str] = &[
     "drivers/gpu/drm/*.[ch]",
     "drivers/infiniband/*.[ch]",
@@ -191,8 +194,8 @@ echo "$release" >"$out/release"
 /// How long nothing is said by a build that is not watched on a terminal.
 const SILENCE: Duration = Duration::from_secs(120);
 
-/// What is meant by `debug` or `kcsan`, and the release whose source is (the newest, or that of `debug-7.3`); `None` for a
-/// kernel of Debian's.
+/// The meaning of `debug` or `kcsan`, and the release whose source is (the newest, or that of
+/// `debug-7.3`); `None` for a kernel of Debian's.
 pub(crate) fn asked_for(kernel: &str) -> Option<(Watch, Option<&str>)> {
     Watch::ALL.into_iter().find_map(|watch| {
         let release = match kernel.strip_prefix(watch.name())? {
@@ -222,12 +225,12 @@ impl Debug<'_> {
         self.cache.path("kernels").join(self.name())
     }
 
-    /// What says what it was made from.
+    /// The file that says what it was made from.
     pub(crate) fn stamp_file(&self) -> PathBuf {
         self.folder().join("stamp.json")
     }
 
-    /// What modules are built against.
+    /// The tree that modules are built against.
     pub(crate) fn tree(&self) -> PathBuf {
         self.folder().join("build")
     }
@@ -307,7 +310,7 @@ impl Debug<'_> {
     }
 }
 
-/// What may be left in the archive.
+/// The files that may be left in the archive.
 fn left_out() -> Vec<String> {
     let machines = OTHER_MACHINES.iter();
     machines
@@ -408,7 +411,8 @@ impl Work<'_> {
     }
 }
 
-/// Refuses a configuration that lacks an option that was asked for: it would watch less than everybody believes.
+/// Refuses a configuration that lacks an option that was asked for: it would watch less than
+/// everybody believes.
 fn check(options: &str, config: &str) -> Result<()> {
     let lost = not_taken(options, config);
     if lost.is_empty() {
@@ -422,7 +426,8 @@ fn check(options: &str, config: &str) -> Result<()> {
     )
 }
 
-/// The lines `CONFIG_X=value` and `# CONFIG_X is not set` of a list that do not hold in a configuration.
+/// The lines `CONFIG_X=value` and `# CONFIG_X is not set` of a list that do not hold in a
+/// configuration.
 fn not_taken<'a>(options: &'a str, config: &str) -> Vec<&'a str> {
     let off = |line: &'a str| line.strip_prefix("# CONFIG_")?.strip_suffix(" is not set");
     let holds = |line: &&'a str| match off(line) {

@@ -21,10 +21,11 @@ pub enum Accel {
     Kvm,
     /// In software.
     Tcg,
-    /// In software, one processor at a time. Who waits in a loop (`pause`) lets the other one go on.
+    /// In software, one processor at a time. Who waits in a loop (`pause`) lets the other one go
+    /// on.
     Turns,
-    /// In software, one processor at a time, with a clock that counts instructions: each takes a nanosecond. What the
-    /// guest measures does not depend on what else this machine does.
+    /// In software, one processor at a time, with a clock that counts instructions: each takes a
+    /// nanosecond. What the guest measures does not depend on what else this machine does.
     Counting,
 }
 
@@ -56,7 +57,8 @@ impl Accel {
     }
 }
 
-/// With KVM a guest is up in a second or two. Where KVM is broken it often stands still without a word.
+/// With KVM a guest is up in a second or two. Where KVM is broken it often stands still without a
+/// word.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -91,8 +93,9 @@ pub fn accel(prepared: &Prepared) -> Result<Accel> {
     Ok(fit(accel, prepared.kernel.watches()))
 }
 
-/// What suits a kernel that watches this. KCSAN sees a race when one processor makes an access while another waits in the
-/// middle of one, for microseconds: emulated side by side on a busy machine they seldom run at the same time.
+/// The options that suit a kernel that watches this. KCSAN sees a race when one processor makes an
+/// access while another waits in the middle of one, for microseconds: emulated side by side on a
+/// busy machine they seldom run at the same time.
 fn fit(accel: Accel, watch: Option<Watch>) -> Accel {
     match (accel, watch) {
         (Accel::Tcg, Some(Watch::Races)) => Accel::Turns,

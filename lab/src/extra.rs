@@ -15,12 +15,12 @@ pub(crate) struct Extra<'a> {
     pub(crate) names: &'static [&'static str],
     /// The file in the sysroot that says that they are there.
     pub(crate) note: &'static str,
-    /// What they are, and what for.
+    /// Their description, and their purpose.
     pub(crate) what: &'static str,
     pub(crate) purpose: &'static str,
 }
 
-/// What was added to a sysroot.
+/// The packages that were added to a sysroot.
 #[derive(Debug, Serialize, Deserialize)]
 struct Added {
     asked: Vec<String>,
@@ -28,7 +28,7 @@ struct Added {
 }
 
 impl Extra<'_> {
-    /// What was added, if that is what would be.
+    /// The packages that were added, if these would be added now.
     pub(crate) fn added(&self) -> Option<Vec<Package>> {
         let added = cache::read_json(&self.sysroot.path(self.note));
         added

@@ -1,7 +1,7 @@
 //! Flavours: what Debian builds of one source besides its kernel for everybody.
 //!
-//! A kernel of another flavour is looked for when it is asked for, and not before: whoever does not test on it downloads
-//! nothing of it.
+//! A kernel of another flavour is looked for when it is asked for, and not before: whoever does not
+//! test on it downloads nothing of it.
 
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +23,7 @@ impl Flavour {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Plain, Self::RealTime, Self::Cloud];
 
-    /// What it is asked for by.
+    /// The word that asks for it.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -33,7 +33,7 @@ impl Flavour {
         }
     }
 
-    /// What the releases of its kernels have after their first `-`.
+    /// The part of its kernels' releases after their first `-`.
     pub(crate) fn suffix(self) -> &'static str {
         match self {
             Self::Plain => "amd64",
@@ -42,8 +42,9 @@ impl Flavour {
         }
     }
 
-    /// What is meant by `rt`, `rt-7.2` or `7.3-rt-amd64`: the flavour, and the beginning of a release if one is asked for.
-    /// Any other word is the beginning of a release of the kernel for everybody.
+    /// The meaning of `rt`, `rt-7.2` or `7.3-rt-amd64`: the flavour, and the beginning of a
+    /// release if one is asked for. Any other word is the beginning of a release of the kernel for
+    /// everybody.
     pub(crate) fn asked_for(kernel: &str) -> (Self, Option<&str>) {
         for flavour in Self::ALL {
             if kernel == flavour.name() {

@@ -3,8 +3,8 @@
 //! Needs nothing but std, so that a test or demo program can link it without the rest of this crate
 //! (`default-features = false`).
 //!
-//! The control channel is the guest's third serial port: one JSON object per line, each request answered by one
-//! line before the next is sent. Requests of several processes take turns.
+//! The control channel is the guest's third serial port: one JSON object per line, each request
+//! answered by one line before the next is sent. Requests of several processes take turns.
 //!
 //! ```no_run
 //! use barlease_lab::guest;
@@ -33,7 +33,7 @@ pub struct Device {
     pub bdf: String,
     /// The name that the preset gave it, also its QEMU id.
     pub name: String,
-    /// What it is good for, in words.
+    /// Its purpose, in words.
     pub about: String,
 }
 
@@ -74,7 +74,7 @@ pub fn device(name: &str) -> io::Result<Device> {
 ///
 /// # Errors
 ///
-/// What opening or writing `/dev/kmsg` gives.
+/// The answer of opening or writing `/dev/kmsg`.
 pub fn mark(text: &str) -> io::Result<()> {
     let mut kmsg = OpenOptions::new().write(true).open("/dev/kmsg")?;
     kmsg.write_all(format!("barlease-lab: {text}\n").as_bytes())
@@ -84,8 +84,8 @@ pub fn mark(text: &str) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// `Other` with the host's reason: the machine has no display, or the name has characters other than letters, digits,
-/// `-`, `_` and `.`.
+/// `Other` with the host's reason: the machine has no display, or the name has characters other
+/// than letters, digits, `-`, `_` and `.`.
 pub fn screenshot(name: &str) -> io::Result<String> {
     let reply = request(&format!("{{\"screenshot\":{}}}", quote(name)))?;
     match string_member(&reply, "ok") {
@@ -94,8 +94,8 @@ pub fn screenshot(name: &str) -> io::Result<String> {
     }
 }
 
-/// Runs a command of QEMU's machine protocol, given as JSON (`{"execute":…,"arguments":…}`), and returns the JSON reply
-/// `{"return":…}`.
+/// Runs a command of QEMU's machine protocol, given as JSON (`{"execute":…,"arguments":…}`), and
+/// returns the JSON reply `{"return":…}`.
 ///
 /// # Errors
 ///
@@ -121,8 +121,9 @@ pub fn monitor(line: &str) -> io::Result<String> {
     ))
 }
 
-/// Runs `sleep`, which puts the whole guest to sleep (to idle), and has the host wake it: by what it sends to the serial
-/// port of the control channel. The port stays open meanwhile, since the kernel turns off one that nobody uses.
+/// Runs `sleep`, which puts the whole guest to sleep (to idle), and has the host wake it: by what
+/// it sends to the serial port of the control channel. The port stays open meanwhile, since the
+/// kernel turns off one that nobody uses.
 ///
 /// # Errors
 ///
@@ -145,9 +146,10 @@ pub fn woken_by_the_host<R>(sleep: impl FnOnce() -> R) -> io::Result<R> {
     }
 }
 
-/// Asks the server of a device of our own, such as `trapped`, and returns its reply. Request and reply are JSON; the requests
-/// are in the doc of `Server::ask` of `barlease-device`. `{"stray":[FROM,TO]}` is answered by the lab, with `{"count":N}`: how
-/// many accesses to these physical addresses QEMU has kept from all devices since it was started.
+/// Asks the server of a device of our own, such as `trapped`, and returns its reply. Request and
+/// reply are JSON; the requests are in the doc of `Server::ask` of `barlease-device`.
+/// `{"stray":[FROM,TO]}` is answered by the lab, with `{"count":N}`: how many accesses to these
+/// physical addresses QEMU has kept from all devices since it was started.
 ///
 /// # Errors
 ///
@@ -184,7 +186,8 @@ fn request(line: &str) -> io::Result<String> {
 
 /// Holds the turn on the control channel.
 ///
-/// An abstract socket name has one owner at a time, whatever its uid, and none once that process is gone.
+/// An abstract socket name has one owner at a time, whatever its uid, and none once that process is
+/// gone.
 struct Turn {
     _owner: UnixListener,
 }
@@ -204,8 +207,8 @@ impl Turn {
     }
 }
 
-/// Reads a reply. After its line nothing comes until the next request; before it there may be empty ones, which are to wake a
-/// guest.
+/// Reads a reply. After its line nothing comes until the next request; before it there may be empty
+/// ones, which are to wake a guest.
 fn read_line(channel: &mut impl Read) -> io::Result<String> {
     let mut line = Vec::new();
     let mut part = [0; 512];

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # The guest's first process: mounts, loads, runs one command, says how it ended and powers off.
 #
-# What to do is in /lab, written by the host (lab/src/initramfs.rs):
+# The work to do is in /lab, written by the host (lab/src/initramfs.rs):
 #   devices   lines "BDF NAME TEXT", for programs in the guest
 #   modules   files to load, in this order
 #   driver    the driver to bind all endpoints to, if any

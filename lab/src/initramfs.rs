@@ -1,4 +1,5 @@
-//! The guest's file system: one archive in memory with busybox, init, modules, and what is to be run.
+//! The guest's file system: one archive in memory with busybox, init, modules, and what is to be
+//! run.
 
 use std::collections::BTreeSet;
 use std::fs;

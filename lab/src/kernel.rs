@@ -16,15 +16,15 @@ pub(crate) const STOCK: &[&str] = &["vfio_iommu_type1", "vfio-pci"];
 /// A kernel in the cache.
 #[derive(Clone, Debug)]
 pub struct Kernel {
-    /// What it is asked for by: the release of a kernel of Debian's, or such as `debug-7.3`.
+    /// The name that asks for it: the release of a kernel of Debian's, or such as `debug-7.3`.
     pub name: String,
-    /// What `uname -r` says on it.
+    /// The answer of `uname -r` on it.
     pub release: String,
     folder: PathBuf,
     lane: Lane,
 }
 
-/// Who has built it.
+/// Its builder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lane {
     /// Debian. What modules are built against is in the sysroot.
@@ -55,7 +55,7 @@ impl Kernel {
         }
     }
 
-    /// What it watches, if it is one of the lab's own making.
+    /// Its checkers, if it is one of the lab's own making.
     #[must_use]
     pub fn watches(&self) -> Option<Watch> {
         match self.lane {
@@ -78,8 +78,9 @@ impl Kernel {
 
     /// The image that boots, as fast as it can be had.
     ///
-    /// The kernel inside Debian's compressed image, where it says how to enter it directly (PVH): uncompressing it once
-    /// here takes a moment, uncompressing it in an emulator takes seconds at each boot. Else the compressed image.
+    /// The kernel inside Debian's compressed image, where it says how to enter it directly (PVH):
+    /// uncompressing it once here takes a moment, uncompressing it in an emulator takes seconds at
+    /// each boot. Else the compressed image.
     ///
     /// # Errors
     ///
@@ -116,12 +117,12 @@ impl Kernel {
         }
     }
 
-    /// What must be bound into the sysroot for that, and where.
+    /// The folders that must be bound into the sysroot for that, and where.
     pub(crate) fn build_bind(&self) -> Option<(PathBuf, &'static str)> {
         self.watches().map(|_| (self.folder.join("build"), BUILD))
     }
 
-    /// What `make` must be told besides that folder.
+    /// The arguments that `make` needs besides that folder.
     pub(crate) fn make_arguments(&self) -> &'static [&'static str] {
         match self.lane {
             Lane::Stock => &[],
@@ -129,8 +130,8 @@ impl Kernel {
         }
     }
 
-    /// Files of the named modules and all they depend on, uncompressed, in the order to load them. What is built into the
-    /// kernel needs no file.
+    /// Files of the named modules and all they depend on, uncompressed, in the order to load them.
+    /// What is built into the kernel needs no file.
     ///
     /// # Errors
     ///
@@ -199,7 +200,7 @@ impl Store<'_> {
     }
 }
 
-/// What a program of the sysroot makes of a compressed file.
+/// The output of a program of the sysroot for a compressed file.
 fn through(sysroot: &Sysroot, program: &str, packed: &Path) -> Result<Vec<u8>> {
     let what = || format!("uncompress {}", packed.display());
     let done = sysroot
@@ -214,7 +215,8 @@ fn through(sysroot: &Sysroot, program: &str, packed: &Path) -> Result<Vec<u8>> {
     Ok(done.stdout)
 }
 
-/// What is inside a compressed image, by the x86 boot protocol (2.08 and later) and the ELF notes of PVH.
+/// The contents of a compressed image, by the x86 boot protocol (2.08 and later) and the ELF notes
+/// of PVH.
 mod boot_image {
     /// The compressed kernel, when it is compressed with zstd.
     pub(super) fn payload(image: &[u8]) -> Option<&[u8]> {

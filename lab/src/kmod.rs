@@ -1,7 +1,8 @@
 //! Builds the kernel module of a checkout for a kernel.
 //!
-//! The sources are copied into a work folder in the cache, one for each checkout and kernel, so that builds leave nothing
-//! in the checkout and several kernels keep their products. The module's `make` runs in the sysroot.
+//! The sources are copied into a work folder in the cache, one for each checkout and kernel, so
+//! that builds leave nothing in the checkout and several kernels keep their products. The module's
+//! `make` runs in the sysroot.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,10 +28,10 @@ const AS_STOCK: &str = "vfio-pci.ko";
 /// The name that its driver has on the PCI bus.
 pub const DRIVER: &str = "barlease-vfio-pci";
 
-/// What the module is made of, from the top of the checkout.
+/// The sources of the module, from the top of the checkout.
 const SOURCES: &[&str] = &["kmod", "model/src", "abi/src"];
 
-/// What builds leave behind, if somebody has built in the checkout.
+/// The files that builds leave behind, if somebody has built in the checkout.
 const PRODUCTS: &[&str] = &[
     "o", "ko", "mod", "cmd", "rmeta", "d", "order", "symvers", "tmp",
 ];
@@ -47,7 +48,7 @@ for module in $modules; do
 done
 "#;
 
-/// What to do with the sources.
+/// The work to do with the sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
     /// Build the module.
@@ -58,7 +59,7 @@ pub enum Task {
     Clippy,
 }
 
-/// What came out.
+/// The result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Built {
     /// The module, for [`Task::Build`].
@@ -134,7 +135,7 @@ impl Work<'_> {
             return self.result(state.warnings);
         }
         if !state.warnings.is_empty() || state.built_from.is_empty() {
-            // What is not compiled again would not warn again.
+            // A file that is not compiled again would not warn again.
             cache::remove(&self.folder.join("tree"))?;
             state.files.clear();
         }
@@ -358,7 +359,8 @@ fn warnings(text: &str) -> Vec<String> {
 
 /// Warnings of make itself that say nothing about the module.
 const HARMLESS: &[&str] = &[
-    // The kernel was built with another revision of the same compiler; Debian's packages are one suite.
+    // The kernel was built with another revision of the same compiler; Debian's packages are one
+    // suite.
     "the compiler differs from the one used to build the kernel",
     // Times of files that were unpacked a moment ago.
     "Clock skew detected",

@@ -1,8 +1,9 @@
 //! The lab: builds tool chain, kernels and guest images, and boots guests.
 //!
-//! What is tested is what users run: Debian's own unmodified kernels, with modules built by the compiler that built
-//! these kernels. Beside them are debug kernels, built here, that watch themselves. All of it comes as Debian packages and is unpacked into a cache folder; nothing is installed on the
-//! machine, and nothing needs root.
+//! The lab tests what users run: Debian's own unmodified kernels, with modules built by the
+//! compiler that built these kernels. Beside them are debug kernels, built here, that watch
+//! themselves. All of it comes as Debian packages and is unpacked into a cache folder; nothing is
+//! installed on the machine, and nothing needs root.
 //!
 //! | module | what |
 //! |---|---|
@@ -25,18 +26,20 @@
 //!
 //! # Why not virtme-ng
 //!
-//! [virtme-ng](https://github.com/arighi/virtme-ng) boots a kernel on the machine's own root file system. It was weighed
-//! against a small initramfs of our own, which was chosen because
+//! [virtme-ng](https://github.com/arighi/virtme-ng) boots a kernel on the machine's own root file
+//! system. It was weighed against a small initramfs of our own, which was chosen because
 //!
-//! - virtme-ng shares that file system by 9p or virtiofs, which Debian's kernels have as modules only; to boot an unmodified
-//!   one it needs an initramfs with them, made by tools of the machine;
-//! - a guest must not depend on what else is installed on the developer's machine. Ours has busybox, one script, and
-//!   what is being tested, and is the same everywhere;
+//! - virtme-ng shares that file system by 9p or virtiofs, which Debian's kernels have as modules
+//!   only; to boot an unmodified one it needs an initramfs with them, made by tools of the machine;
+//! - a guest must not depend on what else is installed on the developer's machine. Ours has
+//!   busybox, one script, and what is being tested, and is the same everywhere;
 //! - a kernel with everything in memory is up in about two seconds in plain software emulation;
 //! - it needs no Python, no root, and no daemon beside the emulator;
-//! - output, control and kernel log have a serial port each, so kernel messages cannot tear a verdict.
+//! - output, control and kernel log have a serial port each, so kernel messages cannot tear a
+//!   verdict.
 //!
-//! What we do without: files shared while it runs. A comfortable userland there is where it is needed: [`system`].
+//! The lab does without files that are shared while a guest runs. A comfortable userland there is
+//! where it is needed: [`system`].
 
 pub mod guest;
 

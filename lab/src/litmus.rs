@@ -1,7 +1,7 @@
 //! Litmus tests of the order of memory, judged by the kernel's own memory model.
 //!
-//! `herd7` tries every execution of a few lines of C; the rules are in `tools/memory-model` of the kernel's source, which is all
-//! of it that is kept.
+//! `herd7` tries every execution of a few lines of C; the rules are in `tools/memory-model` of the
+//! kernel's source, which is all of it that is kept.
 
 use std::fs;
 use std::path::PathBuf;

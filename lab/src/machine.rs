@@ -32,18 +32,19 @@ pub struct Device {
     pub name: String,
     /// Its full PCI address in the guest; `None` for a bridge.
     pub bdf: Option<String>,
-    /// What it is good for.
+    /// Its purpose.
     pub about: String,
     /// QEMU's arguments for it.
     #[serde(skip)]
     pub arguments: Vec<String>,
-    /// What it is like, when it is served by us.
+    /// Its properties, when it is served by us.
     #[serde(skip)]
     pub served: Option<Options>,
 }
 
 impl Device {
-    /// An endpoint with its QEMU device description, such as `edu,bus=pcie.0,addr=06`. The id is added.
+    /// An endpoint with its QEMU device description, such as `edu,bus=pcie.0,addr=06`. The id is
+    /// added.
     #[must_use]
     pub fn new(name: &str, bdf: &str, about: &str, device: &str) -> Self {
         Self {
@@ -55,7 +56,7 @@ impl Device {
         }
     }
 
-    /// What stands for the address of its server in the arguments of a device that is served.
+    /// The placeholder of its server's address in the arguments of a device that is served.
     pub(crate) const SOCKET: &str = "\"SOCKET\"";
 
     /// An endpoint of our own, alone behind the root port `bus`.
@@ -74,7 +75,8 @@ impl Device {
         }
     }
 
-    /// A root port in a slot of the root bus. The first has bus 1 behind it, the next bus 2, and so on.
+    /// A root port in a slot of the root bus. The first has bus 1 behind it, the next bus 2, and so
+    /// on.
     ///
     /// Only with a link speed does QEMU's port carry out a bus reset.
     #[must_use]
@@ -171,13 +173,16 @@ pub enum Preset {
     Full,
     /// The same with devices of our own, which say what reached them.
     Device,
-    /// The same with a device that reports errors, and with slots that the kernel itself looks after.
+    /// The same with a device that reports errors, and with slots that the kernel itself looks
+    /// after.
     Ports,
     /// As `device`, with what `ports` has more.
     Random,
-    /// As `full` without page attributes, so without write-combining, and without isolated interrupts.
+    /// As `full` without page attributes, so without write-combining, and without isolated
+    /// interrupts.
     NoPat,
-    /// What the benchmarks need. No device can be reset, so opening one does not wait for its reset.
+    /// The machine of the benchmarks. No device can be reset, so opening one does not wait for its
+    /// reset.
     Bench,
     /// As `device`, with a kernel that keeps who has allocated what.
     Tracked,
@@ -229,8 +234,8 @@ impl Preset {
                 ..Machine::new(full())
             },
             Self::Bench => Machine {
-                // Where the machine is busy, the kernel takes the clock of an emulated processor for unstable, and
-                // changes to one that takes longer to read than what is measured.
+                // Where the machine is busy, the kernel takes the clock of an emulated processor
+                // for unstable, and changes to one that takes longer to read than what is measured.
                 append: vec!["tsc=reliable".to_owned()],
                 ..Machine::new(bench())
             },
@@ -336,8 +341,8 @@ fn random() -> Vec<Device> {
     let mut devices = own();
     devices.push(Device::root_port("rp7", 12));
     devices.extend(reporting("rp7", "0000:07:00"));
-    // A reset of the bus behind a port with a slot is one of the slot, which takes the kernel's locks in another order
-    // than a removal does. So only the card has one.
+    // A reset of the bus behind a port with a slot is one of the slot, which takes the kernel's
+    // locks in another order than a removal does. So only the card has one.
     for device in devices.iter_mut().filter(|device| device.bdf.is_none()) {
         let arguments = device.arguments.last_mut().expect("a port's arguments");
         arguments.push_str(",hotplug=off");

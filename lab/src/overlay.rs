@@ -1,13 +1,15 @@
 //! The Rust overlay: what Debian's kernel headers lack to build modules in Rust.
 //!
-//! The headers packages have no metadata of the `kernel` crate (`rust/*.rmeta`), no procedural macros (`rust/*.so`), no
-//! target description and no `rust/Makefile`. They follow from the kernel's source, its configuration and the
-//! very `rustc` that built it; so they are made from `linux-source` and laid over the installed headers. Then
-//! `make -C /usr/lib/modules/<release>/build M=…` builds modules in Rust, which is all that DKMS needs, too: the overlay is
-//! also kept as a tarball that unpacks over `/`.
+//! The headers packages have no metadata of the `kernel` crate (`rust/*.rmeta`), no procedural
+//! macros (`rust/*.so`), no target description and no `rust/Makefile`. They follow from the
+//! kernel's source, its configuration and the very `rustc` that built it; so they are made from
+//! `linux-source` and laid over the installed headers. Then `make -C
+//! /usr/lib/modules/<release>/build M=…` builds modules in Rust, which is all that DKMS needs, too:
+//! the overlay is also kept as a tarball that unpacks over `/`.
 //!
-//! Guard: symbol names contain hashes of the crates. The symbols that the rebuilt `rust/` exports must be those that the
-//! kernel's `Module.symvers` has; else a module would not load, and the overlay is refused.
+//! Guard: symbol names contain hashes of the crates. The symbols that the rebuilt `rust/` exports
+//! must be those that the kernel's `Module.symvers` has; else a module would not load, and the
+//! overlay is refused.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -224,7 +226,7 @@ fn exported(header: &str) -> impl Iterator<Item = String> + '_ {
         .map(|(symbol, _)| symbol.to_owned())
 }
 
-/// What the kernel itself exports, without its modules.
+/// The symbols that the kernel itself exports, without its modules.
 fn kernel_symbols(symvers: &str) -> BTreeSet<String> {
     symvers
         .lines()
@@ -236,7 +238,8 @@ fn kernel_symbols(symvers: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Mangled names and the C helpers made for Rust. (A few functions written in Rust have names like those of C.)
+/// Mangled names and the C helpers made for Rust. (A few functions written in Rust have names like
+/// those of C.)
 fn is_rust(symbol: &str) -> bool {
     symbol.starts_with("_R") || symbol.starts_with("rust_helper_")
 }

@@ -1,7 +1,8 @@
-//! Which packages and which kernels: resolved once from the mirror's lists, then kept until an update is asked for.
+//! Which packages and which kernels: resolved once from the mirror's lists, then kept until an
+//! update is asked for.
 //!
-//! A kernel qualifies when it was built with Rust and by exactly the `rustc` of the suite: only then do the symbols
-//! that it exports match what this `rustc` makes of its `rust/` folder.
+//! A kernel qualifies when it was built with Rust and by exactly the `rustc` of the suite: only
+//! then do the symbols that it exports match what this `rustc` makes of its `rust/` folder.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +15,8 @@ use crate::debug::Watch;
 use crate::flavour::Flavour;
 use crate::version;
 
-/// What the tool chain is made of. `dwarves` and the `-dev` packages are what the kernel's `modules_prepare` needs.
+/// The packages of the tool chain. `dwarves` and the `-dev` packages are what the kernel's
+/// `modules_prepare` needs.
 const TOOLS: &[&str] = &[
     "base-files",
     "bash",
@@ -56,7 +58,7 @@ const TOOLS: &[&str] = &[
     "zstd",
 ];
 
-/// What the guest is made of.
+/// The packages of the guest.
 const MACHINE: &[&str] = &["busybox-static", "qemu-system-x86"];
 
 /// The plan, as it is kept in the cache.
@@ -68,7 +70,7 @@ pub struct Plan {
     pub asked: Vec<String>,
     /// Tool chain and emulator.
     pub tools: Vec<Package>,
-    /// What that `rustc` calls itself; empty until it has been asked.
+    /// The name that `rustc` gives itself; empty until it has been asked.
     pub rustc: String,
     /// The kernels that the mirror has, newest first.
     pub kernels: Vec<KernelPlan>,
@@ -77,7 +79,7 @@ pub struct Plan {
 /// A kernel that the mirror has.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelPlan {
-    /// What `uname -r` says on it, such as `7.3-amd64`.
+    /// The answer of `uname -r` on it, such as `7.3-amd64`.
     pub release: String,
     /// The version of its packages.
     pub version: String,
@@ -197,8 +199,8 @@ pub(crate) fn kernel_packages(release: &str) -> Vec<String> {
     names
 }
 
-/// Makes kernel plans from package descriptions, newest first; kernels whose packages are not all of one version are
-/// refused.
+/// Makes kernel plans from package descriptions, newest first; kernels whose packages are not all
+/// of one version are refused.
 pub(crate) fn kernels(releases: &BTreeSet<String>, records: &[Record]) -> Vec<KernelPlan> {
     let mut by_name: BTreeMap<&str, Vec<&Record>> = BTreeMap::new();
     for record in records {

@@ -1,9 +1,9 @@
 //! Makes everything that a module build and a guest need, once.
 //!
-//! Packages → sysroot (tool chain, emulator) → kernel (image, modules, headers) → Rust overlay; for the debug lane, sysroot →
-//! clang → kernel built from source. Each step has a stamp of what
-//! it was made from; a run begins at the first step whose stamp does not fit. When all fit, nothing is done and no network
-//! is touched.
+//! Packages → sysroot (tool chain, emulator) → kernel (image, modules, headers) → Rust overlay; for
+//! the debug lane, sysroot → clang → kernel built from source. Each step has a stamp of what it was
+//! made from; a run begins at the first step whose stamp does not fit. When all fit, nothing is
+//! done and no network is touched.
 
 use std::fs;
 use std::path::PathBuf;
@@ -20,11 +20,11 @@ use crate::overlay;
 use crate::plan::{self, KernelPlan, Plan};
 use crate::sysroot::Sysroot;
 
-/// What is asked for.
+/// The request.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
-    /// The beginning of a kernel release, or `rt`, `cloud`, `debug` or `kcsan`, or such as `debug-` and such a beginning;
-    /// `BARLEASE_KERNEL`, and then the newest of Debian's, when absent.
+    /// The beginning of a kernel release, or `rt`, `cloud`, `debug` or `kcsan`, or such as `debug-`
+    /// and such a beginning; `BARLEASE_KERNEL`, and then the newest of Debian's, when absent.
     pub kernel: Option<String>,
     /// Whether to look again at what the mirror has.
     pub update: bool,
@@ -39,12 +39,12 @@ pub struct Prepared {
     pub sysroot: Sysroot,
     /// The kernel.
     pub kernel: Kernel,
-    /// The tarball that gives Debian's headers of this kernel what Rust modules need; for a debug kernel its build tree, which
-    /// has all of that.
+    /// The tarball that gives Debian's headers of this kernel what Rust modules need; for a debug
+    /// kernel its build tree, which has all of that.
     pub overlay: PathBuf,
     /// The file that says what kernel and overlay were made from.
     pub(crate) stamp: PathBuf,
-    /// What the tool chain's compiler calls itself.
+    /// The name that the tool chain's compiler gives itself.
     pub rustc: String,
     _in_use: Lock,
 }
@@ -80,7 +80,7 @@ pub fn prepare(request: &Request) -> Result<Prepared> {
     Ok(ready.with(cache, in_use))
 }
 
-/// What is in the cache, for listing.
+/// The contents of the cache, for listing.
 #[must_use]
 pub fn plan(cache: &Cache) -> Option<Plan> {
     cache::read_json(&cache.path("plan.json")).filter(|plan: &Plan| plan.asked == plan::asked())
@@ -130,7 +130,8 @@ struct Wanted {
     /// None for a kernel of Debian's.
     watch: Option<Watch>,
     flavour: Flavour,
-    /// The beginning of the release of a kernel of Debian's: of itself, or of that whose source is built.
+    /// The beginning of the release of a kernel of Debian's: of itself, or of that whose source is
+    /// built.
     release: Option<String>,
 }
 

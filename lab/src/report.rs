@@ -1,4 +1,5 @@
-//! What the user sees while something takes time: a bar or spinner on a terminal, plain lines elsewhere.
+//! The view that the user has while something takes time: a bar or spinner on a terminal, plain
+//! lines elsewhere.
 //!
 //! All of it goes to the standard error output.
 
@@ -77,7 +78,8 @@ impl Step {
         }
     }
 
-    /// Says something where there is no terminal, so that a long step is not taken for one that hangs.
+    /// Says something where there is no terminal, so that a long step is not taken for one that
+    /// hangs.
     pub fn say(&self, detail: &str) {
         if self.bar.is_none() {
             eprintln!("{}: {detail}", self.what);

@@ -1,7 +1,9 @@
-//! The kernel's own tests of VFIO and IOMMUFD, built from the source package of the kernel that they are to run on.
+//! The kernel's own tests of VFIO and IOMMUFD, built from the source package of the kernel that
+//! they are to run on.
 //!
 //! They are C programs of `tools/testing/selftests` that print their results as KTAP
-//! (`Documentation/dev-tools/ktap.rst` of the kernel). They are linked statically, since guests have no libraries.
+//! (`Documentation/dev-tools/ktap.rst` of the kernel). They are linked statically, since guests
+//! have no libraries.
 
 use std::fs;
 use std::path::PathBuf;
@@ -20,7 +22,8 @@ use crate::sysroot::logged;
 /// The libraries that they use: tokens of virtual functions, capabilities.
 const LIBRARIES: &[&str] = &["libcap-dev", "uuid-dev"];
 
-/// What neither headers nor tests are made of. Tests use headers of drivers.
+/// The parts of the source that neither headers nor tests are made of. Tests use headers of
+/// drivers.
 const LEFT_OUT: [&str; 10] = [
     "Documentation/*",
     "arch/*.dts*",
@@ -34,9 +37,10 @@ const LEFT_OUT: [&str; 10] = [
     "sound/*",
 ];
 
-/// Two things are changed. The test of virtual functions wants them to be bound to the driver of the physical function, and
-/// knows one name for it: here it is told the name. A test has half a minute, which says little of a guest without KVM on a
-/// busy machine: here it has twenty times that.
+/// Two things are changed. The test of virtual functions wants them to be bound to the driver of
+/// the physical function, and knows one name for it: here it is told the name. A test has half a
+/// minute, which says little of a guest without KVM on a busy machine: here it has twenty times
+/// that.
 const BUILD: &str = r#"
 exec 2>&1
 set -eu

@@ -1,26 +1,27 @@
 //! Several commands in one guest, one after the other: a boot takes longer than many a command.
 //!
-//! Each has its own part of the output, its own exit code, the run's whole time limit, and a mark in the kernel's log. The
-//! first that fails is the last: the next would find what it has left. Between two, the guest is made as it was after its
-//! boot ([`TIDY`]); where that is not possible, the series is over, too.
+//! Each has its own part of the output, its own exit code, the run's whole time limit, and a mark
+//! in the kernel's log. The first that fails is the last: the next would find what it has left.
+//! Between two, the guest is made as it was after its boot ([`TIDY`]); where that is not possible,
+//! the series is over, too.
 
 use crate::initramfs::quoted;
 
 /// A command of a series.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// What it is called in the log and in what is heard of it: letters, digits, `-`, `_` and `.`.
+    /// Its name in the log and in what is heard of it: letters, digits, `-`, `_` and `.`.
     pub name: String,
-    /// What to run.
+    /// The program to run.
     pub words: Vec<String>,
 }
 
-/// What was heard of a part that has begun.
+/// The output of a part that has begun.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Heard {
     /// Its name.
     pub name: String,
-    /// What it said.
+    /// Its output.
     pub output: String,
     /// Its exit code, 128 + n when a signal ended it, [`UNTIDY`]; `None` when it has not ended.
     pub code: Option<i32>,
@@ -29,15 +30,16 @@ pub struct Heard {
 /// The exit code of a part that did not fail, but after which the guest cannot be made as it was.
 pub const UNTIDY: i32 = 125;
 
-/// What begins a line that is the lab's and not the part's.
+/// The beginning of a line that is the lab's and not the part's.
 const SIGN: char = '\u{1}';
 
 /// Where the kernel's log has a part begin; its name follows.
 pub(crate) const BEGINS: &str = "barlease-lab: begins ";
 
-/// Puts back what commands change: drivers of devices, and modules with their parameters. Nobody puts back BARs: a device
-/// that was taken from the bus may have got others, and one that was reset while it was being opened may have lost them
-/// (`vfio_pci_core_enable` saves the config space without the lock that a reset through sysfs takes).
+/// Puts back what commands change: drivers of devices, and modules with their parameters. Nobody
+/// puts back BARs: a device that was taken from the bus may have got others, and one that was reset
+/// while it was being opened may have lost them (`vfio_pci_core_enable` saves the config space
+/// without the lock that a reset through sysfs takes).
 const TIDY: &str = r#"
 # Few processes: on a debug kernel each of them takes a while.
 loaded=" $(echo $(cut -d ' ' -f 1 /proc/modules)) "
@@ -146,7 +148,7 @@ pub(crate) fn script(
 /// Takes apart what a guest says that runs a series.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listener {
-    /// What came before the first part began: nothing, unless the guest was not ready for it.
+    /// The output before the first part began: nothing, unless the guest was not ready for it.
     pub before: String,
     /// The parts that have begun, in order.
     pub parts: Vec<Heard>,

@@ -24,8 +24,8 @@ pub(crate) struct Served {
 struct Request {
     /// The device's name.
     name: String,
-    /// For its server; or `{"stray":[FROM,TO]}`, answered with how many accesses to these physical addresses have
-    /// reached no device.
+    /// For its server; or `{"stray":[FROM,TO]}`, answered with how many accesses to these physical
+    /// addresses have reached no device.
     request: Value,
 }
 
@@ -58,7 +58,7 @@ impl Served {
         let memory = machine.memory;
         [
             "-object",
-            // What the guest shares with them is no copy.
+            // The memory that the guest shares with them is no copy.
             &format!("memory-backend-memfd,id=shared-memory,size={memory}M,share=on"),
             "-machine",
             "memory-backend=shared-memory",

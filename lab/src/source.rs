@@ -1,7 +1,8 @@
 //! A build from a kernel's source, as Debian packages it.
 //!
-//! The package is unpacked into a folder of the cache, which is `/work` in the tool chain; the source is in `/work/src`. What
-//! was done is kept when the build is interrupted: Kbuild trusts no file whose command it has not noted as done.
+//! The package is unpacked into a folder of the cache, which is `/work` in the tool chain; the
+//! source is in `/work/src`. What was done is kept when the build is interrupted: Kbuild trusts no
+//! file whose command it has not noted as done.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -36,7 +37,7 @@ touch /work/unpacked
 pub(crate) struct SourceBuild<'a> {
     /// Where it happens.
     pub(crate) folder: PathBuf,
-    /// What its commands say; of the last one.
+    /// The output of its last command.
     pub(crate) log: PathBuf,
     pub(crate) sysroot: &'a Sysroot,
     /// The kernel.

@@ -5,7 +5,7 @@ use crate::series::BEGINS;
 /// Where the guest's init has taken over; it writes this line first.
 pub(crate) const INIT_STARTED: &str = "barlease-lab: init started";
 
-/// What makes a run fail when it is in a line of the log.
+/// Words that make a run fail when they are in a line of the log.
 const SIGNS: &[&str] = &[
     "BUG:",
     "Oops:",
@@ -49,24 +49,26 @@ const HARMLESS: &[&str] = &[
     "barlease-lab: ",
 ];
 
-/// What a kernel with KCSAN says at boot.
+/// The line of a kernel with KCSAN at boot.
 const WATCHES_RACES: &str = "kcsan: enabled";
-/// Lines with a sign that are harmless there, with the reason of each. In the middle of an access KCSAN waits, so races of
-/// the kernel's own come true that nobody meets elsewhere.
+/// Lines with a sign that are harmless there, with the reason of each. In the middle of an access
+/// KCSAN waits, so races of the kernel's own come true that nobody meets elsewhere.
 const HARMLESS_WITH_KCSAN: &[&str] = &[
-    // `pci_cfg_access_lock` sets a bit of `struct pci_dev` under `pci_lock`, and `pci_clear_master`, called by
-    // `vfio_pci_core_enable`, clears its neighbour without: a reset through sysfs during an open loses the lock's bit.
+    // `pci_cfg_access_lock` sets a bit of `struct pci_dev` under `pci_lock`, and
+    // `pci_clear_master`, called by `vfio_pci_core_enable`, clears its neighbour without: a reset
+    // through sysfs during an open loses the lock's bit.
     "WARNING: at pci_cfg_access_unlock+",
 ];
 
-/// How KCSAN's reports begin. It watches the whole kernel, whose own code has data races: a report counts when one of our
-/// modules is in one of its traces, and had not passed on an operation to the kernel's own driver.
+/// How KCSAN's reports begin. It watches the whole kernel, whose own code has data races: a report
+/// counts when one of our modules is in one of its traces, and had not passed on an operation to
+/// the kernel's own driver.
 const RACE: &str = "BUG: KCSAN:";
-/// What our modules have in a trace.
+/// The mark of our modules in a trace.
 const OURS: &str = "[barlease";
 
-/// The operations of the stock driver, and of the PCI bus, that ours passes on. What they do they do with the stock driver,
-/// too, under the same locks.
+/// The operations of the stock driver, and of the PCI bus, that ours passes on. What they do they
+/// do with the stock driver, too, under the same locks.
 const PASSED_ON: &[&str] = &[
     "pci_pm_runtime_resume",
     "vfio_pci_core_aer_err_detected",
@@ -88,15 +90,17 @@ const PASSED_ON: &[&str] = &[
 
 /// Functions of the kernel whose own accesses race with each other, whoever calls them.
 ///
-/// A new file takes a reference to its maker's credentials: `get_cred_many`, inlined there, writes 0 to `non_rcu` each time.
+/// A new file takes a reference to its maker's credentials: `get_cred_many`, inlined there, writes
+/// 0 to `non_rcu` each time.
 const RACE_WITH_EACH_OTHER: &[&str] = &["alloc_empty_file"];
 
 /// Lines before and after a sign that are shown.
 const BEFORE: usize = 2;
-/// KASAN says where memory was allocated and freed, lockdep where each lock was taken: these are long.
+/// KASAN says where memory was allocated and freed, lockdep where each lock was taken: these are
+/// long.
 const AFTER: usize = 120;
 
-/// What reports end with.
+/// The end of a report.
 const ENDS: &[&str] = &[
     "---[ end trace",
     "==================================================================",
@@ -173,8 +177,8 @@ fn is_race_of_others(report: &[&str]) -> bool {
             .any(is_ours)
 }
 
-/// Whether an access with this trace, from the innermost function on, is ours. What an interrupt does is not what was
-/// interrupted.
+/// Whether an access with this trace, from the innermost function on, is ours. What an interrupt
+/// does is not what was interrupted.
 fn is_ours(trace: &[&str]) -> bool {
     let is_entry = |line: &&str| frame(line).is_some_and(is_interrupt);
     let end = trace.iter().position(is_entry).unwrap_or(trace.len());

@@ -1,15 +1,15 @@
 //! A tree of unpacked Debian packages, and programs run from it.
 //!
-//! Packages are unpacked without running their maintainer scripts, so making the tree needs no privileges. There are two
-//! ways to run what is in it:
+//! Packages are unpacked without running their maintainer scripts, so making the tree needs no
+//! privileges. There are two ways to run what is in it:
 //!
-//! - [`Sysroot::program`]: through the tree's own dynamic loader, in the machine's file system. Good for anything that
-//!   does not care where its files are; needs nothing at all.
-//! - [`Sysroot::enter`]: in a chroot with private mounts. Kernel builds need it, because the headers packages name
-//!   absolute paths. As root, or in a user namespace.
+//! - [`Sysroot::program`]: through the tree's own dynamic loader, in the machine's file system.
+//!   Good for anything that does not care where its files are; needs nothing at all.
+//! - [`Sysroot::enter`]: in a chroot with private mounts. Kernel builds need it, because the
+//!   headers packages name absolute paths. As root, or in a user namespace.
 //!
-//! The mounts belong to a mount namespace that goes away with its last process, and that process goes away with us. So
-//! nothing is ever left mounted, and removing the tree is always safe.
+//! The mounts belong to a mount namespace that goes away with its last process, and that process
+//! goes away with us. So nothing is ever left mounted, and removing the tree is always safe.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use crate::command::{self, SYSTEM_PATH, need, tied};
 use crate::report::Step;
 
-/// Run inside the new namespaces: `$1` the tree, then pairs of folders to bind, `--`, and the command.
+/// Run inside the new namespaces: `$1` the tree, then pairs of folders to bind, `--`, and the
+/// command.
 const ENTER: &str = r#"
 set -eu
 root=$1; shift
@@ -94,7 +95,7 @@ impl Sysroot {
         Ok(())
     }
 
-    /// What maintainer scripts would have done, as far as builds need it.
+    /// The work of maintainer scripts, as far as builds need it.
     pub(crate) fn finish(&self) -> Result<()> {
         for folder in MOUNT_POINTS {
             fs::create_dir_all(self.path(folder))?;

@@ -19,12 +19,14 @@
 //! # }
 //! ```
 //!
-//! One run is one boot: what is called with [`Run::system`](crate::vm::Run::system) gets files, modules, devices, a
-//! command, its output and its exit code as in the small guest. The command starts when systemd has no job left.
+//! One run is one boot: what is called with [`Run::system`](crate::vm::Run::system) gets files,
+//! modules, devices, a command, its output and its exit code as in the small guest. The command
+//! starts when systemd has no job left.
 //!
-//! The packages come from the mirror by the lab's own apt, and are installed in a chroot by their own scripts. As root,
-//! or in a user namespace that maps a range of users (`uidmap`), since a system has files of several. The result is an
-//! image in the cache, one for each set of packages, that no guest writes to.
+//! The packages come from the mirror by the lab's own apt, and are installed in a chroot by their
+//! own scripts. As root, or in a user namespace that maps a range of users (`uidmap`), since a
+//! system has files of several. The result is an image in the cache, one for each set of packages,
+//! that no guest writes to.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,7 +42,7 @@ use crate::report::Step;
 use crate::sysroot::{Sysroot, logged};
 use crate::vm::comma_safe;
 
-/// What every system has. apt counts what is essential as there already.
+/// The packages of every system. apt counts essential ones as there already.
 const BASE: &[&str] = &[
     "apt",
     "base-files",
@@ -82,7 +84,8 @@ const BASE: &[&str] = &[
 /// The size of the disk. The file has holes where nothing is.
 const SIZE: &str = "12G";
 
-/// Run in new namespaces: the tree, the packages, the image to make, its size, and the names of the packages.
+/// Run in new namespaces: the tree, the packages, the image to make, its size, and the names of the
+/// packages.
 const MAKE: &str = r#"
 set -eu
 root=$1 archives=$2 image=$3 size=$4; shift 4
@@ -100,10 +103,10 @@ mke2fs -q -F -t ext4 -L system -d "$root" "$image"
 rm -rf "$root"
 "#;
 
-/// What the guest runs once it is up.
+/// The script that the guest runs once it is up.
 pub(crate) const AGENT: &str = include_str!("agent.sh");
 
-/// What the kernel needs to have its root on the disk; virtio for PCI is built into it.
+/// The modules that the kernel needs to have its root on the disk; virtio for PCI is built into it.
 pub(crate) const MODULES: &[&str] = &["virtio_blk", "ext4"];
 
 /// MiB that such a guest has at least.
@@ -117,7 +120,7 @@ pub struct Root {
     image: PathBuf,
 }
 
-/// What a guest has its root on.
+/// The disk that a guest has its root on.
 #[derive(Clone, Debug)]
 pub struct Disk {
     pub(crate) path: PathBuf,
@@ -126,14 +129,15 @@ pub struct Disk {
 }
 
 impl Root {
-    /// The system with these packages of Debian sid, and what they depend on, beside a base with systemd. Kernels are
-    /// not among what it needs: the lab's are booted.
+    /// The system with these packages of Debian sid, and what they depend on, beside a base with
+    /// systemd. Kernels are not among what it needs: the lab's are booted.
     ///
-    /// What was resolved once stays, until the cache is cleaned.
+    /// A version that was resolved once stays, until the cache is cleaned.
     ///
     /// # Errors
     ///
-    /// When a package is unknown, cannot be downloaded or installed, or this machine lets us make no namespace.
+    /// When a package is unknown, cannot be downloaded or installed, or this machine lets us make
+    /// no namespace.
     pub fn prepare(prepared: &Prepared, packages: &[&str]) -> Result<Self> {
         let cache = &prepared.cache;
         let folder = cache.path("systems");
@@ -168,7 +172,8 @@ impl Root {
         }
     }
 
-    /// A disk with the system, which keeps what runs write to it: a new file, in place of what is there.
+    /// A disk with the system, which keeps what runs write to it: a new file, in place of what is
+    /// there.
     ///
     /// # Errors
     ///

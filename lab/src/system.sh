@@ -3,7 +3,7 @@
 #
 # system.sh PACKAGE...: files in /input, in the order in which apt would install them.
 #
-# What differs from a Debian that was just installed is below "Ours": no disk has to be checked, nobody logs in, nothing
+# The differences to a Debian that was just installed are below "Ours": no disk has to be checked, nobody logs in, nothing
 # is fetched by a timer. The rest of systemd is as it comes.
 
 set -eu

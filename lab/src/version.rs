@@ -1,7 +1,7 @@
 //! Debian package versions: order and file names.
 //!
-//! The order is that of Debian policy, chapter 5.6.12: epoch, upstream version, revision; digits compare as numbers,
-//! letters before other characters, and `~` before everything, even the end.
+//! The order is that of Debian policy, chapter 5.6.12: epoch, upstream version, revision; digits
+//! compare as numbers, letters before other characters, and `~` before everything, even the end.
 
 use std::cmp::Ordering;
 

@@ -17,8 +17,9 @@
 //! # }
 //! ```
 //!
-//! A run fails, whatever the command said, when the kernel's log has a [splat], when the guest ends without
-//! a verdict, or when it takes too long. The log is kept and its path is part of the failure.
+//! A run fails, whatever the command said, when the kernel's log has a [splat], when the guest ends
+//! without a verdict, or when it takes too long. The log is kept and its path is part of the
+//! failure.
 
 use std::fmt;
 use std::fs;
@@ -49,15 +50,18 @@ use crate::splat::{self, INIT_STARTED, Splat};
 use crate::system::{self, Disk};
 use crate::terminal::RawTerminal;
 
-/// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it is five times that.
+/// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it
+/// is five times that.
 pub const TIMEOUT: Duration = Duration::from_secs(360);
 
-/// How long a guest may take until its init starts, on a kernel of Debian's; twice that on a debug kernel, which takes 20 s.
-/// Of some hundred guests an emulated one stands still while it brings up its second processor.
+/// How long a guest may take until its init starts, on a kernel of Debian's; twice that on a debug
+/// kernel, which takes 20 s. Of some hundred guests an emulated one stands still while it brings up
+/// its second processor.
 const BOOT: Duration = Duration::from_secs(120);
 
-/// How long a guest may say nothing until its init starts, unless it cannot be booted again; twice that on a debug kernel. One that
-/// stands still is found out by that sooner than by the time that it takes.
+/// How long a guest may say nothing until its init starts, unless it cannot be booted again; twice
+/// that on a debug kernel. One that stands still is found out by that sooner than by the time that
+/// it takes.
 const SILENCE: Duration = Duration::from_secs(30);
 
 /// How often a guest is booted again after a fault of the emulator.
@@ -117,14 +121,14 @@ pub struct Outcome {
 pub enum Failure {
     /// The kernel complained.
     Splat {
-        /// What it said.
+        /// Its output.
         splat: Splat,
         /// Its log.
         log: PathBuf,
     },
     /// The guest took too long.
     Timeout {
-        /// The time it had.
+        /// The time it had, for its work or to power off.
         limit: Duration,
         /// The end of the kernel's log.
         tail: String,
@@ -142,7 +146,7 @@ pub enum Failure {
     },
     /// The guest ended, but never said how the command did.
     NoVerdict {
-        /// What the emulator said.
+        /// The emulator's output.
         emulator: String,
         /// The end of the kernel's log.
         tail: String,
@@ -267,9 +271,9 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// Boots the Debian system on that disk, instead of the small one in memory. Modules are loaded and endpoints bound
-    /// before systemd starts; the command starts when that has no job left. Files are put onto the disk, where `/lab`
-    /// is a folder in memory.
+    /// Boots the Debian system on that disk, instead of the small one in memory. Modules are loaded
+    /// and endpoints bound before systemd starts; the command starts when that has no job left.
+    /// Files are put onto the disk, where `/lab` is a folder in memory.
     #[must_use]
     pub fn system(mut self, disk: &Disk) -> Self {
         self.machine.memory = self.machine.memory.max(system::MEMORY);
@@ -299,15 +303,15 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// What to run, looked up in `/lab/bin` and busybox when it has no slash.
+    /// The program to run, looked up in `/lab/bin` and busybox when it has no slash.
     #[must_use]
     pub fn command(mut self, words: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.payload = Payload::Command(words.into_iter().map(Into::into).collect());
         self
     }
 
-    /// Runs these one after the other instead, until one fails, as [`series`] says. What comes out of it can be taken apart
-    /// with [`series::Listener`].
+    /// Runs these one after the other instead, until one fails, as [`series`] says. What comes out
+    /// of it can be taken apart with [`series::Listener`].
     #[must_use]
     pub fn series(mut self, parts: Vec<Part>) -> Self {
         self.payload = Payload::Series(parts);
@@ -383,6 +387,8 @@ impl<'a> Run<'a> {
                 screenshots: &screenshots,
                 interactive: matches!(self.payload, Payload::Shell { .. }),
                 timeout: self.timeout,
+                // A system stops its services first.
+                power_off: Duration::from_secs(if self.system.is_some() { 120 } else { 20 }),
                 can_retry: retries > 0,
             };
             let result = guest.boot(&mut output);
@@ -503,7 +509,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What the emulator did wrong, if it was that.
+/// The emulator's own failure, if it was that.
 fn emulator_fault(result: &Result<Outcome>) -> Option<&'static str> {
     match result.as_ref().err()?.downcast_ref()? {
         Failure::Splat { splat, .. } if splat.emulator_fault => {
@@ -521,12 +527,12 @@ fn file_name(path: &Path) -> Result<String> {
     Ok(name.to_string_lossy().into_owned())
 }
 
-/// What came after init had started, if it had.
+/// The output after init had started, if it had.
 fn since_init(log: &str) -> &str {
     log.find(INIT_STARTED).map_or(log, |at| &log[at..])
 }
 
-/// What the emulator said, without what it always says about features of processors.
+/// The emulator's output, without what it always says about features of processors.
 fn remarks(emulator: &str) -> String {
     let lines = emulator
         .lines()
@@ -585,6 +591,8 @@ struct Guest<'a> {
     screenshots: &'a Path,
     interactive: bool,
     timeout: Option<Duration>,
+    /// The time that it has to power off, on a kernel that does not watch itself.
+    power_off: Duration,
     /// Whether it is booted again when its init does not start.
     can_retry: bool,
 }
@@ -594,13 +602,13 @@ struct Guest<'a> {
 enum End {
     /// By itself.
     Itself,
-    /// We stopped it, since its time was up.
-    Late,
+    /// We stopped it, since this time was up: that for its work, or that to power off.
+    Late(Duration),
     /// We stopped it, since its init had not started.
     NoInit,
 }
 
-/// What the control channel has brought so far.
+/// The messages of the control channel so far.
 #[derive(Debug, Default)]
 struct Progress {
     ready: Option<Instant>,
@@ -756,7 +764,7 @@ impl Guest<'_> {
     /// Waits for the guest's end, or brings it about.
     fn wait(&self, child: &mut Child, progress: &Mutex<Progress>, started: Instant) -> Result<End> {
         // After its verdict a guest only has to power off.
-        let grace = Duration::from_secs(20) * self.prepared.kernel.slowness();
+        let grace = self.power_off * self.prepared.kernel.slowness();
         let mut verdict_at = None;
         let mut is_up = false;
         let mut said = (0, Instant::now());
@@ -785,10 +793,10 @@ impl Guest<'_> {
             if late || stuck || still {
                 child.kill().context("stop QEMU")?;
                 child.wait().context("wait for QEMU")?;
-                return Ok(if still && !late {
-                    End::NoInit
-                } else {
-                    End::Late
+                return Ok(match (late, stuck) {
+                    (true, _) => End::Late(self.timeout.unwrap_or_default()),
+                    (_, true) => End::Late(grace),
+                    _ => End::NoInit,
                 });
             }
             thread::sleep(Duration::from_millis(10));
@@ -807,7 +815,7 @@ impl Guest<'_> {
             Ok(text) => text,
             // An emulator that did not start has made none.
             Err(_) if progress.verdict.is_none() => Vec::new(),
-            // What was not read may have had a splat.
+            // The part that was not read may have had a splat.
             Err(error) => return Err(error).with_context(|| format!("read {}", log.display())),
         };
         let text = String::from_utf8_lossy(&text);
@@ -817,8 +825,7 @@ impl Guest<'_> {
         let tail = command::tail(since_init(&text), TAIL);
         match end {
             End::Itself => {}
-            End::Late => {
-                let limit = self.timeout.unwrap_or_default();
+            End::Late(limit) => {
                 return Err(Failure::Timeout { limit, tail, log }.into());
             }
             End::NoInit => {
@@ -986,8 +993,9 @@ pub fn needs_libraries(program: &[u8]) -> bool {
     read().unwrap_or(false)
 }
 
-/// Wakes a guest that sleeps, or is about to, by empty lines until it says that it is awake: one that comes too early
-/// wakes nobody. Less and less often, so that a guest that is slow falls asleep in between.
+/// Wakes a guest that sleeps, or is about to, by empty lines until it says that it is awake: one
+/// that comes too early wakes nobody. Less and less often, so that a guest that is slow falls
+/// asleep in between.
 fn wake(mut control: &UnixStream, is_awake: &mpsc::Receiver<()>) {
     let mut pause = Duration::from_millis(250);
     while is_awake.recv_timeout(pause) == Err(mpsc::RecvTimeoutError::Timeout) {
@@ -1063,9 +1071,10 @@ fn copy_output(mut from: &UnixStream, output: &mut Output) -> Vec<u8> {
     captured
 }
 
-/// Sends what is typed to the guest, for as long as the process lives: a read of a terminal cannot be called off.
+/// Sends what is typed to the guest, for as long as the process lives: a read of a terminal cannot
+/// be called off.
 fn forward_input(to: &UnixStream) -> Option<JoinHandle<()>> {
-    /// What a terminal makes an end of input of.
+    /// The byte that a terminal makes an end of input of.
     const END: &[u8] = b"\x04";
     let mut to = to.try_clone().ok()?;
     Some(thread::spawn(move || {

@@ -2,7 +2,8 @@
 
 //! TLP processing hints: what a device completes, and what a buffer asks its importers to send.
 
-/// The kinds of request that a function completes (PCIe Base 6.2, 7.5.3.15: Device Capabilities 2, bits 13:12).
+/// The kinds of request that a function completes (PCIe Base 6.2, 7.5.3.15: Device Capabilities 2,
+/// bits 13:12).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Completer {
     /// No TPH; the reserved value counts as that.

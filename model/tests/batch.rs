@@ -20,8 +20,8 @@ fn segments(ranges: &[(u64, u64)]) -> Vec<Segment> {
     ranges.iter().map(segment).collect()
 }
 
-/// The run around `address`, grown page by page for as long as the next one is in the window, in the
-/// mapping and in the same range.
+/// The run around `address`, grown page by page for as long as the next one is in the window, in
+/// the mapping and in the same range.
 fn oracle(
     ranges: &[(u64, u64)],
     mapping: &Mapping,

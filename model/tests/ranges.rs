@@ -12,7 +12,8 @@ const PAGE: u64 = 4096;
 const SHIFT: u32 = 12;
 const PMD_ORDER: u32 = 9;
 
-// ---- Placement ------------------------------------------------------------------------------------
+// ---- Placement
+// ------------------------------------------------------------------------------------
 
 fn place(bar: Bar, ranges: &[(u64, u64)]) -> Result<(u64, Vec<Segment>), RangeError> {
     let mut placement = Placement::new(bar, SHIFT);
@@ -144,7 +145,8 @@ fn total_oracle(ranges: &[(u64, u64)]) -> Result<u64, RangeError> {
     Ok(sum as u64)
 }
 
-// ---- overlaps -------------------------------------------------------------------------------------
+// ---- overlaps
+// -------------------------------------------------------------------------------------
 
 #[test]
 fn overlap_is_a_shared_byte() {
@@ -171,7 +173,8 @@ fn overlap_at_the_end_of_the_address_space_saturates() {
     assert!(!overlaps(u64::MAX - 8, 16, 0, 8));
 }
 
-// ---- Bar::place -----------------------------------------------------------------------------------
+// ---- Bar::place
+// -----------------------------------------------------------------------------------
 
 #[test]
 fn a_range_is_placed_at_the_address_of_the_bar() {
@@ -224,7 +227,8 @@ fn place_oracle(bar: Bar, offset: u64, length: u64) -> Result<u64, RangeError> {
     Ok(address as u64)
 }
 
-// ---- find -----------------------------------------------------------------------------------------
+// ---- find
+// -----------------------------------------------------------------------------------------
 
 /// The segments of ranges given as (first page of the BAR, pages).
 fn segments(ranges: &[(u64, u64)]) -> Vec<Segment> {
@@ -282,7 +286,8 @@ fn the_most_segments_that_a_buffer_may_have_are_searched() {
     assert_eq!(find(&segments, pages.len() as u64), None);
 }
 
-// ---- runs -----------------------------------------------------------------------------------------
+// ---- runs
+// -----------------------------------------------------------------------------------------
 
 /// Every page of the BAR, in order.
 fn bar_pages(runs: impl Iterator<Item = Run>) -> Vec<u64> {
@@ -310,10 +315,11 @@ fn no_segments_are_no_runs() {
     assert_eq!(runs(&[]).count(), 0);
 }
 
-// ---- entry_for ------------------------------------------------------------------------------------
+// ---- entry_for
+// ------------------------------------------------------------------------------------
 
-/// The same, from the list of all pages: an entry fits when each of its pages is mapped, is the next
-/// page of the same range, and it is aligned on both sides.
+/// The same, from the list of all pages: an entry fits when each of its pages is mapped, is the
+/// next page of the same range, and it is aligned on both sides.
 fn entry_oracle(
     ranges: &[(u64, u64)],
     mapping: &Mapping,
@@ -462,7 +468,8 @@ fn no_page_offset_leads_back_into_the_buffer() {
     }
 }
 
-// ---- Any input ------------------------------------------------------------------------------------
+// ---- Any input
+// ------------------------------------------------------------------------------------
 
 /// Any number, near the powers of two more often than not.
 fn extreme() -> impl Strategy<Value = u64> {
@@ -474,8 +481,8 @@ fn extreme() -> impl Strategy<Value = u64> {
 }
 
 prop_compose! {
-    /// Ranges of up to 24 pages from frames below 64: they overlap, touch and repeat, and orders up to
-    /// 4 fit often enough.
+    /// Ranges of up to 24 pages from frames below 64: they overlap, touch and repeat, and orders up
+    /// to 4 fit often enough.
     fn some_ranges()(ranges in vec((0u64..64, 1u64..24), 1..12)) -> Vec<(u64, u64)> {
         ranges
     }

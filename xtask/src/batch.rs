@@ -61,13 +61,14 @@ impl Cost {
     }
 }
 
-/// What a guest takes to come up.
+/// The time that a guest takes to come up.
 const BOOT: Cost = Cost(6, 16);
 
-/// What a binary takes that [`COSTS`] does not name.
+/// The time of a binary that [`COSTS`] does not name.
 const SHORT: Cost = Cost(4, 12);
 
-/// What a binary takes: guests are planned with it. What is not up to date only makes them less even.
+/// The time of a binary: guests are planned with it. What is not up to date only makes them less
+/// even.
 const COSTS: &[(&str, Cost)] = &[
     ("aer", Cost(6, 19)),
     ("alias", Cost(7, 20)),
@@ -116,8 +117,9 @@ impl Batch {
     }
 }
 
-/// Spreads binaries over guests of which `jobs` run at a time: few, since each has to boot, but enough to keep all jobs
-/// busy until the end. The same for the same binaries; the longest comes first.
+/// Spreads binaries over guests of which `jobs` run at a time: few, since each has to boot, but
+/// enough to keep all jobs busy until the end. The same for the same binaries; the longest comes
+/// first.
 pub(crate) fn plan(names: &[&str], jobs: usize, speed: Speed) -> Vec<Batch> {
     let cost = |name: &str| cost(name, speed);
     let total: u32 = names.iter().map(|name| cost(name)).sum();
@@ -179,7 +181,7 @@ pub(crate) enum End {
     Failed(String, Option<String>),
 }
 
-/// What came of a binary.
+/// The outcome of a binary.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) name: String,
@@ -188,8 +190,8 @@ pub(crate) struct Outcome {
     pub(crate) failure: Option<String>,
 }
 
-/// What came of a batch: of each binary in order as far as that counts, and the names of those that must run in another
-/// guest, since this one was not fit for them any more.
+/// The outcome of a batch: that of each binary in order as far as that counts, and the names of
+/// those that must run in another guest, since this one was not fit for them any more.
 pub(crate) fn judge(names: &[String], heard: &Listener, end: &End) -> (Vec<Outcome>, Vec<String>) {
     let mut outcomes = Vec::new();
     for (name, part) in names.iter().zip(&heard.parts) {
@@ -217,7 +219,8 @@ pub(crate) fn judge(names: &[String], heard: &Listener, end: &End) -> (Vec<Outco
             break;
         }
     }
-    // What is nobody's in particular, such as a guest that does not boot or does not power off.
+    // A failure that is nobody's in particular, such as a guest that does not boot or does not
+    // power off.
     if outcomes.iter().all(|outcome| outcome.failure.is_none()) {
         let reason = match end {
             End::Failed(reason, _) => Some(reason.clone()),
@@ -330,7 +333,8 @@ mod tests {
         assert_eq!(plan(&["nopat"], 2, Speed::Stock).len(), 1);
     }
 
-    /// What was heard of a guest whose parts ended with these codes. Each has a test that passes or fails.
+    /// The output of a guest whose parts ended with these codes. Each has a test that passes or
+    /// fails.
     fn heard(codes: &[Option<i32>]) -> Listener {
         let mut listener = Listener::default();
         for (code, name) in codes.iter().zip(NAMES) {

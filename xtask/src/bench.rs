@@ -34,8 +34,8 @@ pub(crate) struct Options {
     /// Only with this clock [default: both, one guest each]
     #[arg(long)]
     clock: Option<ClockChoice>,
-    /// Put the results where the documentation has them, instead of the target folder; with `--clock`, those of
-    /// the other one stay
+    /// Put the results where the documentation has them, instead of the target folder; with
+    /// `--clock`, those of the other one stay
     #[arg(long, conflicts_with_all = ["quick", "only", "compare"])]
     publish: bool,
     /// Show in which of the kernel's functions the two sides differ, for each point that is timed
@@ -57,10 +57,11 @@ enum ClockChoice {
 /// Far more than what it takes.
 const LIMIT: Duration = Duration::from_secs(900);
 
-/// What [`regressions`] measures: cheap, and the same each time when instructions are counted.
+/// The measures of [`regressions`]: cheap, and the same each time when instructions are counted.
 const REPEATABLE: &[&str] = &["export", "importer", "touch", "take-away", "descriptor"];
 
-/// Measures what is repeatable, counted in instructions, and says how it differs from what the documentation has.
+/// Measures what is repeatable, counted in instructions, and says how it differs from what the
+/// documentation has.
 pub(crate) fn regressions(prepared: &Prepared) -> Result<()> {
     let module = kmod::build(prepared, false)?;
     let program = checkout::guest_program("barlease-bench", "barlease-bench")?;

@@ -16,9 +16,9 @@ use crate::{kmod, pool};
 struct Canary {
     /// The file that brings it about.
     bug: &'static str,
-    /// What the report's first line has.
+    /// Words of the report's first line.
     sign: &'static str,
-    /// What the report names.
+    /// The function that the report names.
     culprit: &'static str,
     /// How many processes it takes.
     processes: usize,

@@ -19,11 +19,12 @@ pub(crate) fn host(steps: &mut Steps) {
     dependencies(steps);
     oldest(steps);
     interface(steps);
+    book(steps);
 }
 
 fn dependencies(steps: &mut Steps) {
     let name = "dependencies (cargo deny)";
-    match tool("cargo-deny", "0.20.2") {
+    match tool("cargo-deny", "0.20.2", &[]) {
         Ok(program) => steps.command(
             name,
             Command::new(program)
@@ -69,7 +70,7 @@ fn interface(steps: &mut Steps) {
     let name = "the library's interface (cargo semver-checks)";
     match tag() {
         None => steps.skip(name, "no version has been tagged yet"),
-        Some(tag) => match tool("cargo-semver-checks", "0.51.0") {
+        Some(tag) => match tool("cargo-semver-checks", "0.51.0", &[]) {
             Ok(program) => steps.command(
                 name,
                 Command::new(program)
@@ -79,6 +80,22 @@ fn interface(steps: &mut Steps) {
             ),
             Err(error) => steps.skip(name, &format!("{error:#}")),
         },
+    }
+}
+
+/// Its links are a test of this crate.
+fn book(steps: &mut Steps) {
+    let name = "documentation as a book (mdbook)";
+    // Without a web server and a watcher of files.
+    match tool("mdbook", "0.5.4", &["--no-default-features"]) {
+        Ok(program) => steps.command(
+            name,
+            Command::new(program)
+                .current_dir(checkout::top())
+                .args(["build", "docs", "--dest-dir"])
+                .arg(checkout::target().join("book")),
+        ),
+        Err(error) => steps.skip(name, &format!("{error:#}")),
     }
 }
 
@@ -100,7 +117,7 @@ fn answers(command: &mut Command) -> bool {
 }
 
 /// A program of that crate, built on its first use. Unoptimized: that takes a third of the time.
-fn tool(name: &str, version: &str) -> Result<PathBuf> {
+fn tool(name: &str, version: &str, options: &[&str]) -> Result<PathBuf> {
     let cache = Cache::open()?;
     let _lock = cache.lock(name, "install it")?;
     let root = cache.path(format!("tools/{name}-{version}"));
@@ -113,6 +130,7 @@ fn tool(name: &str, version: &str) -> Result<PathBuf> {
         .args(["install", "--quiet", "--locked", "--debug", "--version"])
         .args([version, "--root"])
         .arg(&root)
+        .args(options)
         .arg(name)
         .env_remove("CARGO_TARGET_DIR")
         .status()

@@ -11,10 +11,11 @@
 //!
 //! # Why `dpkg-deb`
 //!
-//! `cargo-deb` packages what cargo builds, which is one of the three packages here; the others hold the sources of a
-//! kernel module and files that the kernel's build made. It would also have to be installed first. `dpkg-deb` is on every
-//! Debian machine (the lab needs it anyway), honours `SOURCE_DATE_EPOCH`, sorts, and sets the owner; what is left to do
-//! for us is a control file from a template in `dist/debian/`.
+//! `cargo-deb` packages what cargo builds, which is one of the three packages here; the others hold
+//! the sources of a kernel module and files that the kernel's build made. It would also have to be
+//! installed first. `dpkg-deb` is on every Debian machine (the lab needs it anyway), honours
+//! `SOURCE_DATE_EPOCH`, sorts, and sets the owner; what is left to do for us is a control file from
+//! a template in `dist/debian/`.
 
 mod command;
 mod contents;
@@ -42,12 +43,13 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub(crate) struct Options {
     #[command(flatten)]
     kernel: KernelChoice,
-    /// What to make [default: all]
+    /// The packages to make [default: all]
     what: Vec<What>,
     /// Only say what there is to make
     #[arg(long)]
     list: bool,
-    /// Then build the module from its package, load it in a guest, and use it with the packaged command
+    /// Then build the module from its package, load it in a guest, and use it with the packaged
+    /// command
     #[arg(long, conflicts_with_all = ["list", "what"])]
     verify: bool,
 }
@@ -66,7 +68,7 @@ enum What {
 }
 
 impl What {
-    /// What it is, from its own help.
+    /// Its description, from its own help.
     fn about(self) -> String {
         let value = self.to_possible_value();
         value
@@ -183,7 +185,8 @@ impl Maker {
     }
 }
 
-/// `SOURCE_DATE_EPOCH`, or the time of the last commit, so that the same sources give the same packages.
+/// `SOURCE_DATE_EPOCH`, or the time of the last commit, so that the same sources give the same
+/// packages.
 fn epoch() -> Result<u64> {
     if let Ok(text) = std::env::var("SOURCE_DATE_EPOCH") {
         return text
@@ -203,8 +206,9 @@ fn epoch() -> Result<u64> {
 
 /// A version that grows with each commit, and is less than that of the release that it leads to.
 ///
-/// The time of the commit makes it grow: unlike the number of commits it is known in a shallow clone.
-/// Outside of git it is `SOURCE_DATE_EPOCH`. Sources with changes that are not committed say so.
+/// The time of the commit makes it grow: unlike the number of commits it is known in a shallow
+/// clone. Outside of git it is `SOURCE_DATE_EPOCH`. Sources with changes that are not committed say
+/// so.
 fn package_version(epoch: u64) -> Result<String> {
     let commit = commit();
     let seconds = match &commit {

@@ -75,7 +75,8 @@ pub(crate) fn build(prepared: &Prepared, deny_warnings: bool) -> Result<PathBuf>
     Ok(copies.swap_remove(0))
 }
 
-/// The same for the module that takes the stock one's place. Its file has a name of its own there: a guest has the stock one, too.
+/// The same for the module that takes the stock one's place. Its file has a name of its own there:
+/// a guest has the stock one, too.
 pub(crate) fn build_as_stock(prepared: &Prepared, deny_warnings: bool) -> Result<PathBuf> {
     let built = kmod::build(prepared, &checkout::top(), Task::BuildAsStock)?;
     refuse_warnings(&built, deny_warnings)?;

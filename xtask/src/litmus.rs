@@ -1,4 +1,5 @@
-//! `cargo xtask litmus`: the order of memory beyond locks, by the kernel's memory model (`model/litmus/README.md`).
+//! `cargo xtask litmus`: the order of memory beyond locks, by the kernel's memory model
+//! (`model/litmus/README.md`).
 
 use std::fs;
 use std::process::ExitCode;
@@ -13,7 +14,7 @@ use crate::test::Count;
 /// A test, and the bugs that can be planted in it.
 #[derive(Debug, PartialEq, Eq)]
 struct Litmus<'a> {
-    /// What is said of the code.
+    /// The claim about the code.
     comment: &'a str,
     code: &'a str,
     result: Observation,

@@ -7,6 +7,7 @@ mod bench;
 mod canary;
 mod checkout;
 mod checks;
+mod clients;
 mod demo;
 mod dist;
 mod kmod;
@@ -41,8 +42,11 @@ enum Task {
     Bench(bench::Options),
     /// The random test: steps drawn from a seed, in a guest, each judged by the contract
     Random(random::Options),
-    /// The kernel's own tests of VFIO and IOMMUFD, with the stock driver and with ours, side by side
+    /// The kernel's own tests of VFIO and IOMMUFD, with the stock driver and with ours, side by
+    /// side
     Selftests(selftests::Options),
+    /// Programs that others wrote, with stock vfio-pci and with ours, side by side
+    Clients(clients::Options),
     /// Judge the order of memory that the module relies on by the kernel's memory model
     Litmus,
     /// Build, check or format the kernel module.
@@ -57,9 +61,8 @@ enum Task {
 /// Which kernel.
 #[derive(Args, Clone, Debug, Default)]
 struct KernelChoice {
-    /// The newest kernel whose release begins so, such as 7.2, `rt` or `cloud` for these flavours, or
-    /// `debug` for the one with KASAN and lockdep
-    /// [default: the newest of Debian's]
+    /// The newest kernel whose release begins so, such as 7.2, `rt` or `cloud` for these flavours,
+    /// or `debug` for the one with KASAN and lockdep [default: the newest of Debian's]
     #[arg(
         long,
         value_name = "RELEASE",
@@ -73,7 +76,8 @@ fn main() -> ExitCode {
     match run(Cli::parse().task) {
         Ok(code) => code,
         Err(error) => {
-            // Without the backtrace that RUST_BACKTRACE would add: these errors are for people who use the command.
+            // Without the backtrace that RUST_BACKTRACE would add: these errors are for people who
+            // use the command.
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
@@ -86,6 +90,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Random(options) => random::run(&options),
+        Task::Clients(options) => clients::run(&options),
         Task::Selftests(options) => selftests::run(&options),
         Task::Litmus => litmus::run(),
         Task::Kmod(options) => kmod::run(&options),

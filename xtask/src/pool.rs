@@ -1,4 +1,5 @@
-//! Guests side by side, each of which runs some test binaries; what a binary says is shown in one piece.
+//! Guests side by side, each of which runs some test binaries; what a binary says is shown in one
+//! piece.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -17,7 +18,8 @@ use crate::batch::{Batch, End, Outcome, Speed, judge, plan};
 use crate::test::Count;
 use crate::{checkout, vm};
 
-/// What the guest of a test takes of this machine's memory, in MiB: 1 GiB of its own, and what QEMU needs.
+/// The memory of this machine that the guest of a test takes, in MiB: 1 GiB of its own, and what
+/// QEMU needs.
 const MEMORY: u32 = 2048;
 
 /// The test binaries of `guest-tests/` and the guest tests to run on a kernel.
@@ -34,14 +36,17 @@ pub(crate) struct Pool<'a> {
 /// A test binary that runs in a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Binary {
-    /// The file in `guest-tests/tests/` without `.rs`, or the name of the package for its unit tests.
+    /// The file in `guest-tests/tests/` without `.rs`, or the name of the package for its unit
+    /// tests.
     name: String,
     path: PathBuf,
 }
 
-/// As many guests as there are processors, and as fit into memory.
+/// Guests that run at a time: two for each processor, since most tests wait more than they compute
+/// (a guest of `hostile_fences` or `witness` uses a processor for a third of its time), and no more
+/// than fit into memory.
 pub(crate) fn jobs() -> usize {
-    guests_of(MEMORY)
+    2 * guests_of(2 * MEMORY)
 }
 
 /// How many guests can run at a time, each of which takes so many MiB.

@@ -7,7 +7,8 @@ use clap::Args;
 
 use crate::{KernelChoice, checkout};
 
-/// What a guest takes besides, on a kernel that watches itself and a machine that does other things: to boot, to end.
+/// The time that a guest takes besides, on a kernel that watches itself and a machine that does
+/// other things: to boot, to end.
 const BESIDES: u64 = 900;
 
 #[derive(Args, Debug)]

@@ -1,5 +1,5 @@
-//! `cargo xtask selftests`: the kernel's own tests of VFIO and IOMMUFD, with the stock driver and with ours. What passes with
-//! the one passes with the other.
+//! `cargo xtask selftests`: the kernel's own tests of VFIO and IOMMUFD, with the stock driver and
+//! with ours. What passes with the one passes with the other.
 
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
@@ -23,7 +23,8 @@ use crate::{kmod, pool};
 
 #[derive(Args, Debug)]
 pub(crate) struct Options {
-    /// The newest kernel whose release begins so; most of the tests want the IOMMUFD of the debug kernel
+    /// The newest kernel whose release begins so; most of the tests want the IOMMUFD of the debug
+    /// kernel
     #[arg(
         long,
         value_name = "RELEASE",
@@ -38,7 +39,8 @@ pub(crate) struct Options {
     /// Name also the tests that fail with both drivers, with what they say
     #[arg(long, short)]
     verbose: bool,
-    /// Run only programs that have this in `DEVICE PROGRAM`, such as `igb` or `vfio_pci_driver_test`
+    /// Run only programs that have this in `DEVICE PROGRAM`, such as `igb` or
+    /// `vfio_pci_driver_test`
     filter: Option<String>,
 }
 
@@ -47,7 +49,7 @@ pub(crate) struct Options {
 pub(crate) struct Choice<'a> {
     /// Only those of [`Case::is_quick`].
     pub(crate) quick: bool,
-    /// What `DEVICE PROGRAM` must have in it.
+    /// Words that `DEVICE PROGRAM` must have in it.
     pub(crate) filter: Option<&'a str>,
     /// Whether to name those that fail with both.
     pub(crate) verbose: bool,
@@ -70,9 +72,10 @@ impl Choice<'_> {
 /// The kernel's own driver.
 const STOCK: &str = "vfio-pci";
 
-/// Devices that the tests get, each by itself. The tests have a driver for igb, which moves data and raises interrupts; igb has
-/// virtual functions too. nvme has MSI-X and a reset, edu has MSI, the BARs of display and testdev are memory.
-/// The shared memory devices are left out: the tests map every BAR that can be mapped, and expect whole pages.
+/// Devices that the tests get, each by itself. The tests have a driver for igb, which moves data
+/// and raises interrupts; igb has virtual functions too. nvme has MSI-X and a reset, edu has MSI,
+/// the BARs of display and testdev are memory. The shared memory devices are left out: the tests
+/// map every BAR that can be mapped, and expect whole pages.
 const DEVICES: &[&str] = &["igb", "nvme", "edu", "display", "testdev"];
 
 /// The one program that takes several devices at once.
@@ -81,10 +84,12 @@ const TOGETHER: &str = "vfio_pci_device_init_perf_test";
 /// How long a guest may take: far more than what it takes.
 const TIMEOUT: Duration = Duration::from_secs(5400);
 
-/// How often a test runs at most that is worse with ours: only what is worse each time is our fault.
+/// How often a test runs at most that is worse with ours: only what is worse each time is our
+/// fault.
 const RUNS: usize = 3;
 
-/// MiB of a guest. Two of the tests use a GiB each: a huge page that is set aside at boot, and ordinary memory.
+/// MiB of a guest. Two of the tests use a GiB each: a huge page that is set aside at boot, and
+/// ordinary memory.
 const MEMORY: u32 = 4096;
 const HUGE_PAGES: &[&str] = &[
     "hugepagesz=1G",
@@ -93,7 +98,7 @@ const HUGE_PAGES: &[&str] = &[
     "hugepages=64",
 ];
 
-/// What such a guest takes of this machine's memory, in MiB.
+/// The memory of this machine that such a guest takes, in MiB.
 const HOST_MEMORY: u32 = MEMORY + 1024;
 
 /// Runs what `run DEVICE PROGRAM ARGUMENT…` says in the lines after it.
@@ -139,7 +144,7 @@ struct Case {
     addresses: Vec<String>,
 }
 
-/// What came of a program.
+/// The outcome of a program.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Said {
     /// The verdict on each test, and what was said before it.
@@ -147,7 +152,7 @@ struct Said {
     taken: Duration,
 }
 
-/// What came of programs, by `DEVICE PROGRAM`.
+/// The outcomes of programs, by `DEVICE PROGRAM`.
 type Results = BTreeMap<String, Said>;
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -169,7 +174,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the tests with the stock driver and with ours, shows both, and counts those as failed that are worse with ours.
+/// Runs the tests with the stock driver and with ours, shows both, and counts those as failed that
+/// are worse with ours.
 pub(crate) fn compare(prepared: &Prepared, choice: Choice<'_>) -> (Count, Result<()>) {
     let mut count = Count::default();
     let result = try_compare(prepared, choice, &mut count);
@@ -229,7 +235,7 @@ fn try_compare(prepared: &Prepared, choice: Choice<'_>, count: &mut Count) -> Re
     Ok(())
 }
 
-/// What guests are made of.
+/// The parts of a guest.
 struct Guests<'a> {
     prepared: &'a Prepared,
     module: PathBuf,
@@ -294,7 +300,8 @@ struct Both {
 }
 
 impl Both {
-    /// The tests of a program that have a worse verdict with ours. One that is absent has not passed.
+    /// The tests of a program that have a worse verdict with ours. One that is absent has not
+    /// passed.
     fn worse(&self, program: &str) -> Vec<&str> {
         let (Some(stock), Some(ours)) = (self.stock.get(program), self.ours.get(program)) else {
             return Vec::new();
@@ -399,7 +406,8 @@ fn bdf(name: &str) -> Result<String> {
 }
 
 impl Case {
-    /// What opens a device a few times only, and of the rest what maps memory for one device.
+    /// Programs that open a device a few times only, and of the rest those that map memory for one
+    /// device.
     fn is_quick(&self) -> bool {
         matches!(
             (self.devices.as_str(), self.program.name.as_str()),
@@ -473,8 +481,8 @@ impl Said {
 /// Whether a program has said as many results as it had announced: one that dies has not passed.
 const TO_ITS_END: &str = "runs to its end";
 
-/// The results in the output of several programs, each between a line with its name and one with its exit code and the times of
-/// its beginning and its end.
+/// The results in the output of several programs, each between a line with its name and one with
+/// its exit code and the times of its beginning and its end.
 fn read(output: &str) -> Result<Results> {
     let mut results = Results::new();
     let mut lines = output.lines().map(str::trim_end);

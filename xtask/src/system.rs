@@ -30,7 +30,8 @@ pub(crate) struct Options {
     /// Without our module
     #[arg(long)]
     stock: bool,
-    /// Test the guest itself: systemd is up without a failure, a lease is taken, and a reboot finds what was written
+    /// Test the guest itself: systemd is up without a failure, a lease is taken, and a reboot finds
+    /// what was written
     #[arg(long, conflicts_with_all = ["packages", "disk", "files", "stock", "command"])]
     check: bool,
     /// The command; a shell when there is none

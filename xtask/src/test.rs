@@ -18,8 +18,9 @@ use crate::{bench, canary, checkout, checks, kmod, litmus, pool, selftests};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Kernels to test on, by the beginning of their release; `all` of Debian's that can be used; `debug` for the one with
-    /// KASAN and lockdep: `all,debug` is everything; `kcsan` for the one that finds data races [default: the newest of Debian's]
+    /// Kernels to test on, by the beginning of their release; `all` of Debian's that can be used;
+    /// `debug` for the one with KASAN and lockdep: `all,debug` is everything; `kcsan` for the one
+    /// that finds data races [default: the newest of Debian's]
     #[arg(long, value_name = "RELEASE", value_delimiter = ',')]
     kernel: Vec<String>,
     /// Without module and guests
@@ -28,11 +29,12 @@ pub(crate) struct Options {
     /// Only the module and the guests
     #[arg(long)]
     guest_only: bool,
-    /// Guests at a time [default: one for each processor, and no more than memory allows]
+    /// Guests at a time [default: two for each processor, and no more than memory allows]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
-    /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs, `selftests` the kernel's own tests,
-    /// `instructions` what operations cost compared with the published results
+    /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs,
+    /// `selftests` the kernel's own tests, `instructions` what operations cost compared with the
+    /// published results
     filter: Option<String>,
 }
 
@@ -191,7 +193,7 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What was asked for, in the form of requests.
+/// The lanes that were asked for, in the form of requests.
 fn kernels(wanted: &[String]) -> Result<Vec<Option<String>>> {
     if wanted.is_empty() {
         return Ok(vec![None]);
@@ -231,7 +233,7 @@ impl Steps {
         self.step(name, || (Count::default(), work().map(drop)))
     }
 
-    /// What says something and proves nothing: it cannot fail.
+    /// A result that says something and proves nothing: it cannot fail.
     fn report(&mut self, name: &str, work: impl FnOnce() -> Result<()>) {
         println!("\n=== {name}");
         let started = Instant::now();
@@ -302,7 +304,8 @@ impl Steps {
         }
     }
 
-    /// A step that failed without a failed test (it does not build, the guest's log has a splat) is one failure.
+    /// A step that failed without a failed test (it does not build, the guest's log has a splat) is
+    /// one failure.
     fn total(&self) -> Count {
         let mut total = Count::default();
         for step in &self.done {

@@ -50,9 +50,10 @@ pub(crate) enum Task {
         #[command(flatten)]
         machine: MachineChoice,
     },
-    /// A shell, or a command, in a guest whose root is a fresh Debian sid with systemd; the module is loaded
+    /// A shell, or a command, in a guest whose root is a fresh Debian sid with systemd; the module
+    /// is loaded
     System(system::Options),
-    /// What machines there are, and what kernels the cache has
+    /// List the machines, and the kernels that the cache has
     List {
         /// As JSON
         #[arg(long)]
@@ -98,7 +99,8 @@ pub(crate) struct Exec {
     /// The folder for screenshots
     #[arg(long, value_name = "FOLDER")]
     screenshots: Option<PathBuf>,
-    /// The command. A path of this machine names a program that is copied into the guest; it must be statically linked
+    /// The command. A path of this machine names a program that is copied into the guest; it must
+    /// be statically linked
     #[arg(last = true, required = true)]
     command: Vec<String>,
 }
@@ -264,7 +266,7 @@ pub(crate) fn finish(outcome: &Outcome) -> Result<ExitCode> {
     ))
 }
 
-/// What is to be said of a guest at its end.
+/// The message about a guest at its end.
 pub(crate) fn remarks(outcome: &Outcome) -> String {
     let mut said = String::new();
     for path in &outcome.screenshots {
@@ -341,8 +343,9 @@ pub(crate) fn as_tests_run<'a>(run: Run<'a>, module: &Path) -> Result<Run<'a>> {
     let threads = std::env::var("RUST_TEST_THREADS").unwrap_or_else(|_| "1".to_owned());
     let run = with_modules_of(run, module)?
         .env("RUST_TEST_THREADS", threads)
-        // Without restartable sequences: where their page cannot be copied after a fork, for want of memory, the kernel kills
-        // the process when it was interrupted (`__rseq_handle_slowpath`), and tests have allocations fail.
+        // Without restartable sequences: where their page cannot be copied after a fork, for want
+        // of memory, the kernel kills the process when it was interrupted
+        // (`__rseq_handle_slowpath`), and tests have allocations fail.
         .env("GLIBC_TUNABLES", "glibc.pthread.rseq=0");
     let run = match test_timeout()? {
         Some(limit) => run.timeout(limit),
@@ -364,7 +367,8 @@ fn runs_nothing(options: &Test) -> bool {
     options.arguments.iter().any(lists) || !has_tests(&options.binary, &options.arguments)
 }
 
-/// Whether a test binary has tests that these arguments leave. What does not run here is taken to have some.
+/// Whether a test binary has tests that these arguments leave. What does not run here is taken to
+/// have some.
 pub(crate) fn has_tests(
     binary: &Path,
     arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,

@@ -45,7 +45,8 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
 pub(super) struct Payload(Vec<AtomicU32>);
 
 impl Payload {
-    /// Single pages that do not touch, `count` of them; behind the end of the BAR from its beginning again.
+    /// Single pages that do not touch, `count` of them; behind the end of the BAR from its
+    /// beginning again.
     pub(super) fn new(count: u64) -> Self {
         let pairs = MEMORY_SIZE / PAGE / 2;
         let ranges: Vec<_> = (0..count)

@@ -1,7 +1,7 @@
 //! The calls of an importer: attach, map, unmap, detach, by the number of ranges.
 //!
-//! The importer is that of the tests, QEMU's `edu` behind an IOMMU. Stock buffers of several ranges cannot be mapped
-//! through an IOVA on Linux 7.3-rc7, so there is nothing to compare with.
+//! The importer is that of the tests, QEMU's `edu` behind an IOMMU. Stock buffers of several ranges
+//! cannot be mapped through an IOVA on Linux 7.3-rc7, so there is nothing to compare with.
 
 use barlease_guest_tests::importer::Importer;
 

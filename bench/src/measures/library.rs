@@ -1,4 +1,5 @@
-//! Register access through the library, against bare volatile access. Runs on the host: there are no devices in it.
+//! Register access through the library, against bare volatile access. Runs on the host: there are
+//! no devices in it.
 
 #![expect(unsafe_code, reason = "bare volatile access is what is compared with")]
 

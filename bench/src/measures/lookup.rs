@@ -1,6 +1,7 @@
 //! A fault in a buffer of many ranges: the look-up of the range that an offset is in.
 //!
-//! Each fault brings in one page, through a mapping of its own, so that nothing differs but the look-up.
+//! Each fault brings in one page, through a mapping of its own, so that nothing differs but the
+//! look-up.
 
 use barlease_guest_tests::PAGE;
 use barlease_guest_tests::map::{How, Map};

@@ -1,7 +1,8 @@
 //! Memory and allocations of a lease.
 //!
-//! Counted exactly, from the kernel's trace of allocations of this process; and as a check from `/proc/meminfo`, as the
-//! growth of everything that the kernel has (slab, vmalloc, page tables) with many of them.
+//! Counted exactly, from the kernel's trace of allocations of this process; and as a check from
+//! `/proc/meminfo`, as the growth of everything that the kernel has (slab, vmalloc, page tables)
+//! with many of them.
 
 use std::fs;
 

@@ -1,7 +1,7 @@
 //! A lease on its way: made, sent to another process, mapped and touched there.
 //!
-//! With the library, against bare system calls that do the same, and against a memfd on the same way, which has
-//! nothing to do with a device.
+//! With the library, against bare system calls that do the same, and against a memfd on the same
+//! way, which has nothing to do with a device.
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -94,8 +94,8 @@ fn without_waiting(context: &Context) -> Measure {
     .finish(|_, _| Some(Goal::AtMost(2.0)))
 }
 
-/// A holder whose faults sleep for memory delays the owner no more than one whose faults do not: the
-/// longest of many times that memory is taken from it. None without a memory controller.
+/// A holder whose faults sleep for memory delays the owner no more than one whose faults do not:
+/// the longest of many times that memory is taken from it. None without a memory controller.
 fn under_a_tight_holder(context: &Context) -> Option<Measure> {
     const LEASE: u64 = 256 << 20;
     drop(Cgroup::new("probe")?);

@@ -1,8 +1,8 @@
 //! All of a device's memory is taken away: its owner clears the memory bit of COMMAND.
 //!
-//! By the number of leases: *bare* ones that nobody uses, *mapped* ones, each of whose mappings was touched, and
-//! *imported* ones, each mapped by an importer. Stock buffers cannot be mapped by processes, so stock has as many
-//! mappings of the device fd beside its exports.
+//! By the number of leases: *bare* ones that nobody uses, *mapped* ones, each of whose mappings was
+//! touched, and *imported* ones, each mapped by an importer. Stock buffers cannot be mapped by
+//! processes, so stock has as many mappings of the device fd beside its exports.
 
 use barlease_guest_tests::PAGE;
 use barlease_guest_tests::importer::Importer;

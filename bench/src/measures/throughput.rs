@@ -1,10 +1,12 @@
 //! Page faults of leases while another lease is being revoked.
 //!
-//! Tenants are processes of their own that map a lease of 512 single pages, touch each, and unmap it, again and again.
-//! Beside them the owner revokes other leases, or is at work without the kernel (the baseline, so that both leave the
-//! tenants the same share of the processors). Then an importer sits on a lease that is being revoked.
+//! Tenants are processes of their own that map a lease of 512 single pages, touch each, and unmap
+//! it, again and again. Beside them the owner revokes other leases, or is at work without the
+//! kernel (the baseline, so that both leave the tenants the same share of the processors). Then an
+//! importer sits on a lease that is being revoked.
 //!
-//! Where instructions are counted, processors take turns and each has its share of them, whatever else the machine does.
+//! Where instructions are counted, processors take turns and each has its share of them, whatever
+//! else the machine does.
 
 use std::os::fd::AsFd;
 use std::thread;
@@ -86,7 +88,8 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
     vec![rates, stalls.finish(|_, _| None)]
 }
 
-/// Runs `meanwhile` while the device waits in a revocation for an importer, for a time of `sit` in all.
+/// Runs `meanwhile` while the device waits in a revocation for an importer, for a time of `sit` in
+/// all.
 fn sits_on_a_lease(device: &Device, sit: Duration, meanwhile: impl FnOnce()) {
     let importer = Importer::open();
     let lease = Payload::new(1).export(device);

@@ -1,9 +1,9 @@
 //! First touch of a mapping: one load of each page, and the faults that it takes.
 //!
-//! Stock is mapped through the device fd, there is no other way; Barlease as a lease. A mapping is *aligned* where
-//! address and BAR are multiples of 2 MiB together, so that entries of 2 MiB are possible, *skewed* where they are
-//! one page apart, as they are where a program lets the kernel choose the address. *1 GiB aligned* is for the largest
-//! entries that the processor has.
+//! Stock is mapped through the device fd, there is no other way; Barlease as a lease. A mapping is
+//! *aligned* where address and BAR are multiples of 2 MiB together, so that entries of 2 MiB are
+//! possible, *skewed* where they are one page apart, as they are where a program lets the kernel
+//! choose the address. *1 GiB aligned* is for the largest entries that the processor has.
 
 use std::os::fd::{AsFd, OwnedFd};
 

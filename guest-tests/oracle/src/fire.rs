@@ -32,8 +32,8 @@ pub enum During {
 const MOST: usize = 16;
 
 impl Oracle {
-    /// Touches of all processes' mappings for `op`, which must leave what is mapped where, and words, as they are. `pick`
-    /// gives a number below its argument.
+    /// Touches of all processes' mappings for `op`, which must leave what is mapped where, and
+    /// words, as they are. `pick` gives a number below its argument.
     pub fn shots(&self, op: &Op, mut pick: impl FnMut(u64) -> u64) -> Vec<Shot> {
         let mut after = self.clone();
         // Its outcome is of no interest here.

@@ -817,8 +817,8 @@ impl Generator {
         self.is_fair(&op, oracle).then_some(op)
     }
 
-    /// Whether the end of the last mapping that keeps a device open would wait for an importer: whoever makes that step
-    /// cannot do it in a thread of its own.
+    /// Whether the end of the last mapping that keeps a device open would wait for an importer:
+    /// whoever makes that step cannot do it in a thread of its own.
     fn is_fair(&self, op: &Op, oracle: &Oracle) -> bool {
         let ends: Vec<usize> = match *op {
             Op::Unmap { mapping } => vec![mapping],
@@ -862,7 +862,8 @@ fn weight(kind: Kind) -> u32 {
     }
 }
 
-/// How slow an operation is, compared with others: a DMA transfer takes 0.2 s, sleep more than a second.
+/// How slow an operation is, compared with others: a DMA transfer takes 0.2 s, sleep more than a
+/// second.
 fn cost(kind: Kind) -> u64 {
     match kind {
         Kind::Sleep => 30,

@@ -105,8 +105,8 @@ impl Oracle {
         Ok(())
     }
 
-    /// Whether a list is that of the buffers of a device. How many internal ones there are is not said, but of what they
-    /// are.
+    /// Whether a list is that of the buffers of a device. How many internal ones there are is not
+    /// said, but of what they are.
     fn compare(&self, device: usize, records: &[Record]) -> Result<(), Objection> {
         let all = self.buffers.iter();
         let its = all.filter(|(_, b)| b.device == device && self.is_current(b));
@@ -216,8 +216,8 @@ impl Oracle {
         }
     }
 
-    /// How many VMAs there may be of `target`, or how many write-combining ones: parts of a mapping that was split are one
-    /// or several.
+    /// How many VMAs there may be of `target`, or how many write-combining ones: parts of a mapping
+    /// that was split are one or several.
     fn vmas(&self, target: Target, combining: bool) -> RangeInclusive<u32> {
         let mut range = (0, 0u32);
         for mapping in self.mappings.values() {
@@ -743,8 +743,8 @@ impl Oracle {
         }
     }
 
-    /// The devices that `op` accesses through their fds, or that the test does right after it: only then the module
-    /// learns that somebody else woke them.
+    /// The devices that `op` accesses through their fds, or that the test does right after it: only
+    /// then the module learns that somebody else woke them.
     fn wake_by(&mut self, op: &Op) {
         match *op {
             Op::Open { device }
@@ -798,7 +798,8 @@ impl Oracle {
         }
     }
 
-    /// The mappings that a process made now would have: their numbers from `next` on, and of what they are copies.
+    /// The mappings that a process made now would have: their numbers from `next` on, and of what
+    /// they are copies.
     #[must_use]
     pub fn copies_from(&self, next: usize) -> Vec<(usize, usize)> {
         let ours = self.mappings.iter().filter(|(_, m)| m.process == MAIN);

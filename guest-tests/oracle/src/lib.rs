@@ -1,10 +1,11 @@
 //! The outcome that the contract demands of each step of the random test.
 //!
-//! [`Generator`] draws [steps](Step) from a seed; the guest test (`guest-tests/src/random/`) makes them on the real
-//! kernel; [`Oracle`] knows by the contract alone what may be seen then, and objects to anything else.
+//! [`Generator`] draws [steps](Step) from a seed; the guest test (`guest-tests/src/random/`) makes
+//! them on the real kernel; [`Oracle`] knows by the contract alone what may be seen then, and
+//! objects to anything else.
 //!
-//! Nothing here is the module's code, `barlease-model` included: an error there must not be one here. No system call is
-//! made, so this is tested on the host.
+//! Nothing here is the module's code, `barlease-model` included: an error there must not be one
+//! here. No system call is made, so this is tested on the host.
 
 mod coverage;
 mod fire;

@@ -11,8 +11,8 @@ pub struct Step {
     pub under_fire: bool,
 }
 
-/// An operation. It names devices, buffers, mappings, attachments and processes by number; new ones get the next.
-/// Offsets and lengths are in bytes.
+/// An operation. It names devices, buffers, mappings, attachments and processes by number; new ones
+/// get the next. Offsets and lengths are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are what they are called")]
 pub enum Op {
@@ -179,9 +179,11 @@ pub enum Op {
     Plug { device: usize },
     /// The system falls asleep as far as to freeze processes, and wakes up.
     Sleep,
-    /// Threads that use the device in every way at once, so many times each. It ends with memory on and awake.
+    /// Threads that use the device in every way at once, so many times each. It ends with memory on
+    /// and awake.
     Storm { device: usize, rounds: u32 },
-    /// Threads that use the device in every way at once while it is pulled out, and that many times after that.
+    /// Threads that use the device in every way at once while it is pulled out, and that many times
+    /// after that.
     PullInStorm { device: usize, rounds: u32 },
 }
 

@@ -13,7 +13,8 @@ pub struct Spec {
     pub name: &'static str,
     /// The BAR that is leased. Its contents survive resets.
     pub bar: u32,
-    /// Whether it is registers that keep what they have as long as nobody writes them, and not memory.
+    /// Whether it is registers that keep what they have as long as nobody writes them, and not
+    /// memory.
     pub registers: bool,
     /// Bytes of the BAR.
     pub size: u64,
@@ -29,7 +30,8 @@ pub struct Spec {
     pub tags: bool,
     /// Where the MSI-X table is: region and offset.
     pub msix: Option<(u32, u64)>,
-    /// The devices that a hot reset of this one resets, and that are bound together. Itself among them.
+    /// The devices that a hot reset of this one resets, and that are bound together. Itself among
+    /// them.
     pub set: Vec<usize>,
     /// Whether the bus that it is on can be reset.
     pub bus_reset: bool,
@@ -260,8 +262,8 @@ impl Oracle {
         device.fd && !device.gone
     }
 
-    /// The devices that `op` ends the last use of after they were pulled out, or that are pulled out when nobody uses them:
-    /// their slots become empty.
+    /// The devices that `op` ends the last use of after they were pulled out, or that are pulled
+    /// out when nobody uses them: their slots become empty.
     #[must_use]
     pub fn let_go_by(&self, op: &Op) -> Vec<usize> {
         let mut after = self.clone();
@@ -359,8 +361,8 @@ impl Oracle {
         all.filter(|attachment| attachment.buffer == buffer).count() as u32
     }
 
-    /// The buffers whose mappings and DMA mappings `op` takes away, if only for a moment; all of a device where it is an
-    /// event of that.
+    /// The buffers whose mappings and DMA mappings `op` takes away, if only for a moment; all of a
+    /// device where it is an event of that.
     #[must_use]
     pub fn taken_by(&self, op: &Op) -> Vec<usize> {
         if let Op::Revoke { device, buffer } | Op::RevokeId { device, buffer, .. } = *op {
@@ -451,7 +453,8 @@ impl Oracle {
         this.open && !this.gone && self.reasons(device) == 0
     }
 
-    /// The devices whose eventfd must have been signalled by `op`, after which everything is as in `after`.
+    /// The devices whose eventfd must have been signalled by `op`, after which everything is as in
+    /// `after`.
     #[must_use]
     pub fn signalled_by(&self, op: &Op, after: &Self) -> Vec<usize> {
         let is_for_a_moment = |device: usize| match *op {

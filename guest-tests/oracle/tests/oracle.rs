@@ -1,4 +1,5 @@
-//! The oracle itself: what it says of short courses, what it objects to, and that the generator reaches everything.
+//! The oracle itself: what it says of short courses, what it objects to, and that the generator
+//! reaches everything.
 
 use barlease_abi::{MEMATTR_WC, REASON_LOW_POWER, REASON_MEMORY_OFF, TPH_ST, TPH_ST_EXT};
 use barlease_oracle::{

@@ -33,8 +33,8 @@ impl Machine {
         self.check_states(oracle, op);
     }
 
-    /// Looks whether a step has taken these mappings away, though it may have given them back: what was touched before has
-    /// no entry any more.
+    /// Looks whether a step has taken these mappings away, though it may have given them back: what
+    /// was touched before has no entry any more.
     ///
     /// # Panics
     ///

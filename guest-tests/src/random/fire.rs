@@ -38,8 +38,9 @@ pub fn shoot(maps: &BTreeMap<u64, Map>, shots: &[Shot], phase: &AtomicU32) -> u6
                 AFTER => assert_eq!(touch.is_ok(), shot.after, "after the step: {shot:?}"),
                 _ => {
                     all_after = false;
-                    // Where it was when the touch was over does not matter: the step had begun, and what must not be
-                    // while it is made must not be after it either, if these two agree.
+                    // Where it was when the touch was over does not matter: the step had begun, and
+                    // what must not be while it is made must not be after it either, if these two
+                    // agree.
                     match shot.during {
                         During::Either => {}
                         During::Works => assert_eq!(touch.map(drop), Ok(()), "{shot:?}"),

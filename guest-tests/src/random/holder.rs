@@ -1,7 +1,7 @@
-//! What one process holds, and what it does with it.
+//! The leases and mappings of one process, and the process's acts on them.
 //!
-//! A request is a list of numbers, the first of which says what is asked; so is the reply. This process answers its own
-//! requests itself, others get them through their [`Link`].
+//! A request is a list of numbers, the first of which says what is asked; so is the reply. This
+//! process answers its own requests itself, others get them through their [`Link`].
 
 use std::{collections::BTreeMap, os::fd::OwnedFd, sync::atomic::AtomicU32};
 
@@ -14,7 +14,7 @@ use crate::{
     process::{self, Link},
 };
 
-/// What can be asked. Numbers of buffers and mappings are the oracle's.
+/// The questions that can be asked. Numbers of buffers and mappings are the oracle's.
 pub mod ask {
     /// Ends.
     pub const END: u64 = 0;
@@ -22,7 +22,8 @@ pub mod ask {
     pub const TAKE: u64 = 1;
     /// Closes it: buffer.
     pub const CLOSE: u64 = 2;
-    /// Maps: buffer, mapping, offset, length, protection, whether at a multiple of 2 MiB. Reply: errno.
+    /// Maps: buffer, mapping, offset, length, protection, whether at a multiple of 2 MiB. Reply:
+    /// errno.
     pub const MAP: u64 = 3;
     /// Unmaps: mapping.
     pub const UNMAP: u64 = 4;
@@ -36,13 +37,14 @@ pub mod ask {
     pub const READ: u64 = 8;
     /// Stores: mapping, offset, word. Reply: whether it worked.
     pub const WRITE: u64 = 9;
-    /// Touches in a fork: mapping, offset, whether it must work; again and again. Reply: whether it was so.
+    /// Touches in a fork: mapping, offset, whether it must work; again and again. Reply: whether it
+    /// was so.
     pub const FORK: u64 = 10;
     /// Touches until all is over: shots. Reply: how many touches.
     pub const FIRE: u64 = 11;
 }
 
-/// What a process holds.
+/// The leases and mappings of a process.
 #[derive(Debug, Default)]
 pub struct Holder {
     /// Buffers.

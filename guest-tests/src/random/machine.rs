@@ -52,13 +52,13 @@ const TOO_EARLY: Duration = Duration::from_millis(30);
 /// A device of the machine.
 #[derive(Debug)]
 pub struct Real {
-    /// What it is like.
+    /// Its properties.
     pub spec: Spec,
     /// The first physical address of the BAR.
     pub start: u64,
     /// Eventfds of low power until wake-up that have not been looked at for the last time.
     pub events: Vec<OwnedFd>,
-    /// What they counted.
+    /// Their counts.
     pub wake_ups: u64,
     /// Signalled when something of it is another than before, if it was given to it.
     pub changes: Option<Events>,
@@ -104,7 +104,7 @@ impl Real {
 pub struct Machine {
     /// The devices.
     pub devices: Vec<Real>,
-    /// What this process holds.
+    /// The leases and mappings of this process.
     pub main: Holder,
     /// Attachments, and whether they ever had a mapping.
     pub attachments: BTreeMap<usize, (Attachment, bool)>,
@@ -121,7 +121,7 @@ pub struct Machine {
     can_sleep: bool,
 }
 
-/// What a step made that is to be kept.
+/// The results of a step that are kept.
 enum Made {
     Nothing,
     Buffer(OwnedFd),
@@ -313,7 +313,7 @@ impl Machine {
                 }
                 let is_mapped = |number: &usize| oracle.attachments[number].mapped;
                 let is_over = || acting.is_finished();
-                // Who has no mapping but a fence is told nothing.
+                // An importer that has a fence and no mapping is told nothing.
                 devices.retain(|&device, of| {
                     let is_told = of.iter().any(is_mapped);
                     if !is_told {
@@ -338,7 +338,7 @@ impl Machine {
                 }
             };
             if let Err(panic) = panic::catch_unwind(AssertUnwindSafe(look)) {
-                // Whoever waits must not for ever.
+                // No thread may wait for ever.
                 for number in waited {
                     let attachment = &self.attachments[number].0;
                     attachment.hold(false);
@@ -354,7 +354,8 @@ impl Machine {
         })
     }
 
-    /// Checks that `op` waits for these importers of a device, with nothing of it left to processes, and ends the wait.
+    /// Checks that `op` waits for these importers of a device, with nothing of it left to
+    /// processes, and ends the wait.
     fn look_and_release(
         &self,
         oracle: &Oracle,
@@ -385,7 +386,8 @@ impl Machine {
         }
     }
 
-    /// Checks that this process has nothing any more of what `op`, which waits, takes away of a device.
+    /// Checks that this process has nothing any more of what `op`, which waits, takes away of a
+    /// device.
     fn everything_is_gone(&self, oracle: &Oracle, op: &Op, device: usize) {
         let taken = oracle.taken_by(op);
         for (&number, mapping) in &oracle.mappings {
@@ -876,7 +878,8 @@ impl Machine {
         }
     }
 
-    /// Has a device report an error, and waits until everybody has been told and the kernel is done with it.
+    /// Has a device report an error, and waits until everybody has been told and the kernel is done
+    /// with it.
     fn report(&self, number: usize, severity: Severity, oracle: &Oracle) {
         if severity == Severity::Corrected {
             return aer::report_corrected();
@@ -919,7 +922,8 @@ impl Machine {
         );
     }
 
-    /// The module learns that somebody else woke a device when it is accessed next. Nothing else is left to that access.
+    /// The module learns that somebody else woke a device when it is accessed next. Nothing else is
+    /// left to that access.
     fn access_if_woken(&self, number: usize, oracle: &Oracle) {
         if oracle.devices[number].low == LowPower::UntilWakeUp {
             let device = self.devices[number].open();
@@ -969,7 +973,8 @@ impl Machine {
         };
         match answer {
             Ok(_) => {
-                // It is put to sleep a little after the call; an access before that would not wake it.
+                // It is put to sleep a little after the call; an access before that would not wake
+                // it.
                 wait::until("a device to sleep", || {
                     device.function().runtime_status() == "suspended"
                 });

@@ -1,4 +1,5 @@
-//! The random test: steps drawn from a seed, made on the real kernel, and judged by `barlease-oracle`.
+//! The random test: steps drawn from a seed, made on the real kernel, and judged by
+//! `barlease-oracle`.
 //!
 //! - [`holder`]: fds and mappings of one process, this one or another, which is asked by words;
 //! - [`machine`]: makes a step;
@@ -6,8 +7,9 @@
 //! - [`storm`]: everything at once;
 //! - [`check`]: looks at what is there after a step.
 //!
-//! One step after the other is deterministic: the same seed, the same steps. Within a step that is made under fire, or
-//! that waits for an importer, or that is a storm, threads race; what must hold then holds in whatever order.
+//! One step after the other is deterministic: the same seed, the same steps. Within a step that is
+//! made under fire, or that waits for an importer, or that is a storm, threads race; what must hold
+//! then holds in whatever order.
 
 pub mod check;
 pub mod fire;
@@ -124,10 +126,10 @@ pub fn specs() -> Vec<Spec> {
     ]
 }
 
-/// What to run.
+/// The run to make.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// What the steps are drawn from.
+    /// The seed that the steps are drawn from.
     pub seed: u64,
     /// For how long.
     pub time: Duration,
@@ -136,8 +138,9 @@ pub struct Options {
 }
 
 impl Options {
-    /// Those of the environment: `BARLEASE_TEST_SEED`, or a fresh one; `BARLEASE_TEST_SECONDS`, or 120 where `CI` is `true`
-    /// and the kernel watches locks, or 30 where `CI` is `true`, or 20; `BARLEASE_TEST_STEPS`.
+    /// Those of the environment: `BARLEASE_TEST_SEED`, or a fresh one; `BARLEASE_TEST_SECONDS`, or
+    /// 120 where `CI` is `true` and the kernel watches locks, or 30 where `CI` is `true`, or 20;
+    /// `BARLEASE_TEST_STEPS`.
     ///
     /// # Panics
     ///
@@ -202,7 +205,7 @@ impl Drop for Trail {
     }
 }
 
-/// What decides whether a function's memory is decoded, as its config space has it.
+/// The registers that decide whether a function's memory is decoded, as its config space has them.
 fn circumstances(function: &Function) -> String {
     let config = function.config();
     format!(
@@ -213,7 +216,8 @@ fn circumstances(function: &Function) -> String {
     )
 }
 
-/// Where the emulator has the BARs of all functions: all ones for what it keeps from everybody, whatever config space says.
+/// Where the emulator has the BARs of all functions: all ones for what it keeps from everybody,
+/// whatever config space says.
 fn decoded_by_the_emulator() -> String {
     match guest::monitor("info pci") {
         Ok(answer) => answer.replace("\\r\\n", "\n"),

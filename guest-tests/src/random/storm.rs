@@ -26,7 +26,7 @@ use crate::{
     vfio::{COMMAND, CONFIG_REGION, Device, LOW_POWER_ENTRY, LOW_POWER_EXIT, SET},
 };
 
-/// What a reset or a change of power may answer while others are at it.
+/// The answers that a reset or a change of power may give while others are at it.
 fn allowed(answer: Result<(), Errno>) {
     if let Err(errno) = answer {
         assert!(
@@ -37,19 +37,22 @@ fn allowed(answer: Result<(), Errno>) {
 }
 
 impl Machine {
-    /// Lets threads use a device in every way at once, `rounds` times each. It ends with memory on and awake.
+    /// Lets threads use a device in every way at once, `rounds` times each. It ends with memory on
+    /// and awake.
     ///
     /// # Panics
     ///
-    /// When something is accessible that was revoked, or a touch reaches something else than the memory.
+    /// When something is accessible that was revoked, or a touch reaches something else than the
+    /// memory.
     pub(super) fn storm(&self, number: usize, rounds: u32, oracle: &Oracle, shots: &[Shot]) {
         let this = &self.devices[number];
         let spec = &this.spec;
         let device = this.open();
         let over = AtomicBool::new(false);
-        // A reset in D3hot leaves a function in D0, but QEMU goes on to keep its memory from everybody as
-        // in D3hot. The kernel wakes a function before a reset, but a write to PMCSR that began before that may put it to
-        // sleep again, even one through the device fd (`Device::wake_if_unnoticed` of the module).
+        // A reset in D3hot leaves a function in D0, but QEMU goes on to keep its memory from
+        // everybody as in D3hot. The kernel wakes a function before a reset, but a write to PMCSR
+        // that began before that may put it to sleep again, even one through the device fd
+        // (`Device::wake_if_unnoticed` of the module).
         let power_state = Mutex::new(());
         let alone = || power_state.lock().unwrap_or_else(PoisonError::into_inner);
         let command = || {
@@ -71,7 +74,8 @@ impl Machine {
                 allowed(device.function().port().reset_subordinate());
             }
         };
-        // See `Unproved`: what sleeps, and errors that wake it, do not go together where the order of locks is proved.
+        // See `Unproved`: what sleeps, and errors that wake it, do not go together where the order
+        // of locks is proved.
         let proved = observe::locks_are_watched();
         let reports = |member: &usize| self.devices[*member].spec.reports;
         let open = |member: &usize| oracle.devices[*member].open;
@@ -136,11 +140,13 @@ impl Machine {
         device.set_memory(true);
     }
 
-    /// Lets threads use a device in every way at once while it is pulled out, and then so many times each.
+    /// Lets threads use a device in every way at once while it is pulled out, and then so many
+    /// times each.
     ///
     /// # Panics
     ///
-    /// When something is accessible that was revoked, or anything is once its user was asked to close it.
+    /// When something is accessible that was revoked, or anything is once its user was asked to
+    /// close it.
     pub(super) fn pull_in_storm(
         &self,
         number: usize,
@@ -233,7 +239,7 @@ impl Drop for Ends<'_> {
     }
 }
 
-/// What no one else knows of: whatever happens to the device, REVOKE is the end of it.
+/// A lease that no one else knows of: whatever happens to the device, REVOKE is the end of it.
 fn lease_and_revoke(device: &Device, bar: u32) {
     let ranges = [(PAGE, 2 * PAGE), (0, PAGE)];
     let fd = device.export(bar, &ranges).expect("an export in a storm");

@@ -1,4 +1,5 @@
-//! The same cause has the same exit code, whatever the command; and is JSON where JSON is asked for.
+//! The same cause has the same exit code, whatever the command; and is JSON where JSON is asked
+//! for.
 
 use std::{fs::File, os::fd::AsFd, process::ExitCode};
 

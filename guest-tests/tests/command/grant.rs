@@ -202,7 +202,7 @@ fn tags_that_a_device_does_not_complete_end_the_grant() {
     ]);
     assert_eq!(command.end(), "");
     assert!(!fs::exists(socket).unwrap());
-    // Whoever asks for none gets it.
+    // A client that asks for none gets it.
     let device = Device::open("display");
     device.export(0, &[(0, PAGE)]).unwrap();
 }
@@ -240,7 +240,8 @@ fn a_grant_in_the_background_of_a_shell_goes_on_and_reads_in_the_foreground() {
     });
     let job = shell.link.receive();
     let map = How::shared().map(take(socket), 0, PAGE).unwrap();
-    // The shell does not read it. Serving again means that the loop came round with the line waiting.
+    // The shell does not read it. Serving again means that the loop came round with the line
+    // waiting.
     terminal.keyboard.write_all(b"revoke\n").unwrap();
     for _ in 0..2 {
         std::thread::sleep(std::time::Duration::from_millis(1500));

@@ -46,7 +46,7 @@ const START_RESET: u8 = 1 << 7;
 /// Of Device Capabilities 2: completion time-outs, which can be turned off.
 const TIMEOUTS: u32 = 0x12;
 
-/// What a write has brought about.
+/// The effect of a write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Effect {
     /// A function-level reset was asked for.
@@ -59,7 +59,7 @@ pub struct Config {
     bytes: Vec<u8>,
     /// Bits that a write changes.
     writable: Vec<u8>,
-    /// What it is after a reset.
+    /// Its value after a reset.
     initial: Vec<u8>,
 }
 

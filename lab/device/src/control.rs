@@ -20,7 +20,7 @@ enum Request {
     Set(Change),
 }
 
-/// What to change. What is absent stays.
+/// The changes to make. A field that is absent stays.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Change {

@@ -208,7 +208,8 @@ impl Device {
         }
     }
 
-    /// Sets what signals the vectors from `start` on; what is in excess of `eventfds` is signalled no more.
+    /// Sets what signals the vectors from `start` on; what is in excess of `eventfds` is signalled
+    /// no more.
     pub(crate) fn set_vectors(&mut self, start: u32, count: u32, eventfds: Vec<File>) {
         let mut eventfds = eventfds.into_iter();
         if count == 0 {
@@ -317,7 +318,7 @@ mod tests {
         device.write(CONFIG_REGION, 4, &[2]).unwrap();
         std::thread::sleep(Duration::from_millis(50));
         assert!(!device.state().reset);
-        // What was written during the reset is lost.
+        // A write during the reset is lost.
         assert!(!device.state().memory);
         device.write(CONFIG_REGION, 4, &[2]).unwrap();
         assert_eq!(read32(&mut device, 0, 0), 5);

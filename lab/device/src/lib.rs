@@ -1,8 +1,9 @@
 //! A PCIe endpoint of our own, served to QEMU's `vfio-user-pci` over a socket.
 //!
-//! It has what no device that QEMU emulates has, by [`Options`]: it completes requests with steering tags, a reset of it
-//! takes a while or fails, it can play dead, and it keeps a [log](log::Log) of every access that reaches it, with the state
-//! that it was in. That log is the witness of tests that claim that nothing reached the device.
+//! It has what no device that QEMU emulates has, by [`Options`]: it completes requests with
+//! steering tags, a reset of it takes a while or fails, it can play dead, and it keeps a
+//! [log](log::Log) of every access that reaches it, with the state that it was in. That log is the
+//! witness of tests that claim that nothing reached the device.
 //!
 //! | region | what |
 //! |---|---|
@@ -10,8 +11,9 @@
 //! | BAR2 | [registers], always trapped; the MSI-X table may be in it |
 //! | config space | PM (D3hot, and D1 and D2 if asked for), PCIe (function-level reset, steering tags), MSI-X, TPH requester |
 //!
-//! What QEMU keeps to itself never gets here: the MSI-X table is QEMU's own, and an access to a BAR whose decoding is off,
-//! or that is not in D0, ends in QEMU (`-d invalid_mem` shows it).
+//! Some accesses QEMU keeps to itself, and they never get here: the MSI-X table is QEMU's own, and
+//! an access to a BAR whose decoding is off, or that is not in D0, ends in QEMU (`-d invalid_mem`
+//! shows it).
 //!
 //! ```no_run
 //! use barlease_device::{Options, Server};
@@ -35,17 +37,19 @@ use serde::{Deserialize, Serialize};
 
 pub use server::Server;
 
-/// What the device is like.
+/// The properties of the device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// Size of BAR0 in MiB, a power of two.
     pub memory_mib: u32,
-    /// Whether accesses to BAR0 come to the device one by one, rather than to memory that QEMU maps.
+    /// Whether accesses to BAR0 come to the device one by one, rather than to memory that QEMU
+    /// maps.
     pub trapped: bool,
     /// Where the MSI-X table is.
     pub msix: Msix,
-    /// Bits 13:12 of Device Capabilities 2: 0 completes no steering tags, 1 those of 8 bits, 3 also those of 16; 2 is reserved.
+    /// Bits 13:12 of Device Capabilities 2: 0 completes no steering tags, 1 those of 8 bits, 3 also
+    /// those of 16; 2 is reserved.
     pub completer: u8,
     /// Whether it has the capability of a TPH requester.
     pub requester: bool,
@@ -90,9 +94,10 @@ pub mod registers {
     pub const LENGTH: u64 = 0x4000;
     /// Reads as [`ID_VALUE`].
     pub const ID: u64 = 0x00;
-    /// What [`ID`] reads as.
+    /// The value that [`ID`] reads as.
     pub const ID_VALUE: u32 = 0xba5e_1ea5;
-    /// Keeps what is written to it. A write is a mark in the log, in order with the writer's other accesses.
+    /// Keeps what is written to it. A write is a mark in the log, in order with the writer's other
+    /// accesses.
     pub const MARK: u64 = 0x08;
     /// A write signals the MSI-X vector of that number.
     pub const SIGNAL: u64 = 0x10;

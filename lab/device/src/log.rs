@@ -30,7 +30,7 @@ pub enum Op {
     Write,
 }
 
-/// What happened.
+/// The event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum What {
@@ -68,7 +68,7 @@ pub struct Entry {
     pub seq: u64,
     /// CLOCK_MONOTONIC of the host, in nanoseconds.
     pub ns: u64,
-    /// What happened.
+    /// The event.
     #[serde(flatten)]
     pub what: What,
     /// The state in which that found the device.

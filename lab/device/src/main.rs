@@ -1,7 +1,8 @@
 //! Serves the device to a QEMU that somebody else started: `barlease-device SOCKET [OPTIONS]`.
 //!
-//! The options are a JSON object, such as `{"trapped":false}`. Requests come on the standard input, one JSON object per line,
-//! and are answered on the standard output. Ends with the client's connection.
+//! The options are a JSON object, such as `{"trapped":false}`. Requests come on the standard input,
+//! one JSON object per line, and are answered on the standard output. Ends with the client's
+//! connection.
 
 use std::io::{BufRead, Write};
 use std::path::Path;

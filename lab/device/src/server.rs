@@ -27,7 +27,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens at `socket`, which must not exist, and serves one client. `log` gets the log as JSON lines.
+    /// Listens at `socket`, which must not exist, and serves one client. `log` gets the log as JSON
+    /// lines.
     ///
     /// # Errors
     ///
@@ -63,7 +64,7 @@ impl Server {
     /// | `"state"` | `{"memory":…,"power":…,"reset":…,"dead":…}`, see [`State`](crate::log::State) |
     /// | `{"set":{"dead":true}}` | `{"ok":true}`; also `reset_ms`, `reset_fails`, `completer` |
     ///
-    /// What is not understood is answered with `{"error":"…"}`.
+    /// A request that is not understood is answered with `{"error":"…"}`.
     #[must_use]
     pub fn ask(&self, request: &str) -> String {
         control::answer(&mut lock(&self.device), request).to_string()

@@ -2,8 +2,9 @@
 
 //! Threads, locks and what they share, as a `stateright` model.
 //!
-//! Each thread runs a program of instructions, of which each is one atomic step, together with the locks that it gives back
-//! after it; every order of the steps of all threads is tried. A lock is as strict as the kernel's may be: a writer that waits keeps readers out that come after it.
+//! Each thread runs a program of instructions, of which each is one atomic step, together with the
+//! locks that it gives back after it; every order of the steps of all threads is tried. A lock is
+//! as strict as the kernel's may be: a writer that waits keeps readers out that come after it.
 
 use barlease_model::access::{Access, Epoch, Event, Sampled, State};
 use stateright::{Model, Property};
@@ -15,7 +16,8 @@ pub(crate) const VMAS: usize = 2;
 /// Importers.
 pub(crate) const IMPORTERS: usize = 2;
 
-/// A lock. The order in `kmod/src/leases.rs` is not assumed: breaking it is what a deadlock would come of.
+/// A lock. The order in `kmod/src/leases.rs` is not assumed: breaking it is what a deadlock would
+/// come of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Lock {
     /// A process's `mmap_lock`.
@@ -26,8 +28,8 @@ pub(crate) enum Lock {
     Memory,
     /// The PCI core's `pci_bus_sem`, which every hot-plug takes.
     Bus,
-    /// Not a lock of the kernel's, but as one: a run-time sleep or wake-up of the device is under way
-    /// (`RPM_SUSPENDING`, `RPM_RESUMING`), and whoever wants to wake it waits for that.
+    /// Not a lock of the kernel's, but as one: a run-time sleep or wake-up of the device is under
+    /// way (`RPM_SUSPENDING`, `RPM_RESUMING`), and whoever wants to wake it waits for that.
     Transition,
     /// `Buffer::live`.
     Live(usize),
@@ -156,7 +158,8 @@ pub(crate) enum Act {
     StoreAsleepOnly,
     /// Notes whether the core has the device in low power, to set it later.
     NoteLowPower,
-    /// Notes what `Access` says the device said, with its lock held, to write it down later (a planted bug).
+    /// Notes what `Access` says the device said, with its lock held, to write it down later (a
+    /// planted bug).
     NoteLevels,
     /// Writes that down.
     StoreNoted,
@@ -449,8 +452,8 @@ impl Device {
         self.in_reset || self.link_reset
     }
 
-    /// Whether the device says that it decodes memory. One that was pulled out says nothing, but not each is asked: a
-    /// virtual function has no memory bit (`Function::decodes_memory`).
+    /// Whether the device says that it decodes memory. One that was pulled out says nothing, but
+    /// not each is asked: a virtual function has no memory bit (`Function::decodes_memory`).
     fn says_it_decodes(&self) -> bool {
         self.decodes() || self.lent && !self.is_deaf()
     }
@@ -553,7 +556,8 @@ pub(crate) struct Program {
     pub(crate) uses: Uses,
 }
 
-/// Programs that run at once, from a device that is open and usable, with buffers that are or are to be exported.
+/// Programs that run at once, from a device that is open and usable, with buffers that are or are
+/// to be exported.
 #[derive(Clone, Debug)]
 pub(crate) struct Protocol {
     /// The threads.
@@ -983,8 +987,8 @@ impl World {
     }
 }
 
-/// Whether a step can be made together with the one before it: nobody can see the difference, but that a lock is free
-/// earlier.
+/// Whether a step can be made together with the one before it: nobody can see the difference, but
+/// that a lock is free earlier.
 fn is_free(instr: Instr) -> bool {
     matches!(
         instr,

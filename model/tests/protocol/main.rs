@@ -2,13 +2,15 @@
 
 //! The protocol of faults, drains and re-arming, in every order of its steps.
 //!
-//! [`machine`] has threads, locks, and what must hold; [`module`] what the module does, step by step. Checked is each
-//! combination of so many threads: 3, or `BARLEASE_MODEL_THREADS`. Every planted [`Bug`] must be found.
+//! [`machine`] has threads, locks, and what must hold; [`module`] what the module does, step by
+//! step. Checked is each combination of so many threads: 3, or `BARLEASE_MODEL_THREADS`. Every
+//! planted [`Bug`] must be found.
 //!
-//! Why `stateright`: the protocol is locks and waits, not memory order, and its states are few once those that differ in
-//! history only are one. An explicit-state checker sees each once, where checkers that run real threads (loom, shuttle) try
-//! the ways to them, which are too many from three threads with two dozen steps on; and it has no trouble with a lock that
-//! a waiting writer keeps readers from, as the kernel's.
+//! Why `stateright`: the protocol is locks and waits, not memory order, and its states are few once
+//! those that differ in history only are one. An explicit-state checker sees each once, where
+//! checkers that run real threads (loom, shuttle) try the ways to them, which are too many from
+//! three threads with two dozen steps on; and it has no trouble with a lock that a waiting writer
+//! keeps readers from, as the kernel's.
 
 mod machine;
 mod module;
@@ -148,7 +150,8 @@ fn protocol(who: &[Who], bug: Option<Bug>) -> Protocol {
     Protocol { programs, start }
 }
 
-/// Whether a combination makes sense: at most two importers, one owner of each VMA, one close, one release.
+/// Whether a combination makes sense: at most two importers, one owner of each VMA, one close, one
+/// release.
 fn fits(who: &[Who]) -> bool {
     let number = |of: &[Who]| who.iter().filter(|this| of.contains(this)).count();
     number(&IMPORTING) <= machine::IMPORTERS

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 OR MIT
 
-//! The steps of the module, in the order of its code. Each function here has the name of the one in `kmod/src`
-//! that it mirrors, and is to be changed with it. The real `barlease_model::access` decides.
+//! The steps of the module, in the order of its code. Each function here has the name of the one in
+//! `kmod/src` that it mirrors, and is to be changed with it. The real `barlease_model::access`
+//! decides.
 //!
-//! An action under one lock that nobody can see half of is one step: a look into the table of buffers, a count.
+//! An action under one lock that nobody can see half of is one step: a look into the table of
+//! buffers, a count.
 
 use barlease_model::access::Event;
 
@@ -31,7 +33,8 @@ pub(crate) enum Bug {
     NoWait,
     /// Fences are not waited for.
     NoWaitForFences,
-    /// A buffer that is revoked by an event is not waited for by REVOKE although the event still waits.
+    /// A buffer that is revoked by an event is not waited for by REVOKE although the event still
+    /// waits.
     RevokeTrustsTheEvent,
     /// The end of an event ends all.
     EndOfAll,
@@ -87,7 +90,8 @@ pub(crate) enum Bug {
     HoldDoesNotWait,
     /// A device that was pulled out is left to its owner.
     UnbindingLeavesIt,
-    /// A device that was pulled out is noted as having memory off, which the next sample takes back.
+    /// A device that was pulled out is noted as having memory off, which the next sample takes
+    /// back.
     UnbindingSaysMemoryOff,
     /// An open does not look whether the device was pulled out.
     OpenedDoesNotLook,
@@ -128,8 +132,8 @@ pub(crate) struct Setting {
 #[derive(Debug)]
 pub(crate) struct Builder {
     bug: Option<Bug>,
-    /// Some thread lets run-time power management put the device to sleep. Where none does, each finds it awake, and the
-    /// steps of run-time power management are left out.
+    /// Some thread lets run-time power management put the device to sleep. Where none does, each
+    /// finds it awake, and the steps of run-time power management are left out.
     sleeps: bool,
     of: Vec<&'static str>,
     steps: Vec<(Instr, &'static str)>,
@@ -377,7 +381,8 @@ impl Builder {
         });
     }
 
-    /// `Leases::for_each`: looks up so many buffers at a time that here it is all, and holds no lock while it has them.
+    /// `Leases::for_each`: looks up so many buffers at a time that here it is all, and holds no
+    /// lock while it has them.
     fn for_each(&mut self, f: impl Fn(&mut Self, usize)) {
         self.act(Act::LookUp);
         for buffer in 0..BUFFERS {
@@ -555,7 +560,8 @@ impl Builder {
         });
     }
 
-    /// `Buffer::mmap`: a first look, then `vma_opened`, with the `mmap_lock` held; `then` is what is done with the mapping.
+    /// `Buffer::mmap`: a first look, then `vma_opened`, with the `mmap_lock` held; `then` is what
+    /// is done with the mapping.
     fn mmap(&mut self, buffer: usize, then: impl FnOnce(&mut Self)) {
         self.within("Buffer::mmap", |this| {
             this.put(Instr::Take(Lock::Mmap, Mode::Write));
@@ -591,7 +597,8 @@ impl Builder {
         });
     }
 
-    /// `Buffer::map`, which the core calls with the reservation lock held; `then` is what an importer does that has mapped.
+    /// `Buffer::map`, which the core calls with the reservation lock held; `then` is what an
+    /// importer does that has mapped.
     fn map(&mut self, buffer: usize, importer: usize, fence: bool, then: impl FnOnce(&mut Self)) {
         self.within("Buffer::map", |this| {
             let early = this.has(Bug::MapLooksBeforeTheLock);
@@ -734,7 +741,8 @@ impl Builder {
         });
     }
 
-    /// `driver::unbinding`; the device lock is held. The ghost of it: nothing may reach from here on what was pulled out.
+    /// `driver::unbinding`; the device lock is held. The ghost of it: nothing may reach from here
+    /// on what was pulled out.
     fn unbinding(&mut self) {
         self.within("Barlease::unbinding", |this| {
             let there = this.unless(Cond::IsGone);
@@ -783,8 +791,8 @@ impl Builder {
         }
         self.begin(Event::Reset);
         self.hold_awake();
-        // `pci_dev_save_and_disable`. A function that loses its config space when it is woken would be saved without it,
-        // and wait for its user to restore it: this one does not.
+        // `pci_dev_save_and_disable`. A function that loses its config space when it is woken would
+        // be saved without it, and wait for its user to restore it: this one does not.
         self.act(Act::Device(Change2::Awake));
         if self.sleeps {
             self.act(Act::Device(Change2::Saved));
@@ -833,8 +841,8 @@ impl Builder {
         }
     }
 
-    /// `f` with the device awake: `pm_runtime_resume_and_get` and `pm_runtime_put`, which the vfio core has around an
-    /// ioctl and the vfio-pci core around a read or a write.
+    /// `f` with the device awake: `pm_runtime_resume_and_get` and `pm_runtime_put`, which the vfio
+    /// core has around an ioctl and the vfio-pci core around a read or a write.
     fn awake(&mut self, f: impl FnOnce(&mut Self)) {
         if !self.sleeps {
             return f(self);
@@ -863,7 +871,8 @@ impl Builder {
         self.put(Instr::Give(Lock::Transition));
     }
 
-    /// `driver::woken`. Low power is looked at before `access` is locked: who changes it asks again.
+    /// `driver::woken`. Low power is looked at before `access` is locked: who changes it asks
+    /// again.
     fn woken(&mut self) {
         let change = match self.bug {
             Some(Bug::WakeUpUnheard) => return,
@@ -876,8 +885,8 @@ impl Builder {
         });
     }
 
-    /// `rpm_suspend`, which run-time power management calls some time, or never, when nobody keeps the device awake:
-    /// `vfio_pci_core_runtime_suspend`, then `pci_pm_runtime_suspend`.
+    /// `rpm_suspend`, which run-time power management calls some time, or never, when nobody keeps
+    /// the device awake: `vfio_pci_core_runtime_suspend`, then `pci_pm_runtime_suspend`.
     fn suspend(&mut self) {
         self.within("rpm_suspend", |this| {
             this.put(Instr::Take(Lock::Transition, Mode::Write));
@@ -908,7 +917,8 @@ pub(crate) fn toucher(setting: Setting, buffer: usize, vma: usize) -> Program {
     this.end(&format!("toucher of {buffer}.{vma}"), Uses::Nothing)
 }
 
-/// Faults and munmap are with the `mmap_lock` held, or the lock of the VMA, which excludes the same.
+/// Faults and munmap are with the `mmap_lock` held, or the lock of the VMA, which excludes the
+/// same.
 fn map_and_touch(this: &mut Builder, buffer: usize, vma: usize) {
     this.mmap(buffer, |this| {
         for _ in 0..2 {
@@ -1056,7 +1066,8 @@ pub(crate) fn sysfs_reset(setting: Setting) -> Program {
     this.end("reset through sysfs", Uses::Nothing)
 }
 
-/// A reset through sysfs, of the bridge above (`reset_subordinate_store`): without `memory_lock`, and nothing is woken.
+/// A reset through sysfs, of the bridge above (`reset_subordinate_store`): without `memory_lock`,
+/// and nothing is woken.
 pub(crate) fn bus_reset(setting: Setting) -> Program {
     let mut this = Builder::new(setting);
     this.locked(Lock::Device, Mode::Write, Builder::reset);
@@ -1083,8 +1094,8 @@ pub(crate) fn hot_reset(setting: Setting) -> Program {
     this.end("hot reset", Uses::Nothing)
 }
 
-/// `VFIO_DEVICE_RESET`, or a function-level reset through config space: with `memory_lock`, and not if the PCI core resets
-/// it already (`vfio_pci_ioctl_reset`, `pci_try_reset_function`).
+/// `VFIO_DEVICE_RESET`, or a function-level reset through config space: with `memory_lock`, and not
+/// if the PCI core resets it already (`vfio_pci_ioctl_reset`, `pci_try_reset_function`).
 pub(crate) fn vfio_reset(setting: Setting) -> Program {
     let mut this = Builder::new(setting);
     this.awake(|this| {
@@ -1134,8 +1145,8 @@ pub(crate) fn power(setting: Setting, sleeping: bool) -> Program {
     this.end(if sleeping { "D3hot" } else { "D0" }, Uses::Fd)
 }
 
-/// Enters low power, until its end or until a wake-up (`Barlease::feature`). Run-time power management may put the device
-/// to sleep after that. Then it `leaves`, if it does.
+/// Enters low power, until its end or until a wake-up (`Barlease::feature`). Run-time power
+/// management may put the device to sleep after that. Then it `leaves`, if it does.
 pub(crate) fn low_power(setting: Setting, until_wake_up: bool, leaves: bool) -> Program {
     let mut this = Builder::new(setting);
     this.awake(|this| {
@@ -1159,8 +1170,8 @@ pub(crate) fn low_power(setting: Setting, until_wake_up: bool, leaves: bool) -> 
     this.end("low power", Uses::Fd)
 }
 
-/// An access through the device fd, which wakes the device (`Barlease::read`, `read_further`): it is asked after that, if it
-/// slept before.
+/// An access through the device fd, which wakes the device (`Barlease::read`, `read_further`): it
+/// is asked after that, if it slept before.
 pub(crate) fn access(setting: Setting) -> Program {
     let mut this = Builder::new(setting);
     let awake = this.unless(Cond::IsAsleep);
@@ -1265,8 +1276,8 @@ pub(crate) enum Next {
     OpenAndExport { buffer: usize, vma: usize },
 }
 
-/// `Vtable::close_device`: `Barlease::closing`, then the core ends low power (`vfio_pci_core_disable`), and disables the
-/// function.
+/// `Vtable::close_device`: `Barlease::closing`, then the core ends low power
+/// (`vfio_pci_core_disable`), and disables the function.
 fn closing(this: &mut Builder) {
     this.within("Vtable::close_device", |this| {
         this.close();
@@ -1280,8 +1291,8 @@ fn closing(this: &mut Builder) {
     });
 }
 
-/// The driver is unbound (`Vtable::remove`), with the device lock held: what was pulled out is taken away at once, what was
-/// not when its owner, who is asked to, closes it.
+/// The driver is unbound (`Vtable::remove`), with the device lock held: what was pulled out is
+/// taken away at once, what was not when its owner, who is asked to, closes it.
 pub(crate) fn removal(setting: Setting, pulled_out: bool) -> Program {
     let mut this = Builder::new(setting);
     if pulled_out {
@@ -1305,7 +1316,8 @@ pub(crate) fn releaser(setting: Setting, buffer: usize) -> Program {
     this.end(&format!("release of {buffer}"), Uses::Nothing)
 }
 
-/// A read through the device fd that copies to user memory with `memory_lock` held, and faults there: on ordinary memory.
+/// A read through the device fd that copies to user memory with `memory_lock` held, and faults
+/// there: on ordinary memory.
 pub(crate) fn reader(setting: Setting) -> Program {
     let mut this = Builder::new(setting);
     this.locked(Lock::Memory, Mode::Read, |this| {

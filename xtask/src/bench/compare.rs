@@ -1,4 +1,4 @@
-//! What has changed since the results that the documentation has.
+//! The changes since the results that the documentation has.
 
 use std::fmt::Write;
 
@@ -34,7 +34,7 @@ pub(super) fn print(now: &Report) -> Result<()> {
     Ok(())
 }
 
-/// What both have, in the order of `now`.
+/// The points that both have, in the order of `now`.
 fn changes(then: &Report, now: &Report) -> Vec<Change> {
     let mut changes = Vec::new();
     for measure in &now.measures {

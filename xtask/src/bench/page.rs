@@ -5,7 +5,7 @@ use std::fmt::Write;
 use barlease_bench::report::{Clock, Goal, Measure, Point, Report, Unit};
 use barlease_bench::statistics::Summary;
 
-/// What a clock counts; results with it are called so.
+/// The unit of a clock; results with it are called so.
 pub(super) fn name(clock: Clock) -> &'static str {
     match clock {
         Clock::Time => "time",
@@ -217,7 +217,7 @@ fn verdict(point: &Point) -> String {
     }
 }
 
-/// What a terminal shows: every point with a goal.
+/// The text for a terminal: every point with a goal.
 pub(super) fn summary(reports: &[Report]) -> String {
     let mut text = String::new();
     for report in reports {

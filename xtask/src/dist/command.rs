@@ -19,7 +19,7 @@ use crate::checkout;
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PACKAGE: &str = "barlease-cli";
 
-/// What was made of the command.
+/// The files that were made of the command.
 #[derive(Debug)]
 pub(super) struct Built {
     /// The program, statically linked.
@@ -64,7 +64,8 @@ pub(super) fn build(folder: &Path) -> Result<Built> {
     Ok(built)
 }
 
-/// Builds the program so that it runs on any distribution: with the C library in it, and without paths of this machine.
+/// Builds the program so that it runs on any distribution: with the C library in it, and without
+/// paths of this machine.
 fn program() -> Result<PathBuf> {
     let cargo_home = match std::env::var_os("CARGO_HOME") {
         Some(home) => PathBuf::from(home),

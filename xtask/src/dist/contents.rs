@@ -1,4 +1,4 @@
-//! What goes where in each package.
+//! The files of each package, and their places.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use super::stage::Stage;
 use super::{Maker, command, fill, manuals, output};
 use crate::checkout;
 
-/// What the module is made of. Modules for tests (`kmod/importer`, `kmod/probe`) are not among it.
+/// The sources of the module. Modules for tests (`kmod/importer`, `kmod/probe`) are not among it.
 const MODULE: &[&str] = &["kmod/src", "kmod/include", "model/src", "abi/src"];
 const MODULE_FILES: &[&str] = &["kmod/Makefile", "kmod/Kbuild", "LICENSE-GPL-2.0"];
 
@@ -267,7 +267,7 @@ fn folders(root: &Path) -> Result<Vec<PathBuf>> {
     Ok(text.lines().map(PathBuf::from).collect())
 }
 
-/// What the lab knows about the packages of the prepared kernel.
+/// The lab's knowledge of the packages of the prepared kernel.
 fn plan_of(prepared: &prepare::Prepared) -> Result<KernelPlan> {
     let plan = prepare::plan(&prepared.cache).context("the cache has lost its plan")?;
     let kernel = plan
@@ -277,7 +277,8 @@ fn plan_of(prepared: &prepare::Prepared) -> Result<KernelPlan> {
     kernel.context("the cache's plan does not have the kernel that is prepared")
 }
 
-/// The versions of the package `rustc` that are this compiler: from `rustc 1.97.1 (…)` to 1.97.1 and before 1.97.2.
+/// The versions of the package `rustc` that are this compiler: from `rustc 1.97.1 (…)` to 1.97.1
+/// and before 1.97.2.
 fn rustc_range(version: &str) -> Result<(String, String)> {
     let number = version.split(' ').nth(1).unwrap_or_default();
     let after = number.rsplit_once('.').and_then(|(front, last)| {
@@ -292,7 +293,7 @@ fn rustc_range(version: &str) -> Result<(String, String)> {
 mod tests {
     use super::*;
 
-    /// What the hook says of a kernel, on a host whose root is a folder.
+    /// The hook's words about a kernel, on a host whose root is a folder.
     fn hook(root: &Path) -> String {
         let text = fill(Path::new("debian/kernel-hook"), &[("VERSION", "1")]).unwrap();
         let mut hook = Command::new("sh");

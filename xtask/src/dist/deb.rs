@@ -14,7 +14,7 @@ use super::{Maker, date, fill, output};
 /// The maintainer when nobody says otherwise.
 const NOBODY: &str = "The Barlease authors <barlease@localhost>";
 
-/// Whoever makes the packages, as Debian's tools have it: `DEBFULLNAME` and `DEBEMAIL`.
+/// The maker of the packages, as Debian's tools have it: `DEBFULLNAME` and `DEBEMAIL`.
 fn maintainer() -> String {
     let Ok(email) = std::env::var("DEBEMAIL") else {
         return NOBODY.to_owned();
@@ -29,7 +29,7 @@ pub(super) struct Deb<'a> {
     pub(super) name: &'a str,
     pub(super) version: &'a str,
     pub(super) arch: &'a str,
-    /// What `dpkg-deb -Z` takes.
+    /// The word that `dpkg-deb -Z` takes.
     pub(super) compression: &'a str,
 }
 
@@ -75,7 +75,7 @@ impl Deb<'_> {
         Ok(file)
     }
 
-    /// What Debian's tools read; the changes themselves are in `CHANGELOG.md`.
+    /// The changelog for Debian's tools; the changes themselves are in `CHANGELOG.md`.
     fn changelog(&self, maker: &Maker, stage: &Stage, maintainer: &str) -> Result<()> {
         let words = [
             ("SOURCE", self.template),

@@ -1,5 +1,5 @@
-//! Manual pages, in section 8: one for each command, from the definition of the command line and what the command adds
-//! to it.
+//! Manual pages, in section 8: one for each command, from the definition of the command line and
+//! what the command adds to it.
 
 use std::fs;
 use std::path::Path;

@@ -1,7 +1,8 @@
-//! Uses what was packaged: the module is built from the sources in its package as DKMS builds them, against the headers
-//! and the overlay in its package, and is loaded in a guest, where the packaged command leases with it.
+//! Uses what was packaged: the module is built from the sources in its package as DKMS builds them,
+//! against the headers and the overlay in its package, and is loaded in a guest, where the packaged
+//! command leases with it.
 //!
-//! What this does not do is run the maintainer scripts: `docs/install.md` says how that was done.
+//! This does not run the maintainer scripts: `docs/install.md` says how that was done.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,8 @@ use barlease_lab::vm::{Output, Run};
 
 use super::{Maker, VERSION, output};
 
-/// As DKMS does: reads `dkms.conf`, runs the check, runs make. `$1` the kernel's build folder, `$2` its release.
+/// As DKMS does: reads `dkms.conf`, runs the check, runs make. `$1` the kernel's build folder, `$2`
+/// its release.
 const BUILD: &str = r#"
 set -eu
 kernel_source_dir=$1 kernelver=$2
@@ -27,7 +29,7 @@ kernel_source_dir=$1 kernelver=$2
 ${MAKE[0]/#make/make KERNELRELEASE=$kernelver}
 "#;
 
-/// What a user does first, in a guest where all devices are bound.
+/// A user's first commands, in a guest where all devices are bound.
 const USE: &str = r#"
 set -e
 barlease --version
