@@ -156,12 +156,12 @@ pub(crate) enum CdiCommand {
 pub(crate) enum DeviceCommand {
     /// List PCI devices; of one device, its BARs too. Touches no hardware
     ///
-    /// Others than root see neither the processes of other users nor where the MSI-X table is. JSON is
-    /// a list of devices, each with the same keys: bdf, vendor, device, class, driver,
+    /// Others than root see neither the processes of other users nor where the MSI-X table is. JSON
+    /// is a list of devices, each with the same keys: bdf, vendor, device, class, driver,
     /// driver_override, iommu_group, iommu_group_type, iommu_group_others, numa_node, vfio,
-    /// persistent, open, openers (pid, uid, command, exe, unit, container), bars (bar, address, size,
-    /// prefetchable, msix_table, msix_pending, exportable), backend, regions, features. docs/json.md
-    /// says what they are.
+    /// persistent, open, openers (pid, uid, command, exe, unit, container), bars (bar, address,
+    /// size, prefetchable, msix_table, msix_pending, exportable), backend, regions, features.
+    /// docs/json.md says what they are.
     #[command(alias = "list")]
     Show {
         /// The device
@@ -176,14 +176,16 @@ pub(crate) enum DeviceCommand {
     /// Bind devices to a vfio driver, taking them from the driver they have: all or none
     ///
     /// The module is loaded if it is not. A device that the host uses (mounted file system, swap,
-    /// network interface that is up, virtual functions) is refused. When a device fails, or a signal
-    /// comes, those before it go back to the drivers that they had. JSON is a list of what was done:
-    /// bdf, before, driver, persistent; after an error, `undone` is the list of what went back.
+    /// network interface that is up, virtual functions) is refused. When a device fails, or a
+    /// signal comes, those before it go back to the drivers that they had. JSON is a list of what
+    /// was done: bdf, before, driver, persistent; after an error, `undone` is the list of what went
+    /// back.
     Bind(BindArgs),
     /// Open a device, make a region that maps one of its BARs write-combining, and show it
     ///
-    /// It ends with this command, which closes the device. A program that opens the device and asks for an
-    /// alias itself (BARLEASE_FEATURE_ALIAS_REGION) finds its first one at the same index and offset.
+    /// It ends with this command, which closes the device. A program that opens the device and asks
+    /// for an alias itself (BARLEASE_FEATURE_ALIAS_REGION) finds its first one at the same index
+    /// and offset.
     Alias {
         /// The device
         bdf: Bdf,
@@ -427,18 +429,18 @@ pub(crate) struct GrantArgs {
     /// read-only and once. Keys that it leaves out are as the other options say. May be repeated
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub(crate) lease: Vec<String>,
-    /// Of a virtual function: the token that the owner of its physical function has set. Of a physical
-    /// function: the token that its virtual functions need from now on. Others see it in the list of
-    /// processes, unless it is in a file
+    /// Of a virtual function: the token that the owner of its physical function has set. Of a
+    /// physical function: the token that its virtual functions need from now on. Others see it in
+    /// the list of processes, unless it is in a file
     #[arg(long, value_name = "UUID")]
     pub(crate) vf_token: Option<VfToken>,
-    /// Leases from a file of TOML: a table [[lease]] for each, with the keys of --lease. Keys before
-    /// the first table are for all of them, as the other options are
+    /// Leases from a file of TOML: a table [[lease]] for each, with the keys of --lease. Keys
+    /// before the first table are for all of them, as the other options are
     #[arg(long, value_name = "PATH")]
     pub(crate) file: Option<PathBuf>,
     /// Go to the background once everything is granted, and say as which process. What fails before
-    /// that is said, and ends the command as without it. Then standard output and error go where they
-    /// went if that is a file, else nowhere
+    /// that is said, and ends the command as without it. Then standard output and error go where
+    /// they went if that is a file, else nowhere
     #[arg(long)]
     pub(crate) detach: bool,
     #[command(flatten)]

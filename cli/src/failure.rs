@@ -21,7 +21,8 @@ const USAGE: u8 = 2;
 const UNSUPPORTED: u8 = 3;
 /// Exit code of a command that a signal ended, less the number of the signal.
 const SIGNALS: u8 = 128;
-/// Exit code when nobody reads the output any more: what a shell says of programs that SIGPIPE ends.
+/// Exit code when nobody reads the output any more: what a shell says of programs that SIGPIPE
+/// ends.
 const UNREAD: u8 = 141;
 
 /// Why a command failed: the text `operation: object: cause (remedy)`, and the exit code.

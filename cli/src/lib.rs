@@ -1,7 +1,7 @@
 //! The command `barlease`: objects and commands in the manner of bpftool and devlink.
 //!
-//! `barlease OBJECT [COMMAND]`, where `show` is the default command. The library `barlease` does the
-//! work; here are arguments, output and exit codes only.
+//! `barlease OBJECT [COMMAND]`, where `show` is the default command. The library `barlease` does
+//! the work; here are arguments, output and exit codes only.
 
 mod args;
 mod buffers;

@@ -338,7 +338,9 @@ impl Receiver {
             }
         }
         match (count, have) {
-            (0, 0) => Err(malformed("the peer closed the connection without a lease")),
+            (0, 0) => Err(malformed(
+                "the peer closed the connection without a lease: it is for other users, or has ended",
+            )),
             (0, _) => Err(malformed("the peer closed the connection in the middle")),
             _ => Ok(true),
         }

@@ -32,8 +32,9 @@ struct Opened {
     features: Features,
 }
 
-/// A device in JSON, of which `device show` prints a list, be it asked for one or for all. It always
-/// has the same keys; what was not asked for, or is not known, is null. `docs/json.md` describes it.
+/// A device in JSON, of which `device show` prints a list, be it asked for one or for all. It
+/// always has the same keys; what was not asked for, or is not known, is null. `docs/json.md`
+/// describes it.
 #[derive(Serialize)]
 struct Shown {
     #[serde(flatten)]

@@ -89,8 +89,8 @@ pub(crate) fn openers(proc: &Path) -> Vec<(Bdf, Process)> {
     holders.into_iter().filter_map(device).collect()
 }
 
-/// The leases in the kernel's list of all dma-bufs: size, flags, mode, count, exporter, inode, name.
-/// It is for root. With it, leases are known of which nobody has a descriptor any more.
+/// The leases in the kernel's list of all dma-bufs: size, flags, mode, count, exporter, inode,
+/// name. It is for root. With it, leases are known of which nobody has a descriptor any more.
 fn ids(list: &str) -> BTreeSet<u64> {
     let id = |line: &str| {
         let mut cells = line.split_whitespace().skip(4);

@@ -96,7 +96,10 @@ fn bind_takes_the_whole_group() {
     }
     let text = Command::start(&["device", "bind", "--group", "--json", &pair[0].bdf]).end();
     let told = Command::json(&text).remove(0);
-    let row = |function: &Function| json!({"bdf": function.bdf, "before": null, "driver": BARLEASE, "persistent": false});
+    let row = |function: &Function| {
+        let bdf = &function.bdf;
+        json!({"bdf": bdf, "before": null, "driver": BARLEASE, "persistent": false})
+    };
     assert_eq!(told, json!([row(&pair[0]), row(&pair[1])]));
     assert!(
         pair.iter()

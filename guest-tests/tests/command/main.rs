@@ -121,7 +121,7 @@ impl Show {
     }
 }
 
-/// What the doctor says of the mappings of a device.
+/// The doctor's lines about the mappings of a device.
 fn mappings(function: &Function) -> Check {
     let bdf: Bdf = function.bdf.parse().unwrap();
     let checks = Doctor::new().examine(Some(bdf));
@@ -216,7 +216,7 @@ fn the_doctor_says_that_write_combining_is_real() {
     assert_eq!(check.unwrap().verdict, Verdict::Ok, "{checks:?}");
 }
 
-/// What a command that fails says, as JSON.
+/// The error of a command that fails, as JSON.
 fn failure(args: &[&str]) -> String {
     let said = Command::json(&Command::start(args).end()).remove(0);
     assert_eq!(said["exit_code"], 1, "{said}");
@@ -236,7 +236,7 @@ fn a_device_that_nobody_has_open_is_reset() {
     assert_ne!(witness.count(&json!({"kind": "reset_end"})), before);
 }
 
-/// What is granted at a socket, as soon as it is.
+/// The lease that is granted at a socket, as soon as it is.
 fn take(socket: &str) -> Lease {
     let mut stream = UnixStream::connect(socket);
     // The socket is there a moment before anybody listens.

@@ -229,6 +229,13 @@ impl<'fd> ExportBuilder<'fd> {
 
     fn explain(&self, errno: Errno) -> Error {
         let object = self.handle.region_object(self.bar);
+        let page = rustix::param::page_size() as u64;
+        // The errno of a device that was pulled out, too: that one tells no size.
+        if errno == Errno::NODEV && self.handle.region(self.bar).is_ok_and(|it| it.size < page) {
+            let remedy = "the BAR has no memory, or less than a page of it: `barlease device show` \
+                          lists what can be leased";
+            return Error::unsupported("export", object, remedy).because(errno);
+        }
         self.handle
             .unsupported_or("export", object, errno)
             .if_denied(

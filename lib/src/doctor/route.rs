@@ -3,8 +3,8 @@
 //!
 //! Linux 7.2 and 7.3 (`drivers/pci/p2pdma.c`): devices below a common bridge reach each other by
 //! that bridge, unless Access Control Services of a bridge on the way send what they say up to the
-//! host. Then, and where no bridge is common, they need a processor or a host bridge that the kernel
-//! trusts to pass it on.
+//! host. Then, and where no bridge is common, they need a processor or a host bridge that the
+//! kernel trusts to pass it on.
 
 use std::fs;
 use std::path::PathBuf;

@@ -110,8 +110,8 @@ mod tests {
         assert!(bars[1].prefetchable && !bars[0].prefetchable);
         assert_eq!(bars[0].exportable, None);
 
-        // Status with a list; MSI-X at 0x40 with 65 vectors: its table at BAR 0 + 0x1000, its pending
-        // bits at BAR 0 + 0x3000.
+        // Status with a list; MSI-X at 0x40 with 65 vectors: its table at BAR 0 + 0x1000, its
+        // pending bits at BAR 0 + 0x3000.
         let mut config = vec![0; 256];
         config[6] = 1 << 4;
         config[0x34] = 0x40;

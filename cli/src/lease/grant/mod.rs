@@ -118,11 +118,14 @@ impl Event<'_> {
             Self::Detached { pid, sockets } => {
                 let path = |path: &&Path| path.display().to_string();
                 let one = sockets.first().map(path).unwrap_or_default();
-                let which = if sockets.len() > 1 { "one lease" } else { "it" };
-                format!(
-                    "detached as pid {pid} (`barlease lease revoke {one}` ends {which}, \
-                     `kill {pid}` all)"
-                )
+                if sockets.len() > 1 {
+                    format!(
+                        "detached as pid {pid} (`barlease lease revoke {one}` ends that lease, \
+                         `kill {pid}` all)"
+                    )
+                } else {
+                    format!("detached as pid {pid} (`barlease lease revoke {one}` ends it)")
+                }
             }
             Self::Served { pid, uid } => format!("served pid {} uid {uid}", shown(*pid)),
             Self::Refused { pid, uid, reason } => {
