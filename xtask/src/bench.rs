@@ -108,8 +108,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         let mut report = in_guest(options, &prepared, &module, &program, clock)?;
         if clock == Clock::Time {
             println!("\nWhat needs no device is measured here.");
-            let service =
-                checkout::guest_program("barlease-bench-service", "barlease-bench-service")?;
+            let service = checkout::guest_program(
+                &prepared,
+                "barlease-bench-service",
+                "barlease-bench-service",
+            )?;
             for mut run in [native(&program), Command::new(&service)] {
                 let measured = on_host(options, &mut run)?;
                 report.measures.extend(measured.measures);

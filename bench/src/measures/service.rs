@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use barlease_guest_tests::PAGE;
 use barlease_guest_tests::map::Map;
+use barlease_guest_tests::page_size;
 use barlease_guest_tests::pci::Function;
 use barlease_guest_tests::process::{Child, Link};
 use barlease_guest_tests::vfio::Device;
@@ -103,7 +103,7 @@ impl Daemon {
 }
 
 fn rows() -> Acquire {
-    Acquire::of_pool("rows", PAGE, Access::ReadWrite)
+    Acquire::of_pool("rows", page_size(), Access::ReadWrite)
 }
 
 /// How many leases are asked for in a turn.
@@ -249,7 +249,7 @@ fn until_the_first(daemon: &Daemon) -> f64 {
         leases.push(client.acquire(&rows()).expect("a lease").1);
     }
     // The newest is the first.
-    let map = Map::new(leases.last().expect("a lease"), PAGE).expect("a mapping");
+    let map = Map::new(leases.last().expect("a lease"), page_size()).expect("a mapping");
     map.read(0).expect("memory");
     let start = Instant::now();
     drop(client);
