@@ -269,7 +269,6 @@ impl Preset {
             "nopat" => Self::NoPat,
             "fault_injection" => Self::Tracked,
             "p2p_route" | "vga" => Self::Bridges,
-            "p2p_switch" => Self::Switch,
             _ => Self::Full,
         }
     }

@@ -14,9 +14,9 @@ pub(crate) struct LeftOut {
 }
 
 /// The kernel has no peer-to-peer DMA through the host bridge of QEMU's machine, which is on none
-/// of its lists (`pci_p2pdma_distance`); with the stock driver, too. `p2p_switch` does without.
+/// of its lists (`pci_p2pdma_distance`); with the stock driver, too.
 const NO_PEER: &str = "the kernel does not know that machine's host bridge as one that passes \
-                       peer-to-peer DMA on; `p2p_switch` has devices below one switch";
+                       peer-to-peer DMA on";
 
 const LIST: &[LeftOut] = &[
     LeftOut {

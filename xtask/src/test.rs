@@ -139,7 +139,7 @@ fn host(steps: &mut Steps) {
 }
 
 /// Test binaries of a short run: one of each kind of promise that depends on the kernel's own code.
-const SHORT: &[&str] = &["smoke", "revoke", "mmap", "memory_type", "p2p_switch"];
+const SHORT: &[&str] = &["smoke", "revoke", "mmap", "memory_type", "export"];
 
 fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
     let mut lanes = Vec::new();
