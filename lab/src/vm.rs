@@ -386,6 +386,7 @@ impl<'a> Run<'a> {
                 archive: &archive,
                 screenshots: &screenshots,
                 interactive: matches!(self.payload, Payload::Shell { .. }),
+                with_system: self.system.is_some(),
                 timeout: self.timeout,
                 can_retry: retries > 0,
             };
@@ -588,6 +589,8 @@ struct Guest<'a> {
     archive: &'a Path,
     screenshots: &'a Path,
     interactive: bool,
+    /// Whether its root is a system with systemd.
+    with_system: bool,
     timeout: Option<Duration>,
     /// Whether it is booted again when its init does not start.
     can_retry: bool,
@@ -759,8 +762,9 @@ impl Guest<'_> {
 
     /// Waits for the guest's end, or brings it about.
     fn wait(&self, child: &mut Child, progress: &Mutex<Progress>, started: Instant) -> Result<End> {
-        // After its verdict a guest only has to power off.
-        let grace = Duration::from_secs(20) * self.prepared.kernel.slowness();
+        // After its verdict a guest only has to power off; systemd stops its services before.
+        let grace = if self.with_system { 120 } else { 20 };
+        let grace = Duration::from_secs(grace) * self.prepared.kernel.slowness();
         let mut verdict_at = None;
         let mut is_up = false;
         let mut said = (0, Instant::now());
