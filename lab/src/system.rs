@@ -113,6 +113,7 @@ disk=$1 root=$2 folder=$3 release=$4 script=$5
 mount -o loop "$disk" "$root"
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
+mount --make-rslave "$root/dev"
 mount -t tmpfs tmpfs "$root/tmp"
 mount -t tmpfs tmpfs "$root/run"
 mount --bind "$folder" "$root/mnt"
@@ -125,7 +126,10 @@ chmod 755 "$root/run/lab/uname"
 code=0
 chroot "$root" /usr/bin/env -i PATH=/run/lab:/usr/sbin:/usr/bin HOME=/root LC_ALL=C.UTF-8 \
     sh -c "$script" </dev/null || code=$?
-for place in mnt run tmp dev proc; do umount -l "$root/$place"; done
+# All other processes here are what the script has left behind: they keep the disk in use.
+kill -KILL -1 2>/dev/null || true
+umount --recursive "$root/dev"
+for place in mnt run tmp proc; do umount "$root/$place"; done
 umount "$root"
 exit $code
 "#;

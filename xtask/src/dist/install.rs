@@ -241,6 +241,7 @@ struct Repository {
 
 impl Repository {
     fn empty(folder: &Path) -> Result<Self> {
+        cache::remove(folder)?;
         fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
         Ok(Self {
             folder: folder.to_owned(),

@@ -169,6 +169,7 @@ pub(super) fn overlay(maker: &Maker, prepared: &prepare::Prepared) -> Result<Pat
     let (rustc, after) = rustc_range(&prepared.rustc)?;
     let deb = Deb {
         template: "barlease-rust-overlay",
+        scripts: "barlease-rust-overlay",
         compression: "zstd",
         ..Deb::new(&name, &version)
     };

@@ -4,7 +4,7 @@ sed -i 's/^update_initramfs=.*/update_initramfs=no/' /etc/initramfs-tools/update
 files >$kept/before
 take_repository
 echo "deb [trusted=yes] file:/srv/barlease ./" >/etc/apt/sources.list.d/barlease.list
-apt-get update -q
+apt-get update -q -o Acquire::Languages=none
 
 step "the module, without the kernel's metadata"
 install barlease-dkms

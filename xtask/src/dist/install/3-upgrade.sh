@@ -1,6 +1,6 @@
 take_repository
 new=$(cat /srv/barlease/new-version) next=$(cat /srv/barlease/next-release)
-apt-get update -q
+apt-get update -q -o Acquire::Languages=none
 
 step "upgrade of the module"
 install barlease-dkms
