@@ -35,11 +35,16 @@ struct Terminal {
 
 impl Terminal {
     fn start(daemon: &Daemon, environment: &[(&str, &str)]) -> Self {
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = pty::openpt(flags).unwrap();
         pty::unlockpt(&master).unwrap();
         let name = pty::ptsname(&master, Vec::new()).unwrap();
-        let slave = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+        let slave = rustix::fs::open(
+            name,
+            OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .unwrap();
         let other = || Stdio::from(slave.try_clone().unwrap());
         let arguments = ["top", "--interval", "1s"];
         let mut command = daemon.command(&arguments);
@@ -106,7 +111,7 @@ impl Terminal {
     }
 
     /// Its end, with the terminal as it was before.
-    fn ends(mut self, before: &Termios) {
+    fn ends(&mut self, before: &Termios) {
         while self.read() {}
         assert!(self.child.wait().unwrap().success());
         let screen = self.screen.screen();
@@ -114,6 +119,14 @@ impl Terminal {
         let after = rustix::termios::tcgetattr(&self.slave).unwrap();
         assert_eq!(after.local_modes, before.local_modes);
         assert_eq!(after.output_modes, before.output_modes);
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // It has ended, unless the test fails.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

@@ -197,8 +197,10 @@ impl Held {
         for told in self.told {
             match told {
                 Told::Signal => {
+                    // Before the descriptor is closed, with which it would end by itself.
+                    let released = client.release(lease);
                     drop(fd);
-                    return client.release(lease).map_err(|error| {
+                    return released.map_err(|error| {
                         super::failed("release", &format!("lease {lease}"), error)
                     });
                 }

@@ -156,7 +156,7 @@ pub(crate) fn ranges(ranges: &[Range]) -> String {
         .collect();
     match ranges.len() {
         0 => "-".to_owned(),
-        0..=SHOWN => shown.join(" "),
+        1..=SHOWN => shown.join(" "),
         many => format!("{} and {} more", shown.join(" "), many - SHOWN),
     }
 }

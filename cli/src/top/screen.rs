@@ -225,11 +225,16 @@ mod tests {
 
     #[test]
     fn a_panic_gives_the_terminal_back_and_is_read_afterwards() {
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = pty::openpt(flags).unwrap();
         pty::unlockpt(&master).unwrap();
         let name = pty::ptsname(&master, Vec::new()).unwrap();
-        let slave = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+        let slave = rustix::fs::open(
+            name,
+            OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .unwrap();
         let modes = || rustix::termios::tcgetattr(&slave).unwrap().local_modes;
         let before = modes();
         let child = Command::new(std::env::current_exe().unwrap())
