@@ -63,7 +63,7 @@ fn grants(daemon: &Daemon, clients: usize) -> f64 {
     let clients: Vec<_> = (0..clients).map(|_| daemon.client()).collect();
     let mut seconds = 0.0;
     thread::scope(|scope| {
-        for mut client in clients {
+        for client in clients {
             scope.spawn(|| {
                 let mut client = client;
                 while !is_over.load(Ordering::Relaxed) {
