@@ -266,6 +266,10 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     }
     let directory = &options.socket;
     let lock = Lock::take(directory)?;
+    // Before the service's own socket is there: whoever can connect to that can to these.
+    let claims = Claims::in_directory(directory)
+        .inspect_err(|error| eprintln!("barleased: there will be no claims: {error}"))
+        .ok();
     let policy = policy::read(&options.policy)
         .map_err(|errors| io::Error::other(format!("the policy: {}", errors.join("\n"))))?;
     let mut manager = Manager::of_environment()?;
@@ -294,9 +298,6 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     let door = Door::open(options.metrics_file, options.metrics_socket.as_deref())?;
     let log = Log::start(&options.journal)?;
     let (inbox, finished) = Inbox::new()?;
-    let claims = Claims::in_directory(directory)
-        .inspect_err(|error| eprintln!("barleased: there will be no claims: {error}"))
-        .ok();
     let ledger = match left.ledger {
         Some(ledger) => ledger,
         None => (Store::create()?, Vec::new()),

@@ -63,7 +63,7 @@ fn grants(daemon: &Daemon, clients: usize) -> f64 {
     let clients: Vec<_> = (0..clients).map(|_| daemon.client()).collect();
     let mut seconds = 0.0;
     thread::scope(|scope| {
-        for mut client in clients {
+        for client in clients {
             scope.spawn(|| {
                 let mut client = client;
                 while !is_over.load(Ordering::Relaxed) {
@@ -169,9 +169,9 @@ fn hanging(rounds: u32) -> Measure {
 fn clearing(rounds: u32) -> Measure {
     let daemon = Daemon::start();
     let is_over = AtomicBool::new(false);
+    let clears = AtomicBool::new(false);
     let mut measure = None;
     thread::scope(|scope| {
-        let clears = AtomicBool::new(false);
         scope.spawn(|| {
             let mut client = daemon.client();
             let large = Acquire::of_pool("cleared", CLEARED / 16 * PAGE, Access::ReadWrite);

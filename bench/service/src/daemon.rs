@@ -146,14 +146,6 @@ impl Daemon {
             .read_line(&mut line)
             .expect("an answer");
     }
-
-    /// Time of a processor that it has used, in nanoseconds.
-    pub(crate) fn processor_time(&self) -> f64 {
-        let path = format!("/proc/{}/schedstat", self.child.id());
-        let text = fs::read_to_string(path).unwrap_or_default();
-        let used = text.split(' ').next().and_then(|used| used.parse().ok());
-        used.unwrap_or(0.0)
-    }
 }
 
 impl Drop for Daemon {
