@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use barlease_lab::cache::Cache;
@@ -29,6 +30,9 @@ pub(crate) struct Options {
     /// Without our module
     #[arg(long)]
     stock: bool,
+    /// Seconds that the guest may take, boot and all
+    #[arg(long)]
+    timeout: Option<u64>,
     /// Test the guest itself: systemd is up without a failure, a lease is taken, a reboot finds what was written; and
     /// barleased from its units, through kills, restarts and whatever else happens to a service
     #[arg(long, conflicts_with_all = ["packages", "disk", "files", "stock", "command"])]
@@ -65,6 +69,8 @@ exit 7
 
 /// `broker/examples/lab_service.rs` says what it does.
 const SERVICE: &str = "lab_service 0000:01:00.0 /lab/service";
+/// It takes two minutes on a machine that does nothing else.
+const SERVICE_LASTS: Duration = Duration::from_secs(1800);
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let prepared = options.machine.prepare()?;
@@ -98,9 +104,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 fn guest<'a>(options: &Options, prepared: &'a Prepared, disk: &Disk) -> Result<Run<'a>> {
     let command = checkout::guest_program("barlease-cli", "barlease")?;
-    Ok(Run::new(prepared, options.machine.preset.machine())
+    let run = Run::new(prepared, options.machine.preset.machine())
         .system(disk)
-        .file(command, "/lab/bin/barlease"))
+        .file(command, "/lab/bin/barlease");
+    Ok(match options.timeout {
+        Some(seconds) => run.timeout(Duration::from_secs(seconds)),
+        None => run,
+    })
 }
 
 /// barleased and what its package has.
@@ -130,7 +140,7 @@ fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
     let checked = boots.into_iter().try_for_each(|(script, code, expected)| {
         let mut run = with_module(guest(options, prepared, &disk)?, prepared)?;
         if script == SERVICE {
-            run = with_service(run)?;
+            run = with_service(run)?.timeout(SERVICE_LASTS);
         }
         let outcome = run
             .output(Output::Capture)
