@@ -283,9 +283,15 @@ fn receive_from(socket: impl AsFd) -> io::Result<Option<(String, Vec<OwnedFd>)>>
     Ok(Some((String::from_utf8_lossy(text).into_owned(), fds)))
 }
 
-/// What the parent has kept, in the child. It ends with its parent.
-pub(crate) fn receive() -> io::Result<Vec<Passed>> {
+/// Has the child end with its parent. One that is gone already does not listen on its socket, which
+/// is to be connected to after this.
+pub(crate) fn end_with_parent() -> io::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+    Ok(())
+}
+
+/// What the parent has kept, in the child.
+pub(crate) fn receive() -> io::Result<Vec<Passed>> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut passed = Vec::new();
     while let Some((name, mut fds)) = receive_from(&socket)? {

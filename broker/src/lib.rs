@@ -210,6 +210,9 @@ fn keep(args: &[OsString], directory: &Path) -> ExitCode {
 
 fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     let signals = signals()?;
+    if options.kept {
+        keep::end_with_parent()?;
+    }
     let directory = &options.socket;
     let lock = Lock::take(directory)?;
     let policy = policy::read(&options.policy)
