@@ -11,6 +11,7 @@
 //! | `service` | the core, and what it has done with ledger and devices |
 //! | [`device`] | a device: found, opened, listed, exported from, revoked |
 //! | [`policy`] | the policy's files |
+//! | `hold` | devices: listened to, left with the manager, let go |
 //! | `recovery` | what an earlier daemon has left |
 //! | `manager` | what systemd is told, and keeps |
 //! | [`keep`] | a parent that does what systemd would |
@@ -22,6 +23,7 @@
 mod calls;
 mod connection;
 pub mod device;
+mod hold;
 pub mod keep;
 mod manager;
 mod peer;
@@ -218,6 +220,11 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     let policy = policy::read(&options.policy)
         .map_err(|errors| io::Error::other(format!("the policy: {}", errors.join("\n"))))?;
     let mut manager = Manager::of_environment()?;
+    if options.at_stop == Some(AtStop::Keep) && !manager.stores() {
+        let error = "--at-stop keep: nothing here stores descriptors (systemd with \
+                     FileDescriptorStoreMax does), and leases end with those of their device";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, error));
+    }
     let passed = match options.kept {
         true => keep::receive()?,
         false => surroundings.passed,

@@ -72,7 +72,7 @@ pub(crate) enum AtStop {
 
 /// The kind of a descriptor in the epoll.
 #[derive(Clone, Debug)]
-enum Source {
+pub(super) enum Source {
     Listener,
     End,
     Reload,
@@ -89,10 +89,10 @@ pub(crate) struct Server<'a> {
     pub(crate) service: Service,
     pub(crate) policy: PathBuf,
     opener: &'a Opener<'a>,
-    epoll: OwnedFd,
+    pub(super) epoll: OwnedFd,
     listener: Option<UnixListener>,
     signals: Signals,
-    sources: BTreeMap<u64, Source>,
+    pub(super) sources: BTreeMap<u64, Source>,
     last_source: u64,
     pub(crate) connections: BTreeMap<ConnectionId, Connection>,
     /// Connections of users.
@@ -115,11 +115,11 @@ pub(crate) struct Server<'a> {
     pub(crate) drains: Vec<(RequestId, BTreeSet<Arc<str>>)>,
     stopping: bool,
     at_stop: AtStop,
-    manager: Manager,
+    pub(super) manager: Manager,
     /// When the manager is to be told that the service is alive.
     pulse: Option<Time>,
     /// Processes that have handed a device over: the source, and the pidfd.
-    owners: BTreeMap<Arc<str>, (u64, OwnedFd, Owner)>,
+    pub(super) owners: BTreeMap<Arc<str>, (u64, OwnedFd, Owner)>,
 }
 
 impl<'a> Server<'a> {
@@ -181,7 +181,7 @@ impl<'a> Server<'a> {
     }
 
     /// Adds a descriptor, which stays open elsewhere.
-    fn listen_to(&mut self, fd: impl AsFd, source: Source) -> io::Result<u64> {
+    pub(super) fn listen_to(&mut self, fd: impl AsFd, source: Source) -> io::Result<u64> {
         self.last_source += 1;
         let number = self.last_source;
         epoll::add(
@@ -213,52 +213,6 @@ impl<'a> Server<'a> {
         }
         self.tell_status("");
         Ok(())
-    }
-
-    /// Has a device, and leaves it with the manager. It is not had if that is not possible: its
-    /// leases would be lost by a restart, those of others not.
-    pub(crate) fn take(
-        &mut self,
-        name: &Arc<str>,
-        device: Device,
-        owner: Option<Owner>,
-    ) -> io::Result<Result<(), String>> {
-        let stored = recovery::name_of(name, owner);
-        if let Err(why) = self.manager.store(&stored, &device) {
-            return Ok(Err(why));
-        }
-        self.service.open(name, device)?;
-        self.listen_to_device(name)?;
-        if let Some(owner) = owner {
-            self.watch_owner(name, owner)?;
-        }
-        Ok(Ok(()))
-    }
-
-    fn listen_to_device(&mut self, name: &Arc<str>) -> io::Result<()> {
-        let clone = |event: &EventFd| event.try_clone().map_err(io::Error::other);
-        let Some(device) = self.service.device(name) else {
-            return Ok(());
-        };
-        let events = clone(&device.events)?;
-        let request = device.request.as_ref().map(clone).transpose()?;
-        self.listen_to(&events, Source::Events(name.clone()))?;
-        if let Some(request) = request {
-            self.listen_to(&request, Source::Request(name.clone()))?;
-        }
-        Ok(())
-    }
-
-    /// Tells the manager how things are, with a remark.
-    fn tell_status(&self, remark: &str) {
-        let devices = self.service.devices().len();
-        let kept = match self.manager.stores() {
-            true => "leases outlive a restart",
-            false => "not restartable: nothing keeps descriptors",
-        };
-        let plural = if devices == 1 { "" } else { "s" };
-        self.manager
-            .tell(&format!("STATUS={devices} device{plural}, {kept}{remark}"));
     }
 
     /// Serves until it is told to end, and all devices are closed.
@@ -411,30 +365,6 @@ impl<'a> Server<'a> {
         };
         self.manager.tell("READY=1");
         Ok(read)
-    }
-
-    /// Watches the process that has handed a device over.
-    fn watch_owner(&mut self, name: &Arc<str>, owner: Owner) -> io::Result<()> {
-        let Some(process) = peer::open_process(owner.pid, owner.process) else {
-            return self.owner_gone(name);
-        };
-        let number = self.listen_to(&process, Source::Owner(name.clone()))?;
-        self.owners.insert(name.clone(), (number, process, owner));
-        Ok(())
-    }
-
-    fn unwatch_owner(&mut self, name: &str) -> Option<Owner> {
-        let (number, process, owner) = self.owners.remove(name)?;
-        self.sources.remove(&number);
-        let _ = epoll::delete(&self.epoll, &process);
-        Some(owner)
-    }
-
-    /// The process that has handed a device over has died.
-    fn owner_gone(&mut self, name: &Arc<str>) -> io::Result<()> {
-        self.unwatch_owner(name);
-        eprintln!("barleased: {name}: the process that has handed it over has ended");
-        self.let_go(name, None)
     }
 
     fn device_closed(&mut self, name: &Arc<str>) -> io::Result<()> {
