@@ -476,6 +476,7 @@ impl Lab {
     fn stock_driver(&self) {
         println!("on stock vfio-pci");
         let device = format!("/sys/bus/pci/devices/{}", self.bdf);
+        fs::write(format!("{device}/driver/unbind"), &self.bdf).unwrap();
         fs::write(format!("{device}/driver_override"), "vfio-pci").unwrap();
         fs::write("/sys/bus/pci/drivers_probe", &self.bdf).unwrap();
         run(&["udevadm", "settle"]);
@@ -508,5 +509,8 @@ impl Lab {
         let tenant = Tenant::new();
         run(&["systemctl", "stop", UNIT]);
         assert!(tenant.is_lost());
+        self.drop_in("");
+        run(&["systemctl", "start", UNIT]);
+        assert_eq!(state(), "open");
     }
 }

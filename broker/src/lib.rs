@@ -20,6 +20,7 @@
 //! | `scrub` | clearing, beside the loop |
 //! | `finished` | what was done beside the loop |
 //! | [`policy`] | the policy's files |
+//! | `hold` | devices: listened to, left with the manager, let go |
 //! | `recovery` | what an earlier daemon has left |
 //! | `manager` | what systemd is told, and keeps |
 //! | [`keep`] | a parent that does what systemd would |
@@ -36,6 +37,7 @@ mod connection;
 pub mod device;
 mod find;
 mod finished;
+mod hold;
 pub mod keep;
 mod manager;
 mod metrics;
@@ -273,6 +275,11 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     let policy = policy::read(&options.policy)
         .map_err(|errors| io::Error::other(format!("the policy: {}", errors.join("\n"))))?;
     let mut manager = Manager::of_environment()?;
+    if options.at_stop == Some(AtStop::Keep) && !manager.stores() {
+        let error = "--at-stop keep: nothing here stores descriptors (systemd with \
+                     FileDescriptorStoreMax does), and leases end with those of their device";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, error));
+    }
     let passed = match options.kept {
         true => keep::receive()?,
         false => surroundings.passed,

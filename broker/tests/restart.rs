@@ -480,6 +480,23 @@ fn a_daemon_that_cannot_start_is_not_started_again() {
 }
 
 #[test]
+fn leases_are_not_said_to_be_kept_where_nothing_keeps_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_barleased"))
+        .args(["--at-stop", "keep", "--policy"])
+        .arg(directory.path())
+        .arg("--socket")
+        .arg(directory.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && said.contains("--at-stop keep"),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_broken_policy_at_a_restart_costs_no_lease() {
     let world = World::start();
     let (lease, _fd) = world.client().acquire(&rows(1, Lifetime::Holders)).unwrap();

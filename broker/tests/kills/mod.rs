@@ -205,7 +205,8 @@ fn judge(world: &World, tenants: &[Tenant], kill: u64) {
         let lease = had.lease;
         assert!(
             alive(had.id),
-            "{kill}: lease {lease} was taken from who has it"
+            "{kill}: lease {lease} of {:?} was taken from who has it: {listed:?} {records:?}",
+            had.lifetime
         );
         let ranges = world.card.ranges_of(had.id);
         let same = ranges.iter().zip(&had.ranges);

@@ -17,6 +17,9 @@ use std::sync::Mutex;
 use std::thread;
 
 use barlease_abi as abi;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::event::Timespec;
 use rustix::io::Errno;
 use rustix::net::AddressFamily;
 use rustix::net::RecvAncillaryBuffer;
@@ -97,13 +100,30 @@ impl FakeDevice {
         let key = key(self.memory.as_fd()).ok_or_else(|| failed(Errno::BADF))?;
         let thing = self.thing.clone();
         thread::spawn(move || {
+            let mut served: Vec<(Arc<OwnedFd>, thread::JoinHandle<()>)> = Vec::new();
             while let Ok(client) = rustix::net::accept_with(&socket, SocketFlags::CLOEXEC) {
-                let thing = thing.clone();
-                thread::spawn(move || serve(&client, key, &thing));
+                // What a process was at when it was killed is done before the next one is served,
+                // as a system call is done before its process has ended.
+                let (gone, there): (Vec<_>, _) =
+                    served.into_iter().partition(|(one, _)| is_gone(one));
+                served = there;
+                for (_, server) in gone {
+                    let _ = server.join();
+                }
+                let (client, thing) = (Arc::new(client), thing.clone());
+                let other = client.clone();
+                let server = thread::spawn(move || serve(&client, key, &thing));
+                served.push((other, server));
             }
         });
         Ok(())
     }
+}
+
+fn is_gone(client: &OwnedFd) -> bool {
+    let mut poll = [PollFd::new(client, PollFlags::empty())];
+    let now = Timespec::default();
+    rustix::event::poll(&mut poll, Some(&now)) == Ok(1)
 }
 
 fn serve(client: &OwnedFd, key: Key, thing: &Arc<Thing>) {
