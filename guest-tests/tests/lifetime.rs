@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use barlease::InterruptKind;
 use barlease_abi::FEATURE_DMA_BUF;
 use barlease_guest_tests::{
     errno::{EAGAIN, EBADF, ENODEV, EPERM, Errno},
@@ -501,7 +502,7 @@ fn masks_in_the_function() -> bool {
     const DISABLES_PIN: u8 = 1 << 2;
     let device = Device::open("nvme");
     let event = process::eventfd();
-    device.trigger(INTX_IRQ, &event).unwrap();
+    device.trigger(InterruptKind::Intx, &event).unwrap();
     let is_set = || device.function().config()[5] & DISABLES_PIN != 0;
     assert!(!is_set());
     let mask = IRQ_DATA_NONE | IRQ_ACTION_MASK;
