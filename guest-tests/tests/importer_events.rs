@@ -68,7 +68,7 @@ fn enable_cmb(device: &Device) {
 
 impl Scene {
     fn new(device: Device, ranges: &[(u64, u64)]) -> Self {
-        let fd = device.export(BAR, &ranges).expect("an export");
+        let fd = device.export(BAR, ranges).expect("an export");
         let attachment = Importer::open().attach(&fd).expect("an attachment");
         attachment.map().expect("a mapping");
         let scene = Self {
@@ -356,7 +356,7 @@ fn no_dma_lands_after_revoke_where_the_iommu_is_lazy() {
         let first_page = Map::new(first_page, page_size()).unwrap();
         // The engine reaches the lease some 0.2 s after it was started.
         for delay in (182..202).step_by(2).map(Duration::from_millis) {
-            let fd = device.export(BAR, &ranges).unwrap();
+            let fd = device.export(BAR, ranges).unwrap();
             let attachment = importer.attach(&fd).unwrap();
             map_when_there_are_addresses(&attachment);
             assert_eq!(attachment.entries().len(), entries);
@@ -434,7 +434,7 @@ fn a_pinned_importer_is_told_and_lets_go() {
 #[test]
 fn no_mapping_is_left_when_mapping_and_memory_off_race() {
     let device = open("memory");
-    let fds = shapes().map(|ranges| device.export(BAR, &ranges).unwrap());
+    let fds = shapes().map(|ranges| device.export(BAR, ranges).unwrap());
     let importer = Importer::open();
     let attachments = [0, 1].map(|n| importer.attach(&fds[n]).unwrap());
     let window = race::Window::new();
