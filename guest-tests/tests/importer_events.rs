@@ -434,7 +434,7 @@ fn a_pinned_importer_is_told_and_lets_go() {
 #[test]
 fn no_mapping_is_left_when_mapping_and_memory_off_race() {
     let device = open("memory");
-    let fds = shapes().map(|ranges| device.export(BAR, ranges).unwrap());
+    let fds = shapes().map(|ranges| device.export(BAR, &ranges).unwrap());
     let importer = Importer::open();
     let attachments = [0, 1].map(|n| importer.attach(&fds[n]).unwrap());
     let window = race::Window::new();

@@ -13,6 +13,9 @@ use barlease_bench::report::Measure;
 use barlease_bench::report::Report;
 use barlease_bench::report::System;
 
+/// Measures of a kind; whether they are to be quick.
+type Set = fn(bool) -> Vec<Measure>;
+
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let word = |word: &str| words.iter().any(|one| one == word);
@@ -23,7 +26,7 @@ fn main() -> ExitCode {
     // As the other programs take it: sets whose name has one of these in it.
     let only = words.windows(2).filter(|pair| pair[0] == "--only");
     let only: Vec<&String> = only.map(|pair| &pair[1]).collect();
-    let sets: [(&str, fn(bool) -> Vec<Measure>); 2] = [
+    let sets: [(&str, Set); 2] = [
         ("service", clients::take),
         ("service-decision", decision::take),
     ];
