@@ -55,7 +55,7 @@ fn dependencies(steps: &mut Steps) {
 }
 
 fn oldest(steps: &mut Steps) {
-    let name = format!("library and C interface with Rust {OLDEST}");
+    let name = format!("library, C interface and command with Rust {OLDEST}");
     let cargo = || {
         let mut command = Command::new("rustup");
         command
@@ -78,7 +78,7 @@ fn oldest(steps: &mut Steps) {
         cargo()
             .args(["check", "--quiet", "--all-targets", "--target-dir"])
             .arg(checkout::target().join("oldest"))
-            .args(["-p", "barlease", "-p", "barlease-capi"])
+            .args(["-p", "barlease", "-p", "barlease-capi", "-p", "barlease-cli"])
             .args(["--features", "barlease/fake,barlease/tokio"]),
     );
 }
