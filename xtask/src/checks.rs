@@ -78,7 +78,14 @@ fn oldest(steps: &mut Steps) {
         cargo()
             .args(["check", "--quiet", "--all-targets", "--target-dir"])
             .arg(checkout::target().join("oldest"))
-            .args(["-p", "barlease", "-p", "barlease-capi", "-p", "barlease-cli"])
+            .args([
+                "-p",
+                "barlease",
+                "-p",
+                "barlease-capi",
+                "-p",
+                "barlease-cli",
+            ])
             .args(["--features", "barlease/fake,barlease/tokio"]),
     );
 }
