@@ -33,7 +33,7 @@ pub(crate) struct Options {
     /// Only the module and the guests
     #[arg(long)]
     guest_only: bool,
-    /// Guests at a time [default: two for each processor, and no more than memory allows]
+    /// Guests at a time [default: one for each processor, and no more than memory allows]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
     /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs,
