@@ -1,6 +1,7 @@
 //! The owner: holds the device, grants leases and takes them back.
 
 use std::io::{BufRead, BufReader};
+use std::net::Shutdown;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -318,6 +319,13 @@ impl Holder {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
+    }
+
+    /// Tells one that has its lease that enough is seen.
+    pub(crate) fn stop(self, transcript: &Transcript) -> Result<()> {
+        // The thread that reads has a descriptor of its own.
+        self.socket.shutdown(Shutdown::Both)?;
+        self.end(transcript)
     }
 
     /// Lets it end, and sees that it ended well.

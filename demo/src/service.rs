@@ -75,8 +75,8 @@ pub(crate) fn run(bdf: Bdf, transcript: &Transcript) -> Result<()> {
         &format!("never stopped: {} frames", weaver.frames),
     );
     screenshot(transcript, "5-after")?;
-    newcomer.end(transcript)?;
-    weaver.end(transcript)?;
+    newcomer.stop(transcript)?;
+    weaver.stop(transcript)?;
     daemon.end()
 }
 
