@@ -85,6 +85,8 @@ exit 7
 const SERVICE: &str = "lab_service 0000:01:00.0 /lab/service";
 /// It takes two minutes on a machine that does nothing else.
 const SERVICE_LASTS: Duration = Duration::from_secs(1800);
+/// How long the other parts of the check may take: twice what they do on a busy machine.
+const BOOT_LASTS: Duration = Duration::from_secs(900);
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let prepared = options.machine.prepare()?;
@@ -154,13 +156,14 @@ fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
     ];
     let checked = boots.into_iter().try_for_each(|(script, code, expected)| {
         let mut run = with_module(guest(options, prepared, &disk)?, prepared)?;
+        let mut lasts = BOOT_LASTS;
         if script == SERVICE {
-            run = with_service(run, prepared)?.timeout(SERVICE_LASTS);
+            run = with_service(run, prepared)?;
+            lasts = SERVICE_LASTS;
         }
         let outcome = run
             .output(Output::Capture)
-            // Twice what it takes on a busy machine.
-            .timeout(Duration::from_secs(900))
+            .timeout(options.timeout.map_or(lasts, Duration::from_secs))
             .command(["sh", "-c", script])
             .run()?;
         let said = String::from_utf8_lossy(&outcome.output);

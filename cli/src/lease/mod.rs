@@ -30,8 +30,16 @@ pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Fai
         LeaseCommand::Revoke(args) => match &args.whose.what {
             // A number is a lease of the service's.
             Some(socket) if socket.to_str().is_none_or(|it| it.parse::<u64>().is_err()) => {
+                if args.grace.is_some() {
+                    return Err(Failure::usage(
+                        "revoke: --grace is for leases of barleased: a socket's is revoked at once",
+                    ));
+                }
                 revoke::run(socket, args.no_wait, output)
             }
+            _ if args.no_wait => Err(Failure::usage(
+                "revoke: --no-wait is for the socket of a `lease grant`: barleased waits for no importer",
+            )),
             _ => service::revoke(&args, output),
         },
         LeaseCommand::Acquire(args) => service::acquire(&args, output),

@@ -35,7 +35,9 @@ pub(crate) fn connect(socket: &Path) -> Result<Client, Failure> {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 "barleased does not serve there (systemctl status barleased; --service says where)"
             }
-            io::ErrorKind::PermissionDenied => "the socket is for its group and root",
+            io::ErrorKind::PermissionDenied => {
+                "only administrators may look into the folder of a claim that is not theirs"
+            }
             _ => return Failure::file("connect", socket, &source),
         };
         Failure::new(format!("connect: {}: {source}: {remedy}", socket.display()))

@@ -2,7 +2,7 @@
 
 driverctl_once() {
     driverctl --nosave set-override $MEMORY "$DRIVER" || return
-    driverctl list-overrides
+    driverctl list-overrides | sed "s/$DRIVER/DRIVER/"
     [ "$(driver_of $MEMORY)" = "$DRIVER" ] || return
     driverctl --nosave unset-override $MEMORY || return
     [ -z "$(driver_of $MEMORY)" ]
@@ -10,7 +10,7 @@ driverctl_once() {
 
 driverctl_kept() {
     driverctl set-override $MEMORY "$DRIVER" || return
-    cat /etc/driverctl.d/$MEMORY
+    sed "s/$DRIVER/DRIVER/" /etc/driverctl.d/$MEMORY
     echo $MEMORY >/sys/bus/pci/devices/$MEMORY/driver/unbind
     # As udev does at the next boot.
     driverctl load-override $MEMORY || return

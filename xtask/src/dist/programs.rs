@@ -83,6 +83,14 @@ pub(super) fn service(maker: &Maker, program: &Program) -> Result<PathBuf> {
     let top = checkout::top();
     stage.copy(&top.join("docs/service.md"), doc.join("service.md"))?;
     manual(&top.join("dist/service/barleased.8"), program, &stage)?;
+    stage.copy(
+        &top.join("dist/journal/barleased.catalog"),
+        "usr/lib/systemd/catalog/barleased.catalog",
+    )?;
+    stage.copy(
+        &top.join("dist/grafana/barleased.json"),
+        doc.join("examples/grafana.json"),
+    )?;
     stage.write(
         doc.join("copyright"),
         copyright("debian/copyright-service")?,
