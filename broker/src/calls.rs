@@ -35,6 +35,8 @@ use crate::recovery::Owner;
 use crate::server::Server;
 use crate::words;
 
+/// Bytes of the name of a pool or a device.
+const MAX_NAME: usize = 255;
 /// The interface that each varlink service has.
 const VARLINK: &str = "org.varlink.service";
 
@@ -237,6 +239,12 @@ impl Server<'_> {
         match method {
             "Acquire" => {
                 let acquire: proto::Acquire = parameters(given)?;
+                // They come into records, and so to whoever monitors.
+                let mut names = acquire.pool.iter().chain(&acquire.device);
+                if names.any(|name| name.len() > MAX_NAME) {
+                    let reason = format!("a name has at most {MAX_NAME} bytes");
+                    return Err(Refusal::Invalid { reason }.into());
+                }
                 self.asks(id, &acquire);
                 let ask = words::ask(acquire)?;
                 self.service.give(Event::Acquire {

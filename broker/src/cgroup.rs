@@ -19,15 +19,19 @@ use rustix::fs::inotify;
 use rustix::fs::inotify::CreateFlags;
 use rustix::fs::inotify::ReadFlags;
 use rustix::fs::inotify::WatchFlags;
+use rustix::io::Errno;
 
 /// The file that changes when a group gets its first process, or loses its last.
 const EVENTS: &str = "cgroup.events";
 
 /// The hierarchy of version 2, if this host has one: where only that of version 1 is, or none of
-/// its groups has processes, no lease can live by a group.
+/// its groups has processes, or the kernel does not tell of changes, no lease can live by a group.
 fn hierarchy() -> Option<&'static Path> {
     static ROOT: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let read = || find_hierarchy(&fs::read_to_string("/proc/self/mountinfo").ok()?);
+    let read = || {
+        inotify::init(CreateFlags::CLOEXEC).ok()?;
+        find_hierarchy(&fs::read_to_string("/proc/self/mountinfo").ok()?)
+    };
     ROOT.get_or_init(read).as_deref()
 }
 
@@ -89,7 +93,8 @@ impl Watched {
 /// to tell. Then the directory tells that it lost the group.
 #[derive(Debug)]
 pub(crate) struct Cgroups {
-    inotify: OwnedFd,
+    /// `None` where the kernel has none.
+    inotify: Option<OwnedFd>,
     watched: BTreeMap<CgroupId, Watched>,
     /// Groups by the number of a watch.
     groups: BTreeMap<i32, BTreeSet<CgroupId>>,
@@ -97,11 +102,20 @@ pub(crate) struct Cgroups {
 
 impl Cgroups {
     pub(crate) fn new() -> io::Result<Self> {
+        let inotify = match inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK) {
+            Err(Errno::NOSYS) => None,
+            made => Some(made?),
+        };
         Ok(Self {
-            inotify: inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?,
+            inotify,
             watched: BTreeMap::new(),
             groups: BTreeMap::new(),
         })
+    }
+
+    /// Readable when something has happened.
+    pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inotify.as_ref().map(AsFd::as_fd)
     }
 
     /// Watches a group. `NotFound`, too, if it is empty, or another group has its path by now.
@@ -110,13 +124,10 @@ impl Cgroups {
         let directory = directory(path).ok_or_else(gone)?;
         let parent = directory.parent().ok_or_else(gone)?;
         let file = directory.join(EVENTS);
+        let inotify = self.inotify.as_ref().ok_or_else(gone)?;
         let numbers = [
-            inotify::add_watch(&self.inotify, file, WatchFlags::MODIFY)?,
-            inotify::add_watch(
-                &self.inotify,
-                parent,
-                WatchFlags::DELETE | WatchFlags::ONLYDIR,
-            )?,
+            inotify::add_watch(inotify, file, WatchFlags::MODIFY)?,
+            inotify::add_watch(inotify, parent, WatchFlags::DELETE | WatchFlags::ONLYDIR)?,
         ];
         for number in numbers {
             self.groups.entry(number).or_default().insert(id);
@@ -139,7 +150,9 @@ impl Cgroups {
                 if groups.is_empty() {
                     self.groups.remove(&number);
                     // It may be gone with the group.
-                    let _ = inotify::remove_watch(&self.inotify, number);
+                    if let Some(inotify) = &self.inotify {
+                        let _ = inotify::remove_watch(inotify, number);
+                    }
                 }
             }
         }
@@ -148,8 +161,11 @@ impl Cgroups {
     /// The groups that are over by now, of those that something happened to. They are watched no
     /// longer.
     pub(crate) fn ended(&mut self) -> Vec<CgroupId> {
+        let Some(inotify) = &self.inotify else {
+            return Vec::new();
+        };
         let mut buffer = [MaybeUninit::uninit(); 4096];
-        let mut reader = inotify::Reader::new(&self.inotify, &mut buffer);
+        let mut reader = inotify::Reader::new(inotify, &mut buffer);
         let mut stirred = BTreeSet::new();
         while let Ok(event) = reader.next() {
             if event.events().contains(ReadFlags::QUEUE_OVERFLOW) {
@@ -163,12 +179,6 @@ impl Cgroups {
             self.unwatch(*id);
         }
         stirred.into_iter().collect()
-    }
-}
-
-impl AsFd for Cgroups {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inotify.as_fd()
     }
 }
 

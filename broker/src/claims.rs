@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -18,8 +19,6 @@ use std::sync::Arc;
 const MAX_NAME: usize = 64;
 /// The name of the socket in its directory.
 const SOCKET: &str = "sock";
-/// The name by which it is made.
-const NEW: &str = "sock.new";
 
 /// The claims of a daemon.
 #[derive(Debug)]
@@ -53,8 +52,11 @@ impl Claims {
         };
         for entry in fs::read_dir(&directory).map_err(said)? {
             let name = entry.map_err(said)?.file_name();
-            if let Some(name) = name.to_str().filter(|name| is_name(name)) {
-                claims.open(name)?;
+            // What a container has left in the folder of one claim keeps no other from its own.
+            if let Some(name) = name.to_str().filter(|name| is_name(name))
+                && let Err(error) = claims.open(name)
+            {
+                eprintln!("barleased: the claim {name} is not served: {error}");
             }
         }
         Ok(claims)
@@ -84,7 +86,8 @@ impl Claims {
         };
         fs::create_dir_all(&directory).map_err(said)?;
         fs::set_permissions(&directory, Permissions::from_mode(0o755)).map_err(said)?;
-        let new = directory.join(NEW);
+        // Beside the folder, not in it: a container may write there.
+        let new = self.directory.join(format!(".{name}.new"));
         match fs::remove_file(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(said(error)),
             _ => {}
@@ -103,9 +106,12 @@ impl Claims {
     pub(crate) fn end(&mut self, name: &str) -> Option<UnixListener> {
         let listener = self.open.remove(name)?;
         let directory = self.directory_of(name);
-        // What is left when this fails is a directory without a socket that answers; the next
-        // daemon would take it for a claim, which has no leases.
-        if let Err(error) = fs::remove_dir_all(&directory) {
+        // By another name first, which no daemon takes for a claim: a container may have put something
+        // into it that we cannot remove, and what it has mounted is this folder.
+        let number = fs::metadata(&directory).map_or(0, |folder| folder.ino());
+        let ended = self.directory.join(format!(".ended-{name}-{number}"));
+        let removed = fs::rename(&directory, &ended).and_then(|()| fs::remove_dir_all(&ended));
+        if let Err(error) = removed {
             eprintln!("barleased: remove {}: {error}", directory.display());
         }
         Some(listener)

@@ -23,6 +23,10 @@ impl Server<'_> {
         device: Device,
         owner: Option<Owner>,
     ) -> io::Result<Result<(), String>> {
+        // One that is gone already, or does not answer, is not the end of the service.
+        if let Err(error) = device.facts() {
+            return Ok(Err(error.report().to_string()));
+        }
         let stored = recovery::name_of(name, owner);
         if let Err(why) = self.manager.store(&stored, &device) {
             return Ok(Err(why));

@@ -103,10 +103,13 @@ fn cgroup_path(cgroup: &str) -> &str {
         .unwrap_or_default()
 }
 
-/// The unit of the system's manager: the topmost one; below it may be those of a user's manager.
+/// The unit of the system's manager: the first that is no slice; below it may be those of a user's
+/// manager. Groups that somebody else has made have none, whatever is called like one below them.
 fn unit(path: &str) -> &str {
     let is_unit = |part: &&str| part.ends_with(".service") || part.ends_with(".scope");
-    path.split('/').find(is_unit).unwrap_or_default()
+    let mut parts = path.split('/').skip(1);
+    let first = parts.find(|part| !part.ends_with(".slice"));
+    first.filter(is_unit).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -136,6 +139,8 @@ mod tests {
             ("/system.slice/render@1.service/part", "render@1.service"),
             (user, "user@1000.service"),
             ("/machine.slice/box.scope", "box.scope"),
+            ("/docker/0123/render@1.service", ""),
+            ("/system.slice", ""),
             ("/", ""),
         ] {
             assert_eq!(unit(path), found);

@@ -108,8 +108,14 @@ impl Server<'_> {
         if other && !admin {
             return Err(Refusal::NotAdministrator {}.into());
         }
-        if let Some(uid) = call.as_uid {
-            become_user(&mut peer, uid);
+        match call.as_uid {
+            // Users are looked up in whatever the host has them from, which may take long.
+            Some(uid) if admin => become_user(&mut peer, uid),
+            Some(_) => {
+                peer.unit = "".into();
+                peer.cgroup_path = "".into();
+            }
+            None => {}
         }
         if let Some(unit) = call.as_unit {
             peer.unit = unit.into();

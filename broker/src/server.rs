@@ -201,8 +201,10 @@ impl<'a> Server<'a> {
         server.listen_to(end, Source::End)?;
         server.listen_to(reload, Source::Reload)?;
         server.listen_to(inbox, Source::Finished)?;
-        let cgroups = server.cgroups.as_fd().try_clone_to_owned()?;
-        server.listen_to(cgroups, Source::Cgroups)?;
+        let cgroups = server.cgroups.fd().map(|fd| fd.try_clone_to_owned());
+        if let Some(cgroups) = cgroups.transpose()? {
+            server.listen_to(cgroups, Source::Cgroups)?;
+        }
         let wanted = server.door.event.try_clone().map_err(io::Error::other)?;
         server.listen_to(wanted, Source::Metrics)?;
         for name in server.service.devices() {

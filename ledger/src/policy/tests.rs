@@ -268,6 +268,35 @@ fn all_keys_of_who_must_fit_and_one_of_each_list() {
     }));
 }
 
+/// A container chooses its users and groups.
+#[test]
+fn a_claim_is_no_user_of_the_host() {
+    let policy = parse(
+        r#"
+        [[allow]]
+        pools = ["rows"]
+        who = { user = 5 }
+        access = "read-write"
+        max-leases = 1
+
+        [[allow]]
+        pools = ["rows"]
+        who = { group = 7 }
+        access = "read-write"
+        "#,
+    )
+    .unwrap();
+    let decide = |peer: &Peer| policy.decide(&question(&policy, peer, "rows")).is_some();
+    let user = Peer { gid: 7, ..peer(5) };
+    assert!(decide(&user));
+    let claim = Peer {
+        claim: Some("pod".into()),
+        ..user
+    };
+    assert!(!decide(&claim));
+    assert!(claim.subjects().eq([Subject::Claim("pod".into())]));
+}
+
 #[test]
 fn an_error_names_file_line_and_key() {
     for (file, expected) in [
