@@ -59,7 +59,7 @@ queue = "30s"
 "#;
 
 /// Long enough for anything on a loaded machine: whoever waits for it has failed.
-const A_WHILE: Duration = Duration::from_secs(30);
+const A_WHILE: Duration = Duration::from_secs(60);
 /// In which clients come back.
 const RESUME: Duration = Duration::from_millis(500);
 const DIRECTORY: &str = "BARLEASED_TEST_DIRECTORY";

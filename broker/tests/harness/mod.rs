@@ -29,7 +29,7 @@ use rustix::process::Signal;
 pub(crate) const PAGE: u64 = 4096;
 
 /// Long enough for anything on a loaded machine: whoever waits for it has failed.
-pub(crate) const A_WHILE: Duration = Duration::from_secs(30);
+pub(crate) const A_WHILE: Duration = Duration::from_secs(60);
 const DIRECTORY: &str = "BARLEASED_TEST_DIRECTORY";
 const PAGES: &str = "BARLEASED_TEST_PAGES";
 
