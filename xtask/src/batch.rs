@@ -390,6 +390,20 @@ mod tests {
     }
 
     #[test]
+    fn an_end_that_was_not_heard_is_no_failure_where_the_guest_ended_well() {
+        let mut heard = heard(&[Some(0)]);
+        heard.line("\u{1}begins b");
+        heard.line("test result: ok. 1 passed; 0 failed; 0 ignored");
+        let names = NAMES.map(str::to_owned);
+        let (outcomes, rest) = judge(&names, &heard, &End::Code(0));
+        assert_eq!(outcomes.len(), 2);
+        assert!(outcomes.iter().all(|outcome| outcome.failure.is_none()));
+        assert_eq!(rest, ["c"]);
+        let (outcomes, _) = judge(&names, &heard, &End::Code(1));
+        assert!(outcomes[1].failure.is_some(), "{outcomes:?}");
+    }
+
+    #[test]
     fn after_one_that_fails_the_others_need_another_guest() {
         let (outcomes, rest) = judged(&[Some(0), Some(101)], End::Code(101));
         assert_eq!(outcomes, [(1, None), (2, failed("exit code 101"))]);
