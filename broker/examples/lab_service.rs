@@ -1,4 +1,4 @@
-//! What the lab runs in a guest with systemd as process 1: `barleased` from its units, on the real
+//! The lab runs this in a guest with systemd as process 1: `barleased` from its units, on the real
 //! kernel and device, and what happens to it. The rows are those of docs/service.md.
 //!
 //! `lab_service BDF FILES`: the device, which our module is loaded for, and the folder of

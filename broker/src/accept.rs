@@ -34,7 +34,7 @@ const MAX_CONNECTIONS: usize = 256;
 /// and of answers that are not read.
 const MAX_BYTES: usize = 64 << 20;
 
-/// What a user or a claim has of the daemon.
+/// The connections and bytes that a user or a claim has of the daemon.
 #[derive(Debug, Default)]
 pub(crate) struct Share {
     pub(crate) connections: usize,

@@ -88,7 +88,7 @@ pub(crate) fn message(parameters: &impl Serialize, continues: bool) -> Vec<u8> {
         parameters,
         continues,
     };
-    // What is told has no maps with keys that are not text.
+    // No answer has a map with keys that are not text.
     let mut bytes = serde_json::to_vec(&told).unwrap_or_default();
     bytes.push(0);
     bytes
@@ -338,7 +338,7 @@ impl Server<'_> {
             }
             "Resume" => {
                 let resume: proto::Resume = parameters(given)?;
-                // What is no secret is nobody's.
+                // A text that is no secret is nobody's.
                 let token = u128::from_str_radix(&resume.token, 16).unwrap_or(0);
                 self.service.give(Event::Resume {
                     connection: id,

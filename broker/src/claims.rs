@@ -1,6 +1,6 @@
 //! Claims: a directory for each, with a socket that speaks for it.
 //!
-//! What is mounted into a container is the directory, so that a socket that a restarted daemon
+//! The directory is mounted into a container, so that a socket that a restarted daemon
 //! makes there is the one that the container sees. The directories are what is known of claims:
 //! they are in `/run`, and end with the boot, as leases do.
 
@@ -44,7 +44,8 @@ impl Claims {
             io::Error::new(error.kind(), format!("{}: {error}", directory.display()))
         };
         fs::create_dir_all(&directory).map_err(said)?;
-        // Whoever reaches a socket has the claim: those that it is mounted for, and nobody else.
+        // A process that reaches a socket has the claim: those that it is mounted for, and nobody
+        // else.
         fs::set_permissions(&directory, Permissions::from_mode(0o700)).map_err(said)?;
         let mut claims = Self {
             directory: directory.clone(),
@@ -106,8 +107,8 @@ impl Claims {
     pub(crate) fn end(&mut self, name: &str) -> Option<UnixListener> {
         let listener = self.open.remove(name)?;
         let directory = self.directory_of(name);
-        // By another name first, which no daemon takes for a claim: a container may have put something
-        // into it that we cannot remove, and what it has mounted is this folder.
+        // By another name first, which no daemon takes for a claim: a container may have put
+        // something into it that we cannot remove, and what it has mounted is this folder.
         let number = fs::metadata(&directory).map_or(0, |folder| folder.ino());
         let ended = self.directory.join(format!(".ended-{name}-{number}"));
         let removed = fs::rename(&directory, &ended).and_then(|()| fs::remove_dir_all(&ended));

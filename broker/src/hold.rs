@@ -1,5 +1,5 @@
-//! Devices that the daemon has: listened to, left with the manager, and let go with the process that
-//! has handed one over.
+//! Devices that the daemon has: listened to, left with the manager, and let go with the process
+//! that has handed one over.
 
 use std::io;
 use std::sync::Arc;

@@ -1,9 +1,9 @@
 //! A parent for hosts without systemd: it keeps the descriptors of the daemon, its child, and
 //! starts it again when it has failed.
 //!
-//! It is the part of `sd_notify(3)` that the daemon uses: FDSTORE, FDSTOREREMOVE, BARRIER, READY and
-//! WATCHDOG. It reads nothing that comes from clients. What it keeps it hands to each child over
-//! the child's standard input, as a message for each descriptor, with the name.
+//! It is the part of `sd_notify(3)` that the daemon uses: FDSTORE, FDSTOREREMOVE, BARRIER, READY
+//! and WATCHDOG. It reads nothing that comes from clients. What it keeps it hands to each child
+//! over the child's standard input, as a message for each descriptor, with the name.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -147,8 +147,8 @@ enum Request {
     /// Have the daemon that runs reclaim all leases, with grace, and close all devices, so that
     /// nothing outlives it. `reload` opens them again.
     Drain,
-    /// Have the daemon that runs read its policy again. It fails, and says why, if the old one stays
-    /// in force.
+    /// Have the daemon that runs read its policy again. It fails, and says why, if the old one
+    /// stays in force.
     Reload,
 }
 
@@ -347,7 +347,8 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// Each client is a descriptor: as many as may be. A unit that forbids the call says itself how many.
+/// Each client is a descriptor: as many as may be. A unit that forbids the call says itself how
+/// many.
 fn raise_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(now, most)| match now < most {
         true => setrlimit(Resource::RLIMIT_NOFILE, most, most),

@@ -43,8 +43,7 @@ pub(crate) struct Binary {
 }
 
 /// As many guests as there are processors, and as fit into memory. Tests wait more than they compute,
-/// so more would be quicker; but where processors are short, the serial port of a guest that sleeps
-/// for real (`events`) was once silent afterwards.
+/// so more may be quicker: `--jobs`.
 pub(crate) fn jobs() -> usize {
     guests_of(MEMORY)
 }

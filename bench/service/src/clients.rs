@@ -26,7 +26,7 @@ use crate::daemon::PAGE;
 
 const CLIENTS: usize = 64;
 const IDLE: usize = 10_000;
-/// What the rate of 64 clients is held against.
+/// The baseline of the rate of 64 clients.
 const RATE: f64 = 10_000.0;
 
 pub(crate) fn take(quick: bool) -> Vec<Measure> {

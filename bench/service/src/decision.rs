@@ -1,4 +1,4 @@
-//! What the policy costs: a decision among many rules.
+//! The cost of the policy: a decision among many rules.
 
 use std::fmt::Write;
 use std::hint::black_box;
