@@ -12,14 +12,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use barlease_bench::report::{Clock, Report};
-use barlease_lab::emulator::{Accel, accel};
+use barlease_lab::emulator::Accel;
 use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Prepared, Request, prepare};
 use barlease_lab::report::seconds;
-use barlease_lab::vm::{Output, Run};
+use barlease_lab::run::{Output, Run, accel};
 use clap::{Args, ValueEnum};
 
-use crate::{KernelChoice, checkout, kmod};
+use crate::choice::KernelChoice;
+use crate::{checkout, kmod};
 
 #[derive(Args, Debug)]
 pub(crate) struct Options {

@@ -8,8 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::cache;
+use barlease_lab::programs::needs_libraries;
 use barlease_lab::report::Step;
-use barlease_lab::vm::needs_libraries;
 use clap_complete::Shell;
 use serde_json::Value;
 
