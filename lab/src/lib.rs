@@ -3,7 +3,7 @@
 //! The lab tests what users run: Debian's own unmodified kernels, with modules built by the
 //! compiler that built these kernels. Beside them are debug kernels, built here, that watch
 //! themselves. All of it comes as Debian packages and is unpacked into a cache folder; nothing is
-//! installed on the machine, and nothing needs root.
+//! installed on the host, and nothing needs root.
 //!
 //! The code is in three rooms, and each knows only those before it (`xtask/tests/imports.rs` holds
 //! them to that). Their public modules are here by their own names.
@@ -17,7 +17,7 @@
 //! | kernels | [`prepare`](prepare::prepare) | makes what is missing: tool chain, kernel, Rust overlay |
 //! | | [`kernel`] | an image and its modules |
 //! | | [`flavour`] | Debian's kernels for real time, for clouds, and for 64-bit ARM |
-//! | | [`debug`] | the kernels of the debug lane, and how they are built |
+//! | | [`debug`] | the debug kernels, and how they are built |
 //! | | [`kmod`] | builds the module of a checkout |
 //! | | [`selftests`] | the kernel's own tests of VFIO and IOMMUFD |
 //! | | [`litmus`] | tests of the order of memory, judged by the kernel's own model |
@@ -32,12 +32,12 @@
 //!
 //! # Why not virtme-ng
 //!
-//! [virtme-ng](https://github.com/arighi/virtme-ng) boots a kernel on the machine's own root file
+//! [virtme-ng](https://github.com/arighi/virtme-ng) boots a kernel on the host's own root file
 //! system. It was weighed against a small initramfs of our own, which was chosen because
 //!
 //! - virtme-ng shares that file system by 9p or virtiofs, which Debian's kernels have as modules
-//!   only; to boot an unmodified one it needs an initramfs with them, made by tools of the machine;
-//! - a guest must not depend on what else is installed on the developer's machine. Ours has
+//!   only; to boot an unmodified one it needs an initramfs with them, made by tools of the host;
+//! - a guest must not depend on what else is installed on the developer's host. Ours has
 //!   busybox, one script, and what is being tested, and is the same everywhere;
 //! - a kernel with everything in memory is up in about two seconds in plain software emulation;
 //! - it needs no Python, no root, and no daemon beside the emulator;

@@ -49,7 +49,7 @@ pub(crate) struct Options {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum ClockChoice {
-    /// Time; under emulation other work of this machine shows
+    /// Time; under emulation other work of the host shows
     Time,
     /// Instructions of the guest, always emulated; repeatable, and blind to what devices cost
     Instructions,

@@ -80,7 +80,7 @@ pub(crate) struct Exec {
     /// The folder for screenshots
     #[arg(long, value_name = "FOLDER")]
     screenshots: Option<PathBuf>,
-    /// The command. A path of this machine names a program that is copied into the guest; it must
+    /// The command. A path of the host names a program that is copied into the guest; it must
     /// be statically linked
     #[arg(last = true, required = true)]
     command: Vec<String>,
@@ -154,7 +154,7 @@ fn exec(options: &Exec) -> Result<ExitCode> {
     finish(&with_environment(run).command(command).run()?)
 }
 
-/// The program that a command's first word names on this machine, if it names one by a path.
+/// The program that a command's first word names on the host, if it names one by a path.
 fn program_to_copy(word: &str) -> Result<Option<PathBuf>> {
     let path = PathBuf::from(word);
     if !word.contains('/') || !path.is_file() {

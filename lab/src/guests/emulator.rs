@@ -1,4 +1,4 @@
-//! Which acceleration works here: tried once per boot of this machine, by booting a guest.
+//! Which acceleration works here: tried once per boot of the host, by booting a guest.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::packages::cache;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Accel {
-    /// By this machine's own, through `/dev/kvm`.
+    /// By the host's own, through `/dev/kvm`.
     Kvm,
     /// In software.
     Tcg,
@@ -23,7 +23,7 @@ pub enum Accel {
     /// on.
     Turns,
     /// In software, one processor at a time, with a clock that counts instructions: each takes a
-    /// nanosecond. What the guest measures does not depend on what else this machine does.
+    /// nanosecond. What the guest measures does not depend on what else the host does.
     Counting,
 }
 

@@ -64,7 +64,7 @@ impl<W: Write> Initramfs<W> {
         self.entry(name, content.as_ref(), mode, ModeFileType::Regular, (0, 0))
     }
 
-    /// Adds a copy of a file of the machine, with its permissions.
+    /// Adds a copy of a file of the host, with its permissions.
     pub(crate) fn copy(&mut self, name: &str, from: &Path) -> Result<()> {
         let read = || -> std::io::Result<_> {
             Ok((fs::read(from)?, fs::metadata(from)?.permissions().mode()))

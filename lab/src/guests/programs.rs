@@ -1,7 +1,7 @@
 //! Programs for guests of another architecture: cargo and a cross compiler, both in the tool chain.
 //!
 //! The checkout, cargo's home and the folder for build products are bound into the tool chain. What
-//! crates need is fetched by the machine's own cargo before: inside, nothing is downloaded.
+//! crates need is fetched by the host's own cargo before: inside, nothing is downloaded.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,7 +15,7 @@ const CHECKOUT: &str = "/work";
 const CARGO_HOME: &str = "/input";
 const TARGET: &str = "/home";
 
-/// The folders of this machine that cargo in the tool chain works on.
+/// The folders of the host that cargo in the tool chain works on.
 #[derive(Clone, Copy, Debug)]
 pub struct Folders<'a> {
     /// The checkout.
@@ -58,7 +58,7 @@ pub fn cargo(prepared: &Prepared, folders: Folders<'_>, inside: &str) -> Result<
     Ok(command)
 }
 
-/// The path on this machine of what cargo in the tool chain has named.
+/// The path on the host of what cargo in the tool chain has named.
 #[must_use]
 pub fn outside(prepared: &Prepared, folders: Folders<'_>, path: &Path) -> std::path::PathBuf {
     let target = folders.target.join(prepared.kernel.arch().name());

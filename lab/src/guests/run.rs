@@ -371,7 +371,7 @@ impl<'a> Run<'a> {
 }
 
 /// The acceleration to use here: `BARLEASE_ACCEL`, or what was found out by booting a guest, once
-/// after each start of this machine.
+/// after each start of the host.
 ///
 /// # Errors
 ///
@@ -379,7 +379,7 @@ impl<'a> Run<'a> {
 pub fn accel(prepared: &Prepared) -> Result<Accel> {
     emulator::accel(prepared, |accel, patience| {
         let step = Step::start(
-            "trying whether guests boot with KVM here (once after each start of this machine)",
+            "trying whether guests boot with KVM here (once after each start of the host)",
         );
         let run = Run::new(prepared, Machine::new(Vec::new()))
             .command(["true"])

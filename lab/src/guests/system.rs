@@ -170,7 +170,7 @@ impl Root {
     ///
     /// # Errors
     ///
-    /// When a package is unknown, cannot be downloaded or installed, or this machine lets us make
+    /// When a package is unknown, cannot be downloaded or installed, or this host lets us make
     /// no namespace.
     pub fn prepare(prepared: &Prepared, packages: &[&str]) -> Result<Self> {
         let cache = &prepared.cache;
@@ -248,9 +248,9 @@ impl Disk {
         }
     }
 
-    /// Runs a script in it without a guest, at the speed of this machine: in a chroot, as root,
+    /// Runs a script in it without a guest, at the speed of the host: in a chroot, as root,
     /// without systemd. What builds much is better done so where a guest is emulated. `/mnt` is a
-    /// folder of this machine; `uname -r` says the release of that kernel. Returns what the script
+    /// folder of the host; `uname -r` says the release of that kernel. Returns what the script
     /// said.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! The debug lane: kernels of the lab's own making, with everything on that watches a kernel.
+//! Debug kernels: kernels of the lab's own making, with everything on that watches a kernel.
 //!
 //! They are built from the same `linux-source` as Debian's newest kernel that can be used, in the
 //! same tool chain; clang and LLD are added, because KASAN and Rust, and KCSAN and Rust, go
@@ -31,7 +31,7 @@ use crate::packages::plan::{KernelPlan, Plan};
 use crate::packages::report::{Step, seconds};
 use crate::packages::sysroot::{Sysroot, logged, reason};
 
-/// The packages that the debug lane needs besides the tool chain.
+/// The packages that debug kernels need besides the tool chain.
 const TOOLS: &[&str] = &["clang", "lld", "llvm"];
 
 /// The checkers in a kernel of the lab's own making. KASAN and KCSAN exclude each other.
@@ -212,7 +212,7 @@ pub(crate) fn asked_for(kernel: &str) -> Option<(Watch, Option<&str>)> {
     })
 }
 
-/// A kernel of the debug lane that belongs to one of Debian's.
+/// A debug kernel that belongs to one of Debian's.
 pub(crate) struct Debug<'a> {
     pub(crate) cache: &'a Cache,
     pub(crate) plan: &'a Plan,

@@ -93,7 +93,7 @@ impl Kernel {
         }
     }
 
-    /// How many times longer than on Debian's kernels for this machine anything may take.
+    /// How many times longer than on Debian's kernels for the host's architecture anything may take.
     pub(crate) fn slowness(&self) -> u32 {
         match self.lane {
             Lane::Stock => 1,

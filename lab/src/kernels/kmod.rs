@@ -380,7 +380,7 @@ fn without_chatter(text: &str) -> String {
     text.lines().filter(chatter).collect::<Vec<_>>().join("\n")
 }
 
-/// Formats the module's Rust files with the machine's rustfmt, or says whether they are formatted.
+/// Formats the module's Rust files with the host's rustfmt, or says whether they are formatted.
 ///
 /// # Errors
 ///

@@ -1,7 +1,7 @@
 //! Makes everything that a module build and a guest need, once.
 //!
 //! Packages → sysroot (tool chain, emulator) → kernel (image, modules, headers) → Rust overlay; for
-//! the debug lane, sysroot → clang → kernel built from source. Each step has a stamp of what it was
+//! a debug kernel, sysroot → clang → kernel built from source. Each step has a stamp of what it was
 //! made from; a run begins at the first step whose stamp does not fit. When all fit, nothing is
 //! done and no network is touched.
 
@@ -352,7 +352,7 @@ impl Maker {
         eprintln!(
             "Barlease's lab needs a Debian tool chain, an emulator and a kernel with its source: about 700 MB to \
              download where nothing is there yet, 3 GB on disk while it works.\n  from  {mirror}\n  into  {}  (BARLEASE_CACHE chooses another place)\n\
-             Nothing is installed on this machine.",
+             Nothing is installed on this host.",
             self.cache.path("").display()
         );
         apt.update()?;

@@ -1,4 +1,4 @@
-//! A private apt: the machine's own mirror and proxy settings, other suites, nothing of the machine
+//! A private apt: the host's own mirror and proxy settings, other suites, nothing of the host
 //! changed.
 //!
 //! It has its own folder, its own sources and an empty dpkg status, so that `install
@@ -94,7 +94,7 @@ impl Apt {
         cache::write(&dir.join("etc/sources.list"), sources(&mirror, &keyring))?;
         let settings = command::output(
             Command::new("apt-config").arg("dump"),
-            "read the machine's apt settings",
+            "read the host's apt settings",
         )?;
         cache::write(
             &dir.join("apt.conf"),
@@ -334,7 +334,7 @@ fn configuration(dir: &Path, archives: &Path, arch: Arch, machine: &str) -> Stri
         arch = arch.name(),
         archives = archives.display(),
     );
-    // How the machine reaches its mirror: proxies, certificates, time-outs.
+    // How the host reaches its mirror: proxies, certificates, time-outs.
     for line in machine.lines() {
         if ["Acquire::http:", "Acquire::https:", "Acquire::ftp:"]
             .iter()
@@ -347,7 +347,7 @@ fn configuration(dir: &Path, archives: &Path, arch: Arch, machine: &str) -> Stri
     text
 }
 
-/// The mirror that the machine installs Debian from, or the one that `BARLEASE_MIRROR` names.
+/// The mirror that the host installs Debian from, or the one that `BARLEASE_MIRROR` names.
 fn mirror() -> Result<String> {
     if let Some(mirror) = std::env::var("BARLEASE_MIRROR")
         .ok()
@@ -357,10 +357,10 @@ fn mirror() -> Result<String> {
     }
     let text = command::output(
         Command::new("apt-get").args(["update", "--print-uris"]),
-        "read the machine's apt sources",
+        "read the host's apt sources",
     )?;
     choose_mirror(&text).context(
-        "the machine's apt sources name no Debian mirror: set BARLEASE_MIRROR to the URL of one \
+        "the host's apt sources name no Debian mirror: set BARLEASE_MIRROR to the URL of one \
          (the part before /dists)",
     )
 }

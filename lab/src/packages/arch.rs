@@ -1,4 +1,4 @@
-//! Architectures: all that differs between a guest of this machine's own and one of another
+//! Architectures: all that differs between a guest of the host's own and one of another
 //! machine's.
 //!
 //! The tool chain and the emulator run on amd64. A guest of another architecture gets its kernel
@@ -35,7 +35,7 @@ impl Arch {
         }
     }
 
-    /// Whether its programs run on this machine.
+    /// Whether its programs run on the host.
     #[must_use]
     pub fn is_native(self) -> bool {
         self == Self::Amd64

@@ -3,7 +3,7 @@
 //! Packages are unpacked without running their maintainer scripts, so making the tree needs no
 //! privileges. There are two ways to run what is in it:
 //!
-//! - [`Sysroot::program`]: through the tree's own dynamic loader, in the machine's file system.
+//! - [`Sysroot::program`]: through the tree's own dynamic loader, in the host's file system.
 //!   Good for anything that does not care where its files are; needs nothing at all.
 //! - [`Sysroot::enter`]: in a chroot with private mounts. Kernel builds need it, because the
 //!   headers packages name absolute paths. As root, or in a user namespace.
@@ -107,7 +107,7 @@ impl Sysroot {
         Ok(())
     }
 
-    /// A program of the tree, run in the machine's own file system.
+    /// A program of the tree, run in the host's own file system.
     #[must_use]
     pub fn program(&self, inside: &str) -> Command {
         let mut command = tied(self.path("usr/lib64/ld-linux-x86-64.so.2"));
@@ -118,11 +118,11 @@ impl Sysroot {
         command
     }
 
-    /// A command inside the tree, with folders of the machine bound at `/work` or `/input`.
+    /// A command inside the tree, with folders of the host bound at `/work` or `/input`.
     ///
     /// # Errors
     ///
-    /// When this machine lets us make no namespaces; the message says what to change.
+    /// When this host lets us make no namespaces; the message says what to change.
     pub fn enter(&self, binds: &[(&Path, &str)]) -> Result<Command> {
         let way = way_in()?;
         let mut command = tied(need("unshare", "util-linux")?);
@@ -201,7 +201,7 @@ fn refused(root: bool, error: &anyhow::Error) -> anyhow::Error {
         "user namespaces do not work here: run this as root"
     };
     anyhow!(
-        "modules are built in a chroot with private mounts, which this machine refuses: {remedy}\n{error:#}"
+        "modules are built in a chroot with private mounts, which this host refuses: {remedy}\n{error:#}"
     )
 }
 

@@ -75,7 +75,7 @@ pub(super) fn service() -> Result<Program> {
     Ok(program)
 }
 
-/// Flags of the compiler that keep paths of this machine out of what it makes.
+/// Flags of the compiler that keep paths of the host out of what it makes.
 pub(super) fn without_paths() -> [String; 2] {
     let cargo_home = match std::env::var_os("CARGO_HOME") {
         Some(home) => PathBuf::from(home),

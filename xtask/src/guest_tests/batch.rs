@@ -322,12 +322,12 @@ mod tests {
         ] {
             let batches = planned(jobs, speed);
             assert!(batches.is_sorted_by_key(|batch| Reverse(batch.cost(speed))));
-            let mut lanes = vec![0; jobs];
+            let mut ends = vec![0; jobs];
             for batch in &batches {
-                *lanes.iter_mut().min().unwrap() += batch.cost(speed);
+                *ends.iter_mut().min().unwrap() += batch.cost(speed);
             }
-            let (least, most) = (lanes.iter().min().unwrap(), lanes.iter().max().unwrap());
-            assert!(most - least <= most / 8, "{lanes:?}: {batches:?}");
+            let (least, most) = (ends.iter().min().unwrap(), ends.iter().max().unwrap());
+            assert!(most - least <= most / 8, "{ends:?}: {batches:?}");
             assert!(batches.len() <= 9 + 2 * jobs, "{batches:?}");
         }
     }

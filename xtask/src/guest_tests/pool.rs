@@ -18,7 +18,7 @@ use super::binary::{Binary, as_tests_run, has_tests};
 use crate::guest;
 use crate::steps::Count;
 
-/// The memory of this machine that the guest of a test takes, in MiB: 1 GiB of its own, and what
+/// The memory of the host that the guest of a test takes, in MiB: 1 GiB of its own, and what
 /// QEMU needs.
 const MEMORY: u32 = 2048;
 

@@ -99,7 +99,7 @@ const HUGE_PAGES: &[&str] = &[
     "hugepages=64",
 ];
 
-/// The memory of this machine that such a guest takes, in MiB.
+/// The memory of the host that such a guest takes, in MiB.
 const HOST_MEMORY: u32 = MEMORY + 1024;
 
 /// Runs what `run DEVICE PROGRAM ARGUMENT…` says in the lines after it.

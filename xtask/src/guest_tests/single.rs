@@ -39,7 +39,7 @@ pub(crate) fn one(file: &Path, arguments: &[String]) -> Result<ExitCode> {
     if applies::refusal(arch, &name).is_some() {
         return Ok(ExitCode::SUCCESS);
     }
-    // Cargo has built it for this machine.
+    // Cargo has built it for the host.
     let binary = if arch.is_native() {
         file.to_owned()
     } else {
