@@ -625,7 +625,6 @@ fn has_iommu(container: BorrowedFd<'_>, model: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
     use crate::fake::FakeIommu;
 
