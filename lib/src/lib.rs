@@ -238,21 +238,7 @@ pub use types::Reasons;
 pub use types::State;
 pub use types::Status;
 
-/// The examples of README and tutorial compile.
+/// The examples of the crate's README compile.
 #[cfg(doctest)]
-mod examples {
-    #[doc = include_str!("../../README.md")]
-    struct Readme;
-
-    #[doc = include_str!("../README.md")]
-    struct CrateReadme;
-
-    #[doc = include_str!("../../docs/tutorial.md")]
-    struct Tutorial;
-
-    #[doc = include_str!("../../docs/driver.md")]
-    struct Driver;
-
-    #[doc = include_str!("../../docs/vmm.md")]
-    struct Vmm;
-}
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustix::io::FdFlags;
+use command_fds::{CommandFdExt, FdMapping};
 
 use crate::guests::control::{Control, Progress};
 use crate::guests::emulator::{Accel, comma_safe};
@@ -24,6 +24,9 @@ use crate::guests::terminal::RawTerminal;
 use crate::kernels::prepare::Prepared;
 use crate::packages::arch::Arch;
 use crate::packages::command;
+
+/// QEMU's names of its sockets, and the descriptors that it has them as.
+const SOCKETS: [(&str, RawFd); 3] = [("payload", 3), ("control", 4), ("monitor", 5)];
 
 /// How long a guest may take until its init starts, on a kernel of Debian's; twice that on a debug
 /// kernel, which takes 20 s. Of some hundred guests an emulated one stands still while it brings up
@@ -152,8 +155,19 @@ impl Guest<'_> {
         let (control, control_end) = pair()?;
         let (monitor, monitor_end) = pair()?;
         let errors = fs::File::create(self.emulator_log())?;
-        let child = self
-            .emulator(&payload_end, &control_end, &monitor_end)
+        let mut emulator = self.emulator();
+        // No other child of this process gets them, be it started at the same time: a socket ends
+        // when the last process that has it does.
+        let ends = [payload_end, control_end, monitor_end];
+        let mappings = SOCKETS.iter().zip(ends);
+        let mappings = mappings.map(|((_, child_fd), parent_fd)| FdMapping {
+            parent_fd,
+            child_fd: *child_fd,
+        });
+        emulator
+            .fd_mappings(mappings.collect())
+            .context("give QEMU its sockets")?;
+        let child = emulator
             .args(served.arguments(self.machine))
             .stdin(Stdio::null())
             .stdout(errors.try_clone()?)
@@ -170,7 +184,7 @@ impl Guest<'_> {
         ))
     }
 
-    fn emulator(&self, payload: &OwnedFd, control: &OwnedFd, monitor: &OwnedFd) -> Command {
+    fn emulator(&self) -> Command {
         let sysroot = &self.prepared.sysroot;
         let arch = self.prepared.kernel.arch();
         let mut command = sysroot.program(arch.emulator());
@@ -207,12 +221,8 @@ impl Guest<'_> {
             "-chardev",
             &format!("file,id=console,path={}", comma_safe(&self.log())),
         ]);
-        for (id, fd) in [
-            ("payload", payload),
-            ("control", control),
-            ("monitor", monitor),
-        ] {
-            command.args(["-chardev", &format!("socket,id={id},fd={}", fd.as_raw_fd())]);
+        for (id, fd) in SOCKETS {
+            command.args(["-chardev", &format!("socket,id={id},fd={fd}")]);
         }
         command.args(["-object", "monitor-qmp,id=qmp,chardev=monitor"]);
         command.args(arch.serial_ports());
@@ -349,12 +359,10 @@ fn command_line(machine: &Machine, arch: Arch) -> String {
     words.join(" ")
 }
 
-/// A socket for us, and its other end for QEMU to inherit.
+/// A socket for us, and its other end for QEMU.
 fn pair() -> Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair().context("make a socket pair")?;
-    let theirs = OwnedFd::from(theirs);
-    rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).context("let QEMU inherit a socket")?;
-    Ok((ours, theirs))
+    Ok((ours, theirs.into()))
 }
 
 #[cfg(test)]
