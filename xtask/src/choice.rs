@@ -19,6 +19,7 @@ pub(crate) struct KernelChoice {
     pub(crate) kernel: Option<String>,
 }
 
+/// Which kernel, on which machine.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct MachineChoice {
     #[command(flatten)]

@@ -152,7 +152,7 @@ fn folder() -> PathBuf {
     checkout::target().join("dist")
 }
 
-/// What packages are made into.
+/// The place and date of the packages to make.
 #[derive(Clone, Debug)]
 struct Maker {
     out: PathBuf,
@@ -177,7 +177,7 @@ impl Maker {
     }
 }
 
-/// What packages are made of, as far as it takes a build.
+/// The parts of packages that take a build.
 struct Built {
     command: Option<command::Built>,
     service: Option<command::Program>,

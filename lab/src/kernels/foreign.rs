@@ -2,7 +2,7 @@
 //!
 //! Their headers cannot be used here: the programs in them (`modpost`, the procedural macros) are
 //! the other machine's. So what modules are built against is made from `linux-source`, with the
-//! configuration and the symbols of the headers package. The guard of the [overlay](crate::kernels::overlay)
+//! configuration and the symbols of the headers package. The guard of the [overlay](super::overlay)
 //! holds here, too: what the rebuilt `rust/` exports is what the kernel does.
 //!
 //! | path | what |
@@ -78,12 +78,12 @@ impl Foreign<'_> {
         self.cache.path("kernels").join(&self.kernel.release)
     }
 
-    /// What modules are built against.
+    /// The tree that modules are built against.
     pub(crate) fn tree(&self) -> PathBuf {
         self.folder().join("build")
     }
 
-    /// What says what it was made from.
+    /// The file that says what it was made from.
     pub(crate) fn stamp_file(&self) -> PathBuf {
         self.folder().join("stamp.json")
     }

@@ -1,7 +1,7 @@
 //! A build from a kernel's source, as Debian packages it.
 //!
 //! The package is unpacked into a folder of the cache, which is `/work` in the tool chain; the
-//! source is in `/work/src`. What was done is kept when the build is interrupted: Kbuild trusts no
+//! source is in `/work/src`. The work is kept when the build is interrupted: Kbuild trusts no
 //! file whose command it has not noted as done.
 
 use std::fs;

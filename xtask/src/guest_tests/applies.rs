@@ -8,7 +8,7 @@ pub(crate) struct LeftOut {
     arch: Arch,
     /// The file in `guest-tests/tests/` without `.rs`.
     pub(crate) binary: &'static str,
-    /// What names of its tests have in them; all of them when empty.
+    /// Parts of the names of its tests; all of them when empty.
     pub(crate) tests: &'static [&'static str],
     pub(crate) why: &'static str,
 }
@@ -39,7 +39,7 @@ const LIST: &[LeftOut] = &[
     },
 ];
 
-/// What is left out of a binary.
+/// The tests that are left out of a binary.
 pub(crate) fn left_out(arch: Arch, binary: &str) -> impl Iterator<Item = &'static LeftOut> {
     LIST.iter()
         .filter(move |it| it.arch == arch && it.binary == binary)

@@ -1,5 +1,5 @@
 //! `cargo xtask selftests`: the kernel's own tests of VFIO and IOMMUFD, with the stock driver and
-//! with ours. What passes with the one passes with the other.
+//! with ours. A test that passes with the one passes with the other.
 
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
