@@ -30,6 +30,7 @@ mod modules;
 mod programs;
 mod source;
 mod stage;
+mod tarball;
 mod verify;
 
 use std::fs;
@@ -226,7 +227,7 @@ impl Built {
             What::Overlay => modules::overlay(maker, self.prepared()?)?,
             What::Library => return programs::library(maker),
             What::Source => return source::source(maker),
-            What::Tarball => contents::tarball(maker, self.command()?)?,
+            What::Tarball => tarball::make(maker, self.command()?)?,
         };
         Ok(vec![made])
     }

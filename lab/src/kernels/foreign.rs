@@ -19,7 +19,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use crate::kernels::kernel::Kernel;
 use crate::kernels::overlay;
 use crate::kernels::source::SourceBuild;
 use crate::packages::apt::{Apt, Package};
@@ -94,12 +93,12 @@ impl Foreign<'_> {
         self.sysroot.path(name)
     }
 
-    /// The kernel, when it is complete.
-    pub(crate) fn ready(&self) -> Option<Kernel> {
+    /// The kernel's folder, when it is complete.
+    pub(crate) fn ready(&self) -> Option<PathBuf> {
         let added = self.tools().added()?;
         let complete = self.stamp(&added).fits(&self.stamp_file())
             && self.library().fits(&self.library_stamp());
-        complete.then(|| Kernel::foreign(self.folder(), &self.kernel.release, self.arch))
+        complete.then(|| self.folder())
     }
 
     /// Makes what is missing; `theirs` has the packages of that architecture.
