@@ -6,6 +6,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::process::Command;
+use std::sync::Mutex;
 
 use common::{Drawing, drawing, source, top};
 
@@ -66,6 +67,9 @@ fn lines(all: &Drawing) -> Vec<String> {
 
 /// Compares the block after `mark`, or writes it.
 fn compare(mark: &str, lines: &[String]) {
+    // Tests run side by side, and both drawings are in one page.
+    static PAGE_IS_WRITTEN: Mutex<()> = Mutex::new(());
+    let _turn = PAGE_IS_WRITTEN.lock();
     let path = top().join(PAGE);
     let page = fs::read_to_string(&path).unwrap();
     let begin = format!("<!-- {mark} -->\n```text\n");
