@@ -81,10 +81,10 @@ fn compare(mark: &str, lines: &[String]) {
         fs::write(&path, page).unwrap();
         return;
     }
-    assert_eq!(
-        &page[at..end],
-        drawn,
-        "{PAGE} draws the {mark} otherwise (left) than they are; BARLEASE_DRAW=1 writes them"
+    assert!(
+        page[at..end] == drawn,
+        "{PAGE} draws the {mark} otherwise than they are. \
+         `BARLEASE_DRAW=1 cargo test -p xtask --test drawings` writes them:\n{drawn}"
     );
 }
 
