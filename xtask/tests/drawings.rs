@@ -1,5 +1,5 @@
-//! The drawings of `docs/overview.md`, compared with the code. Those of crates and rooms are written
-//! by these tests when `BARLEASE_DRAW` is set.
+//! The drawings of `docs/overview.md`, compared with the code. Those of crates and rooms are
+//! written by these tests when `BARLEASE_DRAW` is set.
 
 mod common;
 

@@ -55,7 +55,8 @@ impl Watch {
         }
     }
 
-    /// The name of the kernel that is built from the source of one of Debian's, such as `debug-7.3`.
+    /// The name of the kernel that is built from the source of one of Debian's, such as
+    /// `debug-7.3`.
     #[must_use]
     pub fn kernel_name(self, of: &KernelPlan) -> String {
         of.source.name.replacen("linux-source", self.name(), 1)

@@ -1,6 +1,6 @@
 //! Config space: registers by width, capabilities, and those that a driver needs typed.
 //!
-//! What config space says is not believed: every chain ends, and every offset is checked.
+//! Config space is not believed: every chain ends, and every offset is checked.
 
 mod typed;
 
@@ -517,7 +517,7 @@ fn walk(
             return Ok(None);
         }
         let [id, next] = read(at)?;
-        // What a device that is gone answers.
+        // A device that is gone answers this.
         if (id, next) == (0xff, 0xff) {
             return Ok(None);
         }

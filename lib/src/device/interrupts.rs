@@ -36,8 +36,8 @@ pub enum InterruptKind {
     Msix,
     /// The device has reported an error that is not recovered from.
     Error,
-    /// Somebody wants the device back: it is being unbound, or taken out. Whoever owns it should
-    /// close it soon; the one who asks waits for that.
+    /// Somebody wants the device back: it is being unbound, or taken out. Its owner should close
+    /// it soon; the process that asks waits for that.
     Request,
 }
 
