@@ -1,6 +1,7 @@
 //! One boot: starts the emulator, waits for the guest's end or brings it about, and judges it.
 
 use std::fs;
+use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use crate::guests::control::{Control, Progress};
 use crate::guests::emulator::{Accel, comma_safe};
 use crate::guests::machine::Machine;
 use crate::guests::outcome::{Failure, Outcome, TAIL, remarks, since_init};
-use crate::guests::output::{Output, copy_output};
+use crate::guests::output::{Copied, Output, copy_output};
 use crate::guests::served::{self, Served};
 use crate::guests::splat::{self, INIT_STARTED};
 use crate::guests::terminal::RawTerminal;
@@ -74,6 +75,7 @@ impl Guest<'_> {
     pub(crate) fn boot(&self, output: &mut Output) -> Result<Outcome> {
         let started = Instant::now();
         let served = Served::start(self.machine, self.folder)?;
+        let log = fs::File::create(self.folder.join("payload.log"))?;
         let (mut child, sockets) = self.start(&served)?;
         let progress = Mutex::new(Progress::default());
         let control = Control {
@@ -91,21 +93,50 @@ impl Guest<'_> {
             None
         };
         let captured = thread::scope(|scope| -> Result<_> {
-            let copy = scope.spawn(|| copy_output(&sockets.payload, output));
+            let copy = scope.spawn(|| copy_output(&sockets.payload, output, log));
             scope.spawn(|| control.serve());
             let waited = self.wait(&mut child, &progress, started);
             if waited.is_err() {
                 let _ = child.kill();
                 let _ = child.wait();
             }
-            let captured = copy.join().unwrap_or_default();
-            waited.map(|end| (captured, end))
+            let gone = Instant::now();
+            let copied = copy.join();
+            if let Ok(copied) = &copied {
+                self.note_early_end(copied, gone);
+            }
+            waited.map(|end| {
+                (
+                    copied.map_or_else(|_| Vec::new(), |copied| copied.captured),
+                    end,
+                )
+            })
         });
         drop(terminal);
         let (output, end) = captured?;
         let progress =
             std::mem::take(&mut *progress.lock().unwrap_or_else(PoisonError::into_inner));
         self.judge(progress, output, end, started)
+    }
+
+    /// Says in the emulator's log that the command's port was closed while the guest ran: what the
+    /// guest wrote to it from then on is lost.
+    fn note_early_end(&self, copied: &Copied, gone: Instant) {
+        let early = gone.saturating_duration_since(copied.at);
+        if early < Duration::from_secs(1) {
+            return;
+        }
+        let how = match &copied.end {
+            Ok(_) => "the emulator closed it".to_owned(),
+            Err(error) => format!("reading it failed: {error}"),
+        };
+        let note =
+            format!("barlease-lab: the command's port ended {early:.1?} before the guest: {how}");
+        eprintln!("{note}");
+        let log = fs::OpenOptions::new()
+            .append(true)
+            .open(self.emulator_log());
+        let _ = log.and_then(|mut log| writeln!(log, "{note}"));
     }
 
     fn log(&self) -> PathBuf {
