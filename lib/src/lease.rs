@@ -32,7 +32,7 @@ pub const MAX_NAME: usize = 31;
 /// Environment variable that names the descriptor of a lease passed to a child process.
 pub const FD_VARIABLE: &str = "BARLEASE_FD";
 
-/// What a lease is of, as its owner said.
+/// The device and the ranges of a lease, as its owner said.
 ///
 /// It travels with a lease that is [sent](Lease::send). A holder has nothing but the owner's word
 /// for it, except for `size` and `writable`, which are those of the file descriptor.
@@ -190,7 +190,7 @@ impl Lease {
         self.writable
     }
 
-    /// What it is of, if it was exported here or received with that information.
+    /// Its device and ranges, if it was exported here or received with that information.
     #[must_use]
     pub fn info(&self) -> Option<LeaseInfo> {
         let mut info = self.info.clone()?;

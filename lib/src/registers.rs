@@ -20,7 +20,7 @@ use crate::Value;
 use crate::Window;
 use crate::error::Object;
 
-/// What a register holds: a number, or a type of yours that is made of one.
+/// The content of a register: a number, or a type of yours that is made of one.
 ///
 /// The bits are those of the device, which is little-endian as PCI has it; values are in the byte
 /// order of the CPU.

@@ -153,7 +153,7 @@ impl ExtendedCapability {
     pub const PASID: u16 = 0x1b;
 }
 
-/// What a function says that it is.
+/// The identity of a function, as it says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Identity {
@@ -310,7 +310,7 @@ impl<'fd> ConfigSpace<'fd> {
         self.write(offset, &value.to_le_bytes())
     }
 
-    /// What the function says that it is.
+    /// The identity of the function, as it says it.
     ///
     /// Errors: [`Error::Io`].
     pub fn identity(&self) -> Result<Identity> {
