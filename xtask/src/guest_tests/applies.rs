@@ -39,7 +39,7 @@ const LIST: &[LeftOut] = &[
     },
 ];
 
-/// The tests that are left out of a binary.
+/// What is left out of a binary.
 pub(crate) fn left_out(arch: Arch, binary: &str) -> impl Iterator<Item = &'static LeftOut> {
     LIST.iter()
         .filter(move |it| it.arch == arch && it.binary == binary)
