@@ -2,7 +2,7 @@
 //! lives.
 #![cfg(barlease_guest)]
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use barlease_abi::REASON_MEMORY_OFF;
 use barlease_guest_tests::{
