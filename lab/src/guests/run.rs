@@ -17,9 +17,9 @@
 //! # }
 //! ```
 //!
-//! A run fails, whatever the command said, when the kernel's log has a [splat](super::splat), when the guest ends
-//! without a verdict, or when it takes too long. The log is kept and its path is part of the
-//! failure.
+//! A run fails, whatever the command said, when the kernel's log has a [splat](super::splat), when
+//! the guest ends without a verdict, or when it takes too long. The log is kept and its path is
+//! part of the failure.
 
 use std::fs;
 use std::io::{BufWriter, Write};

@@ -134,7 +134,7 @@ umount "$root"
 exit $code
 "#;
 
-/// What the guest runs once it is up.
+/// The script that the guest runs once it is up.
 pub(crate) const AGENT: &str = include_str!("agent.sh");
 
 /// The modules that the kernel needs to have its root on the disk; virtio for PCI is built into it.
@@ -149,7 +149,7 @@ const SETUP: &str = include_str!("system.sh");
 #[derive(Clone, Debug)]
 pub struct Root {
     image: PathBuf,
-    /// What its packages were resolved from, and what that gave.
+    /// The names that its packages were resolved from, and the result.
     asked: Vec<String>,
     packages: Vec<Package>,
 }

@@ -93,7 +93,8 @@ impl Kernel {
         }
     }
 
-    /// How many times longer than on Debian's kernels for the host's architecture anything may take.
+    /// How many times longer than on Debian's kernels for the host's architecture anything may
+    /// take.
     pub(crate) fn slowness(&self) -> u32 {
         match self.lane {
             Lane::Stock => 1,

@@ -195,7 +195,7 @@ fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
             arch: wanted.flavour.arch(),
         };
         return Some(Ready {
-            kernel: foreign.ready()?,
+            kernel: Kernel::foreign(foreign.ready()?, &kernel.release, foreign.arch),
             overlay: foreign.tree(),
             stamp: foreign.stamp_file(),
             rustc: plan.rustc.clone(),
@@ -211,7 +211,7 @@ fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
             watch,
         };
         return Some(Ready {
-            kernel: debug.ready()?,
+            kernel: Kernel::debug(debug.folder(), &debug.name(), &debug.ready()?, watch),
             overlay: debug.tree(),
             stamp: debug.stamp_file(),
             rustc: plan.rustc.clone(),

@@ -50,7 +50,7 @@ pub struct IovaRange {
     pub last: u64,
 }
 
-/// What devices may do with memory that is mapped for them.
+/// The access that devices have to memory that is mapped for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DmaAccess {
@@ -133,8 +133,8 @@ impl Drop for Inner {
             ours: true,
         } = &self.kind
         {
-            // Another process may have the iommufd. What is in use, by a device that somebody else
-            // still has, is busy and stays.
+            // Another process may have the iommufd. An address space
+            // that a device of somebody else still uses is busy and stays.
             let _ = ioctl::iommufd_destroy(fd.as_fd(), *ioas);
         }
     }
@@ -368,7 +368,7 @@ impl Iommu {
         Ok(self.limits()?.ranges)
     }
 
-    /// What addresses and lengths must be multiples of, in bytes.
+    /// Addresses and lengths must be multiples of this, in bytes.
     ///
     /// Errors: as for [`Iommu::allowed_ranges`].
     pub fn page_size(&self) -> Result<u64> {
@@ -424,8 +424,8 @@ impl Iommu {
     /// Devices write to the file as other processes do that have mapped it.
     ///
     /// Errors: [`Error::Invalid`], [`Error::Busy`] (something is mapped at `iova`),
-    /// [`Error::ReadOnly`] (devices may write, and this process may not: the file is open for reading
-    /// only, or sealed), [`Error::Unsupported`] (no IOMMU, or no such file can be mapped);
+    /// [`Error::ReadOnly`] (devices may write, and this process may not: the file is open for
+    /// reading only, or sealed), [`Error::Unsupported`] (no IOMMU, or no such file can be mapped);
     /// [`Error::Io`] (`ENOMEM`: over the limit of locked memory, or no addresses left).
     pub fn map_file(
         &self,
