@@ -105,3 +105,5 @@ mod terminal;
 pub mod version;
 #[cfg(feature = "host")]
 pub mod vm;
+#[cfg(feature = "host")]
+pub mod without;

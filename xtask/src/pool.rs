@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result, bail};
+use barlease_lab::debug::Watch;
 use barlease_lab::prepare::Prepared;
 use barlease_lab::series::{Listener, Part};
 use barlease_lab::vm::{Failure, Output, Run};
@@ -130,8 +131,8 @@ impl Pool<'_> {
             .filter(|name| applies::refusal(arch, name).is_none())
             .collect();
         let speed = match self.prepared.kernel.watches() {
-            None => Speed::Stock,
-            Some(_) => Speed::Watched,
+            None | Some(Watch::Nothing(_)) => Speed::Stock,
+            Some(Watch::Memory | Watch::Races) => Speed::Watched,
         };
         self.run_batches(plan(&names, self.jobs, speed))
     }
