@@ -135,7 +135,10 @@ fn by_the_iommu(device: &Device, importer: &Importer) {
         assert_ne!(entries[0].address, bar + page_size(), "{entries:?}");
         let last = 2 * page_size() - 4;
         for offset in [0, last] {
-            assert_eq!(attachment.translate(offset), Some(bar + page_size() + offset));
+            assert_eq!(
+                attachment.translate(offset),
+                Some(bar + page_size() + offset)
+            );
         }
         map.write(last, 0x5eed).unwrap();
         attachment.copy(last, 0, 4).unwrap();
@@ -152,7 +155,12 @@ fn by_the_iommu(device: &Device, importer: &Importer) {
 /// Else the tests below show nothing.
 #[test]
 fn a_the_ports_are_what_the_machine_says() {
-    let has_acs = |name| Function::named(name).port().extended_capability(ACS).is_some();
+    let has_acs = |name| {
+        Function::named(name)
+            .port()
+            .extended_capability(ACS)
+            .is_some()
+    };
     assert!(!has_acs("memory") && !has_acs(EDU));
     assert!(has_acs(ISOLATED) && has_acs("apart"));
     let group = |name| Function::named(name).group();

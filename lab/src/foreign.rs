@@ -228,7 +228,9 @@ impl Foreign<'_> {
     /// Headers first, then what the kernel's folder has.
     fn packages(&self) -> impl Iterator<Item = &Package> {
         let headers = self.kernel.headers.iter().take(1);
-        headers.chain(&self.kernel.image).chain(busybox(self.kernel))
+        headers
+            .chain(&self.kernel.image)
+            .chain(busybox(self.kernel))
     }
 
     fn library(&self) -> Stamp {

@@ -461,10 +461,7 @@ fn switch() -> Vec<Device> {
             "bus=down1,addr=00.0",
         ),
         edu_at("0000:04:00.0", "bus=down2,addr=00.0"),
-        port(
-            "down3",
-            "pcie-root-port,bus=up,addr=02,chassis=23,slot=23",
-        ),
+        port("down3", "pcie-root-port,bus=up,addr=02,chassis=23,slot=23"),
         Device::new(
             "isolated",
             "0000:05:00.0",

@@ -93,13 +93,7 @@ impl Without {
             Self::PeerToPeer => &["PCI_P2PDMA", "VFIO_PCI_DMABUF"],
             Self::PowerManagement => &["PM", "PM_SLEEP", "SUSPEND"],
             Self::Sleep => &["PM_SLEEP", "SUSPEND"],
-            Self::All => &[
-                "PCI_P2PDMA",
-                "VFIO_PCI_DMABUF",
-                "PM",
-                "PM_SLEEP",
-                "SUSPEND",
-            ],
+            Self::All => &["PCI_P2PDMA", "VFIO_PCI_DMABUF", "PM", "PM_SLEEP", "SUSPEND"],
             Self::SmallPages => &[],
         }
     }

@@ -311,13 +311,13 @@ fn test(options: &Test) -> Result<ExitCode> {
         },
     };
     let prepared = choice.prepare()?;
-    let arch = prepared.kernel.arch();
-    eprint!("{}", applies::remarks(arch, &[&name]));
-    if applies::refusal(arch, &name).is_some() {
+    let lacks = applies::lacks(&prepared.kernel);
+    eprint!("{}", applies::remarks(&lacks, &[&name]));
+    if applies::refusal(&lacks, &name).is_some() {
         return Ok(ExitCode::SUCCESS);
     }
     // Cargo has built it for this machine.
-    let binary = if arch.is_native() {
+    let binary = if prepared.kernel.arch().is_native() {
         options.binary.clone()
     } else {
         pool::binary_called(&prepared, &name)?
@@ -331,7 +331,7 @@ fn test(options: &Test) -> Result<ExitCode> {
         [place]
             .into_iter()
             .chain(options.arguments.iter().cloned())
-            .chain(applies::arguments(arch, &name)),
+            .chain(applies::arguments(&lacks, &name)),
     );
     finish(&run.run()?)
 }
