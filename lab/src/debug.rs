@@ -294,8 +294,7 @@ impl Debug<'_> {
         Some(Kernel::debug(self.folder(), &name, release, self.watch))
     }
 
-    /// Makes what is missing.
-    /// `theirs` has the packages of the kernel's architecture.
+    /// Makes what is missing; `theirs` has the packages of the kernel's architecture.
     pub(crate) fn make(&self, apt: &Apt, theirs: &Apt) -> Result<()> {
         let added = self.tools().add(apt)?;
         if self.stamp(&added).fits(&self.stamp_file()) {
