@@ -42,7 +42,8 @@ use barlease_lab::prepare::{Prepared, Request, prepare};
 use barlease_lab::report::{megabytes, seconds};
 use clap::{Args, ValueEnum};
 
-use crate::{KernelChoice, checkout};
+use crate::checkout;
+use crate::choice::KernelChoice;
 
 /// The version of everything in the workspace.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
