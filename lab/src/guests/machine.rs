@@ -435,7 +435,7 @@ fn bridges() -> Vec<Device> {
     ]
 }
 
-/// QEMU's downstream ports have no ACS, so what is below them is one IOMMU group. Its root ports have
+/// QEMU's downstream ports have no ACS: they send from one to the other. Its root ports have
 /// it, and do as well below an upstream port: the kernel goes by the capability.
 fn switch() -> Vec<Device> {
     let port = |name: &str, device: &str| Device {
