@@ -12,3 +12,4 @@ mod overlay;
 pub mod prepare;
 pub mod selftests;
 mod source;
+pub mod without;

@@ -17,7 +17,8 @@
 //! | kernels | [`prepare`](prepare::prepare) | makes what is missing: tool chain, kernel, Rust overlay |
 //! | | [`kernel`] | an image and its modules |
 //! | | [`flavour`] | Debian's kernels for real time, for clouds, and for 64-bit ARM |
-//! | | [`debug`] | the debug kernels, and how they are built |
+//! | | [`debug`] | kernels of the lab's own making, and how they are built |
+//! | | [`without`] | which of these lack something that all of Debian's have |
 //! | | [`kmod`] | builds the module of a checkout |
 //! | | [`selftests`] | the kernel's own tests of VFIO and IOMMUFD |
 //! | | [`litmus`] | tests of the order of memory, judged by the kernel's own model |
@@ -57,6 +58,6 @@ pub use guests::guest;
 #[cfg(feature = "host")]
 pub use guests::{emulator, machine, programs, run, series, splat, system};
 #[cfg(feature = "host")]
-pub use kernels::{debug, flavour, kernel, kmod, litmus, prepare, selftests};
+pub use kernels::{debug, flavour, kernel, kmod, litmus, prepare, selftests, without};
 #[cfg(feature = "host")]
 pub use packages::{arch, cache, plan, report, sysroot, version};

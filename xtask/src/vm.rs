@@ -246,7 +246,7 @@ fn list(json: bool) -> Result<ExitCode> {
             for (name, watch, ready) in debug_kernels(&cache, Some(plan)) {
                 let ready = if ready { ", ready" } else { "" };
                 println!(
-                    "  {name} (built here, with {}): can be used{ready}",
+                    "  {name} (built here, {}): can be used{ready}",
                     watch.means()
                 );
             }
@@ -266,7 +266,8 @@ fn list(json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The debug kernels from the newest source: name, what it watches, and whether it is ready.
+/// The lab's own kernels from the newest source: name, what it watches or lacks, and whether it is
+/// ready.
 fn debug_kernels(cache: &Cache, plan: Option<&Plan>) -> Vec<(String, Watch, bool)> {
     let newest = plan.and_then(|plan| Some((plan, plan.kernel(None).ok()?)));
     let Some((plan, kernel)) = newest else {

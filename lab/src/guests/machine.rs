@@ -189,7 +189,7 @@ pub enum Preset {
     /// Two host bridges: devices with memory behind one of them, the importer behind the other; and
     /// a VGA adapter.
     Bridges,
-    /// A switch with a device with memory and the importer below it, and another such device apart.
+    /// A switch with a device with memory and two importers below it, and another such device apart.
     Switch,
 }
 
@@ -269,6 +269,7 @@ impl Preset {
             "nopat" => Self::NoPat,
             "fault_injection" => Self::Tracked,
             "p2p_route" | "vga" => Self::Bridges,
+            "p2p_switch" => Self::Switch,
             _ => Self::Full,
         }
     }
@@ -434,7 +435,8 @@ fn bridges() -> Vec<Device> {
     ]
 }
 
-/// QEMU's ports have no ACS, so what is below them is one IOMMU group.
+/// QEMU's downstream ports have no ACS: they send from one to the other. Its root ports have
+/// it, and do as well below an upstream port: the kernel goes by the capability.
 fn switch() -> Vec<Device> {
     let port = |name: &str, device: &str| Device {
         bdf: None,
@@ -459,10 +461,17 @@ fn switch() -> Vec<Device> {
             "bus=down1,addr=00.0",
         ),
         edu_at("0000:04:00.0", "bus=down2,addr=00.0"),
+        port("down3", "pcie-root-port,bus=up,addr=02,chassis=23,slot=23"),
+        Device::new(
+            "isolated",
+            "0000:05:00.0",
+            "edu: a DMA engine, 32 bits; behind a port of the switch that has ACS",
+            "edu,bus=down3,addr=00.0,dma_mask=0xffffffff",
+        ),
         Device::root_port("rp2", 4),
         Device::memory(
             "apart",
-            "0000:05:00.0",
+            "0000:06:00.0",
             "ivshmem: BAR2 is 64 MiB of memory; not behind the switch",
             64,
             "bus=rp2,addr=00.0",

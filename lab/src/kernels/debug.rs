@@ -1,4 +1,5 @@
-//! Debug kernels: kernels of the lab's own making, with everything on that watches a kernel.
+//! Kernels of the lab's own making: debug kernels, with everything on that watches a kernel, and
+//! kernels [without something](super::without) that all of Debian's have.
 //!
 //! They are built from the same `linux-source` as Debian's newest kernel that can be used, in the
 //! same tool chain; clang and LLD are added, because KASAN and Rust, and KCSAN and Rust, go
@@ -22,8 +23,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::kernels::foreign;
 use crate::kernels::source::SourceBuild;
+use crate::kernels::without::Without;
 use crate::packages::apt::{Apt, Package};
+use crate::packages::arch::Arch;
 use crate::packages::cache::{self, Cache, Stamp, fingerprint, unfinished};
 use crate::packages::extra::Extra;
 use crate::packages::plan::{KernelPlan, Plan};
@@ -40,11 +44,30 @@ pub enum Watch {
     Memory,
     /// Data races, with KCSAN.
     Races,
+    /// Nothing: it is built for what it lacks.
+    Nothing(Without),
 }
 
 impl Watch {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Memory, Self::Races];
+    pub const ALL: [Self; 7] = [
+        Self::Memory,
+        Self::Races,
+        Self::Nothing(Without::PeerToPeer),
+        Self::Nothing(Without::PowerManagement),
+        Self::Nothing(Without::Sleep),
+        Self::Nothing(Without::All),
+        Self::Nothing(Without::SmallPages),
+    ];
+
+    /// The architecture of its kernel.
+    #[must_use]
+    pub fn arch(self) -> Arch {
+        match self {
+            Self::Memory | Self::Races => Arch::Amd64,
+            Self::Nothing(without) => without.arch(),
+        }
+    }
 
     /// The name of kernels that watch this.
     #[must_use]
@@ -52,6 +75,7 @@ impl Watch {
         match self {
             Self::Memory => "debug",
             Self::Races => "kcsan",
+            Self::Nothing(without) => without.name(),
         }
     }
 
@@ -62,12 +86,21 @@ impl Watch {
         of.source.name.replacen("linux-source", self.name(), 1)
     }
 
-    /// How it watches.
+    /// How it watches, or what it lacks.
     #[must_use]
     pub fn means(self) -> &'static str {
         match self {
-            Self::Memory => "KASAN and lockdep",
-            Self::Races => "KCSAN",
+            Self::Memory => "with KASAN and lockdep",
+            Self::Races => "with KCSAN",
+            Self::Nothing(without) => without.means(),
+        }
+    }
+
+    /// The arguments that `make` is given, for the kernel and for modules.
+    pub(crate) fn make_arguments(self) -> &'static [&'static str] {
+        match self.arch() {
+            Arch::Amd64 => &["LLVM=1"],
+            Arch::Arm64 => &["LLVM=1", "ARCH=arm64"],
         }
     }
 
@@ -75,6 +108,7 @@ impl Watch {
     fn options(self) -> [String; 2] {
         let base = include_str!("../../debug/base.config");
         let (base, more) = match self {
+            Self::Nothing(without) => return without.options(base),
             Self::Memory => (base.to_owned(), include_str!("../../debug/checks.config")),
             Self::Races => (
                 base.replace("\"-debug\"", "\"-kcsan\""),
@@ -88,7 +122,7 @@ impl Watch {
     /// changed.
     fn patch(self) -> &'static str {
         match self {
-            Self::Memory => "",
+            Self::Memory | Self::Nothing(_) => "",
             Self::Races => INSTRUMENT_RUST,
         }
     }
@@ -158,17 +192,20 @@ const LEFT_OUT: &[&str] = &[
     "arch/*.dts*",
 ];
 
+/// The arguments are what make is told.
 const CONFIGURE: &str = r#"
 set -eu
 cd /work/src
-make LLVM=1 KCONFIG_ALLCONFIG=/work/options allnoconfig
+make "$@" KCONFIG_ALLCONFIG=/work/options allnoconfig
 "#;
 
+/// `$1` the image, then what make is told.
 const COMPILE: &str = r#"
 exec 2>&1
 set -eu
+image=$1; shift
 cd /work/src
-make -j"$(nproc)" LLVM=1 bzImage modules
+make -j"$(nproc)" "$@" "$image" modules
 "#;
 
 /// Keeps what boots and what modules are built against. Prints the release.
@@ -196,6 +233,17 @@ echo "$release" >"$out/release"
     find rust \( -name '*.rmeta' -o -name '*.so' -o -name 'generated_*.rs' -o -name Makefile -o -name bindgen_parameters \) -print
 } | tar --create --exclude='*.o' --exclude='.*.cmd' --files-from - | tar --extract --directory "$out/build"
 "#;
+
+/// The same for an architecture.
+fn trim(arch: Arch) -> String {
+    match arch {
+        Arch::Amd64 => TRIM.to_owned(),
+        Arch::Arm64 => TRIM
+            .replace("arch/x86/boot/bzImage", "arch/arm64/boot/Image")
+            .replace("arch/x86", "arch/arm64")
+            .replace(" tools/objtool/objtool", ""),
+    }
+}
 
 /// How long nothing is said by a build that is not watched on a terminal.
 const SILENCE: Duration = Duration::from_secs(120);
@@ -251,8 +299,8 @@ impl Debug<'_> {
         Some(release.trim().to_owned())
     }
 
-    /// Makes what is missing.
-    pub(crate) fn make(&self, apt: &Apt) -> Result<()> {
+    /// Makes what is missing; `theirs` has the packages of the kernel's architecture.
+    pub(crate) fn make(&self, apt: &Apt, theirs: &Apt) -> Result<()> {
         let added = self.tools().add(apt)?;
         if self.stamp(&added).fits(&self.stamp_file()) {
             return Ok(());
@@ -271,7 +319,7 @@ impl Debug<'_> {
                 log: self.cache.path(format!("kernel-{}.log", self.name())),
                 sysroot: self.sysroot,
                 name: &self.name(),
-                left_out: &left_out(),
+                left_out: &left_out(self.watch.arch()),
             },
             watch: self.watch,
         };
@@ -283,6 +331,9 @@ impl Debug<'_> {
         work.configure()?;
         work.compile()?;
         let new = work.trim()?;
+        if !self.watch.arch().is_native() {
+            foreign::add_busybox(self.kernel, theirs, &new)?;
+        }
         cache::write_json(&new.join("stamp.json"), &self.stamp(&added))?;
         cache::remove(&self.folder())?;
         fs::create_dir_all(self.cache.path("kernels"))?;
@@ -309,16 +360,17 @@ impl Debug<'_> {
             self.plan.rustc.clone(),
             fingerprint([
                 self.watch.options().concat() + self.watch.patch(),
-                TRIM.to_owned(),
+                trim(self.watch.arch()),
             ]),
         ]))
     }
 }
 
 /// The files that may be left in the archive.
-fn left_out() -> Vec<String> {
+fn left_out(arch: Arch) -> Vec<String> {
     let machines = OTHER_MACHINES.iter();
     machines
+        .filter(|&&machine| machine != arch.source_folder())
         .map(|machine| format!("arch/{machine}/*.[chS]"))
         .chain(LEFT_OUT.iter().map(|&pattern| pattern.to_owned()))
         .collect()
@@ -338,7 +390,10 @@ impl Work<'_> {
         }
         let options = self.watch.options();
         cache::write(&self.build.folder.join("options"), options.concat())?;
-        self.run(CONFIGURE, &format!("configure {}", self.build.name))?;
+        let what = format!("configure {}", self.build.name);
+        let mut configure = self.build.command(CONFIGURE)?;
+        configure.args(self.watch.make_arguments());
+        logged(&mut configure, &self.build.log, &what)?;
         let path = self.build.folder.join("src/.config");
         let config =
             fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
@@ -354,7 +409,13 @@ impl Work<'_> {
             "building {} (10 to 30 minutes, once)",
             self.build.name
         ));
-        self.follow(&mut self.build.command(COMPILE)?, &step)?;
+        let mut compile = self.build.command(COMPILE)?;
+        compile.arg(match self.watch.arch() {
+            Arch::Amd64 => "bzImage",
+            Arch::Arm64 => "Image",
+        });
+        compile.args(self.watch.make_arguments());
+        self.follow(&mut compile, &step)?;
         step.done();
         Ok(())
     }
@@ -402,7 +463,8 @@ impl Work<'_> {
     /// Returns the folder with what is kept.
     fn trim(&self) -> Result<PathBuf> {
         let step = Step::start(format!("keeping what is needed of {}", self.build.name));
-        self.run(TRIM, &format!("trim {}", self.build.name))?;
+        let script = trim(self.watch.arch());
+        self.run(&script, &format!("trim {}", self.build.name))?;
         let new = unfinished(&self.build.folder);
         cache::remove(&new)?;
         fs::rename(self.build.folder.join("out"), &new)
@@ -458,6 +520,11 @@ mod tests {
         assert_eq!(asked_for("debug-7.3"), Some((Watch::Memory, Some("7.3"))));
         assert_eq!(asked_for("kcsan"), Some((Watch::Races, None)));
         assert_eq!(asked_for("kcsan-7.3"), Some((Watch::Races, Some("7.3"))));
+        let without = Watch::Nothing(Without::PeerToPeer);
+        assert_eq!(asked_for("no-p2pdma-7.3"), Some((without, Some("7.3"))));
+        let without = Watch::Nothing(Without::SmallPages);
+        assert_eq!(asked_for("arm64-64k"), Some((without, None)));
+        assert_eq!(asked_for("arm64"), None);
         assert_eq!(asked_for("7.3"), None);
         assert_eq!(asked_for("debugger"), None);
     }
@@ -484,6 +551,14 @@ mod tests {
         for (watch, means) in [
             (Watch::Memory, ["CONFIG_KASAN", "CONFIG_PROVE_LOCKING"]),
             (Watch::Races, ["CONFIG_KCSAN", "CONFIG_KCSAN_EARLY_ENABLE"]),
+            (
+                Watch::Nothing(Without::All),
+                ["CONFIG_PM", "CONFIG_PCI_P2PDMA"],
+            ),
+            (
+                Watch::Nothing(Without::SmallPages),
+                ["CONFIG_PM", "CONFIG_ARM64_64K_PAGES"],
+            ),
         ] {
             let options = watch.options().concat();
             let mut seen = std::collections::BTreeSet::new();

@@ -15,7 +15,7 @@
 //! Rust's standard library for programs of the guest is laid into the tool chain.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -63,6 +63,24 @@ mkdir "$out"
 } | tar --create --exclude='*.o' --exclude='.*.cmd' --files-from - | tar --extract --directory "$out"
 "#;
 
+/// The package with the programs of the guest.
+fn busybox(kernel: &KernelPlan) -> impl Iterator<Item = &Package> {
+    let userland = kernel.userland.iter();
+    userland.filter(|package| !package.name.starts_with("libstd-"))
+}
+
+/// Unpacks it into the folder of a kernel.
+pub(crate) fn add_busybox(kernel: &KernelPlan, theirs: &Apt, folder: &Path) -> Result<()> {
+    let packages: Vec<_> = busybox(kernel).cloned().collect();
+    theirs.download(&packages, "for guests of another architecture")?;
+    let files: Vec<_> = packages
+        .iter()
+        .map(|package| theirs.file(package))
+        .collect();
+    Sysroot::at(folder.to_owned()).unpack(&files, "busybox")?;
+    theirs.forget(&packages)
+}
+
 /// A kernel of another architecture.
 pub(crate) struct Foreign<'a> {
     pub(crate) cache: &'a Cache,
@@ -101,8 +119,13 @@ impl Foreign<'_> {
         complete.then(|| self.folder())
     }
 
-    /// Makes what is missing; `theirs` has the packages of that architecture.
-    pub(crate) fn make(&self, ours: &Apt, theirs: &Apt) -> Result<()> {
+    /// Whether what runs its guests and builds their programs is there.
+    pub(crate) fn has_tools(&self) -> bool {
+        self.tools().added().is_some() && self.library().fits(&self.library_stamp())
+    }
+
+    /// Adds what is missing of that; `theirs` has the packages of that architecture.
+    pub(crate) fn add_tools(&self, ours: &Apt, theirs: &Apt) -> Result<Vec<Package>> {
         let added = self.tools().add(ours)?;
         if !self.library().fits(&self.library_stamp()) {
             let packages: Vec<_> = self.libraries().cloned().collect();
@@ -115,6 +138,12 @@ impl Foreign<'_> {
             theirs.forget(&packages)?;
             cache::write_json(&self.library_stamp(), &self.library())?;
         }
+        Ok(added)
+    }
+
+    /// Makes what is missing.
+    pub(crate) fn make(&self, ours: &Apt, theirs: &Apt) -> Result<()> {
+        let added = self.add_tools(ours, theirs)?;
         if self.stamp(&added).fits(&self.stamp_file()) {
             return Ok(());
         }
@@ -197,10 +226,10 @@ impl Foreign<'_> {
 
     /// Headers first, then what the kernel's folder has.
     fn packages(&self) -> impl Iterator<Item = &Package> {
-        let userland = self.kernel.userland.iter();
-        let busybox = userland.filter(|package| !package.name.starts_with("libstd-"));
         let headers = self.kernel.headers.iter().take(1);
-        headers.chain(&self.kernel.image).chain(busybox)
+        headers
+            .chain(&self.kernel.image)
+            .chain(busybox(self.kernel))
     }
 
     fn library(&self) -> Stamp {

@@ -79,7 +79,8 @@ impl Kernel {
     pub fn arch(&self) -> Arch {
         match self.lane {
             Lane::Foreign(arch) => arch,
-            Lane::Stock | Lane::Debug(_) => Arch::Amd64,
+            Lane::Debug(watch) => watch.arch(),
+            Lane::Stock => Arch::Amd64,
         }
     }
 
@@ -99,7 +100,9 @@ impl Kernel {
         match self.lane {
             Lane::Stock => 1,
             Lane::Foreign(_) => 3,
-            Lane::Debug(_) => 5,
+            Lane::Debug(Watch::Memory | Watch::Races) => 5,
+            Lane::Debug(Watch::Nothing(_)) if self.arch().is_native() => 1,
+            Lane::Debug(Watch::Nothing(_)) => 3,
         }
     }
 
@@ -165,7 +168,7 @@ impl Kernel {
         match self.lane {
             Lane::Stock => &[],
             Lane::Foreign(arch) => arch.make_arguments(),
-            Lane::Debug(_) => &["LLVM=1"],
+            Lane::Debug(watch) => watch.make_arguments(),
         }
     }
 

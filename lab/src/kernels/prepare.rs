@@ -143,7 +143,11 @@ impl Wanted {
         match kernel.as_deref().and_then(debug::asked_for) {
             Some((watch, release)) => Self {
                 watch: Some(watch),
-                flavour: Flavour::Plain,
+                flavour: match watch.arch() {
+                    Arch::Amd64 => Flavour::Plain,
+                    // Its source and its programs are those of Debian's kernel.
+                    Arch::Arm64 => Flavour::Arm64,
+                },
                 release: release.map(str::to_owned),
             },
             None => {
@@ -186,14 +190,15 @@ fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
     let kernel = plan.kernel(wanted.release.as_deref()).ok()?;
     let folders = Folders::of(cache, &plan, kernel);
     let sysroot = Sysroot::at(folders.sysroot.clone());
-    if !wanted.flavour.arch().is_native() {
-        let foreign = Foreign {
-            cache,
-            plan: &plan,
-            kernel,
-            sysroot: &sysroot,
-            arch: wanted.flavour.arch(),
-        };
+    let arch = wanted.flavour.arch();
+    let foreign = Foreign {
+        cache,
+        plan: &plan,
+        kernel,
+        sysroot: &sysroot,
+        arch,
+    };
+    if !arch.is_native() && wanted.watch.is_none() {
         return Some(Ready {
             kernel: Kernel::foreign(foreign.ready()?, &kernel.release, foreign.arch),
             overlay: foreign.tree(),
@@ -201,6 +206,9 @@ fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
             rustc: plan.rustc.clone(),
             sysroot,
         });
+    }
+    if !arch.is_native() && !foreign.has_tools() {
+        return None;
     }
     if let Some(watch) = wanted.watch {
         let debug = Debug {
@@ -322,16 +330,17 @@ impl Maker {
             plan = self.flavoured(&theirs, plan, update)?;
         }
         let kernel = plan.kernel(self.wanted.release.as_deref())?.clone();
-        if !arch.is_native() {
-            let foreign = Foreign {
-                cache: &self.cache,
-                plan: &plan,
-                kernel: &kernel,
-                sysroot: &sysroot,
-                arch,
-            };
-            foreign.make(&apt, &theirs)?;
-        } else if let Some(watch) = self.wanted.watch {
+        let foreign = Foreign {
+            cache: &self.cache,
+            plan: &plan,
+            kernel: &kernel,
+            sysroot: &sysroot,
+            arch,
+        };
+        if let Some(watch) = self.wanted.watch {
+            if !arch.is_native() {
+                foreign.add_tools(&apt, &theirs)?;
+            }
             let debug = Debug {
                 cache: &self.cache,
                 plan: &plan,
@@ -339,7 +348,9 @@ impl Maker {
                 sysroot: &sysroot,
                 watch,
             };
-            debug.make(&apt)?;
+            debug.make(&apt, &theirs)?;
+        } else if !arch.is_native() {
+            foreign.make(&apt, &theirs)?;
         } else {
             self.kernel(&apt, &plan, &sysroot, &kernel)?;
         }

@@ -1,11 +1,49 @@
-//! Guest tests that do not apply on an architecture, and why. A run says what it leaves out.
+//! Guest tests that do not apply on a kernel or its machine, and why. A run says what it leaves out.
 
 use barlease_lab::arch::Arch;
+use barlease_lab::debug::Watch;
+use barlease_lab::kernel::Kernel;
+use barlease_lab::without::Without;
+
+/// What a kernel and its machine have not, and the usual ones have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lack {
+    /// An x86 machine.
+    X86,
+    /// Pages of 4 KiB.
+    SmallPages,
+    /// Peer-to-peer DMA.
+    PeerToPeer,
+    /// Power management of devices.
+    PowerManagement,
+    /// Sleep of the system.
+    Sleep,
+}
+
+/// What a kernel lacks.
+pub(crate) fn lacks(kernel: &Kernel) -> Vec<Lack> {
+    let without = match kernel.watches() {
+        Some(Watch::Nothing(without)) => Some(without),
+        _ => None,
+    };
+    let has_large_pages = kernel.release.contains("-16k") || without == Some(Without::SmallPages);
+    let no_p2p = matches!(without, Some(Without::PeerToPeer | Without::All));
+    let no_pm = matches!(without, Some(Without::PowerManagement | Without::All));
+    let all = [
+        (Lack::X86, kernel.arch() == Arch::Arm64),
+        (Lack::SmallPages, has_large_pages),
+        (Lack::PeerToPeer, no_p2p),
+        (Lack::PowerManagement, no_pm),
+        (Lack::Sleep, no_pm || without == Some(Without::Sleep)),
+    ];
+    let lacking = all.into_iter().filter(|(_, lacks)| *lacks);
+    lacking.map(|(lack, _)| lack).collect()
+}
 
 /// A test binary, or some of its tests.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LeftOut {
-    arch: Arch,
+    lack: Lack,
     /// The file in `guest-tests/tests/` without `.rs`.
     pub(crate) binary: &'static str,
     /// Parts of the names of its tests; all of them when empty.
@@ -13,47 +51,63 @@ pub(crate) struct LeftOut {
     pub(crate) why: &'static str,
 }
 
-/// The kernel has no peer-to-peer DMA through the host bridge of QEMU's machine, which is on none
-/// of its lists (`pci_p2pdma_distance`); with the stock driver, too.
-const NO_PEER: &str = "the kernel does not know that machine's host bridge as one that passes \
-                       peer-to-peer DMA on";
+const fn all_of(lack: Lack, binary: &'static str, why: &'static str) -> LeftOut {
+    LeftOut {
+        lack,
+        binary,
+        tests: &[],
+        why,
+    }
+}
+
+const fn some_of(
+    lack: Lack,
+    binary: &'static str,
+    tests: &'static [&'static str],
+    why: &'static str,
+) -> LeftOut {
+    LeftOut {
+        lack,
+        binary,
+        tests,
+        why,
+    }
+}
+
+const NO_IMPORTER: &str = "no importer gets a lease";
 
 const LIST: &[LeftOut] = &[
-    LeftOut {
-        arch: Arch::Arm64,
-        binary: "nopat",
-        tests: &[],
-        why: "the page attribute table is x86's",
-    },
-    LeftOut {
-        arch: Arch::Arm64,
-        binary: "p2p_route",
-        tests: &[],
-        why: "a second host bridge is found by firmware only, which that machine boots without",
-    },
-    LeftOut {
-        arch: Arch::Arm64,
-        binary: "importer",
-        tests: &[],
-        why: NO_PEER,
-    },
+    all_of(Lack::X86, "nopat", "the page attribute table is x86's"),
+    all_of(
+        Lack::X86,
+        "p2p_route",
+        "a second host bridge is found by firmware only, which that machine boots without",
+    ),
+    all_of(Lack::PeerToPeer, "importer", NO_IMPORTER),
+    all_of(Lack::PeerToPeer, "importer_events", NO_IMPORTER),
+    all_of(Lack::PeerToPeer, "importer_example", NO_IMPORTER),
+    all_of(Lack::PeerToPeer, "importer_slow", NO_IMPORTER),
+    all_of(Lack::PeerToPeer, "importer_stock", NO_IMPORTER),
+    all_of(Lack::PeerToPeer, "p2p_route", NO_IMPORTER),
+    all_of(Lack::PeerToPeer, "p2p_switch", NO_IMPORTER),
+    all_of(Lack::PeerToPeer, "played", NO_IMPORTER),
 ];
 
 /// What is left out of a binary.
-pub(crate) fn left_out(arch: Arch, binary: &str) -> impl Iterator<Item = &'static LeftOut> {
+fn left_out(lacks: &[Lack], binary: &str) -> impl Iterator<Item = &'static LeftOut> {
     LIST.iter()
-        .filter(move |it| it.arch == arch && it.binary == binary)
+        .filter(move |it| lacks.contains(&it.lack) && it.binary == binary)
 }
 
 /// Why a binary does not apply at all.
-pub(crate) fn refusal(arch: Arch, binary: &str) -> Option<&'static str> {
-    let mut all = left_out(arch, binary).filter(|it| it.tests.is_empty());
+pub(crate) fn refusal(lacks: &[Lack], binary: &str) -> Option<&'static str> {
+    let mut all = left_out(lacks, binary).filter(|it| it.tests.is_empty());
     all.next().map(|it| it.why)
 }
 
 /// libtest's arguments that leave out what does not apply.
-pub(crate) fn arguments(arch: Arch, binary: &str) -> Vec<String> {
-    let tests = left_out(arch, binary).flat_map(|it| it.tests);
+pub(crate) fn arguments(lacks: &[Lack], binary: &str) -> Vec<String> {
+    let tests = left_out(lacks, binary).flat_map(|it| it.tests);
     tests
         .flat_map(|test| ["--skip", test])
         .map(str::to_owned)
@@ -61,8 +115,8 @@ pub(crate) fn arguments(arch: Arch, binary: &str) -> Vec<String> {
 }
 
 /// A line for each thing that is left out of these binaries.
-pub(crate) fn remarks(arch: Arch, binaries: &[&str]) -> String {
-    let all = binaries.iter().flat_map(|binary| left_out(arch, binary));
+pub(crate) fn remarks(lacks: &[Lack], binaries: &[&str]) -> String {
+    let all = binaries.iter().flat_map(|binary| left_out(lacks, binary));
     all.map(|it| {
         let tests = if it.tests.is_empty() {
             String::new()
@@ -93,16 +147,18 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_left_out_on_this_machines_architecture() {
-        assert!(LIST.iter().all(|it| !it.arch.is_native()));
+    fn nothing_is_left_out_where_nothing_is_lacking() {
+        for it in LIST {
+            assert!(refusal(&[], it.binary).is_none() && arguments(&[], it.binary).is_empty());
+        }
     }
 
     #[test]
     fn some_tests_are_skipped_by_their_names_and_others_with_their_binary() {
-        assert!(refusal(Arch::Arm64, "nopat").is_some());
-        assert!(refusal(Arch::Amd64, "nopat").is_none());
-        assert!(arguments(Arch::Arm64, "nopat").is_empty());
-        let text = remarks(Arch::Arm64, &["nopat", "smoke"]);
+        assert!(refusal(&[Lack::X86], "nopat").is_some());
+        assert!(refusal(&[], "nopat").is_none());
+        assert!(arguments(&[Lack::X86], "nopat").is_empty());
+        let text = remarks(&[Lack::X86], &["nopat", "smoke"]);
         assert!(text.contains("left out: nopat: the page"), "{text}");
         assert!(!text.contains("smoke"), "{text}");
     }

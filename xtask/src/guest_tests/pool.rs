@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result};
+use barlease_lab::debug::Watch;
 use barlease_lab::prepare::Prepared;
 use barlease_lab::run::{Failure, Output, Run};
 use barlease_lab::series::{Listener, Part};
@@ -64,15 +65,15 @@ impl Pool<'_> {
         let has_tests = |binary: &&Binary| has_tests(&binary.path, self.filter);
         let binaries = self.binaries.iter().filter(has_tests);
         let names: Vec<_> = binaries.map(|binary| binary.name.as_str()).collect();
-        let arch = self.prepared.kernel.arch();
-        print!("{}", applies::remarks(arch, &names));
+        let lacks = applies::lacks(&self.prepared.kernel);
+        print!("{}", applies::remarks(&lacks, &names));
         let names: Vec<_> = names
             .into_iter()
-            .filter(|name| applies::refusal(arch, name).is_none())
+            .filter(|name| applies::refusal(&lacks, name).is_none())
             .collect();
         let speed = match self.prepared.kernel.watches() {
-            None => Speed::Stock,
-            Some(_) => Speed::Watched,
+            None | Some(Watch::Nothing(_)) => Speed::Stock,
+            Some(Watch::Memory | Watch::Races) => Speed::Watched,
         };
         self.run_batches(plan(&names, self.jobs, speed))
     }
@@ -177,6 +178,7 @@ impl Pool<'_> {
     fn series(&self, batch: &Batch) -> Result<Run<'_>> {
         let mut run = Run::new(self.prepared, batch.preset.machine());
         let mut parts = Vec::new();
+        let lacks = applies::lacks(&self.prepared.kernel);
         for name in &batch.names {
             let binary = self.binaries.iter().find(|binary| binary.name == *name);
             let binary = binary.with_context(|| format!("there is no binary {name}"))?;
@@ -184,7 +186,7 @@ impl Pool<'_> {
             run = run.file(&binary.path, &place);
             let mut words = vec![place];
             words.extend(self.filter.map(str::to_owned));
-            words.extend(applies::arguments(self.prepared.kernel.arch(), name));
+            words.extend(applies::arguments(&lacks, name));
             parts.push(Part {
                 name: name.clone(),
                 words,

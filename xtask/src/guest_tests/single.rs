@@ -34,13 +34,13 @@ pub(crate) fn one(file: &Path, arguments: &[String]) -> Result<ExitCode> {
         Err(_) => Preset::of_tests(&file_stem(file)),
     };
     let prepared = prepare(&Request::default())?;
-    let arch = prepared.kernel.arch();
-    eprint!("{}", applies::remarks(arch, &[&name]));
-    if applies::refusal(arch, &name).is_some() {
+    let lacks = applies::lacks(&prepared.kernel);
+    eprint!("{}", applies::remarks(&lacks, &[&name]));
+    if applies::refusal(&lacks, &name).is_some() {
         return Ok(ExitCode::SUCCESS);
     }
     // Cargo has built it for the host.
-    let binary = if arch.is_native() {
+    let binary = if prepared.kernel.arch().is_native() {
         file.to_owned()
     } else {
         called(&prepared, &name)?
@@ -54,7 +54,7 @@ pub(crate) fn one(file: &Path, arguments: &[String]) -> Result<ExitCode> {
         [place]
             .into_iter()
             .chain(arguments.iter().cloned())
-            .chain(applies::arguments(arch, &name)),
+            .chain(applies::arguments(&lacks, &name)),
     );
     finish(&run.run()?)
 }
