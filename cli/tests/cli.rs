@@ -258,7 +258,7 @@ fn wrong_usage_is_json_too() {
         assert_eq!(error["exit_code"], 2, "{args:?}");
         assert!(!error["error"].as_str().unwrap().is_empty(), "{error}");
     }
-    // What is after `--` is another program's.
+    // Words after `--` are another program's.
     barlease(&["lease", "take", "--", "x", "-j"])
         .assert()
         .code(2)

@@ -1,6 +1,6 @@
 //! `barlease device bind` and `unbind`: all of the devices or none.
 //!
-//! What was done is undone when one of them fails, and when a signal comes. A driver that lets go
+//! All steps are undone when one of them fails, and when a signal comes. A driver that lets go
 //! cannot be interrupted, so the signal is heeded between the steps.
 
 use std::io;
@@ -44,7 +44,7 @@ struct Undone {
     error: Option<String>,
 }
 
-/// What was done until now.
+/// The steps that were done until now.
 struct Steps<'a> {
     pci: &'a Pci,
     operation: &'static str,
@@ -181,8 +181,8 @@ fn warn_of_group(pci: &Pci, device: &PciDevice) {
         .collect();
     if !others.is_empty() {
         eprintln!(
-            "barlease: bind: {}: it can be opened only when the host gives up what else is in IOMMU \
-             group {group}: {} (`bind --group` takes all of it)",
+            "barlease: bind: {}: it can be opened only when the host gives up what else is in \
+             IOMMU group {group}: {} (`bind --group` takes all of it)",
             device.bdf,
             others.join(", ")
         );

@@ -38,7 +38,8 @@ pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Fai
                 revoke::run(socket, args.no_wait, output)
             }
             _ if args.no_wait => Err(Failure::usage(
-                "revoke: --no-wait is for the socket of a `lease grant`: barleased waits for no importer",
+                "revoke: --no-wait is for the socket of a `lease grant`: barleased waits for no \
+                 importer",
             )),
             _ => service::revoke(&args, output),
         },
