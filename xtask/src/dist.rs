@@ -64,6 +64,11 @@ pub(crate) struct Options {
     /// Takes a while
     #[arg(long, conflicts_with_all = ["list", "what"])]
     verify: bool,
+    /// Of that, only the installation from this part on, with the disk that a run which failed in
+    /// this part has left
+    #[arg(long, value_name = "PART", requires = "verify")]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=install::PARTS.len() as i64))]
+    from: Option<u8>,
 }
 
 /// A thing that can be made.
@@ -123,8 +128,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         }
     }
     if options.verify {
-        verify::run(&maker, built.prepared()?)?;
-        install::run(&maker, &built)?;
+        if options.from.is_none() {
+            verify::run(&maker, built.prepared()?)?;
+        }
+        install::run(&maker, &built, options.from.map(usize::from))?;
     }
     eprintln!("done after {}", seconds(start.elapsed()));
     Ok(ExitCode::SUCCESS)

@@ -42,7 +42,7 @@ const HOST: &[&str] = &["initramfs-tools", "openssl"];
 const COMMON: &str = include_str!("install/common.sh");
 
 /// A part of the test.
-struct Part {
+pub(super) struct Part {
     script: &'static str,
     /// Whether it needs a running kernel and systemd.
     live: bool,
@@ -52,7 +52,7 @@ struct Part {
     repository: Option<usize>,
 }
 
-const PARTS: [Part; 6] = [
+pub(super) const PARTS: [Part; 6] = [
     Part {
         script: include_str!("install/1-install.sh"),
         live: false,
@@ -157,7 +157,8 @@ fn names(depends: &str) -> impl Iterator<Item = String> + '_ {
         .map(str::to_owned)
 }
 
-pub(super) fn run(maker: &Maker, built: &Built) -> Result<()> {
+/// Runs all parts, or those from one on, by its number.
+pub(super) fn run(maker: &Maker, built: &Built, from: Option<usize>) -> Result<()> {
     need("dpkg-scanpackages", "dpkg-dev")?;
     let start = Instant::now();
     let next = built.prepared()?;
@@ -169,7 +170,19 @@ pub(super) fn run(maker: &Maker, built: &Built) -> Result<()> {
         bail!("the packages are made for {FIRST}, and an upgrade needs two kernels: --kernel");
     }
     let folder = maker.out.join("install");
-    cache::remove(&folder)?;
+    let image = folder.join("disk.img");
+    // The disk as it was before a part.
+    let saved = |part: usize| folder.join(format!("before-{part}.img"));
+    match from {
+        None => cache::remove(&folder)?,
+        Some(part) if !saved(part).exists() => {
+            bail!(
+                "no run has failed in part {part}: {} is not there",
+                saved(part).display()
+            )
+        }
+        Some(_) => {}
+    }
     let at = |name: &str, version: String| -> Result<Set> {
         let out = folder.join(name);
         fs::create_dir_all(&out).with_context(|| format!("make {}", out.display()))?;
@@ -191,7 +204,10 @@ pub(super) fn run(maker: &Maker, built: &Built) -> Result<()> {
         .collect();
     let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
     let root = Root::prepare(&before, &packages)?;
-    let disk = root.copy_to(folder.join("disk.img"))?;
+    let disk = match from {
+        None => root.copy_to(&image)?,
+        Some(part) => Disk::at(saved(part)).copy_to(&image)?,
+    };
     let kernel = kernel_packages(next);
     let kernel = root.lacks(&before, &kernel.each_ref().map(String::as_str))?;
 
@@ -203,7 +219,9 @@ pub(super) fn run(maker: &Maker, built: &Built) -> Result<()> {
     let (kernels, repositories) = ([&before, next], [old, new]);
     let nothing = Repository::empty(&folder.join("nothing"))?;
     let mut said = String::new();
-    for part in &PARTS {
+    for (number, part) in (1..).zip(&PARTS).skip(from.unwrap_or(1) - 1) {
+        cache::remove(&saved(number - 1))?;
+        disk.copy_to(saved(number))?;
         let kernel = kernels[part.kernel];
         let repository = part.repository.map_or(&nothing, |it| &repositories[it]);
         let script = format!("{COMMON}\n{}", part.script);
@@ -215,7 +233,7 @@ pub(super) fn run(maker: &Maker, built: &Built) -> Result<()> {
             boot(kernel, &disk, repository, &script)?
         };
         if !said.trim_end().ends_with("done") {
-            bail!("a part of the test has not come to its end");
+            bail!("part {number} of the test has not come to its end");
         }
     }
     judge(&said)?;

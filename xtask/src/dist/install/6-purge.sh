@@ -1,5 +1,6 @@
 step "the module in the place of vfio-pci"
 must_have none
+must_have igb $nic
 modprobe vfio-pci
 [ -e /sys/module/vfio_pci/parameters/msix_export ] || fail "modprobe has loaded the stock module"
 barlease device bind --driver vfio-pci $card
