@@ -86,6 +86,8 @@ pub mod programs;
 #[cfg(feature = "host")]
 pub mod report;
 #[cfg(feature = "host")]
+pub mod secure_boot;
+#[cfg(feature = "host")]
 pub mod selftests;
 #[cfg(feature = "host")]
 pub mod series;

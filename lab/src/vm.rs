@@ -21,6 +21,7 @@
 //! without a verdict, or when it takes too long. The log is kept and its path is part of the
 //! failure.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
@@ -45,6 +46,7 @@ use crate::machine::Machine;
 use crate::monitor::Monitor;
 use crate::prepare::Prepared;
 use crate::report::seconds;
+use crate::secure_boot::Firmware;
 use crate::series::{self, Part};
 use crate::served::{self, Served};
 use crate::splat::{self, INIT_STARTED, Splat};
@@ -219,6 +221,7 @@ pub struct Run<'a> {
     module_parameters: String,
     with_modules: bool,
     system: Option<Disk>,
+    firmware: Option<Firmware>,
     driver: Option<String>,
     files: Vec<(PathBuf, String)>,
     environment: Vec<(String, String)>,
@@ -240,6 +243,7 @@ impl<'a> Run<'a> {
             module_parameters: String::new(),
             with_modules: true,
             system: None,
+            firmware: None,
             driver: None,
             files: Vec::new(),
             environment: Vec::new(),
@@ -280,6 +284,13 @@ impl<'a> Run<'a> {
         self.machine.memory = self.machine.memory.max(system::MEMORY);
         self.machine.arguments.extend(disk.arguments());
         self.system = Some(disk.clone());
+        self
+    }
+
+    /// Boots by this firmware, with Secure Boot, in place of QEMU's own loader.
+    #[must_use]
+    pub fn firmware(mut self, firmware: &Firmware) -> Self {
+        self.firmware = Some(firmware.clone());
         self
     }
 
@@ -375,6 +386,20 @@ impl<'a> Run<'a> {
         let image = self.prepared.kernel.image(&self.prepared.sysroot)?;
         let archive = folder.join("initramfs.cpio");
         self.write_archive(&archive)?;
+        let command_line = command_line(&self.machine, self.prepared.kernel.arch());
+        let loader = match &self.firmware {
+            Some(firmware) => firmware.lay_out(&folder, &image, &archive, &command_line)?,
+            None => [
+                "-kernel".as_ref(),
+                image.as_os_str(),
+                "-initrd".as_ref(),
+                archive.as_os_str(),
+                "-append".as_ref(),
+                command_line.as_ref(),
+            ]
+            .map(OsStr::to_owned)
+            .into(),
+        };
         let mut output = std::mem::replace(&mut self.output, Output::Capture);
         let mut retries = RETRIES;
         loop {
@@ -383,8 +408,8 @@ impl<'a> Run<'a> {
                 machine: &self.machine,
                 accel,
                 folder: &folder,
-                image: &image,
-                archive: &archive,
+                loader: &loader,
+                by_firmware: self.firmware.is_some(),
                 screenshots: &screenshots,
                 interactive: matches!(self.payload, Payload::Shell { .. }),
                 timeout: self.timeout,
@@ -469,6 +494,26 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// Modules whose absence, or refusal to be loaded, is no failure: init knows them by the dash.
+    fn add_wanted<W: Write>(&self, archive: &mut Initramfs<W>, list: &mut String) -> Result<()> {
+        let kernel = &self.prepared.kernel;
+        for name in &self.machine.wanted {
+            let Ok(files) = kernel.modules(&[name], &self.prepared.sysroot) else {
+                continue;
+            };
+            for file in files {
+                let name = file_name(&file)?;
+                let line = format!("{name}\n");
+                if !list.contains(&line) {
+                    archive.copy(&format!("lib/modules/{name}"), &file)?;
+                    list.push('-');
+                    list.push_str(&line);
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn add_modules<W: Write>(&self, archive: &mut Initramfs<W>) -> Result<()> {
         let mut list = String::new();
         let mut names: Vec<&str> = Vec::new();
@@ -490,6 +535,7 @@ impl<'a> Run<'a> {
                 list.push_str(&format!("{name}\n"));
             }
         }
+        self.add_wanted(archive, &mut list)?;
         if let Some(module) = &self.module {
             let name = file_name(module)?;
             archive.copy(&format!("lib/modules/{name}"), module)?;
@@ -590,8 +636,10 @@ struct Guest<'a> {
     machine: &'a Machine,
     accel: Accel,
     folder: &'a Path,
-    image: &'a Path,
-    archive: &'a Path,
+    /// QEMU's arguments for the kernel, or for firmware that loads it.
+    loader: &'a [OsString],
+    /// Whether that is firmware, which takes its time.
+    by_firmware: bool,
     screenshots: &'a Path,
     interactive: bool,
     timeout: Option<Duration>,
@@ -716,12 +764,7 @@ impl Guest<'_> {
             "-smp",
             &machine.processors.to_string(),
         ]);
-        command
-            .arg("-kernel")
-            .arg(self.image)
-            .arg("-initrd")
-            .arg(self.archive);
-        command.args(["-append", &command_line(machine, arch)]);
+        command.args(self.loader);
         command.args([
             "-chardev",
             &format!("file,id=console,path={}", comma_safe(&self.log())),
@@ -753,9 +796,10 @@ impl Guest<'_> {
         self.times(BOOT)
     }
 
-    /// That much longer as a boot takes on this kernel.
+    /// That much longer as a boot takes on this kernel, and in this way.
     fn times(&self, time: Duration) -> Duration {
-        time * self.prepared.kernel.slowness().min(2)
+        let way = if self.by_firmware { 4 } else { 1 };
+        time * self.prepared.kernel.slowness().min(2) * way
     }
 
     /// Whether its init has said that it started.

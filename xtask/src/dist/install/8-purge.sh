@@ -20,6 +20,9 @@ rmmod vfio_pci
 
 step "remove"
 ours=$(dpkg-query -W -f '${Package}\n' '*barlease*')
+# As in docs/install.md.
+apt-get --simulate purge '?installed?name(barlease)' >$kept/said
+for package in $ours; do said "^Purg $package "; done
 # shellcheck disable=SC2086 # names are words
 apt-get remove -q -y $ours >$kept/said 2>&1 || { cat $kept/said; fail "remove"; }
 no_unit_has_failed
