@@ -225,7 +225,10 @@ fn no_socket_and_no_descriptor_are_said() {
     barlease(&["lease", "dump", "/nonexistent/socket"])
         .assert()
         .code(1)
-        .stderr(contains("barlease: connect: /nonexistent/socket: "));
+        .stderr(
+            contains("barlease: connect: /nonexistent/socket: ")
+                .and(contains("nobody grants a lease there")),
+        );
     barlease(&["lease", "dump", "--fd", "99"])
         .assert()
         .code(1)

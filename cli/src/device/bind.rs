@@ -82,11 +82,12 @@ pub(super) fn bind(pci: &Pci, args: &BindArgs, output: Output) -> Result<(), Fai
     if args.persist {
         persist::is_possible()?;
     }
-    if devices.iter().any(|device| is_other(&device)) && driver == DRIVER && pci.module().is_none()
-    {
-        load()?;
+    let is_loaded = || pci.root().join("bus/pci/drivers").join(driver).is_dir();
+    if !is_loaded() {
+        // Other drivers are called as their modules.
+        load(if driver == DRIVER { MODULE } else { driver })?;
     }
-    if !pci.root().join("bus/pci/drivers").join(driver).is_dir() {
+    if !is_loaded() {
         return Err(Failure::unsupported(format!(
             "bind: the driver {driver} is not loaded: load its module"
         )));
@@ -297,15 +298,20 @@ impl Undone {
     }
 }
 
-fn load() -> Result<(), Failure> {
+fn load(module: &str) -> Result<(), Failure> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure::new(format!(
+            "bind: the module {module} is not loaded, and only root may load it (run as root)"
+        )));
+    }
     let failed = |reason: &str| {
         Failure::unsupported(format!(
-            "bind: the module {MODULE} is not loaded, and cannot be: {reason} (`barlease doctor`)"
+            "bind: the module {module} is not loaded, and cannot be: {reason} (`barlease doctor`)"
         ))
     };
-    log::debug!("run modprobe -q {MODULE}");
+    log::debug!("run modprobe -q {module}");
     // Not in the PATH of everybody.
-    let run = |program| Command::new(program).args(["-q", MODULE]).output();
+    let run = |program| Command::new(program).args(["-q", module]).output();
     let answer = match run("modprobe") {
         Err(error) if error.kind() == io::ErrorKind::NotFound => run("/usr/sbin/modprobe"),
         answer => answer,

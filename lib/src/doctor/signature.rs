@@ -40,16 +40,16 @@ impl Doctor {
             return ok(NAME, format!("{boot}; the kernel demands none"));
         }
         let origin = self.origin();
-        let by_dkms = !matches!(origin, Origin::Make);
+        let by_dkms = !matches!(origin, Origin::Make | Origin::Nothing);
         let remedy = match origin {
-            Origin::Make => {
+            Origin::Make | Origin::Nothing => {
                 "/lib/modules/$(uname -r)/build/scripts/sign-file sha256 mok.key mok.der FILE, with a \
                  key that is enrolled: mokutil --import mok.der, and reboot"
                     .to_owned()
             }
             // It signs what it builds, where openssl is.
-            Origin::Package(version) | Origin::Dkms(version) => format!(
-                "with openssl installed: dkms install --force barlease/{version}; then mokutil --import \
+            Origin::Package(sources) | Origin::Dkms(sources) => format!(
+                "with openssl installed: dkms install --force {sources}; then mokutil --import \
                  /var/lib/dkms/mok.pub, and reboot"
             ),
         };
