@@ -1,6 +1,8 @@
 step "the module in the place of vfio-pci"
 must_have none
 must_have igb $nic
+# Its policy has the device, too.
+systemctl stop barleased.socket barleased.service
 barlease device bind --driver vfio-pci $card
 [ -e /sys/module/vfio_pci/parameters/msix_export ] || fail "the stock module was loaded"
 must_have vfio-pci
