@@ -21,7 +21,7 @@
 //! without a verdict, or when it takes too long. The log is kept and its path is part of the
 //! failure.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
@@ -387,18 +387,16 @@ impl<'a> Run<'a> {
         let archive = folder.join("initramfs.cpio");
         self.write_archive(&archive)?;
         let command_line = command_line(&self.machine, self.prepared.kernel.arch());
-        let loader = match &self.firmware {
+        let loader: Vec<OsString> = match &self.firmware {
             Some(firmware) => firmware.lay_out(&folder, &image, &archive, &command_line)?,
-            None => [
-                "-kernel".as_ref(),
-                image.as_os_str(),
-                "-initrd".as_ref(),
-                archive.as_os_str(),
-                "-append".as_ref(),
-                command_line.as_ref(),
-            ]
-            .map(OsStr::to_owned)
-            .into(),
+            None => vec![
+                "-kernel".into(),
+                image.clone().into(),
+                "-initrd".into(),
+                archive.clone().into(),
+                "-append".into(),
+                command_line.into(),
+            ],
         };
         let mut output = std::mem::replace(&mut self.output, Output::Capture);
         let mut retries = RETRIES;
