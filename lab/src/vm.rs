@@ -383,15 +383,17 @@ impl<'a> Run<'a> {
             .screenshots
             .take()
             .unwrap_or_else(|| folder.join("screenshots"));
-        let image = self.prepared.kernel.image(&self.prepared.sysroot)?;
         let archive = folder.join("initramfs.cpio");
         self.write_archive(&archive)?;
         let command_line = command_line(&self.machine, self.prepared.kernel.arch());
         let loader: Vec<OsString> = match &self.firmware {
-            Some(firmware) => firmware.lay_out(&folder, &image, &archive, &command_line)?,
+            Some(firmware) => {
+                let image = self.prepared.kernel.signed_image();
+                firmware.lay_out(&folder, &image, &archive, &command_line)?
+            }
             None => vec![
                 "-kernel".into(),
-                image.clone().into(),
+                self.prepared.kernel.image(&self.prepared.sysroot)?.into(),
                 "-initrd".into(),
                 archive.clone().into(),
                 "-append".into(),
