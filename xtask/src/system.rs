@@ -83,6 +83,8 @@ const SECOND: &str = r#"
 set -eu
 systemctl is-system-running
 test "$(cat /var/lib/kept)" = "$(uname -r)"
+# An emulated machine is up before udev has looked at all devices.
+udevadm settle --timeout=300
 driver() { basename "$(readlink /sys/bus/pci/devices/0000:01:00.0/driver || true)"; }
 test "$(driver)" = barlease-vfio-pci
 barlease device unbind --persist 0000:01:00.0

@@ -488,6 +488,9 @@ impl Lab {
         println!("unbound after {:?}", began.elapsed());
         assert!(tenant.is_lost());
         assert_eq!(state(), "absent");
+        run(&["barlease", "device", "bind", &self.bdf]);
+        until("udev has it opened again", || state() == "open");
+        Tenant::new().gives_back();
     }
 
     fn refused(&self, why: &str) {
@@ -529,8 +532,6 @@ impl Lab {
 
     fn store_full_or_none(&self) {
         println!("a store that is full, and none");
-        run(&["barlease", "device", "bind", &self.bdf]);
-        run(&["udevadm", "settle"]);
         let again = |max: u32| {
             run(&["systemctl", "stop", UNIT]);
             run(&["systemctl", "clean", "--what=fdstore", UNIT]);
