@@ -36,8 +36,9 @@ const CONTAINERD: &str = "version = 3\n\
 /// The container's program: asks for a lease, and writes to it until that is lost.
 const TENANT: &str = "#!/bin/sh\nexec barlease lease acquire \"$BARLEASE_POOL\" 8K --lifetime claim -- \
                       /bin/writer\n";
-const WRITER: &str = "#!/bin/sh\ncount=0\n\
-                      while barlease lease write fd:$BARLEASE_FD 0 $count; do\n\
+/// Its count goes on from the time of day, so that a successor counts on from more.
+const WRITER: &str = "#!/bin/sh\ncount=$(($(date +%s) * 100))\n\
+                      while barlease lease write fd:$BARLEASE_FD 0 $((count % 1000000)); do\n\
                       count=$((count + 1))\necho $count >/tmp/count.new\n\
                       mv /tmp/count.new /tmp/count\nsleep 0.1\ndone\n\
                       echo lost >/tmp/count\nexec sleep 100000\n";
@@ -152,7 +153,7 @@ fn make_image() {
     fs::create_dir_all(bin).unwrap();
     fs::create_dir_all("/tmp/image/tmp").unwrap();
     fs::copy("/bin/busybox", bin.join("busybox")).unwrap();
-    for name in ["sh", "sleep", "cat", "mv", "id"] {
+    for name in ["sh", "sleep", "cat", "mv", "date"] {
         symlink("busybox", bin.join(name)).unwrap();
     }
     fs::copy("/lab/bin/barlease", bin.join("barlease")).unwrap();
@@ -160,6 +161,7 @@ fn make_image() {
         fs::write(bin.join(name), text).unwrap();
         run(&["chmod", "755", &format!("/tmp/image/bin/{name}")]);
     }
+    fs::create_dir_all("/etc/containers").unwrap();
     fs::write("/etc/containers/storage.conf", STORAGE).unwrap();
     run(&[
         "tar",
@@ -200,7 +202,7 @@ fn leases(claim: &str) -> Vec<LeaseInfo> {
 
 fn written(engine: &dyn Engine, claim: &str) -> Option<u64> {
     let (_, said) = engine.inside(claim, &["cat", "/tmp/count"]);
-    said.parse().ok()
+    said.lines().next()?.parse().ok()
 }
 
 /// The container's writes go on, and arrive.
@@ -300,7 +302,12 @@ impl Lab {
         println!("- the claim ends");
         run(&["barlease", "claim", "end", ONE]);
         assert!(leases(ONE).is_empty());
-        let lost = || engine.inside(ONE, &["cat", "/tmp/count"]).1 == "lost";
+        let lost = || {
+            engine
+                .inside(ONE, &["cat", "/tmp/count"])
+                .1
+                .starts_with("lost")
+        };
         until("its memory is gone", lost);
         let (done, said) = gets_another(engine, ONE);
         assert!(!done, "{said}");

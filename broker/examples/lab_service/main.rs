@@ -263,11 +263,27 @@ impl Lab {
             ("barleased", "/usr/sbin", "barleased"),
             ("barleased.service", units, "barleased.service"),
             ("barleased.socket", units, "barleased.socket"),
-            ("barleased-metrics.socket", units, "barleased-metrics.socket"),
+            (
+                "barleased-metrics.socket",
+                units,
+                "barleased-metrics.socket",
+            ),
             ("barleased-report.socket", units, "barleased-report.socket"),
-            ("barleased.sysusers", "/usr/lib/sysusers.d", "barleased.conf"),
-            ("barleased.tmpfiles", "/usr/lib/tmpfiles.d", "barleased.conf"),
-            ("72-barleased.rules", "/usr/lib/udev/rules.d", "72-barleased.rules"),
+            (
+                "barleased.sysusers",
+                "/usr/lib/sysusers.d",
+                "barleased.conf",
+            ),
+            (
+                "barleased.tmpfiles",
+                "/usr/lib/tmpfiles.d",
+                "barleased.conf",
+            ),
+            (
+                "72-barleased.rules",
+                "/usr/lib/udev/rules.d",
+                "72-barleased.rules",
+            ),
         ] {
             let place = Path::new(folder).join(name);
             fs::copy(files.join(file), place).unwrap_or_else(|error| panic!("{file}: {error}"));
