@@ -153,7 +153,7 @@ fn make_image() {
     fs::create_dir_all(bin).unwrap();
     fs::create_dir_all("/tmp/image/tmp").unwrap();
     fs::copy("/bin/busybox", bin.join("busybox")).unwrap();
-    for name in ["sh", "sleep", "cat", "mv", "date"] {
+    for name in ["sh", "sleep", "cat", "mv", "date", "true"] {
         symlink("busybox", bin.join(name)).unwrap();
     }
     fs::copy("/lab/bin/barlease", bin.join("barlease")).unwrap();
@@ -219,10 +219,22 @@ fn must((done, said): (bool, String)) {
     assert!(done, "{said}");
 }
 
+/// The command in a container that runs, which asks by the claim's socket: podman gives what CDI adds to the
+/// environment to the container's own process, and not to what is run in it later.
+fn asks(engine: &dyn Engine, claim: &str, words: &[&str]) -> (bool, String) {
+    let socket = format!("/run/barlease/{claim}/sock");
+    let (command, then) = words.split_at(words.iter().take_while(|word| **word != "--").count());
+    let service = ["--service", socket.as_str()];
+    engine.inside(claim, &[&["barlease"], command, &service, then].concat())
+}
+
 /// Another lease, from inside, which goes back at once.
 fn gets_another(engine: &dyn Engine, claim: &str) -> (bool, String) {
-    let ask = "exec barlease lease acquire $BARLEASE_POOL 4K -- true";
-    engine.inside(claim, &["sh", "-c", ask])
+    asks(
+        engine,
+        claim,
+        &["lease", "acquire", "rows", "4K", "--", "true"],
+    )
 }
 
 impl Lab {
@@ -258,7 +270,7 @@ impl Lab {
         println!("- another one has another claim, and sees nothing of it");
         must(engine.start(TWO));
         goes_on(engine, TWO);
-        let (_, listed) = engine.inside(TWO, &["barlease", "--json", "lease", "list"]);
+        let (_, listed) = asks(engine, TWO, &["lease", "list", "--json"]);
         let number = |lease: u64| format!("\"lease\":{lease},");
         let theirs = leases(TWO)[0].lease;
         let listed: String = listed.split_whitespace().collect();
@@ -266,10 +278,10 @@ impl Lab {
         assert!(!listed.contains(&number(had[0].lease)), "{listed}");
 
         println!("- no container is an administrator, and limits are those of its claim");
-        let (done, said) = engine.inside(ONE, &["barlease", "broker", "drain"]);
+        let (done, said) = asks(engine, ONE, &["broker", "drain"]);
         assert!(!done, "{said}");
-        let more = "exec barlease lease acquire $BARLEASE_POOL 12K -- true";
-        let (done, said) = engine.inside(ONE, &["sh", "-c", more]);
+        let more = ["lease", "acquire", "rows", "12K", "--", "true"];
+        let (done, said) = asks(engine, ONE, &more);
         assert!(!done && said.contains("limit"), "{said}");
 
         println!("- the service is killed, and stopped and started");
