@@ -35,13 +35,7 @@ pub(crate) fn take(quick: bool) -> Vec<Measure> {
     limit.current = limit.maximum;
     rustix::process::setrlimit(Resource::Nofile, limit).expect("a limit");
     let [rate, work] = rate(rounds);
-    vec![
-        rate,
-        work,
-        idle(rounds),
-        hanging(rounds),
-        clearing(rounds),
-    ]
+    vec![rate, work, idle(rounds), hanging(rounds), clearing(rounds)]
 }
 
 fn rows() -> Acquire {

@@ -35,6 +35,7 @@ const WANTED: u64 = 1;
 /// Leases of a client that dies.
 const DYING: u64 = 1000;
 /// Leases that are there at once, and the bytes of the daemon that each may take, and all of them.
+const FEW: u64 = 1000;
 const MANY: u64 = 100_000;
 const EACH: f64 = 400.0;
 const ALL: f64 = 50.0 * (1 << 20) as f64;
@@ -44,8 +45,16 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
     let mut measures = grants(context);
     measures.push(death(context));
     measures.extend(many(context));
-    measures.push(restart(context));
     measures
+}
+
+/// What a daemon has of this machine.
+#[derive(Clone, Copy)]
+struct Kept {
+    /// Bytes of its own, and all that are resident.
+    own: f64,
+    whole: f64,
+    descriptors: f64,
 }
 
 /// A daemon that has a device; it ends with this.
@@ -115,15 +124,32 @@ impl Daemon {
         self.try_client().expect("a daemon that serves")
     }
 
-    /// A line of its status, in bytes.
-    fn memory(&self, line: &str) -> f64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
-        let status = status.expect("its status");
-        let line = status.lines().find_map(|text| text.strip_prefix(line));
-        let kib = line.and_then(|rest| rest.trim_start_matches(':').split_whitespace().next());
-        kib.and_then(|kib| kib.parse::<f64>().ok())
-            .expect("a number")
-            * 1024.0
+    /// The process that serves: the child of one that keeps it.
+    fn process(&self) -> Pid {
+        let parent = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
+        let children = children.expect("its child");
+        let pid = children
+            .split_whitespace()
+            .next()
+            .and_then(|pid| pid.parse().ok());
+        Pid::from_raw(pid.expect("its child")).expect("a process")
+    }
+
+    fn kept_in_memory(&self) -> Kept {
+        let pid = self.process().as_raw_nonzero();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
+        let bytes = |line: &str| {
+            let line = status.lines().find_map(|text| text.strip_prefix(line));
+            let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
+            kib.expect("a number") * 1024.0
+        };
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors");
+        Kept {
+            own: bytes("RssAnon:"),
+            whole: bytes("VmRSS:"),
+            descriptors: descriptors.count() as f64,
+        }
     }
 
     /// Has it end as it does where nothing else keeps its device.
@@ -134,15 +160,8 @@ impl Daemon {
 
     /// Kills the daemon, and tells how long it is until its successor has answered.
     fn killed(&self) -> f64 {
-        let parent = self.child.id();
-        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
-        let children = children.expect("its child");
-        let pid = children
-            .split_whitespace()
-            .next()
-            .and_then(|pid| pid.parse().ok());
-        let pid = Pid::from_raw(pid.expect("its child")).expect("a process");
-        let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).expect("a process");
+        let process =
+            rustix::process::pidfd_open(self.process(), PidfdFlags::empty()).expect("a process");
         let start = Instant::now();
         rustix::process::pidfd_send_signal(&process, Signal::KILL).expect("a process");
         let mut poll = [PollFd::new(&process, PollFlags::IN)];
@@ -150,11 +169,6 @@ impl Daemon {
         // The socket is there all the time.
         self.client().call(&Devices {}).expect("an answer");
         start.elapsed().as_nanos() as f64
-    }
-
-    fn descriptors(&self) -> f64 {
-        let entries = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
-        entries.expect("its descriptors").count() as f64
     }
 }
 
@@ -335,95 +349,84 @@ fn make_room(count: u64) -> Rlimit {
     limit
 }
 
-/// From a kill of the daemon until its successor has answered a client, with so many leases.
-fn restart(context: &Context) -> Measure {
+/// Many leases at once, whose descriptors are with this process: what the daemon keeps of them, and how long its
+/// restart takes.
+fn many(context: &Context) -> Vec<Measure> {
     let most = if context.quick { MANY / 20 } else { MANY };
     let limit = make_room(most);
     let daemon = Daemon::kept(BIG);
     let mut client = daemon.client();
-    let lasting = lasting();
     let mut leases = Vec::new();
-    let mut rounds = Rounds::new(
+    let mut restart = Rounds::new(
         "service-restart",
         "A kill of the service, until its successor has answered",
         "150 ms with 1,000 leases, 1.5 s with 100,000",
         Unit::Nanoseconds,
     )
     .axis("leases");
-    for (count, goal) in [(1000, 150e6), (most, 1.5e9 * most as f64 / MANY as f64)] {
+    let mut kept = Vec::new();
+    for (count, goal) in [(FEW, 150e6), (most, 1.5e9 * most as f64 / MANY as f64)] {
         while (leases.len() as u64) < count {
-            leases.push(client.acquire(&lasting).expect("a lease").1);
+            leases.push(client.acquire(&lasting()).expect("a lease").1);
         }
+        kept.push(daemon.kept_in_memory());
         for _ in 0..context.rounds(7) {
             for (side, value) in [(Side::Ours, daemon.killed()), (Side::Theirs, goal)] {
                 let mut batch = Batch::default();
                 batch.add("killed", count, value);
-                rounds.add(side, &batch);
+                restart.add(side, &batch);
             }
             client = daemon.client();
             let listed = client.list(None).expect("a list").len();
             assert_eq!(listed, leases.len(), "no lease is lost");
         }
+        kept.push(daemon.kept_in_memory());
     }
     drop(leases);
     daemon.ends();
     setrlimit(Resource::Nofile, limit).expect("less than there was");
-    rounds.finish(|_, _| Some(Goal::AtMost(1.0)))
-}
-
-/// Many leases at once: the descriptors are with the client, the rest with the daemon.
-fn many(context: &Context) -> Vec<Measure> {
-    let count = if context.quick { MANY / 20 } else { MANY };
-    let limit = make_room(count);
-    let daemon = Daemon::start(BIG);
-    let mut client = daemon.client();
-    client.acquire(&rows()).expect("a lease");
-    let before = (daemon.memory("RssAnon"), daemon.descriptors());
-    let lasting = lasting();
-    let mut leases = Vec::new();
-    for _ in 0..count {
-        leases.push(client.acquire(&lasting).expect("a lease").1);
-    }
-    let each = (daemon.memory("RssAnon") - before.0) / count as f64;
-    let whole = daemon.memory("VmRSS");
-    let descriptors = daemon.descriptors();
-    drop(leases);
-    drop(daemon);
-    setrlimit(Resource::Nofile, limit).expect("less than there was");
-    let one = |name: &str, title: &str, curve: &str, unit, value: f64, most: f64| {
+    let restart = restart.finish(|_, _| Some(Goal::AtMost(1.0)));
+    let [_, few, many, restarted] = kept[..] else {
+        unreachable!("two times two");
+    };
+    let each = |then: &Kept| (then.own - few.own) / (most - FEW) as f64;
+    let one = |name: &str, title: &str, unit, values: [f64; 2], goal: f64| {
         let mut rounds = Rounds::new(name, title, "the most that it may be", unit);
-        for (side, value) in [(Side::Ours, value), (Side::Theirs, most)] {
-            let mut batch = Batch::default();
-            batch.add(curve, None, value);
-            rounds.add(side, &batch);
+        let curves = [
+            format!("{most} leases"),
+            "the same after a restart".to_owned(),
+        ];
+        for (curve, value) in curves.iter().zip(values) {
+            for (side, value) in [(Side::Ours, value), (Side::Theirs, goal)] {
+                let mut batch = Batch::default();
+                batch.add(curve, None, value);
+                rounds.add(side, &batch);
+            }
         }
         rounds.finish(|_, _| Some(Goal::AtMost(1.0)))
     };
-    let leases = format!("at {count} leases");
     vec![
         one(
             "service-lease",
             "Memory of the service for a lease",
-            &leases,
             Unit::Bytes,
-            each,
+            [each(&many), each(&restarted)],
             EACH,
         ),
         one(
             "service-memory",
             "Memory of the service, all that is resident",
-            &leases,
             Unit::Bytes,
-            whole,
+            [many.whole, restarted.whole],
             ALL,
         ),
         one(
             "service-descriptors",
             "Descriptors of the service, beside one connection",
-            &leases,
             Unit::Count,
-            descriptors - 1.0,
+            [many.descriptors - 1.0, restarted.descriptors - 1.0],
             DESCRIPTORS,
         ),
+        restart,
     ]
 }
