@@ -35,6 +35,8 @@ pub const DYNAMIC: u32 = abi::ATTACH_P2P | abi::ATTACH_INVALIDATE;
 
 /// The name of the device in the lab's machines.
 pub const EDU: &str = "edu";
+/// Another edu, of the machine that has two: behind a port with ACS.
+pub const ISOLATED: &str = "isolated";
 
 /// Whether the importer's module is loaded.
 #[must_use]
@@ -48,12 +50,46 @@ pub fn is_loaded() -> bool {
 ///
 /// When that does not work.
 pub fn load() {
+    insert();
+    Function::named(EDU).bind(abi::DRIVER);
+}
+
+/// Loads the importer's module if it is not, and has the kernel know the machine's host bridge.
+fn insert() {
+    if !host_is_known() {
+        know_host(true);
+    }
     if !is_loaded() {
         let file = format!("/lib/modules/{}.ko", abi::DRIVER);
         let status = Command::new("insmod").arg(file).status();
         assert!(status.expect("insmod").success());
     }
-    Function::named(EDU).bind(abi::DRIVER);
+}
+
+const KNOWN_HOST: &str = "barlease_known_host";
+
+/// Whether peer-to-peer DMA through the machine's host bridge is on the kernel's list: it is where
+/// the processor is AMD's, and where [`know_host`] was called.
+#[must_use]
+pub fn host_is_known() -> bool {
+    cfg!(target_arch = "x86_64") || Path::new("/sys/module").join(KNOWN_HOST).exists()
+}
+
+/// Has the kernel know the host bridge of this machine as one that passes peer-to-peer DMA on
+/// (`kmod/probe`), or forget it. An [`Importer`] that is opened makes it known.
+///
+/// # Panics
+///
+/// When that does not work.
+pub fn know_host(known: bool) {
+    let file = format!("/lib/modules/{KNOWN_HOST}.ko");
+    let [program, argument] = if known {
+        ["insmod", &file]
+    } else {
+        ["rmmod", KNOWN_HOST]
+    };
+    let status = Command::new(program).arg(argument).status();
+    assert!(status.expect(program).success());
 }
 
 /// Unloads the importer's module.
@@ -95,6 +131,27 @@ impl Importer {
     pub fn open() -> Self {
         observe::mark_test();
         load();
+        Self::opened()
+    }
+
+    /// The same with [`ISOLATED`], until that is unbound: the module drives one device at a time.
+    ///
+    /// # Panics
+    ///
+    /// When that does not work.
+    #[must_use]
+    pub fn open_isolated() -> Self {
+        observe::mark_test();
+        insert();
+        let edu = Function::named(EDU);
+        if edu.driver().as_deref() == Some(abi::DRIVER) {
+            edu.unbind();
+        }
+        Function::named(ISOLATED).bind(abi::DRIVER);
+        Self::opened()
+    }
+
+    fn opened() -> Self {
         let file = OpenOptions::new().read(true).write(true).open(abi::DEVICE);
         Self(Arc::new(file.expect("open the importer")))
     }
@@ -446,6 +503,22 @@ impl Attachment {
         let address = bytes.as_ptr().expose_provenance();
         let answer = self.transfer(flags, offset, address, bytes.len());
         answer.expect("a transfer");
+    }
+
+    /// Lets edu copy within the dma-buf. No memory of the machine is used for it.
+    ///
+    /// # Errors
+    ///
+    /// That of the ioctl.
+    pub fn copy(&self, from: u64, to: u64, length: u64) -> Answer<()> {
+        let mut copy = abi::Move {
+            id: self.id,
+            from,
+            to,
+            length,
+            ..abi::Move::default()
+        };
+        self.importer.request(abi::COPY, &mut copy)
     }
 
     /// Where the IOMMU leads an offset of the last mapping; `None` when it blocks it.

@@ -14,6 +14,8 @@ use barlease_abi::{
 
 use crate::{
     errno::{Answer, Errno, answer},
+    huge_size,
+    map::Map,
     vfio::{Device, GET, PROBE, SET},
 };
 
@@ -102,6 +104,19 @@ impl Device {
     /// That of the ioctl.
     pub fn export(&self, bar: u32, ranges: &[(u64, u64)]) -> Answer<OwnedFd> {
         self.request(&Request::new(bar, ranges))
+    }
+
+    /// Exports the beginning of a BAR, as long as two huge pages, and maps and touches it.
+    ///
+    /// # Panics
+    ///
+    /// When any of that is refused.
+    #[must_use]
+    pub fn lease_touched(&self, bar: u32) -> (OwnedFd, Map) {
+        let fd = self.export(bar, &[(0, 2 * huge_size())]).expect("a lease");
+        let map = Map::aligned(&fd, 2 * huge_size()).expect("a mapping");
+        map.touch_all().expect("a touch");
+        (fd, map)
     }
 
     /// Feature 11 with this request.

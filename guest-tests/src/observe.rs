@@ -6,6 +6,7 @@ use std::{
     io::Read,
     mem,
     path::Path,
+    process::Command,
     thread,
 };
 
@@ -148,6 +149,25 @@ pub fn faults_of(mut f: impl FnMut()) -> i64 {
 #[must_use]
 pub fn has_entries_above_pages() -> bool {
     Path::new("/sys/kernel/mm/transparent_hugepage").exists()
+}
+
+/// Whether the kernel is one of the lab's own making without this option: those say what they have.
+///
+/// # Panics
+///
+/// When what it says cannot be read.
+#[must_use]
+pub fn kernel_lacks(option: &str) -> bool {
+    const CONFIGURATION: &str = "/proc/config.gz";
+    if !Path::new(CONFIGURATION).exists() {
+        return false;
+    }
+    let output = Command::new("zcat").arg(CONFIGURATION).output();
+    let text = String::from_utf8(output.expect("zcat").stdout).expect("text");
+    assert!(text.contains("CONFIG_VFIO"), "{text}");
+    !text
+        .lines()
+        .any(|line| line == format!("CONFIG_{option}=y"))
 }
 
 /// KiB of page tables of this process.

@@ -30,7 +30,7 @@ pub struct Function {
 }
 
 impl Function {
-    /// That of the machine's device `name` (`lab/src/machine.rs`).
+    /// That of the machine's device `name` (`lab/src/guests/machine.rs`).
     ///
     /// # Panics
     ///
@@ -193,6 +193,25 @@ impl Function {
                 return Some(at as u64);
             }
             at = usize::from(config[at + 1]);
+        }
+        None
+    }
+
+    /// Offset of an extended capability in config space.
+    #[must_use]
+    pub fn extended_capability(&self, id: u16) -> Option<u64> {
+        let config = self.config();
+        let mut at = 0x100;
+        while at != 0 {
+            let header = config.get(at..at + 4)?;
+            let header = u32::from_le_bytes(header.try_into().ok()?);
+            if header == 0 || header == u32::MAX {
+                return None;
+            }
+            if header & 0xffff == u32::from(id) {
+                return Some(at as u64);
+            }
+            at = (header >> 20) as usize & 0xffc;
         }
         None
     }

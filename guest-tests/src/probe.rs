@@ -47,19 +47,6 @@ impl Drop for Played {
     }
 }
 
-/// Has a driver let others have the IOMMU group of the functions that it is bound to from now on.
-///
-/// # Panics
-///
-/// When there is no such driver, or the probe is loaded already.
-pub fn share_groups_of(driver: &str) {
-    let mut insmod = Command::new("insmod");
-    let status = insmod
-        .args([MODULE, &format!("shares_group={driver}")])
-        .status();
-    assert!(status.expect("insmod").success());
-}
-
 /// How the CPU treats memory behind an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryType {

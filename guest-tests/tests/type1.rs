@@ -174,10 +174,7 @@ fn write_combining_mappings_and_leases_are_mapped_for_dma_too() {
     let edu = Edu::beside(device.group());
     let alias = device.alias(BAR, ALIAS_WC).unwrap();
     let fd = device.export(BAR, &[(0, length())]).unwrap();
-    let lease = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, length())
-        .unwrap();
+    let lease = Map::aligned(&fd, length()).unwrap();
     device.memattr(&fd, MEMATTR_WC).unwrap();
     let combining = How::shared().map(&fd, 0, length()).unwrap();
     let maps = [

@@ -79,6 +79,10 @@ pub const VACATE: u32 = request::<Target>(17);
 /// `ENXIO` unless an [`OCCUPY`] has the lock.
 pub const OCCUPIED: u32 = request::<Target>(18);
 
+/// Lets edu copy within a mapped dma-buf: no memory but that of the two devices is touched. `EINVAL`
+/// not both ranges are in it, `ENXIO` there is no mapping.
+pub const COPY: u32 = request::<Move>(19);
+
 /// [`AddFence::flags`]: `DMA_BUF_IOCTL_EXPORT_SYNC_FILE` finds it (`DMA_RESV_USAGE_READ`).
 pub const FENCE_SHOWS: u32 = 1 << 0;
 /// [`AddFence::flags`]: a wait for it that takes too long ends with `ETIME`.
@@ -171,6 +175,22 @@ pub struct Transfer {
     /// In: address of the caller's bytes.
     pub bytes: u64,
     /// In: how many, 1 to [`TRANSFER_MAX`].
+    pub length: u64,
+}
+
+/// Argument of [`COPY`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Move {
+    /// In: the number of the attachment.
+    pub id: u32,
+    /// 0.
+    pub reserved: u32,
+    /// In: offset in the dma-buf, in bytes.
+    pub from: u64,
+    /// In: offset in the dma-buf, in bytes.
+    pub to: u64,
+    /// In: how many bytes, 1 to [`TRANSFER_MAX`].
     pub length: u64,
 }
 

@@ -20,11 +20,6 @@
  *
  * coarse_iommu=BDF: the IOMMU of that device has no entries for pages.
  *
- * With shares_group=DRIVER the PCI driver of that name lets others have the IOMMU
- * group of the functions that it is bound to from then on: a device behind a switch
- * without ACS is in one group with its neighbours, and VFIO takes none that a driver
- * uses. It must not be bound to any meanwhile.
- *
  * EOPNOTSUPP where the kernel has no kretprobes.
  */
 
@@ -286,20 +281,6 @@ static int begin_fakes(void)
 }
 #endif
 
-static char *shares_group;
-module_param(shares_group, charp, 0444);
-MODULE_PARM_DESC(shares_group, "A PCI driver that lets others have its groups");
-
-static int share_groups(void)
-{
-	struct device_driver *driver = driver_find(shares_group, &pci_bus_type);
-
-	if (!driver)
-		return -ENODEV;
-	container_of(driver, struct pci_driver, driver)->driver_managed_dma = true;
-	return 0;
-}
-
 static struct pci_dev *coarse;
 static unsigned long page_sizes;
 
@@ -338,11 +319,8 @@ static void make_fine(void)
 
 static int __init probe_init(void)
 {
-	int ret = shares_group ? share_groups() : 0;
+	int ret = begin_fakes();
 
-	if (ret)
-		return ret;
-	ret = begin_fakes();
 	if (ret)
 		return ret;
 	ret = make_coarse();

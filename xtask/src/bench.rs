@@ -12,16 +12,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use barlease_bench::report::{Clock, Report};
-use barlease_lab::emulator::{Accel, accel};
+use barlease_lab::emulator::Accel;
 use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Prepared, Request, prepare};
 use barlease_lab::report::seconds;
+use barlease_lab::run::{Output, Run, accel};
 use barlease_lab::system::Root;
-use barlease_lab::vm::{Output, Run};
 use clap::{Args, ValueEnum};
 
+use crate::choice::KernelChoice;
 use crate::system::with_service;
-use crate::{KernelChoice, checkout, kmod};
+use crate::{checkout, kmod};
 
 #[derive(Args, Debug)]
 pub(crate) struct Options {
@@ -50,7 +51,7 @@ pub(crate) struct Options {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum ClockChoice {
-    /// Time; under emulation other work of this machine shows
+    /// Time; under emulation other work of the host shows
     Time,
     /// Instructions of the guest, always emulated; repeatable, and blind to what devices cost
     Instructions,

@@ -66,7 +66,7 @@ pub(crate) fn guest_cargo(prepared: &Prepared, subcommand: &str) -> Result<Comma
     Ok(command)
 }
 
-/// Where on this machine a file is that [`guest_cargo`] has named.
+/// Where on the host a file is that [`guest_cargo`] has named.
 pub(crate) fn outside(prepared: &Prepared, path: &Path) -> Result<PathBuf> {
     let (top, products, home) = (top(), target(), cargo_home()?);
     let folders = folders(&top, &home, &products);

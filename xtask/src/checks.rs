@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use barlease_lab::cache::Cache;
 
 use crate::checkout;
-use crate::test::Steps;
+use crate::steps::Steps;
 
 /// The oldest compiler that the crates promise to build with: `rust-version` in Cargo.toml.
 const OLDEST: &str = "1.85.0";

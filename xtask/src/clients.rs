@@ -11,12 +11,13 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Prepared, Request, prepare};
+use barlease_lab::run::{Output, Run};
 use barlease_lab::system::Root;
-use barlease_lab::vm::{Output, Run};
 use clap::Args;
 
-use crate::vm::{remarks, with_environment, with_module};
-use crate::{KernelChoice, checkout, kmod};
+use crate::choice::KernelChoice;
+use crate::guest::{remarks, with_environment, with_module};
+use crate::{checkout, kmod};
 
 #[derive(Args, Debug)]
 pub(crate) struct Options {

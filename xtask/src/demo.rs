@@ -7,10 +7,11 @@ use anyhow::{Context, Result};
 use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Request, prepare};
 use barlease_lab::report::seconds;
-use barlease_lab::vm::Run;
+use barlease_lab::run::Run;
 use clap::Args;
 
-use crate::{KernelChoice, checkout, kmod};
+use crate::choice::KernelChoice;
+use crate::{checkout, kmod};
 
 #[derive(Args, Debug)]
 pub(crate) struct Options {

@@ -30,6 +30,7 @@ mod modules;
 mod programs;
 mod source;
 mod stage;
+mod tarball;
 mod verify;
 
 use std::fs;
@@ -42,7 +43,8 @@ use barlease_lab::prepare::{Prepared, Request, prepare};
 use barlease_lab::report::{megabytes, seconds};
 use clap::{Args, ValueEnum};
 
-use crate::{KernelChoice, checkout};
+use crate::checkout;
+use crate::choice::KernelChoice;
 
 /// The version of everything in the workspace.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -151,7 +153,7 @@ fn folder() -> PathBuf {
     checkout::target().join("dist")
 }
 
-/// What packages are made into.
+/// The place and date of the packages to make.
 #[derive(Clone, Debug)]
 struct Maker {
     out: PathBuf,
@@ -176,7 +178,7 @@ impl Maker {
     }
 }
 
-/// What packages are made of, as far as it takes a build.
+/// The parts of packages that take a build.
 struct Built {
     command: Option<command::Built>,
     service: Option<command::Program>,
@@ -225,7 +227,7 @@ impl Built {
             What::Overlay => modules::overlay(maker, self.prepared()?)?,
             What::Library => return programs::library(maker),
             What::Source => return source::source(maker),
-            What::Tarball => contents::tarball(maker, self.command()?)?,
+            What::Tarball => tarball::make(maker, self.command()?)?,
         };
         Ok(vec![made])
     }

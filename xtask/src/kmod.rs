@@ -9,8 +9,8 @@ use barlease_lab::kmod::{self, Built, Task};
 use barlease_lab::prepare::{Prepared, Request, prepare};
 use clap::{Args, Subcommand};
 
-use crate::KernelChoice;
 use crate::checkout;
+use crate::choice::KernelChoice;
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {

@@ -9,7 +9,7 @@ use barlease_lab::litmus::{Herd, Observation};
 use barlease_lab::prepare::{Prepared, Request, prepare};
 
 use crate::checkout;
-use crate::test::Count;
+use crate::steps::Count;
 
 /// A test, and the bugs that can be planted in it.
 #[derive(Debug, PartialEq, Eq)]

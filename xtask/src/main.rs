@@ -2,20 +2,19 @@
 //!
 //! Only the command line is here; the work is done by the crate `barlease-lab`.
 
-mod applies;
-mod batch;
 mod bench;
-mod canary;
 mod checkout;
 mod checks;
+mod choice;
 mod clients;
 mod demo;
 mod dist;
+mod guest;
+mod guest_tests;
 mod kmod;
 mod litmus;
-mod pool;
 mod random;
-mod selftests;
+mod steps;
 mod system;
 mod test;
 mod vm;
@@ -23,7 +22,7 @@ mod vm;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 /// Everything a developer of Barlease does.
 #[derive(Debug, Parser)]
@@ -45,7 +44,7 @@ enum Task {
     Random(random::Options),
     /// The kernel's own tests of VFIO and IOMMUFD, with the stock driver and with ours, side by
     /// side
-    Selftests(selftests::Options),
+    Selftests(guest_tests::SelftestOptions),
     /// Programs that others wrote, with stock vfio-pci and with ours, side by side
     Clients(clients::Options),
     /// Judge the order of memory that the module relies on by the kernel's memory model
@@ -57,20 +56,6 @@ enum Task {
     /// Prepare and run guests.
     #[command(subcommand)]
     Vm(vm::Task),
-}
-
-/// Which kernel.
-#[derive(Args, Clone, Debug, Default)]
-struct KernelChoice {
-    /// The newest kernel whose release begins so, such as 7.2; `rt`, `cloud`, `arm64` or `arm64-16k`
-    /// for these flavours, `debug` for the one with KASAN and lockdep [default: the newest of Debian's]
-    #[arg(
-        long,
-        value_name = "RELEASE",
-        env = "BARLEASE_KERNEL",
-        hide_env_values = true
-    )]
-    kernel: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -92,7 +77,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Bench(options) => bench::run(&options),
         Task::Random(options) => random::run(&options),
         Task::Clients(options) => clients::run(&options),
-        Task::Selftests(options) => selftests::run(&options),
+        Task::Selftests(options) => guest_tests::selftests(&options),
         Task::Litmus => litmus::run(),
         Task::Kmod(options) => kmod::run(&options),
         Task::Dist(options) => dist::run(&options),

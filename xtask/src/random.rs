@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::{KernelChoice, checkout};
+use crate::checkout;
+use crate::choice::KernelChoice;
 
 /// The time that a guest takes besides, on a kernel that watches itself and a machine that does
 /// other things: to boot, to end.

@@ -9,12 +9,13 @@ use anyhow::{Result, bail};
 use barlease_lab::cache::Cache;
 use barlease_lab::prepare::Prepared;
 use barlease_lab::report::seconds;
+use barlease_lab::run::{Output, Run};
 use barlease_lab::system::{Disk, Root};
-use barlease_lab::vm::{Output, Run};
 use clap::{Args, ValueEnum};
 
 use crate::checkout;
-use crate::vm::{MachineChoice, Placed, finish, remarks, with_environment, with_module};
+use crate::choice::MachineChoice;
+use crate::guest::{Placed, finish, remarks, with_environment, with_module};
 
 #[derive(Args, Debug)]
 pub(crate) struct Options {

@@ -1,27 +1,22 @@
 //! `cargo xtask vm`
 
-use std::ffi::OsStr;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
-use std::str::FromStr;
+use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::cache::Cache;
 use barlease_lab::debug::Watch;
-use barlease_lab::emulator::accel;
 use barlease_lab::kmod::DRIVER;
 use barlease_lab::machine::Preset;
 use barlease_lab::plan::Plan;
 use barlease_lab::prepare::{self, Prepared, Request, prepare};
-use barlease_lab::report::seconds;
-use barlease_lab::splat;
-use barlease_lab::vm::{Outcome, Run};
+use barlease_lab::run::{Run, accel};
 use clap::{Args, Subcommand};
 
-use crate::batch::Batch;
-use crate::{KernelChoice, applies, checkout, kmod, pool, system};
+use crate::choice::{KernelChoice, MachineChoice};
+use crate::guest::{Placed, finish, in_lab, with_environment, with_module};
+use crate::{checkout, guest_tests, system};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Task {
@@ -63,20 +58,6 @@ pub(crate) enum Task {
     Clean,
 }
 
-#[derive(Args, Clone, Debug)]
-pub(crate) struct MachineChoice {
-    #[command(flatten)]
-    kernel: KernelChoice,
-    /// The machine, see `cargo xtask vm list`
-    #[arg(
-        long,
-        default_value = "full",
-        env = "BARLEASE_PRESET",
-        hide_env_values = true
-    )]
-    pub(crate) preset: Preset,
-}
-
 #[derive(Args, Debug)]
 pub(crate) struct Exec {
     #[command(flatten)]
@@ -99,7 +80,7 @@ pub(crate) struct Exec {
     /// The folder for screenshots
     #[arg(long, value_name = "FOLDER")]
     screenshots: Option<PathBuf>,
-    /// The command. A path of this machine names a program that is copied into the guest; it must
+    /// The command. A path of the host names a program that is copied into the guest; it must
     /// be statically linked
     #[arg(last = true, required = true)]
     command: Vec<String>,
@@ -112,35 +93,6 @@ pub(crate) struct Test {
     /// Arguments for it, as libtest takes them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) arguments: Vec<String>,
-}
-
-/// A file and its place in the guest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Placed {
-    pub(crate) file: PathBuf,
-    pub(crate) place: String,
-}
-
-impl FromStr for Placed {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let (file, place) = match text.rsplit_once(':') {
-            Some((file, place)) => (PathBuf::from(file), place.to_owned()),
-            None => (PathBuf::from(text), in_lab(Path::new(text))?),
-        };
-        if !place.starts_with('/') {
-            bail!("the place in the guest is a full path, not `{place}`");
-        }
-        Ok(Self { file, place })
-    }
-}
-
-fn in_lab(file: &Path) -> Result<String> {
-    let name = file
-        .file_name()
-        .with_context(|| format!("{} names no file", file.display()))?;
-    Ok(format!("/lab/bin/{}", name.to_string_lossy()))
 }
 
 pub(crate) fn run(task: Task) -> Result<ExitCode> {
@@ -163,8 +115,8 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Task::Exec(options) => exec(&options),
-        Task::Test(options) => test(&options),
-        Task::Together { kernel, names } => together(kernel, names),
+        Task::Test(options) => guest_tests::one(&options.binary, &options.arguments),
+        Task::Together { kernel, names } => guest_tests::together(kernel.kernel, names),
         Task::Shell { machine } => shell(&machine),
         Task::System(options) => system::run(&options),
         Task::List { json } => list(json),
@@ -172,15 +124,6 @@ pub(crate) fn run(task: Task) -> Result<ExitCode> {
             Cache::open()?.clean()?;
             Ok(ExitCode::SUCCESS)
         }
-    }
-}
-
-impl MachineChoice {
-    pub(crate) fn prepare(&self) -> Result<Prepared> {
-        prepare(&Request {
-            kernel: self.kernel.kernel.clone(),
-            update: false,
-        })
     }
 }
 
@@ -211,14 +154,14 @@ fn exec(options: &Exec) -> Result<ExitCode> {
     finish(&with_environment(run).command(command).run()?)
 }
 
-/// The program that a command's first word names on this machine, if it names one by a path.
+/// The program that a command's first word names on the host, if it names one by a path.
 fn program_to_copy(word: &str) -> Result<Option<PathBuf>> {
     let path = PathBuf::from(word);
     if !word.contains('/') || !path.is_file() {
         return Ok(None);
     }
     let content = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-    if barlease_lab::vm::needs_libraries(&content) {
+    if barlease_lab::programs::needs_libraries(&content) {
         bail!(
             "{} is linked dynamically and the guest has no libraries: build it with \
              RUSTFLAGS='-C target-feature=+crt-static' --target x86_64-unknown-linux-gnu. \
@@ -227,193 +170,6 @@ fn program_to_copy(word: &str) -> Result<Option<PathBuf>> {
         );
     }
     Ok(Some(path))
-}
-
-/// Our module, and those of the same build beside it without loading them.
-pub(crate) fn with_module<'a>(run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
-    with_modules_of(run, &kmod::build(prepared, false)?)
-}
-
-/// The same, of a build that has been made.
-fn with_modules_of<'a>(mut run: Run<'a>, module: &Path) -> Result<Run<'a>> {
-    let folder = module.parent().unwrap_or(Path::new("."));
-    for entry in std::fs::read_dir(folder)?.filter_map(Result::ok) {
-        let path = entry.path();
-        if path != module && path.extension().is_some_and(|extension| extension == "ko") {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            run = run.file(path, format!("/lib/modules/{name}"));
-        }
-    }
-    Ok(run.module(module))
-}
-
-/// Variables that mean the same in the guest.
-pub(crate) fn with_environment(mut run: Run<'_>) -> Run<'_> {
-    for (name, value) in std::env::vars() {
-        if name.starts_with("BARLEASE_TEST_")
-            || ["CI", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_NOCAPTURE"].contains(&name.as_str())
-        {
-            run = run.env(name, value);
-        }
-    }
-    run
-}
-
-pub(crate) fn finish(outcome: &Outcome) -> Result<ExitCode> {
-    eprint!("{}", remarks(outcome));
-    Ok(ExitCode::from(
-        u8::try_from(outcome.code).unwrap_or(u8::MAX),
-    ))
-}
-
-/// The message about a guest at its end.
-pub(crate) fn remarks(outcome: &Outcome) -> String {
-    let mut said = String::new();
-    for path in &outcome.screenshots {
-        said += &format!("screenshot: {}\n", path.display());
-    }
-    let log = fs::read(&outcome.log).unwrap_or_default();
-    let races = splat::races_of_others(&String::from_utf8_lossy(&log));
-    if races != 0 {
-        said += &format!(
-            "data races of the kernel's own code, without us: {races} reports in {}\n",
-            outcome.log.display()
-        );
-    }
-    said += &format!(
-        "guest: up after {}, done after {}, exit code {}\n",
-        seconds(outcome.boot),
-        seconds(outcome.total),
-        outcome.code
-    );
-    said
-}
-
-fn test(options: &Test) -> Result<ExitCode> {
-    let name = name_of(&options.binary);
-    if runs_nothing(options) {
-        let status = Command::new(&options.binary)
-            .args(&options.arguments)
-            .status();
-        let status = status.with_context(|| format!("start {}", options.binary.display()))?;
-        return Ok(ExitCode::from(
-            status
-                .code()
-                .and_then(|code| u8::try_from(code).ok())
-                .unwrap_or(u8::MAX),
-        ));
-    }
-    let choice = MachineChoice {
-        kernel: KernelChoice { kernel: None },
-        preset: match std::env::var("BARLEASE_PRESET") {
-            Ok(name) => name.parse()?,
-            Err(_) => Preset::of_tests(&file_stem(&options.binary)),
-        },
-    };
-    let prepared = choice.prepare()?;
-    let arch = prepared.kernel.arch();
-    eprint!("{}", applies::remarks(arch, &[&name]));
-    if applies::refusal(arch, &name).is_some() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    // Cargo has built it for this machine.
-    let binary = if arch.is_native() {
-        options.binary.clone()
-    } else {
-        pool::binary_called(&prepared, &name)?
-    };
-    let place = in_lab(&binary)?;
-    let run = Run::new(&prepared, choice.preset.machine()).file(&binary, &place);
-    if file_stem(&options.binary).starts_with("as_stock") && prepared.kernel.watches().is_none() {
-        kmod::build_as_stock(&prepared, false)?;
-    }
-    let run = as_tests_run(run, &kmod::build(&prepared, false)?)?.command(
-        [place]
-            .into_iter()
-            .chain(options.arguments.iter().cloned())
-            .chain(applies::arguments(arch, &name)),
-    );
-    finish(&run.run()?)
-}
-
-fn together(kernel: KernelChoice, names: Vec<String>) -> Result<ExitCode> {
-    let prepared = prepare(&Request {
-        kernel: kernel.kernel,
-        update: false,
-    })?;
-    let only: Vec<_> = names.iter().map(String::as_str).collect();
-    let binaries = pool::binaries(&prepared, &only)?;
-    let pool = pool::Pool {
-        binaries: &binaries,
-        prepared: &prepared,
-        module: &kmod::build(&prepared, false)?,
-        filter: None,
-        jobs: 1,
-    };
-    let preset = Preset::of_tests(&names[0]);
-    let (_, result) = pool.run_batches(vec![Batch { preset, names }]);
-    result.map(|()| ExitCode::SUCCESS)
-}
-
-/// With our modules, and with variables and a time limit as tests have them.
-pub(crate) fn as_tests_run<'a>(run: Run<'a>, module: &Path) -> Result<Run<'a>> {
-    let threads = std::env::var("RUST_TEST_THREADS").unwrap_or_else(|_| "1".to_owned());
-    let run = with_modules_of(run, module)?
-        .env("RUST_TEST_THREADS", threads)
-        // Without restartable sequences: where their page cannot be copied after a fork, for want
-        // of memory, the kernel kills the process when it was interrupted
-        // (`__rseq_handle_slowpath`), and tests have allocations fail.
-        .env("GLIBC_TUNABLES", "glibc.pthread.rseq=0");
-    let run = match test_timeout()? {
-        Some(limit) => run.timeout(limit),
-        None => run,
-    };
-    Ok(with_environment(run))
-}
-
-/// The name of a test binary, without the hash that cargo adds.
-fn name_of(binary: &Path) -> String {
-    let stem = file_stem(binary);
-    stem.rsplit_once('-')
-        .map_or(stem.as_str(), |(name, _)| name)
-        .to_owned()
-}
-
-fn file_stem(path: &Path) -> String {
-    path.file_stem()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
-}
-
-/// Whether the binary would only list its tests, or has none that fit: no guest is needed for that.
-fn runs_nothing(options: &Test) -> bool {
-    let lists = |argument: &String| argument == "--list" || argument == "--help";
-    options.arguments.iter().any(lists) || !has_tests(&options.binary, &options.arguments)
-}
-
-/// Whether a test binary has tests that these arguments leave. What does not run here is taken to
-/// have some.
-pub(crate) fn has_tests(
-    binary: &Path,
-    arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
-) -> bool {
-    let mut list = Command::new(binary);
-    list.args(arguments).args(["--list", "--format", "terse"]);
-    let listed = list.output();
-    !listed.is_ok_and(|listed| listed.status.success() && listed.stdout.is_empty())
-}
-
-fn test_timeout() -> Result<Option<Duration>> {
-    match std::env::var("BARLEASE_TIMEOUT") {
-        Ok(text) => {
-            let seconds = text
-                .parse()
-                .with_context(|| format!("BARLEASE_TIMEOUT is seconds, not `{text}`"))?;
-            Ok(Some(Duration::from_secs(seconds)))
-        }
-        Err(_) => Ok(None),
-    }
 }
 
 fn shell(choice: &MachineChoice) -> Result<ExitCode> {
@@ -490,7 +246,7 @@ fn list(json: bool) -> Result<ExitCode> {
             for (name, watch, ready) in debug_kernels(&cache, Some(plan)) {
                 let ready = if ready { ", ready" } else { "" };
                 println!(
-                    "  {name} (built here, with {}): can be used{ready}",
+                    "  {name} (built here, {}): can be used{ready}",
                     watch.means()
                 );
             }
@@ -510,7 +266,8 @@ fn list(json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The debug kernels from the newest source: name, what it watches, and whether it is ready.
+/// The lab's own kernels from the newest source: name, what it watches or lacks, and whether it is
+/// ready.
 fn debug_kernels(cache: &Cache, plan: Option<&Plan>) -> Vec<(String, Watch, bool)> {
     let newest = plan.and_then(|plan| Some((plan, plan.kernel(None).ok()?)));
     let Some((plan, kernel)) = newest else {
@@ -518,7 +275,7 @@ fn debug_kernels(cache: &Cache, plan: Option<&Plan>) -> Vec<(String, Watch, bool
     };
     let describe = |watch| {
         let ready = prepare::is_debug_ready(cache, plan, kernel, watch);
-        (kernel.debug_name(watch), watch, ready)
+        (watch.kernel_name(kernel), watch, ready)
     };
     Watch::ALL.map(describe).into()
 }
@@ -526,18 +283,6 @@ fn debug_kernels(cache: &Cache, plan: Option<&Plan>) -> Vec<(String, Watch, bool
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_file_has_a_place() {
-        let placed: Placed = "/tmp/a".parse().unwrap();
-        assert_eq!(placed.place, "/lab/bin/a");
-        let placed: Placed = "x/a:/root/b".parse().unwrap();
-        assert_eq!(
-            (placed.file.to_str(), placed.place.as_str()),
-            (Some("x/a"), "/root/b")
-        );
-        assert!("a:b".parse::<Placed>().is_err());
-    }
 
     #[test]
     fn a_command_of_the_guest_is_not_copied() {

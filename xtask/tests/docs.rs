@@ -1,4 +1,5 @@
-//! The documentation: each link in it leads somewhere, and the book has every page.
+//! The documentation: each link in it leads somewhere, the files that it names exist, and the book
+//! has every page.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,6 +20,8 @@ fn top() -> PathBuf {
 struct Page {
     links: Vec<String>,
     anchors: BTreeSet<String>,
+    /// What is in backquotes.
+    code: Vec<String>,
 }
 
 impl Page {
@@ -27,6 +30,9 @@ impl Page {
         let mut heading = None;
         let mut seen = BTreeMap::<String, usize>::new();
         for event in Parser::new_ext(text, Options::ENABLE_TABLES) {
+            if let Event::Code(part) = &event {
+                page.code.push(part.to_string());
+            }
             match event {
                 Event::Start(Tag::Link { dest_url, .. } | Tag::Image { dest_url, .. }) => {
                     page.links.push(dest_url.into_string());
@@ -142,6 +148,50 @@ fn every_link_leads_somewhere() {
         }
     }
     assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// Whether it is the name of a file or folder of the checkout, from its top. Words in capitals
+/// stand for something else, and a `*` for any file.
+fn is_file(word: &str, folders: &BTreeSet<String>) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+    let is_place_holder =
+        |part: &str| part.len() > 2 && part.chars().all(|c| c.is_ascii_uppercase());
+    let Some((folder, _)) = word.split_once('/') else {
+        return false;
+    };
+    folders.contains(folder)
+        && word.chars().all(is_plain)
+        && !word.split(['/', '.']).any(is_place_holder)
+}
+
+/// The folders at the top of the checkout.
+fn folders() -> BTreeSet<String> {
+    let entries = fs::read_dir(top()).unwrap().map(|entry| entry.unwrap());
+    let folders = entries.filter(|entry| entry.file_type().unwrap().is_dir());
+    let names = folders.map(|entry| entry.file_name().into_string().unwrap());
+    // Builds make it.
+    names.filter(|name| name != "target").collect()
+}
+
+#[test]
+fn every_file_that_a_page_names_exists() {
+    let folders = folders();
+    let (mut named, mut absent) = (0, Vec::new());
+    for (path, page) in all() {
+        // What was so in an earlier version stays written.
+        if path.ends_with("CHANGELOG.md") {
+            continue;
+        }
+        for word in page.code.iter().filter(|word| is_file(word, &folders)) {
+            named += 1;
+            let beside = path.parent().unwrap().join(word);
+            if !top().join(word).exists() && !beside.exists() {
+                absent.push(format!("{}: {word}", path.display()));
+            }
+        }
+    }
+    assert!(named > 100, "{named} names");
+    assert!(absent.is_empty(), "{}", absent.join("\n"));
 }
 
 #[test]

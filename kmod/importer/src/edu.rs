@@ -89,11 +89,7 @@ impl Edu {
             self.function.buffer().fill(BLANK);
             self.run(buffer, OWN_MEMORY, TRANSFER_MAX as u64, 0)?;
         }
-        let mut at = OWN_MEMORY;
-        for piece in pieces {
-            self.run(piece.address, at, piece.length, 0)?;
-            at += piece.length;
-        }
+        self.fetch(pieces)?;
         self.run(OWN_MEMORY, buffer, bytes.len() as u64, TO_BUS)?;
         let buffer = self.function.buffer().get(..bytes.len()).ok_or(EINVAL)?;
         bytes.copy_from_slice(buffer);
@@ -107,6 +103,31 @@ impl Edu {
         let buffer = buffer.get_mut(..bytes.len()).ok_or(EINVAL)?;
         buffer.copy_from_slice(bytes);
         self.run(address, OWN_MEMORY, bytes.len() as u64, 0)?;
+        self.put(pieces)
+    }
+
+    /// Copies from one place of the bus to another, at most [`TRANSFER_MAX`] bytes.
+    pub(crate) fn copy(
+        &mut self,
+        from: impl Iterator<Item = Entry>,
+        to: impl Iterator<Item = Entry>,
+    ) -> Result {
+        self.fetch(from)?;
+        self.put(to)
+    }
+
+    /// From the bus to the device's memory.
+    fn fetch(&mut self, pieces: impl Iterator<Item = Entry>) -> Result {
+        let mut at = OWN_MEMORY;
+        for piece in pieces {
+            self.run(piece.address, at, piece.length, 0)?;
+            at += piece.length;
+        }
+        Ok(())
+    }
+
+    /// From the device's memory to the bus.
+    fn put(&mut self, pieces: impl Iterator<Item = Entry>) -> Result {
         let mut at = OWN_MEMORY;
         for piece in pieces {
             self.run(at, piece.address, piece.length, TO_BUS)?;

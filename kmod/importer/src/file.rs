@@ -90,6 +90,7 @@ impl MiscDevice for Opened {
             abi::STATUS => user::exchange(argument, |status| this.status(status)),
             abi::ENTRIES => user::exchange(argument, |entries| this.entries(entries)),
             abi::TRANSFER => user::exchange(argument, |transfer| this.transfer(transfer)),
+            abi::COPY => user::exchange(argument, |copy| this.copy(copy)),
             abi::TRANSLATE => user::exchange(argument, |translate| this.translate(translate)),
             abi::TPH => user::exchange(argument, |tph: &mut abi::Tph| {
                 let dmabuf = DmaBuf::get(tph.fd)?;
@@ -184,6 +185,22 @@ impl Opened {
             user::write_bytes(request.bytes, &bytes)?;
         }
         Ok(())
+    }
+
+    fn copy(&self, request: &mut abi::Move) -> Result {
+        if request.length == 0 || request.length > abi::TRANSFER_MAX as u64 {
+            return Err(EINVAL);
+        }
+        let attachment = attachments::get(self.owner, request.id)?;
+        let mut edu = EDU.lock();
+        let edu = edu.as_mut().ok_or(ENODEV)?;
+        let locked = attachment.lock();
+        if !locked.is_mapped() {
+            return Err(ENXIO);
+        }
+        let from = locked.pieces(request.from, request.length)?;
+        let to = locked.pieces(request.to, request.length)?;
+        edu.copy(from.iter().copied(), to.iter().copied())
     }
 
     fn translate(&self, request: &mut abi::Translate) -> Result {

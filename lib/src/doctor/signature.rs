@@ -19,7 +19,7 @@ use super::warn;
 use crate::pci::Pci;
 
 const NAME: &str = "signature";
-/// What the kernel's build puts at the end of a module that is signed.
+/// The text that the kernel's build puts at the end of a module that is signed.
 const MARK: &[u8] = b"~Module signature appended~\n";
 /// The variable of the firmware; four bytes of attributes come first.
 const SECURE_BOOT: &str = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c";

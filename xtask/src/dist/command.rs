@@ -8,8 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::cache;
+use barlease_lab::programs::needs_libraries;
 use barlease_lab::report::Step;
-use barlease_lab::vm::needs_libraries;
 use clap_complete::Shell;
 use serde_json::Value;
 
@@ -75,7 +75,7 @@ pub(super) fn service() -> Result<Program> {
     Ok(program)
 }
 
-/// Flags of the compiler that keep paths of this machine out of what it makes.
+/// Flags of the compiler that keep paths of the host out of what it makes.
 pub(super) fn without_paths() -> [String; 2] {
     let cargo_home = match std::env::var_os("CARGO_HOME") {
         Some(home) => PathBuf::from(home),

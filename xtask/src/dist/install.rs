@@ -24,8 +24,8 @@ use barlease_lab::cache;
 use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Prepared, Request, prepare};
 use barlease_lab::report::seconds;
+use barlease_lab::run::{Output, Run};
 use barlease_lab::system::{Disk, Root};
-use barlease_lab::vm::{Output, Run};
 use clap::ValueEnum;
 
 use super::{Built, Maker, What, modules, need, output};

@@ -15,7 +15,7 @@ use super::stage::Stage;
 use super::{Maker, fill, need, output};
 use crate::checkout;
 
-/// What a file of the service in `dist/systemd` is, by its name.
+/// The kind of a file of the service in `dist/systemd`, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Unit,
@@ -236,7 +236,7 @@ fn tool(maker: &Maker, program: &str, arguments: &[&str]) -> Result<String> {
     Ok(said)
 }
 
-/// What a library of ours needs of others, as `Depends` has it.
+/// The packages that a library of ours needs, as `Depends` has it.
 fn depends(maker: &Maker, stage: &Stage, file: &Path) -> Result<String> {
     let path = stage.root().join(file);
     let path = path.to_string_lossy();

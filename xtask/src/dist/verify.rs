@@ -15,7 +15,7 @@ use barlease_lab::kmod::{DRIVER, MODULE};
 use barlease_lab::machine::Preset;
 use barlease_lab::prepare::Prepared;
 use barlease_lab::report::{Step, seconds};
-use barlease_lab::vm::{Output, Run};
+use barlease_lab::run::{Output, Run};
 
 use super::{Maker, VERSION, output};
 

@@ -22,7 +22,7 @@ macro_rules! plain {
     };
 }
 
-plain!(Attach Target AddFence Status Entries Entry Transfer Translate Tph);
+plain!(Attach Target AddFence Status Entries Entry Transfer Move Translate Tph);
 
 /// Reads a structure at `address`, lets `f` change it, and writes it back.
 pub(crate) fn exchange<T: FromBytes + AsBytes>(
