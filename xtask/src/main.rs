@@ -13,6 +13,7 @@ mod demo;
 mod dist;
 mod kmod;
 mod litmus;
+mod masks;
 mod pool;
 mod random;
 mod selftests;

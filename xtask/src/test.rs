@@ -15,7 +15,7 @@ use barlease_lab::prepare::{self, Prepared, Request, prepare};
 use barlease_lab::report::seconds;
 use clap::Args;
 
-use crate::{bench, canary, checkout, checks, kmod, litmus, pool, selftests};
+use crate::{bench, canary, checkout, checks, kmod, litmus, masks, pool, selftests};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -248,6 +248,12 @@ impl Lane<'_> {
             }
             Ok(())
         });
+        if built {
+            steps.make(
+                &format!("masked indexes in the module for {kernel}"),
+                || masks::check(prepared, &module),
+            );
+        }
         steps.make(&format!("clippy on the module for {kernel}"), || {
             kmod::clippy(prepared, true)
         });
