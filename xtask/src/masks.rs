@@ -14,17 +14,18 @@ const MASK: &str = "bl_array_index_nospec";
 /// it. Inlined functions are in these.
 const READERS: &[(&str, usize)] = &[
     // The BAR's map and resource; whether it can be mapped.
-    ("8vfio_pciINtB5_6DeviceNtNtB9_5bound8BarleaseE3bar", 2),
-    ("7regions13is_aliasable|7regions12is_aliasable", 1),
+    ("6DeviceNtNtB9_5bound8BarleaseE3bar", 2),
+    ("7regions12is_aliasable", 1),
     ("7regions8alias_at", 1),
 ];
 
 /// Instructions before a call in which its index is compared.
 const NEAR: usize = 12;
 
-/// Disassembles the module, and checks its code. Of code for this machine's architecture only.
+/// Disassembles the module, and checks its code. Of code for this machine's architecture only, and
+/// for kernels of a distribution: in what KASAN looks at, its own code stands between the steps.
 pub(crate) fn check(prepared: &Prepared, module: &Path) -> Result<()> {
-    if !prepared.kernel.arch().is_native() {
+    if !prepared.kernel.arch().is_native() || prepared.kernel.watches().is_some() {
         return Ok(());
     }
     let output = prepared
@@ -83,17 +84,16 @@ fn check_listing(listing: &str) -> Result<()> {
     }
     ensure!(steps.peek().is_none(), "{MASK} makes no mask");
 
-    for (names, wanted) in READERS {
+    for (name, wanted) in READERS {
         let mut found = 0;
         for function in &functions {
-            // What the compiler has moved away from a function is cold code of it.
-            if names.split('|').any(|name| function.name.contains(name)) {
+            if function.name.contains(name) {
                 found += masked(function)?;
             }
         }
         ensure!(
             found >= *wanted,
-            "{names}: {found} masked indexes, not {wanted}"
+            "{name}: {found} masked indexes, not {wanted}"
         );
     }
     // Wherever else one is masked, it is in the same way.
