@@ -264,7 +264,9 @@ struct barlease_dma_buf_list {
  * With BARLEASE_REVOKE_NOWAIT the buffer is DEAD, CPU mappings are gone and
  * importers are told when this returns: 0 when nothing is left to wait for,
  * EINPROGRESS when a fence that was there or a mapping is. LIST says so until
- * it is undone, and EVENTS signals then.
+ * it is undone, and EVENTS signals then. Importers of a buffer whose
+ * reservation lock somebody keeps are told when that is given back, and
+ * EINPROGRESS it is, too.
  *
  * EINVAL: unknown flag, reserved not 0, an internal buffer. ENOENT: this open
  * of the device has no buffer with this id. EBADFD: revoked before.

@@ -2,7 +2,7 @@
 //! machines that the lab has not.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     os::unix::fs::FileExt,
     path::Path,
     process::Command,
@@ -37,6 +37,20 @@ impl Played {
         let status = insmod.args([MODULE, parameters]).status();
         assert!(status.expect("insmod").success(), "{parameters}");
         Some(Self(()))
+    }
+}
+
+impl Played {
+    /// What the module has counted under this name.
+    ///
+    /// # Panics
+    ///
+    /// When it counts no such thing.
+    #[must_use]
+    pub fn counted(&self, name: &str) -> u32 {
+        let path = format!("/sys/module/barlease_probe/parameters/{name}");
+        let text = fs::read_to_string(path).expect("a parameter");
+        text.trim().parse().expect("a number")
     }
 }
 

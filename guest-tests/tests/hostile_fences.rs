@@ -530,6 +530,35 @@ fn a_killed_revoke_that_waits_for_a_fence_leaves_a_draining_buffer() {
     attachment.signal_number(later).unwrap();
 }
 
+/// A process can have an importer keep that lock for long, as by a mapping of many ranges.
+#[test]
+fn sigkill_ends_a_revoke_that_waits_for_a_reservation_lock() {
+    let device = open();
+    let (fd, slow, map) = held(&device);
+    let id = id_of(&fd);
+    slow.occupied(|| {
+        let child = Child::start(&[device.as_fd(), fd.as_fd()], |link| {
+            link.send(1);
+            link.send(u64::from(device.revoke(&fd).is_ok()));
+        });
+        child.link.expect(1);
+        wait::until("REVOKE", || {
+            device
+                .find_record(id)
+                .is_some_and(|record| record.state == STATE_DEAD)
+        });
+        thread::sleep(Duration::from_millis(100));
+        is_killed(child, libc::SIGKILL, || Ok(()));
+        assert_eq!(map.read(0), Err(Sigbus));
+        let record = device.find_record(id).unwrap();
+        assert_ne!(record.flags & BUFFER_DRAINING, 0);
+    });
+    // The module's own work tells the importer when that can be done.
+    slow.wait_for_interruption();
+    slow.unmap().unwrap();
+    wait::until("the end of draining", || device.record(&fd).flags == 0);
+}
+
 #[test]
 fn the_module_warns_of_what_a_killed_revoke_left() {
     let device = open();

@@ -152,3 +152,26 @@ fn an_iommu_that_maps_no_single_pages_is_refused() {
 fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
     check_that_nothing_is_left(&["memory", "nvme"]);
 }
+
+// ---- The lock of the power state
+// --------------------------------------------------------------------------
+
+/// With the lock held for reading, two writers of PMCSR could wake a function against each other,
+/// and leave it asleep with the kernel taking it for awake.
+#[test]
+fn a_function_that_sleeps_unnoticed_is_woken_with_the_lock_held_for_writing() {
+    let Some(watched) = Played::new("watch_wake=1") else {
+        return;
+    };
+    let device = Device::open("nvme");
+    let pmcsr = device.pmcsr();
+    for number in 1..=2 {
+        let [control]: [u8; 1] = device.config(pmcsr);
+        device.function().set_config(pmcsr, &[control | 3]);
+        assert_eq!(device.function().power_state(), "D0");
+        device.set_power_state(0);
+        assert_eq!(device.power_state(), 0);
+        assert_eq!(watched.counted("wakes"), number);
+        assert_eq!(watched.counted("wakes_locked"), number);
+    }
+}

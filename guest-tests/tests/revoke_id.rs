@@ -316,6 +316,34 @@ fn nowait_does_not_wait_for_a_mapping() {
     assert_eq!(slow.status().interruptions, 1);
 }
 
+/// A process can have an importer keep that lock for long, as by a mapping of many ranges.
+#[test]
+fn nowait_does_not_wait_for_a_reservation_lock_that_an_importer_keeps() {
+    let device = open();
+    let (fd, map, slow) = held(&device);
+    let id = id_of(&fd);
+    slow.occupied(|| {
+        let answer = at_once("REVOKE_ID", || device.revoke_nowait(id));
+        assert_eq!(answer, Err(EINPROGRESS));
+        assert_eq!(map.read(0), Err(Sigbus));
+        let record = at_once("LIST", || device.record(&fd));
+        let draining = record.flags & BUFFER_DRAINING != 0;
+        assert_eq!((record.state, draining), (STATE_DEAD, true));
+        // The importers of others are told meanwhile.
+        let (other, _map, attachment) = held(&device);
+        let answer = at_once("REVOKE_ID", || device.revoke_nowait(id_of(&other)));
+        assert_eq!(answer, Err(EINPROGRESS));
+        assert_eq!(attachment.status().interruptions, 1);
+        attachment.unmap().unwrap();
+    });
+    // It is told when that can be done.
+    slow.wait_for_interruption();
+    assert_eq!(device.record(&fd).flags, BUFFER_DRAINING);
+    slow.unmap().unwrap();
+    wait::until("the end of draining", || device.record(&fd).flags == 0);
+    is_dead(&device, &fd, &map);
+}
+
 #[test]
 fn nowait_does_not_wait_for_a_fence() {
     let device = open();

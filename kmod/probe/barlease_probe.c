@@ -20,6 +20,10 @@
  *
  * coarse_iommu=BDF: the IOMMU of that device has no entries for pages.
  *
+ * watch_wake: watches the module wake a function that sleeps unnoticed. wakes is
+ *   how often it did, wakes_locked how often with the core's memory_lock held for
+ *   writing.
+ *
  * EOPNOTSUPP where the kernel has no kretprobes.
  */
 
@@ -31,6 +35,7 @@
 #include <linux/module.h>
 #include <linux/pci.h>
 #include <linux/uaccess.h>
+#include <linux/vfio_pci_core.h>
 
 #if defined(CONFIG_X86)
 #include <asm/msr.h>
@@ -185,7 +190,36 @@ static char *coarse_iommu;
 module_param(coarse_iommu, charp, 0444);
 MODULE_PARM_DESC(coarse_iommu, "The IOMMU of this device has no entries for pages");
 
+static bool watch_wake;
+module_param(watch_wake, bool, 0444);
+MODULE_PARM_DESC(watch_wake, "Watch functions be woken that sleep unnoticed");
+
+static unsigned int wakes, wakes_locked;
+module_param(wakes, uint, 0444);
+MODULE_PARM_DESC(wakes, "How often one was woken");
+module_param(wakes_locked, uint, 0444);
+MODULE_PARM_DESC(wakes_locked, "How often with memory_lock held for writing");
+
 #ifdef CONFIG_KRETPROBES
+/* bl_pci_wake(pdev); the core's structure is the data of a function that is bound. */
+static int a_wake(struct kretprobe_instance *instance, struct pt_regs *regs)
+{
+	struct pci_dev *pdev = (void *)regs_get_kernel_argument(regs, 0);
+	struct vfio_pci_core_device *core = pci_get_drvdata(pdev);
+
+	wakes++;
+	if (down_read_trylock(&core->memory_lock))
+		up_read(&core->memory_lock);
+	else
+		wakes_locked++;
+	return 1;
+}
+
+static int never(struct kretprobe_instance *instance, struct pt_regs *regs)
+{
+	return 0;
+}
+
 static int no_provider(struct kretprobe_instance *instance,
 		       struct pt_regs *regs)
 {
@@ -243,6 +277,9 @@ static struct fake {
 			    .entry_handler = is_msix_place,
 			    .handler = all_ones,
 			    .data_size = sizeof(u32 *) } },
+	{ &watch_wake, { .kp.symbol_name = "bl_pci_wake",
+			 .entry_handler = a_wake,
+			 .handler = never } },
 };
 
 static void end_fakes_before(size_t count)
@@ -277,7 +314,7 @@ static void end_fakes(void)
 
 static int begin_fakes(void)
 {
-	return no_p2p || too_far || below_bridge || no_msix_place ? -EOPNOTSUPP : 0;
+	return no_p2p || too_far || below_bridge || no_msix_place || watch_wake ? -EOPNOTSUPP : 0;
 }
 #endif
 

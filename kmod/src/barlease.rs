@@ -34,6 +34,7 @@ mod abi;
 #[allow(dead_code, unreachable_pub)]
 mod model;
 
+mod bar_maps;
 mod bound;
 mod buffer;
 mod debugfs;
@@ -45,9 +46,11 @@ mod features;
 mod leases;
 mod list;
 mod msix;
+mod names;
 mod regions;
 mod sampling;
 mod sys;
+mod taking;
 
 use sys::vfio_pci::Registration;
 

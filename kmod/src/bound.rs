@@ -3,10 +3,11 @@
 //! The state of a function from its bind to its unbind.
 
 use crate::{
+    buffer::Buffer,
     debugfs::BuffersFile,
     leases::Leases,
     model::{alias::Aliases, config, tph::Completer},
-    msix::Protected,
+    msix::{self, Protected},
     sys::{
         delayed::Delayed,
         flag::{Flag, peek},
@@ -27,14 +28,16 @@ use kernel::{
 /// A bound function.
 #[pin_data]
 pub(crate) struct Barlease {
-    leases: Arc<Leases>,
+    leases: Arc<Leases<Buffer>>,
     completer: Completer,
     #[pin]
     aliases: Mutex<Aliases>,
-    /// These three hold since the device was opened: the protected parts of its BARs, whether the
+    /// These four hold since the device was opened: the protected parts of its BARs, whether the
     /// kernel's own exporter answers feature 11, and whether somebody has asked about aliases.
     #[pin]
     protected: Mutex<Protected>,
+    /// [`Protected::bars`]: an export of another one does without the lock.
+    protected_bars: Atomic<u32>,
     stock_dma_buf: Flag,
     knows_aliases: Flag,
     /// Likewise: which writes to config space are looked at closer ([`config::nearby`]), all of them
@@ -43,7 +46,7 @@ pub(crate) struct Barlease {
     power_states: Atomic<u64>,
     /// Warns of what drains with nobody waiting for it.
     #[pin]
-    left_draining: Delayed<Leases>,
+    left_draining: Delayed<Leases<Buffer>>,
     _buffers_file: Pin<KBox<BuffersFile>>,
 }
 
@@ -59,6 +62,7 @@ impl Barlease {
                 completer: Completer::from_device_capabilities2(function.device_capabilities2()),
                 aliases <- new_mutex!(Aliases::default(), "barlease::aliases"),
                 protected <- new_mutex!(Protected::nothing(), "barlease::protected"),
+                protected_bars: Atomic::new(u32::MAX),
                 stock_dma_buf: Flag::new(),
                 knows_aliases: Flag::new(),
                 sensitive: Atomic::new(u64::MAX),
@@ -72,7 +76,9 @@ impl Barlease {
     /// It was opened: what holds for this open is found out, but for the state of its memory.
     pub(crate) fn opened(&self, device: &Device<'_, Self>) {
         self.aliases.lock().clear();
-        *self.protected.lock() = Protected::of(&device.function());
+        let protected = Protected::of(&device.function());
+        self.protected_bars.store(protected.bars(), Relaxed);
+        *self.protected.lock() = protected;
         let map = device.config_map();
         let power_states = config::nearby(|pos, len| config::covers_power_state(map, pos, len));
         let command = config::nearby(config::covers_command);
@@ -83,7 +89,7 @@ impl Barlease {
     }
 
     /// Its leases.
-    pub(crate) fn leases(&self) -> &Arc<Leases> {
+    pub(crate) fn leases(&self) -> &Arc<Leases<Buffer>> {
         &self.leases
     }
 
@@ -92,9 +98,19 @@ impl Barlease {
         &self.aliases
     }
 
-    /// The parts of its BARs that it does not lease, as read when it was opened.
-    pub(crate) fn protected(&self) -> Protected {
-        *self.protected.lock()
+    /// The parts of `bar` that it does not lease, as read when it was opened; `None` where there are
+    /// none.
+    #[inline]
+    pub(crate) fn protected(&self, bar: u32) -> Option<Protected> {
+        if peek(&self.protected_bars) & msix::bit(bar) == 0 {
+            return None;
+        }
+        self.refused()
+    }
+
+    #[cold]
+    fn refused(&self) -> Option<Protected> {
+        Some(*self.protected.lock()).filter(Protected::is_refused)
     }
 
     /// Whether somebody has asked about aliases since it was opened. The word is set by the first
@@ -126,7 +142,7 @@ impl Barlease {
     }
 
     /// The work that warns of buffers that drain with nobody waiting for it.
-    pub(crate) fn left_draining(&self) -> &Delayed<Leases> {
+    pub(crate) fn left_draining(&self) -> &Delayed<Leases<Buffer>> {
         &self.left_draining
     }
 }

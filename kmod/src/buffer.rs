@@ -4,7 +4,8 @@
 
 use crate::{
     PAGE_SHIFT, abi,
-    leases::{Leases, Look},
+    bar_maps::{BarMap, BarMaps},
+    leases::{Leases, Look, PATIENCE_MS},
     model::{
         access::{Epoch, State},
         batch::{self, Batch},
@@ -18,16 +19,14 @@ use crate::{
         errno,
         fence::{Fence, FenceWatch, Found},
         flag::{Flag, peek},
-        idle::Outstanding,
+        idle::{Gate, Outstanding},
         items::Items,
         p2p::{Importer, Mapped},
-        rwsem::RwSem,
-        shortage::until_there_is_memory,
+        patience::{Patience, Pauses, until_there_is_memory},
         tree::{self, Links},
-        vfio_pci::BARS,
         vma::{
-            self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, OpenFile, Outcome, PMD_ORDER,
-            PmdEntry, RUN_ORDER,
+            self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, Outcome, PMD_ORDER, PmdEntry,
+            RUN_ORDER,
         },
     },
 };
@@ -72,7 +71,7 @@ impl Contents {
 /// whole BAR ([`BarMaps`]), so that one mechanism takes everything away. No fd of it exists.
 #[pin_data]
 pub(crate) struct Buffer {
-    leases: Arc<Leases>,
+    leases: Arc<Leases<Self>>,
     epoch: Epoch,
     contents: Contents,
     /// The page offset that a mapping of its first page has: not 0 for a mapping through the device
@@ -81,13 +80,12 @@ pub(crate) struct Buffer {
     /// Whether it is that of the mappings of a BAR through the device fd.
     internal: bool,
     /// `O_ACCMODE` of its open flags.
-    access: u32,
+    access: u8,
     /// Whether it was revoked for good: 1, or 0.
     revoked: Atomic<u32>,
-    /// A fault holds it from its look at the state until its entry is in. So a thread that takes
+    /// A fault is inside from its look at the state until its entry is in. So a thread that takes
     /// memory away waits for the faults of this buffer, and not for those of others.
-    #[pin]
-    gate: RwSem<()>,
+    gate: Gate,
     /// `MEMATTR_*` that the next mapping gets.
     memattr: Atomic<u32>,
     /// VMAs that map it. So many that this wraps do not fit into the memory of a machine.
@@ -118,9 +116,6 @@ pub(crate) struct Guarded {
     pub(crate) tph: Tph,
 }
 
-/// How long to wait for an importer before it is named in the log, and again each time after that.
-pub(crate) const PATIENCE_MS: u32 = 10_000;
-
 /// With the count of its [`Arc`] it is to fit into an allocation of 256 bytes: a function may have
 /// many. Locks that are debugged, or may sleep as those of a real-time kernel do, are larger.
 #[cfg(not(any(
@@ -136,7 +131,11 @@ static OPERATIONS: Operations<Buffer> = Operations::new();
 
 impl Buffer {
     /// The dma-buf, with the open flags `flags`, of a buffer that is a lease.
-    pub(crate) fn export(leases: &Arc<Leases>, contents: Contents, flags: u32) -> Result<DmaBuf> {
+    pub(crate) fn export(
+        leases: &Arc<Leases<Self>>,
+        contents: Contents,
+        flags: u32,
+    ) -> Result<DmaBuf> {
         Self::make(leases, contents, MemoryType::Uncached, flags, None)
     }
 
@@ -144,7 +143,7 @@ impl Buffer {
     /// that BAR and memory type. `contents` is the whole BAR, whose first page is at the page
     /// offset `first_page` of the device fd.
     pub(crate) fn map_bar(
-        leases: &Arc<Leases>,
+        leases: &Arc<Leases<Self>>,
         contents: Contents,
         memory_type: MemoryType,
         first_page: u64,
@@ -165,7 +164,7 @@ impl Buffer {
         let buffer: Arc<Self> = map.dmabuf.exported::<Self>().ok_or(EINVAL)?.into();
         // The device may have gone away with its fd still open.
         if let Err(error) = buffer.alive() {
-            let unused = maps.take_unused(&buffer, memory_type);
+            let unused = buffer.take_unused(&mut maps, memory_type);
             drop(maps);
             drop(unused);
             return Err(error);
@@ -176,10 +175,24 @@ impl Buffer {
         Ok(())
     }
 
+    /// Takes its mappings out of `maps`, if there are none any more. VMAs are added with the maps
+    /// locked, or made of others.
+    fn take_unused(&self, maps: &mut BarMaps, memory_type: MemoryType) -> Option<BarMap> {
+        let place = maps.place(self.contents.bar(), memory_type)?;
+        let is_its = |map: &mut BarMap| {
+            let found = map.dmabuf.exported::<Self>();
+            found.is_some_and(|found| core::ptr::eq(&*found, self))
+        };
+        if self.is_mapped() {
+            return None;
+        }
+        place.take_if(is_its)
+    }
+
     /// `internal` is the page offset of the first page in the device fd, of a buffer that is no
     /// lease.
     fn make(
-        leases: &Arc<Leases>,
+        leases: &Arc<Leases<Self>>,
         contents: Contents,
         memory_type: MemoryType,
         flags: u32,
@@ -195,9 +208,10 @@ impl Buffer {
                     contents,
                     first_page: internal.unwrap_or(0),
                     internal: internal.is_some(),
-                    access: flags & bindings::O_ACCMODE,
+                    // CAST: Two bits.
+                    access: (flags & bindings::O_ACCMODE) as u8,
                     revoked: Atomic::new(0),
-                    gate <- RwSem::new(()),
+                    gate: Gate::new(),
                     memattr: Atomic::new(memattr_of(memory_type)),
                     vmas: Atomic::new(0),
                     wc_vmas: Atomic::new(0),
@@ -223,7 +237,7 @@ impl Buffer {
 
     /// Whether it belongs to the latest open of the device of `leases`: the current one, if the
     /// caller comes through the device fd.
-    pub(crate) fn is_of(&self, leases: &Arc<Leases>) -> bool {
+    pub(crate) fn is_of(&self, leases: &Arc<Leases<Self>>) -> bool {
         Arc::ptr_eq(&self.leases, leases) && leases.is_latest(self.epoch)
     }
 
@@ -253,16 +267,12 @@ impl Buffer {
     }
 
     /// Tells its importers that it is dead, and watches what they still do with it; of each end of
-    /// that the owner is to hear. Where memory is short it does `pause` between its attempts, and
-    /// fails with that.
-    pub(crate) fn tell_and_watch<E>(
-        &self,
-        mut pause: impl FnMut() -> Result<(), E>,
-    ) -> Result<(), E> {
+    /// that the owner is to hear. Fails when its patience is over.
+    pub(crate) fn tell_and_watch<P: Patience>(&self, patience: &mut P) -> Result<(), P::Error> {
         let mut watch = None;
         if self.is_attached() {
-            if let Some(fence) = self.tell_and_look(&mut pause)? {
-                watch = Some(self.watch(fence, pause)?);
+            if let Some(fence) = self.tell_and_look(patience)? {
+                watch = Some(self.watch(fence, patience)?);
             }
         }
         self.revocation.publish(watch);
@@ -274,14 +284,14 @@ impl Buffer {
 
     /// Begins to watch `fence`.
     #[cold]
-    fn watch<E>(
+    fn watch<P: Patience>(
         &self,
         fence: Fence,
-        pause: impl FnMut() -> Result<(), E>,
-    ) -> Result<Pin<KBox<FenceWatch>>, E> {
-        let watch = until_there_is_memory(pause, || {
+        patience: &mut P,
+    ) -> Result<Pin<KBox<FenceWatch>>, P::Error> {
+        let watch = until_there_is_memory(patience, |_| {
             let events = Some(self.leases.events().clone());
-            KBox::pin_init(FenceWatch::new(events), GFP_KERNEL)
+            Ok(KBox::pin_init(FenceWatch::new(events), GFP_KERNEL))
         })?;
         watch.arm(fence);
         Ok(watch)
@@ -415,7 +425,7 @@ impl Buffer {
             nr_mappings: self.mappings.count(),
             nr_vmas: self.vmas() as u32,
             nr_wc_vmas: self.wc_vmas() as u32,
-            access: self.access,
+            access: self.access.into(),
             reserved: 0,
             name: name.unwrap_or([0; NAME_LEN]),
         }
@@ -443,8 +453,9 @@ impl Buffer {
 
     /// Takes it out of the page tables of all processes, once its state lets no fault bring it in.
     pub(crate) fn zap(&self) {
-        // A fault that saw another state is over then.
-        drop(self.gate.write());
+        // A fault that saw another state is over then. A full barrier stands between the change of
+        // state and this: a call of `xchg`.
+        self.gate.wait();
         self.inode.zap();
     }
 
@@ -453,36 +464,36 @@ impl Buffer {
         peek(&self.attachments) != 0
     }
 
-    /// Tells its importers that their mappings are to go. One that has no mapping is not told:
-    /// there is nothing to undo, and a pinned importer may take it as final.
-    pub(crate) fn tell(&self) {
-        self.live.lock().invalidate(|| self.mappings.any());
-    }
-
-    /// The same, unless another thread has the reservation lock: whether it was done.
+    /// Tells its importers that their mappings are to go, unless another thread has one of the locks
+    /// that this takes: whether it was done. An importer that has no mapping is not told: there is
+    /// nothing to undo, and a pinned importer may take it as final.
     pub(crate) fn try_tell(&self) -> bool {
-        let live = self.live.try_lock();
-        live.is_some_and(|live| live.try_invalidate(|| self.mappings.any()))
+        let patience = &mut Pauses(0);
+        let live = patience.live(&self.live);
+        live.is_ok_and(|live| live.invalidate(patience, || self.mappings.any()).is_ok())
     }
 
-    /// Tells its importers as `tell`: one fence for all that they, and those that were told before,
-    /// still do with it.
+    /// Tells its importers as `try_tell`: one fence for all that they, and those that were told
+    /// before, still do with it.
     ///
     /// Fences are looked at once in each event that takes the memory away: a process can go on
     /// adding some for ever (`DMA_BUF_IOCTL_IMPORT_SYNC_FILE`), and need not even be an importer
     /// for it.
     ///
-    /// Where memory is short it does `pause` between its attempts, and fails with that.
-    pub(crate) fn tell_and_look<E>(
+    /// Fails when its patience is over.
+    pub(crate) fn tell_and_look<P: Patience>(
         &self,
-        pause: impl FnMut() -> Result<(), E>,
-    ) -> Result<Option<Fence>, E> {
-        let live = self.live.lock();
-        let look = live.invalidate_and_look(|| self.mappings.any());
+        patience: &mut P,
+    ) -> Result<Option<Fence>, P::Error> {
+        let live = patience.live(&self.live)?;
+        let look = live.invalidate_and_look(patience, || self.mappings.any())?;
         drop(live);
         match look {
             Ok(fence) => Ok(fence),
-            Err(_) => until_there_is_memory(pause, || self.live.lock().fences()),
+            Err(_) => until_there_is_memory(patience, |patience| {
+                let live = patience.live(&self.live)?;
+                live.fences(patience)
+            }),
         }
     }
 
@@ -512,9 +523,14 @@ impl Buffer {
 
     /// Says in the log which importers are waited for, a line, not too often.
     pub(crate) fn complain(&self) {
-        let live = self.live.lock();
-        let (name, importers) = (live.name(), live.importers());
-        drop(live);
+        // What cannot be looked at just now is not waited for: this thread may be one that is to
+        // end when it is killed.
+        let Some((name, importers)) = self.live.try_lock().and_then(|live| {
+            let importers = live.importers()?;
+            Some((live.name(), importers))
+        }) else {
+            return;
+        };
         if !self.leases.may_complain() {
             return;
         }
@@ -612,88 +628,6 @@ enum Plan {
     Large(u64),
     /// Pages.
     Run(Batch),
-}
-
-/// The mappings of a BAR through the device fd.
-struct BarMap {
-    /// Its internal buffer, which these VMAs map.
-    dmabuf: DmaBuf,
-    /// Keeps the device open while there are any.
-    _device_file: OpenFile,
-}
-
-/// The mappings through the device fd, by BAR and memory type: one internal buffer for all of a
-/// kind.
-///
-/// One that no VMA maps any more goes away.
-#[derive(Default)]
-pub(crate) struct BarMaps([[Option<BarMap>; 2]; BARS as usize]);
-
-impl BarMaps {
-    fn place(&mut self, bar: u32, memory_type: MemoryType) -> Option<&mut Option<BarMap>> {
-        let [uncached, write_combining] = self.0.get_mut(bar as usize)?;
-        Some(match memory_type {
-            MemoryType::Uncached => uncached,
-            MemoryType::WriteCombining => write_combining,
-        })
-    }
-
-    /// Takes out the mappings of `buffer`, if there are none any more. VMAs are added with the maps
-    /// locked, or made of others.
-    fn take_unused(&mut self, buffer: &Buffer, memory_type: MemoryType) -> Option<BarMap> {
-        let place = self.place(buffer.contents.bar(), memory_type)?;
-        let is_its = |map: &mut BarMap| {
-            let found = map.dmabuf.exported::<Buffer>();
-            found.is_some_and(|found| core::ptr::eq(&*found, buffer))
-        };
-        if buffer.is_mapped() {
-            return None;
-        }
-        place.take_if(is_its)
-    }
-}
-
-/// The names of a function's dma-bufs: `barlease:<BDF>/<bar>`, with `+wc` behind it where it is
-/// that; cut where such a name ends.
-pub(crate) struct Names {
-    /// Their beginning.
-    start: [u8; NAME_LEN],
-    length: usize,
-}
-
-impl Names {
-    /// Those of the function `bdf`.
-    pub(crate) fn new(bdf: &CStr) -> Self {
-        let mut this = Self {
-            start: [0; NAME_LEN],
-            length: 0,
-        };
-        let parts = [b"barlease:", bdf.to_bytes(), b"/"];
-        // Not the last: it stays NUL.
-        let places = this.start.iter_mut().take(NAME_LEN - 1);
-        for (place, byte) in places.zip(parts.into_iter().flatten()) {
-            *place = *byte;
-            this.length += 1;
-        }
-        this
-    }
-
-    fn of(&self, bar: u32, memory_type: MemoryType) -> [u8; NAME_LEN] {
-        let suffix: &[u8] = match memory_type {
-            MemoryType::Uncached => b"",
-            MemoryType::WriteCombining => b"+wc",
-        };
-        let mut name = self.start;
-        if let Some(place) = name.get_mut(self.length) {
-            // A BAR has one digit.
-            *place = b'0'.wrapping_add(bar as u8);
-        }
-        let places = name.iter_mut().skip(self.length + 1);
-        for (place, byte) in places.zip(suffix) {
-            *place = *byte;
-        }
-        name
-    }
 }
 
 /// The uAPI's number of a memory type.
@@ -822,15 +756,19 @@ impl vma::Mapped for Buffer {
             Ok(plan) => plan,
             Err(outcome) => return outcome,
         };
-        // The state holds until the entry is in: a thread that takes memory away waits for the
-        // gate, and zaps after that.
-        let gate = self.gate.read();
+        // `plan` may have taken a while. Whom the door keeps out keeps nobody waiting at the gate.
+        if !self.is_reachable() {
+            return Outcome::SIGBUS;
+        }
+        // The state holds until the entry is in: a thread that takes memory away waits at the gate,
+        // and zaps after that.
+        let inside = self.gate.enter();
         let outcome = if self.is_reachable() {
             self.insert(fault, plan)
         } else {
             Outcome::SIGBUS
         };
-        drop(gate);
+        drop(inside);
         outcome
     }
 
@@ -849,7 +787,7 @@ impl vma::Mapped for Buffer {
             self.wc_vmas.fetch_sub(1, Relaxed);
         }
         if last && self.internal {
-            let unused = self.leases.bar_maps().lock().take_unused(self, memory_type);
+            let unused = self.take_unused(&mut self.leases.bar_maps().lock(), memory_type);
             // This may drop the last reference to the device fd: without the lock.
             drop(unused);
         }

@@ -27,7 +27,7 @@ pub(crate) struct BuffersFile {
 impl BuffersFile {
     /// Makes the directory of the function and the file in it. Without debugfs it is not there, and
     /// that is no error.
-    pub(crate) fn new(leases: &Arc<Leases>) -> Result<Pin<KBox<Self>>> {
+    pub(crate) fn new(leases: &Arc<Leases<Buffer>>) -> Result<Pin<KBox<Self>>> {
         let dir = debugfs_root::subdir(leases.bdf()).ok_or(ENODEV)?;
         let lines = Lines(leases.clone());
         KBox::pin_init(
@@ -40,7 +40,7 @@ impl BuffersFile {
     }
 }
 
-struct Lines(Arc<Leases>);
+struct Lines(Arc<Leases<Buffer>>);
 
 impl Writer for Lines {
     fn write(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

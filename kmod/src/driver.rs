@@ -8,9 +8,7 @@ use crate::{
     abi,
     bound::Barlease,
     door::{self, Way},
-    export, features,
-    leases::Wait,
-    list,
+    export, features, list,
     model::{
         access::{Event, Sampled},
         config,
@@ -29,6 +27,7 @@ use crate::{
         },
         vma::NewVma,
     },
+    taking::Wait,
 };
 use kernel::{prelude::*, sync::Arc};
 
@@ -209,7 +208,7 @@ impl Driver for Barlease {
             ErrorState::Recovers => self.leases().begin(Event::Error, Wait::No),
             ErrorState::Failed => self.leases().fail(Wait::No),
         }
-        if self.leases().has_untold() {
+        if self.leases().untold().get() {
             self.left_draining().start_now();
         }
     }

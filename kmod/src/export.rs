@@ -9,11 +9,10 @@ use crate::{
     features::check_feature,
     leases::Leases,
     model::ranges::{Placement, RangeError, Segment},
-    msix::Protected,
     refuse,
     sys::{
         bar::Bar,
-        items::{self, Items},
+        items::{self, FEW, Few, Items},
         payload::{PayloadReader, UserPayload},
         vfio_pci::{BARS, Device, FEATURE_GET},
     },
@@ -84,19 +83,14 @@ pub(crate) fn get(device: &Device<'_, Barlease>, flags: u32, payload: UserPayloa
 
 /// `EPERM` when the ranges overlap what must not be exported.
 pub(crate) fn check_protected(driver: &Barlease, bar: u32, ranges: &[abi::DmaRange]) -> Result {
-    match protected_of(driver, bar).and_then(|areas| areas.hit(bar, ranges)) {
+    let protected = driver.protected(bar);
+    match protected.and_then(|protected| protected.hit(bar, ranges)) {
         None => Ok(()),
         Some(hit) => refuse_protected(driver.leases(), bar, hit),
     }
 }
 
-/// The parts of a BAR that must not be exported, if there are any.
-fn protected_of(driver: &Barlease, bar: u32) -> Option<Protected> {
-    let protected = driver.protected();
-    protected.refuses(bar).then_some(protected)
-}
-
-fn refuse_protected<T>(leases: &Leases, bar: u32, hit: &str) -> Result<T> {
+fn refuse_protected<T>(leases: &Leases<Buffer>, bar: u32, hit: &str) -> Result<T> {
     refuse!(
         leases,
         EPERM,
@@ -149,13 +143,16 @@ fn place(
     count: usize,
 ) -> core::result::Result<Items<Segment>, Refused> {
     let index = bar.index();
-    let protected = protected_of(driver, index);
+    let protected = driver.protected(index);
     let mut placement = Placement::new(bar.extent(), PAGE_SHIFT);
     let mut hit = None;
-    let segments = if count == 1 {
-        let range = reader.read::<abi::DmaRange>()?;
-        hit = protected.and_then(|protected| protected.hit(index, &[range]));
-        Items::One(placement.next(range.offset, range.length)?)
+    let segments = if count <= FEW {
+        let mut places = [const { MaybeUninit::uninit() }; FEW];
+        let (places, _) = places.split_at_mut(count);
+        let ranges: &[abi::DmaRange] = reader.read_many(places)?;
+        hit = protected.and_then(|protected| protected.hit(index, ranges));
+        let next = |range: &abi::DmaRange| placement.next(range.offset, range.length);
+        Items::Few(Few::of(ranges, next)?.ok_or(EINVAL)?)
     } else {
         let mut segments = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT).map_err(Error::from)?;
         let mut places = [const { MaybeUninit::uninit() }; CHUNK];

@@ -6,19 +6,22 @@ use crate::{
     abi,
     bound::Barlease,
     buffer::Buffer,
-    leases::Wait,
     model::tph::{self, Completer, Tph, TphError},
     sys::{
         dma_buf::DmaBuf,
         errno,
+        patience::{Pauses, UntilKilled},
         payload::UserPayload,
-        shortage::pause_unless_killed,
         vfio_pci::{Device, FEATURE_GET, FEATURE_PROBE, FEATURE_SET},
         vma,
     },
+    taking::Wait,
 };
 use core::mem::size_of;
 use kernel::prelude::*;
+
+/// How often REVOKE_ID with NOWAIT asks again for a lock that somebody has for a moment.
+const NOWAIT_PAUSES: u32 = 2;
 
 /// `BARLEASE_FEATURE_DMA_BUF_REVOKE`.
 pub(crate) fn revoke(
@@ -67,17 +70,26 @@ pub(crate) fn revoke_id(
 
 fn revoke_buffer(device: &Device<'_, Barlease>, buffer: &Buffer, wait: Wait) -> Result<i32> {
     buffer.kill()?;
-    let left = match (buffer.tell_and_watch(pause_unless_killed), wait) {
-        (Err(killed), _) => killed,
+    // An importer may keep a lock that it takes to tell importers.
+    let told = match wait {
+        Wait::Yes => buffer.tell_and_watch(&mut UntilKilled),
+        Wait::No => buffer.tell_and_watch(&mut Pauses(NOWAIT_PAUSES)),
+    };
+    let left = match (told, wait) {
         (Ok(()), _) if !buffer.is_draining() => return Ok(0),
-        (Ok(()), Wait::No) => errno::EINPROGRESS.into(),
+        (_, Wait::No) => errno::EINPROGRESS.into(),
+        (Err(killed), Wait::Yes) => killed,
         (Ok(()), Wait::Yes) => match buffer.wait_killable() {
             Ok(()) => return Ok(0),
             Err(killed) => killed,
         },
     };
     buffer.leave_draining();
-    device.driver().left_draining().start();
+    if buffer.is_told() {
+        device.driver().left_draining().start();
+    } else {
+        device.driver().left_draining().start_now();
+    }
     Err(left)
 }
 

@@ -15,49 +15,48 @@
 //! 4. [`Leases::table`], to add, remove and look up buffers only: never held across a drain, a copy
 //!    from or to user memory, an allocation, or a fault;
 //! 5. the P2P providers of the device, read while an importer finds out how it reaches the device;
-//! 6. [`Buffer::gate`](crate::buffer::Buffer), one a buffer: read by its faults, which already hold
-//!    the `mmap_lock` or the lock of a VMA; written, with nothing called meanwhile, by a
-//!    thread that waits for the faults that have begun;
-//! 7. [`Leases::access`]: to change it and to ask for it, with nothing called meanwhile.
+//! 6. [`Leases::access`]: to change it and to ask for it, with nothing called meanwhile.
 //!
 //! Never taken: `memory_lock` in mmap, fault and `reset_prepare`, and never waited for in
 //! `reset_done` (a reader of it may be waiting for the `mmap_lock`, and a reset may come with it
 //! held); `access` by a thread that holds it.
 //!
 //! No tenant's fault takes a lock that another tenant's takes: the thread that holds it may have
-//! lost its processor.
+//! lost its processor. [`Buffer::gate`](crate::buffer::Buffer) is no lock: a fault is counted there
+//! while it inserts its entry, for which it takes the kernel's locks of page tables and nothing
+//! else. A thread that waits for that may hold anything that is named above.
 //!
 //! # Taking memory away
 //!
 //! An event source begins its event, which shuts the door to new entries in page tables and new
-//! mappings of importers; drains what is there; lets the event happen; and ends it.
+//! mappings of importers; drains what is there; lets the event happen; and ends it. The code is in
+//! [`taking`](crate::taking).
 //!
 //! The door is a word, [`Leases::reachable`], and one a buffer, whether it was revoked for good.
 //! The thread that takes memory away, the taker, writes them before it looks for what there is.
 //! They are read
 //!
-//! - by a fault with the gate of its buffer held until its entry is in. The taker passes the gate
-//!   before it zaps: a fault that came first is over then, one that comes later sees the word;
+//! - by a fault that is counted at the gate of its buffer until its entry is in. The taker waits
+//!   there before it zaps: a fault that came first is over then, one that comes later sees the
+//!   word;
 //! - by an importer that maps with the reservation lock held until its mapping is counted, which
 //!   the taker takes too, before it asks whether there is one.
 //!
 //! A buffer that nobody maps and nobody is attached to is passed over, by the counts of the
 //! buffers, and of all of them together. So these counts go up before the word is read, the word is
 //! written before they are read, and between the two there is a full barrier on either side
-//! (`Full`): one of the two sees the other.
+//! (`Full`): one of the two sees the other. So it is at the gate.
 
 use crate::{
-    buffer::{BarMaps, Buffer, Names, PATIENCE_MS},
-    model::access::{Access, Epoch, Event, NOTHING, Reasons, Sampled, State},
+    bar_maps::BarMaps,
+    model::access::{Access, Epoch, NOTHING, Reasons, Sampled, State},
+    names::Names,
     sys::{
-        delayed::Later,
         eventfd::EventSlot,
-        fence::{Fence, FenceWatch},
         flag::{Flag, peek},
         p2p::Providers,
         ratelimit::Ratelimit,
-        shortage::{pause, until_there_is_memory},
-        tree::Tree,
+        tree::{Item, Tree},
     },
 };
 use kernel::{
@@ -73,9 +72,10 @@ use kernel::{
 /// All buffers of one bound function.
 ///
 /// Lives as long as the last of them, which may be longer than the function is bound: nothing here
-/// leads to the device.
+/// leads to the device. Nothing here knows what a buffer is either, beyond its key, since a buffer
+/// refers to this; what is done with buffers, an owner of both does ([`taking`](crate::taking)).
 #[pin_data]
-pub(crate) struct Leases {
+pub(crate) struct Leases<B: Item> {
     bdf: CString,
     names: Names,
     providers: Arc<Providers>,
@@ -91,15 +91,17 @@ pub(crate) struct Leases {
     /// is to pay nothing where nothing sleeps.
     asleep: Flag,
     #[pin]
-    table: Mutex<Tree<Buffer>>,
+    table: Mutex<Tree<B>>,
     #[pin]
     bar_maps: Mutex<BarMaps>,
     /// The eventfd of the open, which hears of every change.
     events: Arc<EventSlot>,
     /// [`Look::ending`]. Written with `access` locked.
     ending: Flag,
-    /// See [`Self::has_untold`].
+    /// See [`Self::untold`].
     untold: Flag,
+    /// How often what is left was looked at.
+    runs: Atomic<u32>,
     /// VMAs that map its buffers, and importers attached to them: each is the sum of what the
     /// buffers count.
     vmas: Atomic<i64>,
@@ -121,14 +123,8 @@ pub(crate) struct Look {
     pub(crate) ending: bool,
 }
 
-/// Whether the importers that are told to let go are waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wait {
-    /// They are: nothing reaches the memory after that.
-    Yes,
-    /// They are told, and let go when they do. The caller holds what others need.
-    No,
-}
+/// How long to wait for an importer before it is named in the log, and again each time after that.
+pub(crate) const PATIENCE_MS: u32 = 10_000;
 
 /// How many buffers are looked up at a time.
 pub(crate) const BATCH: usize = 16;
@@ -136,7 +132,7 @@ pub(crate) const BATCH: usize = 16;
 /// How many are looked at, at the most, with the table locked.
 const LOOKS: usize = 64;
 
-impl Leases {
+impl<B: Item> Leases<B> {
     /// No leases of the function `bdf`, which is not open.
     pub(crate) fn new(bdf: &CStr, providers: Arc<Providers>) -> Result<Arc<Self>> {
         let bdf = CString::try_from_fmt(fmt!("{bdf}"))?;
@@ -156,6 +152,7 @@ impl Leases {
                 events,
                 ending: Flag::new(),
                 untold: Flag::new(),
+                runs: Atomic::new(0),
                 vmas: Atomic::new(0),
                 attachments: Atomic::new(0),
                 log_limit <- Ratelimit::new(),
@@ -220,11 +217,9 @@ impl Leases {
         });
     }
 
-    /// The device is being closed, or is gone: all its buffers are dead when this returns.
-    ///
-    /// As for an event, in phases. But since what is dead stays dead, each buffer keeps what its
-    /// importers still do: the owner of a device that was pulled out can ask about it.
-    pub(crate) fn close(&self) {
+    /// The device is being closed, or is gone: nothing may be reached any more, and all buffers are
+    /// dead. Whether it was open, so that [`Self::has_ended`] is to follow.
+    pub(crate) fn shut_for_good(&self) -> bool {
         let mut first = false;
         self.shut_door(|access| {
             first = access.epoch().is_some();
@@ -234,25 +229,15 @@ impl Leases {
             access.close();
             self.epoch.store(NOTHING, Relaxed);
         });
-        self.zap();
-        let has_importers = peek(&self.attachments) != 0;
-        if has_importers {
-            let untold = |buffer: &Buffer| buffer.is_attached() && !buffer.is_told();
-            self.for_each(untold, |buffer| {
-                let Ok(()) = buffer.tell_and_watch(pause);
-            });
-        }
-        if first {
-            let access = self.access.lock();
-            self.ending.set(false);
-            drop(access);
-            self.notify();
-        }
-        if has_importers {
-            // An importer may have detached meanwhile, and still be at work.
-            let at_work = |buffer: &Buffer| buffer.is_waited_for() || buffer.is_left_by_close();
-            self.for_each(at_work, |buffer| buffer.wait());
-        }
+        first
+    }
+
+    /// Every buffer was taken from all processes, and its importers were told.
+    pub(crate) fn has_ended(&self) {
+        let access = self.access.lock();
+        self.ending.set(false);
+        drop(access);
+        self.notify();
     }
 
     /// The current epoch; `ENODEV` when the device is not open.
@@ -270,25 +255,8 @@ impl Leases {
         self.access.lock().latest()
     }
 
-    /// `event` begins: nothing of this device can be reached when this returns, but for what
-    /// importers have mapped that are not waited for.
-    pub(crate) fn begin(&self, event: Event, wait: Wait) {
-        self.shut(|access| access.begin(event), wait);
-    }
-
-    /// Recovery from an error has failed. As for `begin`.
-    pub(crate) fn fail(&self, wait: Wait) {
-        self.shut(Access::fail, wait);
-    }
-
-    /// Makes a change after which nothing may be reached, and takes away what is there.
-    fn shut(&self, change: impl FnOnce(&mut Access), wait: Wait) {
-        self.shut_door(change);
-        self.drain(wait);
-    }
-
     /// Makes a change after which nothing new may be reached.
-    fn shut_door(&self, change: impl FnOnce(&mut Access)) {
+    pub(crate) fn shut_door(&self, change: impl FnOnce(&mut Access)) {
         let mut access = self.access.lock();
         change(&mut access);
         self.reachable.xchg(NOTHING, Full);
@@ -334,6 +302,11 @@ impl Leases {
         self.asleep.get()
     }
 
+    /// What is left of earlier events is looked at once more: how often it was before.
+    pub(crate) fn look_again(&self) -> u32 {
+        self.runs.fetch_add(1, Relaxed)
+    }
+
     /// Looks at the state of a buffer of `epoch`.
     pub(crate) fn look(&self, epoch: Epoch, revoked: bool) -> Look {
         let access = self.access.lock();
@@ -367,6 +340,22 @@ impl Leases {
         self.access.lock().reasons_when_awake()
     }
 
+    /// Whether any of its buffers is mapped.
+    pub(crate) fn is_mapped(&self) -> bool {
+        peek(&self.vmas) != 0
+    }
+
+    /// Whether any of its buffers has an importer.
+    pub(crate) fn is_attached(&self) -> bool {
+        peek(&self.attachments) != 0
+    }
+
+    /// Whether importers are to be told that the thread which took memory away could not tell
+    /// without waiting for a lock that a process may hold.
+    pub(crate) fn untold(&self) -> &Flag {
+        &self.untold
+    }
+
     /// One of its buffers has a VMA more, which it has counted; what is looked at after this is
     /// looked at after both.
     pub(crate) fn vma_opened(&self) {
@@ -389,7 +378,7 @@ impl Leases {
     }
 
     /// Adds a buffer, which every drain from here on finds.
-    pub(crate) fn add(&self, buffer: Arc<Buffer>) -> Result {
+    pub(crate) fn add(&self, buffer: Arc<B>) -> Result {
         let added = self.table.lock().insert(buffer);
         // One that was not added is dropped without the lock. The kernel gives no inode number
         // twice.
@@ -405,7 +394,7 @@ impl Leases {
     }
 
     /// The buffer with this id.
-    pub(crate) fn find(&self, id: u64) -> Option<Arc<Buffer>> {
+    pub(crate) fn find(&self, id: u64) -> Option<Arc<B>> {
         self.table.lock().get(id).map(Into::into)
     }
 
@@ -413,11 +402,7 @@ impl Leases {
     /// table locked. Buffers that are added meanwhile may be left out. Allocates nothing, since it
     /// must not fail.
     #[inline]
-    pub(crate) fn for_each(
-        &self,
-        mut wanted: impl FnMut(&Buffer) -> bool,
-        mut f: impl FnMut(&Arc<Buffer>),
-    ) {
+    pub(crate) fn for_each(&self, mut wanted: impl FnMut(&B) -> bool, mut f: impl FnMut(&Arc<B>)) {
         // Often there is one, or none: it costs no batch.
         let mut first = [None];
         let next = self.look_up(0, &mut wanted, &mut first);
@@ -434,8 +419,8 @@ impl Leases {
     fn for_each_from(
         &self,
         from: u64,
-        mut wanted: impl FnMut(&Buffer) -> bool,
-        mut f: impl FnMut(&Arc<Buffer>),
+        mut wanted: impl FnMut(&B) -> bool,
+        mut f: impl FnMut(&Arc<B>),
     ) {
         let mut batch = [const { None }; BATCH];
         let mut next = Some(from);
@@ -456,15 +441,15 @@ impl Leases {
     pub(crate) fn look_up(
         &self,
         from: u64,
-        wanted: &mut impl FnMut(&Buffer) -> bool,
-        batch: &mut [Option<Arc<Buffer>>],
+        wanted: &mut impl FnMut(&B) -> bool,
+        batch: &mut [Option<Arc<B>>],
     ) -> Option<u64> {
         let mut places = batch.iter_mut();
         let mut place = places.next();
         let table = self.table.lock();
         for (seen, buffer) in table.iter_from(from).enumerate() {
             let Some(vacant) = place.take().filter(|_| seen < LOOKS) else {
-                return Some(buffer.id());
+                return Some(buffer.key());
             };
             place = if wanted(&buffer) {
                 *vacant = Some(buffer.into());
@@ -474,143 +459,5 @@ impl Leases {
             };
         }
         None
-    }
-
-    /// Takes away what each buffer has, where its state says that nothing new can come.
-    ///
-    /// In phases, so that it takes as long as the slowest importer and not the sum, and CPU access
-    /// waits for no importer.
-    fn drain(&self, wait: Wait) {
-        self.zap();
-        if peek(&self.attachments) != 0 {
-            self.drain_importers(wait);
-        }
-    }
-
-    /// Takes each buffer out of the page tables of all processes.
-    fn zap(&self) {
-        if peek(&self.vmas) != 0 {
-            self.for_each(Buffer::is_mapped, |buffer| buffer.zap());
-        }
-    }
-
-    /// Tells the importers of every buffer, and then waits for the fences that were there and for
-    /// the mappings that have to go.
-    ///
-    /// A fence that somebody adds later is not waited for, so nobody can make this last for ever.
-    /// The importers of a buffer that was revoked have been told, and its fences were looked at
-    /// then: the rest of those is waited for, and nothing that a holder adds to a dead lease.
-    #[inline(never)]
-    fn drain_importers(&self, wait: Wait) {
-        let mut fences = KVVec::new();
-        let mut at_work = false;
-        self.for_each(Buffer::is_attached, |buffer| {
-            if !buffer.is_told() {
-                if wait == Wait::Yes {
-                    let Ok(fence) = buffer.tell_and_look(pause);
-                    if let Some(fence) = fence {
-                        watch(buffer, fence, &mut fences);
-                    }
-                } else if !buffer.try_tell() {
-                    self.untold.set(true);
-                }
-            }
-            // Those that let go when they are told are most. None begins anything after that.
-            at_work |= buffer.is_in_use();
-        });
-        if wait == Wait::No {
-            return;
-        }
-        for watched in &fences {
-            watched.wait();
-        }
-        if at_work {
-            self.for_each(Buffer::is_waited_for, |buffer| buffer.wait());
-        }
-    }
-
-    /// Whether importers are to be told that the thread which took memory away could not tell
-    /// without waiting for a lock that a process may hold.
-    pub(crate) fn has_untold(&self) -> bool {
-        self.untold.get()
-    }
-
-    /// Tells them, unless the memory may be touched again.
-    fn tell_untold(&self) {
-        if !self.untold.get() {
-            return;
-        }
-        self.untold.set(false);
-        self.for_each(Buffer::is_attached, |buffer| {
-            if !buffer.is_reachable() {
-                buffer.tell();
-            }
-        });
-    }
-
-    /// Tells the importers of buffers whose revocation was killed while memory was short, if there
-    /// is some now.
-    fn tell_left(&self) {
-        self.for_each(Buffer::is_left_untold, |buffer| {
-            // One for which memory is short now is tried again the next time.
-            let _ = buffer.tell_and_watch(|| Err(ENOMEM));
-        });
-    }
-
-    /// Warns of the revoked buffers that nobody waits for and that an importer still uses: whether
-    /// there are any.
-    pub(crate) fn warn_of_draining(&self) -> bool {
-        let mut any = false;
-        self.for_each(Buffer::is_left_draining, |buffer| {
-            any = true;
-            buffer.complain();
-        });
-        any
-    }
-}
-
-/// The fences that a buffer had when an event began.
-#[pin_data]
-struct Watched {
-    #[pin]
-    watch: FenceWatch,
-    buffer: Arc<Buffer>,
-}
-
-impl Watched {
-    fn wait(&self) {
-        while !self.watch.pending().wait(PATIENCE_MS) {
-            self.buffer.complain();
-        }
-    }
-}
-
-/// Adds `fence`, that of `buffer`, to those that are waited for.
-///
-/// Taking away must not fail: where memory is short, this waits for some.
-#[cold]
-fn watch(buffer: &Arc<Buffer>, fence: Fence, fences: &mut KVVec<Pin<KBox<Watched>>>) {
-    let Ok(watched) = until_there_is_memory(pause, || {
-        fences.reserve(1, GFP_KERNEL)?;
-        KBox::pin_init(
-            pin_init!(Watched {
-                watch <- FenceWatch::new(None),
-                buffer: buffer.clone(),
-            }),
-            GFP_KERNEL,
-        )
-    });
-    watched.watch.arm(fence);
-    // There is room.
-    let _ = fences.push_within_capacity(watched);
-}
-
-impl Later for Leases {
-    const MILLISECONDS: u32 = PATIENCE_MS;
-
-    fn run(&self) -> bool {
-        self.tell_untold();
-        self.tell_left();
-        self.warn_of_draining()
     }
 }

@@ -61,18 +61,24 @@ impl Protected {
         }
     }
 
-    /// Whether anything of it is in `bar`, and must not be exported.
-    pub(crate) fn refuses(&self, bar: u32) -> bool {
-        let there = match self.areas {
-            Areas::Known(areas) => areas.iter().flatten().any(|area| area.bar == bar),
-            Areas::Anywhere => true,
-        };
-        there
-            && match params::msix_export() {
-                MsixExport::Auto => !self.isolated,
-                MsixExport::Always => false,
-                MsixExport::Never => true,
-            }
+    /// The BARs that anything of it may be in, a bit each.
+    pub(crate) fn bars(&self) -> u32 {
+        match self.areas {
+            Areas::Known(areas) => areas
+                .iter()
+                .flatten()
+                .fold(0, |bars, area| bars | bit(area.bar)),
+            Areas::Anywhere => u32::MAX,
+        }
+    }
+
+    /// Whether it must not be exported.
+    pub(crate) fn is_refused(&self) -> bool {
+        match params::msix_export() {
+            MsixExport::Auto => !self.isolated,
+            MsixExport::Always => false,
+            MsixExport::Never => true,
+        }
     }
 
     /// The name of the area that one of `ranges` of `bar` overlaps.
@@ -88,6 +94,11 @@ impl Protected {
         };
         areas.iter().flatten().find(overlaps).map(|area| area.name)
     }
+}
+
+/// The bit of a BAR in [`Protected::bars`].
+pub(crate) fn bit(bar: u32) -> u32 {
+    1u32.checked_shl(bar).unwrap_or(0)
 }
 
 impl Areas {

@@ -21,7 +21,7 @@ use crate::{
     refuse,
     sys::{
         errno,
-        items::Items,
+        items::{Few, Items},
         nospec,
         payload::{UserPayload, pod_bytes},
         vfio_pci::{
@@ -189,7 +189,7 @@ pub(crate) fn mmap(device: &Device<'_, Barlease>, vma: NewVma<'_>) -> Result {
     };
     let contents = Contents {
         memory,
-        segments: Items::One(whole),
+        segments: Items::Few(Few::one(whole)),
     };
     let leases = device.driver().leases();
     Buffer::map_bar(leases, contents, memory_type, offset - page, vma)

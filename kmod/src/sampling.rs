@@ -5,9 +5,9 @@
 
 use crate::{
     bound::Barlease,
-    leases::Wait,
     model::access::{Access, Event, Sampled},
     sys::vfio_pci::{Device, Function, MemoryRead},
+    taking::Wait,
 };
 
 /// Whether the hardware's COMMAND lacks the memory bit. A function that sleeps, or is in reset, is

@@ -13,6 +13,7 @@ mod guest;
 mod guest_tests;
 mod kmod;
 mod litmus;
+mod masks;
 mod random;
 mod steps;
 mod system;

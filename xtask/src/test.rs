@@ -11,7 +11,7 @@ use barlease_lab::prepare::{self, Prepared, Request, prepare};
 use clap::Args;
 
 use crate::steps::Steps;
-use crate::{bench, checkout, checks, guest_tests, kmod, litmus};
+use crate::{bench, checkout, checks, guest_tests, kmod, litmus, masks};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -202,6 +202,12 @@ impl Lane<'_> {
             }
             Ok(())
         });
+        if built {
+            steps.make(
+                &format!("masked indexes in the module for {kernel}"),
+                || masks::check(prepared, &module),
+            );
+        }
         steps.make(&format!("clippy on the module for {kernel}"), || {
             kmod::clippy(prepared, true)
         });

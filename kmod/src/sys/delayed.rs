@@ -12,11 +12,11 @@ use kernel::{container_of, prelude::*, sync::Arc, types::Opaque};
 
 /// Something to do, later and again.
 pub(crate) trait Later: Send + Sync + 'static {
-    /// How many milliseconds later.
+    /// How many milliseconds later, the first time.
     const MILLISECONDS: u32;
 
-    /// Does it: whether to do it again.
-    fn run(&self) -> bool;
+    /// Does it: in how many milliseconds to do it again.
+    fn run(&self) -> Option<u32>;
 }
 
 /// Does something a while after it was started, until there is no more to do or this is dropped.
@@ -51,8 +51,13 @@ impl<T: Later> Delayed<T> {
 
     /// Starts, unless it is started.
     pub(crate) fn start(&self) {
+        self.go_on(T::MILLISECONDS);
+    }
+
+    /// Goes on in a while.
+    fn go_on(&self, milliseconds: u32) {
         // SAFETY: By the type invariant the work is initialized; `drop` waits for it.
-        unsafe { bindings::bl_delayed_start(self.work.get(), T::MILLISECONDS) };
+        unsafe { bindings::bl_delayed_start(self.work.get(), milliseconds) };
     }
 
     /// Has it done as soon as may be, whether it was started or not.
@@ -76,8 +81,8 @@ impl<T: Later> Delayed<T> {
         let work = Opaque::cast_from(work.cast_const());
         // SAFETY: That is a field of `Self`, whose `drop` waits for this call.
         let this = unsafe { &*container_of!(work, Self, work) };
-        if this.target.run() {
-            this.start();
+        if let Some(milliseconds) = this.target.run() {
+            this.go_on(milliseconds);
         }
     }
 }

@@ -8,6 +8,7 @@ use super::{
     bindings, errno,
     fence::Fence,
     p2p::{Importer, Mapped, Note},
+    patience::{Patience, Pauses},
     vma::NewVma,
 };
 use core::{cell::UnsafeCell, marker::PhantomData, ptr::NonNull};
@@ -387,50 +388,47 @@ impl LiveGuard<'_> {
 
     /// Tells every importer that its mappings are to go, if there are any; `is_mapped` is asked
     /// with the reservation lock held, when no mapping is being made.
-    pub(crate) fn invalidate(&self, is_mapped: impl FnOnce() -> bool) {
-        self.with_resv_locked(|dmabuf| {
+    pub(crate) fn invalidate<P: Patience>(
+        &self,
+        patience: &mut P,
+        is_mapped: impl FnOnce() -> bool,
+    ) -> Result<(), P::Error> {
+        let told = self.with_resv_locked(patience, |dmabuf| {
             // SAFETY: The dma-buf is not released while this is locked, and its reservation lock is
             // held.
             unsafe { tell_importers(dmabuf, is_mapped) };
         });
-    }
-
-    /// The same, unless another thread has the reservation lock: whether it was done.
-    pub(crate) fn try_invalidate(&self, is_mapped: impl FnOnce() -> bool) -> bool {
-        let Some(dmabuf) = self.0.as_ref().map(|dmabuf| dmabuf.0.as_ptr()) else {
-            return true;
-        };
-        // SAFETY: The dma-buf is not released while this is locked.
-        let resv = unsafe { (*dmabuf).resv };
-        // SAFETY: As above.
-        if !unsafe { bindings::bl_resv_trylock(resv) } {
-            return false;
-        }
-        // SAFETY: As above, and the reservation lock is held.
-        unsafe { tell_importers(dmabuf, is_mapped) };
-        // SAFETY: Locked above.
-        unsafe { bindings::dma_resv_unlock(resv) };
-        true
+        told.map(|_| ())
     }
 
     /// Tells every importer as `invalidate`, and then says what `fences` says.
-    pub(crate) fn invalidate_and_look(
+    pub(crate) fn invalidate_and_look<P: Patience>(
         &self,
+        patience: &mut P,
         is_mapped: impl FnOnce() -> bool,
-    ) -> Result<Option<Fence>> {
+    ) -> Result<Result<Option<Fence>>, P::Error> {
         // SAFETY: The dma-buf is not released while this is locked, and its reservation lock is held.
-        self.look_after(|dmabuf| unsafe { tell_importers(dmabuf, is_mapped) })
+        self.look_after(patience, |dmabuf| unsafe {
+            tell_importers(dmabuf, is_mapped)
+        })
     }
 
     /// One fence that stands for all that are there and have not signalled: what devices still do
-    /// with the memory. `ENOMEM`.
-    pub(crate) fn fences(&self) -> Result<Option<Fence>> {
-        self.look_after(|_| {})
+    /// with the memory. The inner error is `ENOMEM`.
+    pub(crate) fn fences<P: Patience>(
+        &self,
+        patience: &mut P,
+    ) -> Result<Result<Option<Fence>>, P::Error> {
+        self.look_after(patience, |_| {})
     }
 
     /// Does `first` and looks at the fences, with the reservation lock held.
-    fn look_after(&self, first: impl FnOnce(*mut bindings::dma_buf)) -> Result<Option<Fence>> {
-        let fence = self.with_resv_locked(|dmabuf| {
+    fn look_after<P: Patience>(
+        &self,
+        patience: &mut P,
+        first: impl FnOnce(*mut bindings::dma_buf),
+    ) -> Result<Result<Option<Fence>>, P::Error> {
+        let fence = self.with_resv_locked(patience, |dmabuf| {
             first(dmabuf);
             let usage = bindings::dma_resv_usage_DMA_RESV_USAGE_BOOKKEEP;
             // SAFETY: The dma-buf is not released while this is locked.
@@ -444,22 +442,23 @@ impl LiveGuard<'_> {
             to_result(unsafe { bindings::dma_resv_get_singleton(resv, usage, &mut fence) })?;
             // SAFETY: `dma_resv_get_singleton` returned null or a reference.
             Ok(unsafe { Fence::from_raw(fence) })
-        });
-        fence.unwrap_or(Ok(None))
+        })?;
+        Ok(fence.unwrap_or(Ok(None)))
     }
 
-    /// Its importers that have mappings, or all of them where none has.
-    pub(crate) fn importers(&self) -> Importers {
-        let mapped = self.importers_that(Note::is_mapped);
+    /// Its importers that have mappings, or all of them where none has; `None` while somebody has the
+    /// reservation lock.
+    pub(crate) fn importers(&self) -> Option<Importers> {
+        let mapped = self.importers_that(Note::is_mapped)?;
         if mapped.count == 0 {
             return self.importers_that(|_| true);
         }
-        mapped
+        Some(mapped)
     }
 
-    fn importers_that(&self, wanted: impl Fn(Note) -> bool) -> Importers {
+    fn importers_that(&self, wanted: impl Fn(Note) -> bool) -> Option<Importers> {
         let mut importers = Importers::default();
-        self.with_resv_locked(|dmabuf| {
+        let looked = self.with_resv_locked(&mut Pauses(0), |dmabuf| {
             // SAFETY: Computes an address inside of the dma-buf.
             let head = unsafe { &raw const (*dmabuf).attachments };
             // SAFETY: The reservation lock guards the list.
@@ -479,20 +478,27 @@ impl LiveGuard<'_> {
                 node = unsafe { (*node).next }.cast_const();
             }
         });
-        importers
+        looked.is_ok().then_some(importers)
     }
 
     /// `None` when the dma-buf is gone.
-    fn with_resv_locked<R>(&self, f: impl FnOnce(*mut bindings::dma_buf) -> R) -> Option<R> {
-        let dmabuf = self.0.as_ref()?.0.as_ptr();
+    fn with_resv_locked<R, P: Patience>(
+        &self,
+        patience: &mut P,
+        f: impl FnOnce(*mut bindings::dma_buf) -> R,
+    ) -> Result<Option<R>, P::Error> {
+        let Some(dmabuf) = self.0.as_ref() else {
+            return Ok(None);
+        };
+        let dmabuf = dmabuf.0.as_ptr();
         // SAFETY: The dma-buf is not released while this is locked.
         let resv = unsafe { (*dmabuf).resv };
-        // SAFETY: As above. Without an acquire context locking cannot fail.
-        unsafe { bindings::dma_resv_lock(resv, core::ptr::null_mut()) };
+        // SAFETY: As above. Nothing here locks it twice.
+        unsafe { patience.lock(resv) }?;
         let result = f(dmabuf);
         // SAFETY: Locked above.
         unsafe { bindings::dma_resv_unlock(resv) };
-        Some(result)
+        Ok(Some(result))
     }
 }
 

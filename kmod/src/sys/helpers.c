@@ -195,6 +195,20 @@ bool bl_resv_trylock(struct dma_resv *resv)
 	return dma_resv_trylock(resv);
 }
 
+/*
+ * -EINTR when a fatal signal comes. Other signals end an interruptible wait,
+ * too, and there is no killable one: while one of them is pending, the lock is
+ * asked for again and again.
+ */
+int bl_resv_lock_killable(struct dma_resv *resv)
+{
+	while (dma_resv_lock_interruptible(resv, NULL)) {
+		if (bl_sleep_killable(1))
+			return -EINTR;
+	}
+	return 0;
+}
+
 void bl_dma_fence_put(struct dma_fence *fence)
 {
 	dma_fence_put(fence);
@@ -355,6 +369,11 @@ bool bl_count_wait(atomic_t *count, unsigned int milliseconds)
 				      msecs_to_jiffies(milliseconds));
 }
 
+void bl_count_wait_for_none(atomic_t *count)
+{
+	wait_var_event(count, !atomic_read_acquire(count));
+}
+
 unsigned int bl_count_read(const atomic_t *count)
 {
 	return atomic_read(count);
@@ -455,10 +474,17 @@ struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar)
  * Addresses of the bus lead there by a bridge that is above both (or of a
  * function to itself). Where there is none, the way is a host bridge or there
  * is no way: 1, or -EINVAL. Where there is one: 0, it depends on its ACS.
+ *
+ * Whether host bridges lead from one to the other is a property of these two,
+ * for as long as they are there. *known is NULL, or a host bridge that was
+ * found to lead to the provider, with a reference: so no other one can have
+ * its address.
  */
-int bl_p2p_through_host(struct p2pdma_provider *provider, struct device *dev)
+int bl_p2p_through_host(struct p2pdma_provider *provider, struct device *dev,
+			struct device **known)
 {
 	struct pci_dev *owner = to_pci_dev(provider->owner), *up, *other;
+	struct device *host;
 
 	if (!dev_is_pci(dev))
 		return -EINVAL;
@@ -468,7 +494,15 @@ int bl_p2p_through_host(struct p2pdma_provider *provider, struct device *dev)
 			if (up == other)
 				return 0;
 	}
-	return pci_p2pdma_distance(owner, dev, false) < 0 ? -EINVAL : 1;
+	host = &pci_find_host_bridge(to_pci_dev(dev)->bus)->dev;
+	if (READ_ONCE(*known) == host)
+		return 1;
+	if (pci_p2pdma_distance(owner, dev, false) < 0)
+		return -EINVAL;
+	get_device(host);
+	if (cmpxchg(known, NULL, host))
+		put_device(host);
+	return 1;
 }
 
 bool bl_uses_dma_iommu(struct device *dev)
@@ -510,11 +544,6 @@ bool bl_iova_try_alloc(struct device *dev, struct dma_iova_state *state,
 		       size_t size)
 {
 	return dma_iova_try_alloc(dev, state, 0, size);
-}
-
-void bl_iova_free(struct device *dev, struct dma_iova_state *state)
-{
-	dma_iova_free(dev, state);
 }
 
 int bl_iova_link(struct device *dev, struct dma_iova_state *state,

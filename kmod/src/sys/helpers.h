@@ -79,6 +79,7 @@ void bl_pci_wake(struct pci_dev *pdev);
 void bl_dma_buf_name(struct dma_buf *dmabuf, char *name);
 bool bl_dma_buf_name_new(struct dma_buf *dmabuf, const char *name);
 bool bl_resv_trylock(struct dma_resv *resv);
+int bl_resv_lock_killable(struct dma_resv *resv);
 void bl_dma_fence_put(struct dma_fence *fence);
 bool bl_vma_may_share(const struct vm_area_struct *vma);
 int bl_vma_no_more_than(struct vm_area_struct *vma, const struct file *file);
@@ -99,6 +100,7 @@ void bl_count_up(atomic_t *count);
 void bl_count_down(atomic_t *count);
 bool bl_count_any(const atomic_t *count);
 unsigned int bl_count_read(const atomic_t *count);
+void bl_count_wait_for_none(atomic_t *count);
 bool bl_count_wait(atomic_t *count, unsigned int milliseconds);
 long bl_count_wait_killable(atomic_t *count, unsigned int milliseconds);
 int bl_sleep_killable(unsigned int milliseconds);
@@ -121,13 +123,13 @@ void bl_delayed_cancel(struct delayed_work *work);
 struct p2pdma_provider *bl_p2p_provider(struct pci_dev *pdev, int bar);
 bool bl_uses_dma_iommu(struct device *dev);
 bool bl_iommu_has_pages(struct device *dev);
-int bl_p2p_through_host(struct p2pdma_provider *provider, struct device *dev);
+int bl_p2p_through_host(struct p2pdma_provider *provider, struct device *dev,
+			struct device **known);
 bool bl_iommu_leads(struct device *dev, dma_addr_t address, phys_addr_t phys);
 u64 bl_dma_reach(struct device *dev);
 void bl_cond_resched(void);
 bool bl_iova_try_alloc(struct device *dev, struct dma_iova_state *state,
 		       size_t size);
-void bl_iova_free(struct device *dev, struct dma_iova_state *state);
 int bl_iova_link(struct device *dev, struct dma_iova_state *state,
 		 phys_addr_t phys, size_t offset, size_t size,
 		 enum dma_data_direction direction);

@@ -8,17 +8,20 @@
 //! usual kind, for 10 ms: DMA that is under way still lands. Here a mapping that was undone is
 //! blocked.
 //!
-//! Two devices with no PCI bridge above both reach each other through a host bridge or not at all:
-//! `pci_p2pdma_distance()` says which. Where there is a bridge, only the stock helper can tell (its
-//! `pci_p2pdma_map_type()` is not exported): one page is mapped by it. What came out is an I/O
-//! virtual address if the IOMMU leads it to that page, and an address of the bus if it does not.
-//! The number itself says nothing: behind another host bridge the addresses of a BAR are free for
-//! the importer's IOMMU to be used. That is done once an attachment.
+//! Two devices with no PCI bridge above both reach each other through host bridges or not at all:
+//! `pci_p2pdma_distance()` says which. That is a property of the host bridges, so it is asked once
+//! for the importers behind one of them. Where there is a bridge above both, only the stock helper
+//! can tell (its `pci_p2pdma_map_type()` is not exported): one page is mapped by it. What came out
+//! is an I/O virtual address if the IOMMU leads it to that page, and an address of the bus if it
+//! does not. The number itself says nothing: behind another host bridge the addresses of a BAR are
+//! free for the importer's IOMMU to be used. That is done once an attachment.
 //!
 //! C headers: [`include/linux/pci-p2pdma.h`](srctree/include/linux/pci-p2pdma.h),
 //! [`include/linux/dma-buf-mapping.h`](srctree/include/linux/dma-buf-mapping.h)
 
-use super::{bar::Bar, bindings, errno, rwsem::ReadGuard, rwsem::RwSem, vma::PMD_ORDER};
+use super::{
+    bar::Bar, bindings, errno, flag::peek, rwsem::ReadGuard, rwsem::RwSem, vma::PMD_ORDER,
+};
 use crate::model::ranges::Run;
 use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{
@@ -47,16 +50,54 @@ unsafe impl Send for Provider {}
 // SAFETY: The kernel writes the fields of a provider before it gives it away, and never after that.
 unsafe impl Sync for Provider {}
 
+struct Bars {
+    providers: [Option<Provider>; BARS],
+    host: HostBridge,
+}
+
+impl Bars {
+    const fn none() -> Self {
+        Self {
+            providers: [const { None }; BARS],
+            host: HostBridge::unknown(),
+        }
+    }
+}
+
+/// A host bridge that was found to lead to the function, if one was.
+///
+/// # Invariants
+///
+/// Null, or a valid device with a reference that is ours.
+struct HostBridge(Atomic<*mut bindings::device>);
+
+impl HostBridge {
+    const fn unknown() -> Self {
+        // INVARIANT: Null.
+        Self(Atomic::new(core::ptr::null_mut()))
+    }
+}
+
+impl Drop for HostBridge {
+    fn drop(&mut self) {
+        let host = peek(&self.0);
+        if !host.is_null() {
+            // SAFETY: By the type invariant there is a reference to give back.
+            unsafe { bindings::put_device(host) };
+        }
+    }
+}
+
 /// The P2P providers of the BARs of a function, while the device is open.
 ///
 /// # Invariants
 ///
-/// Each provider in it is valid: they are filled in when the device is opened and emptied before it is closed,
-/// and providers live until the function is unbound.
+/// Each provider in it is valid: they are filled in when the device is opened and emptied before it
+/// is closed, and providers live until the function is unbound.
 #[pin_data]
 pub(crate) struct Providers {
     #[pin]
-    bars: RwSem<[Option<Provider>; BARS]>,
+    bars: RwSem<Bars>,
     /// Which BARs have one, a bit each: a first look without the lock.
     present: Atomic<u32>,
 }
@@ -66,7 +107,7 @@ impl Providers {
     pub(super) fn new() -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
-                bars <- RwSem::new([const { None }; BARS]),
+                bars <- RwSem::new(Bars::none()),
                 present: Atomic::new(0),
             }),
             GFP_KERNEL,
@@ -78,7 +119,7 @@ impl Providers {
     /// The function must be bound, and stay so until `clear` is called.
     pub(super) unsafe fn fill(&self, pdev: *mut bindings::pci_dev) {
         let mut present = 0;
-        for (index, slot) in self.bars.write().iter_mut().enumerate() {
+        for (index, slot) in self.bars.write().providers.iter_mut().enumerate() {
             // SAFETY: `pdev` is valid by the caller.
             let provider = unsafe { bindings::bl_p2p_provider(pdev, index as c_int) };
             // INVARIANT: The caller promises that it stays valid until `clear`.
@@ -91,7 +132,7 @@ impl Providers {
     /// Waits for the threads that use a provider, and makes all other use impossible.
     pub(super) fn clear(&self) {
         let mut bars = self.bars.write();
-        *bars = [const { None }; BARS];
+        *bars = Bars::none();
         self.present.store(0, Relaxed);
     }
 
@@ -109,7 +150,7 @@ impl Providers {
     fn get(&self, bar: u32) -> Result<BarProvider<'_>> {
         let bars = self.bars.read();
         let bar = bar as usize;
-        if bars.get(bar).is_some_and(Option::is_some) {
+        if bars.providers.get(bar).is_some_and(Option::is_some) {
             Ok(BarProvider { bars, bar })
         } else {
             Err(errno::EOPNOTSUPP.into())
@@ -119,13 +160,13 @@ impl Providers {
 
 /// The provider of one BAR.
 struct BarProvider<'a> {
-    bars: ReadGuard<'a, [Option<Provider>; BARS]>,
+    bars: ReadGuard<'a, Bars>,
     bar: usize,
 }
 
 impl BarProvider<'_> {
     fn get(&self) -> Result<NonNull<bindings::p2pdma_provider>> {
-        match self.bars.get(self.bar) {
+        match self.bars.providers.get(self.bar) {
             Some(Some(provider)) => Ok(provider.0),
             _ => Err(errno::EOPNOTSUPP.into()),
         }
@@ -414,8 +455,10 @@ impl<'a> Importer<'a> {
         let provider = providers.get(bar.index())?;
         let bus_offset = provider.bus_offset()?;
         let owner = provider.get()?.as_ptr();
+        let host = provider.bars.host.0.as_ptr();
         // SAFETY: The provider is valid while it is held, and the device of an attachment is valid.
-        match unsafe { bindings::bl_p2p_through_host(owner, self.device()) } {
+        // What becomes of `host` has the reference that the invariant of `HostBridge` wants.
+        match unsafe { bindings::bl_p2p_through_host(owner, self.device(), host) } {
             ..0 => return Err(EINVAL),
             0 => {}
             1.. if translated => return Ok(Route::Iova),

@@ -640,7 +640,8 @@ impl<'a, D: Driver> Device<'a, D> {
         let alone = self.is_mappable(number);
         // SAFETY: The core maps only what it has claimed. One smaller than a page it lets be mapped
         // only if it has claimed the rest of the page, too (`vfio_pci_probe_mmaps`).
-        Ok(unsafe { Bar::new(number, resource.start, length, alone) })
+        // CAST: Below the number of BARs; and masked, as `number` is not.
+        Ok(unsafe { Bar::new(index as u32, resource.start, length, alone) })
     }
 
     /// Whether the core lets a BAR be mapped; not whether it is one.

@@ -35,7 +35,8 @@ pub(crate) enum Lock {
     Live(usize),
     /// The reservation lock of a buffer's dma-buf.
     Resv(usize),
-    /// `Buffer::gate`.
+    /// `Buffer::gate`, which faults are inside of as readers. Nobody writes it: a thread that takes
+    /// memory away waits until nobody is inside, and keeps nobody out.
     Gate(usize),
     /// `Leases::access`.
     Access,
@@ -234,6 +235,8 @@ pub(crate) enum Change {
     Open,
     /// Ends errors, too (a planted bug).
     OpenEndsErrors,
+    /// Sets what was sampled before (a planted bug).
+    SetAndOpen,
     Close,
 }
 
@@ -326,6 +329,8 @@ pub(crate) enum Cond {
     FdIdle,
     /// Nor will any open it.
     OwnersGone,
+    /// No fault is inside of the gate of a buffer.
+    NobodyInside(usize),
     /// Run-time power management may put the device to sleep.
     MaySuspend,
     /// It has done so.
@@ -725,6 +730,7 @@ impl World {
             Cond::NotedWaits => self.threads[thread].waits,
             Cond::FdIdle => self.are_over(programs, |uses| uses == Uses::Fd),
             Cond::OwnersGone => self.are_over(programs, |uses| uses != Uses::Nothing),
+            Cond::NobodyInside(buffer) => self.locks[Lock::Gate(buffer).index()].readers == 0,
             Cond::MaySuspend => self.device.low_power && self.device.holds == 0,
             Cond::IsSuspended => self.device.suspended,
             Cond::IsInactive => {
@@ -958,6 +964,9 @@ impl World {
                 let sampled = self.sample(Look::Locked);
                 self.access.open(sampled);
             }
+            Change::SetAndOpen => {
+                self.access.open(sampled);
+            }
             Change::OpenEndsErrors => {
                 let sampled = self.sample(Look::Locked);
                 self.access.open(sampled);
@@ -1078,6 +1087,8 @@ impl Protocol {
                 }
             }
             Instr::Goto(elsewhere) => next = elsewhere,
+            // Of a fault, which is over in a moment.
+            Instr::Await(Cond::NobodyInside(_)) => {}
             // Of an importer, who may take as long as it likes.
             Instr::Await(_) => world.tied |= world.holds(thread, Lock::Bus),
         }

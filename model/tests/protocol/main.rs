@@ -341,6 +341,8 @@ planted! {
         NoNesting, [Toucher, MemoryOff, MemoryOn], INACCESSIBLE;
     a_sample_that_is_set_too_late_is_found:
         SampleBeforeTheLock, [MemoryOff, MemoryOn], NOT_STUCK;
+    an_open_that_sets_its_sample_too_late_is_found:
+        OpenSamplesBeforeTheLock, [NextOwner, FatalError], INACCESSIBLE;
     a_wake_up_that_nobody_notices_is_found:
         NoNotice, [LowPower], NOT_STUCK;
     a_word_on_sleep_that_is_written_too_late_is_found:
@@ -351,6 +353,8 @@ planted! {
         ZapPassesNoGate, [Toucher, MemoryOff], INACCESSIBLE;
     a_revocation_that_does_not_wait_for_faults_is_found:
         ZapPassesNoGate, [Toucher, Revoker], INACCESSIBLE;
+    a_fault_that_is_counted_after_its_look_is_found:
+        FaultEntersAfterItsLook, [Toucher, MemoryOff], INACCESSIBLE;
     a_word_on_access_that_is_written_too_late_is_found:
         PublishedLate, [Toucher, MemoryOff, MemoryOn], INACCESSIBLE;
     a_door_that_is_shut_after_the_drain_is_found:

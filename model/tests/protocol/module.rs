@@ -42,6 +42,8 @@ pub(crate) enum Bug {
     NoNesting,
     /// The device is sampled before the lock is taken.
     SampleBeforeTheLock,
+    /// An open samples the device before it takes the lock, and then trusts that.
+    OpenSamplesBeforeTheLock,
     /// A thread that had an access does not notice that the device was woken.
     NoNotice,
     /// Nobody hears that run-time power management has woken the device.
@@ -78,6 +80,8 @@ pub(crate) enum Bug {
     FencesAreWaitedForInALoop,
     /// A fault allocates in the gate.
     FaultAllocatesInTheGate,
+    /// A fault looks at the door before it is counted.
+    FaultEntersAfterItsLook,
     /// Drains pass over what was revoked for good, though REVOKE did not wait for it.
     DrainSkipsTheDead,
     /// They do so where there is no mapping, though one may be made just now.
@@ -231,7 +235,7 @@ impl Builder {
     }
 }
 
-// ---- kmod/src/leases.rs -------------------------------------------------------------------------
+// ---- kmod/src/leases.rs, taking.rs --------------------------------------------------------------
 
 impl Builder {
     /// `Leases::begin`.
@@ -401,7 +405,7 @@ impl Builder {
     fn zap(&mut self, buffer: usize) {
         self.within("Buffer::zap", |this| {
             if !this.has(Bug::ZapPassesNoGate) {
-                this.locked(Lock::Gate(buffer), Mode::Write, |_| {});
+                this.put(Instr::Await(Cond::NobodyInside(buffer)));
             }
             let vmas = if this.has(Bug::ZapOfOneVma) { 1 } else { VMAS };
             for vma in 0..vmas {
@@ -469,6 +473,9 @@ impl Builder {
 
     /// `Buffer::revoke`. It returns when nobody reaches the buffer, or without a wait for
     /// importers: because it is not to wait, or its process was killed.
+    ///
+    /// A REVOKE that leaves before it has told importers, since one of them keeps a lock, is to
+    /// events one that has not come so far yet, which is here: the module's own work tells for it.
     fn revoke(&mut self, buffer: usize, waits: bool) {
         self.within("Buffer::revoke", |this| {
             let early = this.has(Bug::ZapBeforeMark);
@@ -533,11 +540,17 @@ impl Builder {
             if !late {
                 this.act(Act::Alloc);
             }
-            this.put(Instr::Take(Lock::Gate(buffer), Mode::Read));
-            if late {
-                this.act(Act::Alloc);
-            }
-            let shut = this.unless(Cond::Reachable(buffer));
+            let shut = if this.has(Bug::FaultEntersAfterItsLook) {
+                let shut = this.unless(Cond::Reachable(buffer));
+                this.put(Instr::Take(Lock::Gate(buffer), Mode::Read));
+                shut
+            } else {
+                this.put(Instr::Take(Lock::Gate(buffer), Mode::Read));
+                if late {
+                    this.act(Act::Alloc);
+                }
+                this.unless(Cond::Reachable(buffer))
+            };
             if this.has(Bug::FaultInsertsWithoutTheLock) {
                 this.put(Instr::Give(Lock::Gate(buffer)));
             }
@@ -552,7 +565,9 @@ impl Builder {
             this.act(Act::Saw(Sight::Entry));
             let done = this.goto();
             this.land(shut);
-            this.put(Instr::Give(Lock::Gate(buffer)));
+            if !this.has(Bug::FaultEntersAfterItsLook) {
+                this.put(Instr::Give(Lock::Gate(buffer)));
+            }
             this.act(Act::Saw(Sight::Sigbus));
             this.land(done);
             if stock {
@@ -786,7 +801,12 @@ impl Builder {
             } else {
                 Change::Open
             };
-            this.locked(Lock::Memory, Mode::Read, |this| this.update(open));
+            if this.has(Bug::OpenSamplesBeforeTheLock) {
+                this.locked(Lock::Memory, Mode::Read, |this| this.act(Act::Sample));
+                this.update(Change::SetAndOpen);
+            } else {
+                this.locked(Lock::Memory, Mode::Read, |this| this.update(open));
+            }
             if !this.has(Bug::OpenedDoesNotLook) {
                 this.unbinding();
             }
