@@ -302,6 +302,19 @@ pub fn import_sync_file(fd: impl AsFd, sync_file: impl AsFd) -> Answer<()> {
     answer(unsafe { libc::ioctl(fd, IMPORT, argument.as_ptr()) }).map(drop)
 }
 
+/// Imports a dma-buf by a device of the display manager's (`DRM_IOCTL_PRIME_FD_TO_HANDLE`).
+///
+/// # Errors
+///
+/// That of the ioctl.
+pub fn import_by_drm(card: impl AsFd, fd: impl AsFd) -> Answer<()> {
+    const FD_TO_HANDLE: u64 = 0xc00c_642e;
+    let mut argument = [0, 0, fd.as_fd().as_raw_fd()];
+    let card = card.as_fd().as_raw_fd();
+    // SAFETY: The kernel reads and writes twelve bytes.
+    answer(unsafe { libc::ioctl(card, FD_TO_HANDLE, argument.as_mut_ptr()) }).map(drop)
+}
+
 /// `DMA_BUF_SYNC_WRITE`.
 const DMA_BUF_SYNC_WRITE: u32 = 2;
 

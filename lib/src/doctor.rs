@@ -288,7 +288,7 @@ impl Doctor {
             return fail(
                 "module",
                 "installed, not loaded",
-                &format!("modprobe {}", abi::MODULE_NAME),
+                &format!("modprobe {}", self.origin().module()),
             );
         }
         fail(

@@ -1,5 +1,6 @@
 //! One boot: starts the emulator, waits for the guest's end or brings it about, and judges it.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::os::fd::{OwnedFd, RawFd};
@@ -44,8 +45,10 @@ pub(crate) struct Guest<'a> {
     pub(crate) machine: &'a Machine,
     pub(crate) accel: Accel,
     pub(crate) folder: &'a Path,
-    pub(crate) image: &'a Path,
-    pub(crate) archive: &'a Path,
+    /// QEMU's arguments for the kernel, or for firmware that loads it.
+    pub(crate) loader: &'a [OsString],
+    /// Whether that is firmware, which takes its time.
+    pub(crate) by_firmware: bool,
     pub(crate) screenshots: &'a Path,
     pub(crate) interactive: bool,
     pub(crate) timeout: Option<Duration>,
@@ -211,12 +214,7 @@ impl Guest<'_> {
             "-smp",
             &machine.processors.to_string(),
         ]);
-        command
-            .arg("-kernel")
-            .arg(self.image)
-            .arg("-initrd")
-            .arg(self.archive);
-        command.args(["-append", &command_line(machine, arch)]);
+        command.args(self.loader);
         command.args([
             "-chardev",
             &format!("file,id=console,path={}", comma_safe(&self.log())),
@@ -244,9 +242,10 @@ impl Guest<'_> {
         self.times(BOOT)
     }
 
-    /// That much longer as a boot takes on this kernel.
+    /// That much longer as a boot takes on this kernel, and in this way.
     fn times(&self, time: Duration) -> Duration {
-        time * self.prepared.kernel.slowness().min(2)
+        let way = if self.by_firmware { 4 } else { 1 };
+        time * self.prepared.kernel.slowness().min(2) * way
     }
 
     /// Whether its init has said that it started.
@@ -350,7 +349,7 @@ impl Guest<'_> {
     }
 }
 
-fn command_line(machine: &Machine, arch: Arch) -> String {
+pub(crate) fn command_line(machine: &Machine, arch: Arch) -> String {
     let console = format!("console={}", arch.ports().console);
     // A kernel that has oopsed is of no use to a test: it ends at once.
     let mut words = vec![console.as_str(), "panic=-1", "oops=panic"];

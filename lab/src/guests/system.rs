@@ -229,12 +229,7 @@ impl Root {
     ///
     /// When it cannot be written.
     pub fn copy_to(&self, path: impl Into<PathBuf>) -> Result<Disk> {
-        let path = path.into();
-        let mut copy = Command::new("cp");
-        copy.args(["--reflink=auto", "--sparse=always", "--"])
-            .args([&self.image, &path]);
-        command::run(&mut copy, "copy a system's disk")?;
-        Ok(Disk { path, kept: true })
+        self.disk().copy_to(path)
     }
 }
 
@@ -246,6 +241,21 @@ impl Disk {
             path: path.into(),
             kept: true,
         }
+    }
+
+    /// A copy of it, which keeps what runs write to it, in place of what is there.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn copy_to(&self, path: impl Into<PathBuf>) -> Result<Self> {
+        let copy = Self::at(path);
+        let mut command = Command::new("cp");
+        command
+            .args(["--reflink=auto", "--sparse=always", "--"])
+            .args([&self.path, &copy.path]);
+        command::run(&mut command, "copy a system's disk")?;
+        Ok(copy)
     }
 
     /// Runs a script in it without a guest, at the speed of the host: in a chroot, as root,

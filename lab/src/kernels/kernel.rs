@@ -124,7 +124,7 @@ impl Kernel {
         if plain.exists() {
             return Ok(plain);
         }
-        let packed = self.tree().join("vmlinuz");
+        let packed = self.signed_image();
         if self.arch() == Arch::Arm64 {
             // It is not compressed.
             return Ok(packed);
@@ -144,6 +144,11 @@ impl Kernel {
             }
             _ => Ok(packed),
         }
+    }
+
+    /// The image as the distribution has signed it, for firmware with Secure Boot.
+    pub(crate) fn signed_image(&self) -> PathBuf {
+        self.tree().join("vmlinuz")
     }
 
     /// The folder that modules are built against, inside the sysroot.

@@ -186,9 +186,11 @@ pub(super) fn overlay(maker: &Maker, prepared: &prepare::Prepared) -> Result<Pat
     )
 }
 
-/// That of the kernel first: what is in the package follows from that, and changes with it.
+/// That of the kernel first: the content of the package follows from that, and changes with it. A
+/// version without a hyphen is one of Debian's own packages, which this is.
 fn overlay_version(maker: &Maker, kernel: &KernelPlan) -> String {
-    format!("{}+barlease{}", kernel.version, maker.version)
+    let kernel = kernel.version.replace('-', "+");
+    format!("{kernel}+barlease{}", maker.version)
 }
 
 /// The file name of the overlay's package.

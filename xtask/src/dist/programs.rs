@@ -287,4 +287,28 @@ mod tests {
         assert_eq!(unnamed(help, "drain --at-stop"), Some("--keep"));
         assert_eq!(unnamed(help, "--keep --at-stop"), Some("drain"));
     }
+
+    #[test]
+    fn debians_list_has_the_symbols_of_the_library() {
+        let names = |file: &str, in_line: fn(&str) -> Option<&str>| -> Vec<String> {
+            let text = fs::read_to_string(checkout::top().join(file)).unwrap();
+            let mut names: Vec<_> = text
+                .lines()
+                .filter_map(in_line)
+                .map(str::to_owned)
+                .collect();
+            names.sort();
+            names
+        };
+        let listed = names("dist/debian/libbarlease0.symbols", |line| {
+            let (name, _) = line.trim().split_once('@')?;
+            name.starts_with("barlease").then_some(name)
+        });
+        let exported = names("capi/libbarlease.map", |line| {
+            let name = line.trim().strip_suffix(';')?;
+            name.starts_with("barlease").then_some(name)
+        });
+        assert!(exported.len() > 20, "{exported:?}");
+        assert_eq!(listed, exported);
+    }
 }
