@@ -530,6 +530,26 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_is_named_after_its_checkers_and_its_source() {
+        let package = |name: &str| Package {
+            name: name.to_owned(),
+            version: String::new(),
+            arch: String::new(),
+        };
+        let of = KernelPlan {
+            release: "7.3-amd64".to_owned(),
+            version: String::new(),
+            headers: Vec::new(),
+            image: Vec::new(),
+            source: package("linux-source-7.3"),
+            userland: Vec::new(),
+            refusal: None,
+        };
+        assert_eq!(Watch::Memory.kernel_name(&of), "debug-7.3");
+        assert_eq!(Watch::Races.kernel_name(&of), "kcsan-7.3");
+    }
+
+    #[test]
     fn options_that_were_not_taken_are_named() {
         let options = "# A comment\nCONFIG_A=y\nCONFIG_B=2048\n# CONFIG_C is not set\n# CONFIG_D is not set\n";
         let config = "CONFIG_A=y\nCONFIG_B=2048\n# CONFIG_C is not set\n";

@@ -22,12 +22,12 @@ pub struct Kernel {
     /// The answer of `uname -r` on it.
     pub release: String,
     folder: PathBuf,
-    lane: Lane,
+    origin: Origin,
 }
 
 /// Its builder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Lane {
+enum Origin {
     /// Debian. What modules are built against is in the sysroot.
     Stock,
     /// Debian, for another architecture. What modules are built against is beside it.
@@ -45,13 +45,13 @@ impl Kernel {
             name: release.to_owned(),
             release: release.to_owned(),
             folder,
-            lane: Lane::Stock,
+            origin: Origin::Stock,
         }
     }
 
     pub(crate) fn foreign(folder: PathBuf, release: &str, arch: Arch) -> Self {
         Self {
-            lane: Lane::Foreign(arch),
+            origin: Origin::Foreign(arch),
             ..Self::at(folder, release)
         }
     }
@@ -61,26 +61,26 @@ impl Kernel {
             name: name.to_owned(),
             release: release.to_owned(),
             folder,
-            lane: Lane::Debug(watch),
+            origin: Origin::Debug(watch),
         }
     }
 
     /// Its checkers, if it is one of the lab's own making.
     #[must_use]
     pub fn watches(&self) -> Option<Watch> {
-        match self.lane {
-            Lane::Stock | Lane::Foreign(_) => None,
-            Lane::Debug(watch) => Some(watch),
+        match self.origin {
+            Origin::Stock | Origin::Foreign(_) => None,
+            Origin::Debug(watch) => Some(watch),
         }
     }
 
     /// The architecture that it is for.
     #[must_use]
     pub fn arch(&self) -> Arch {
-        match self.lane {
-            Lane::Foreign(arch) => arch,
-            Lane::Debug(watch) => watch.arch(),
-            Lane::Stock => Arch::Amd64,
+        match self.origin {
+            Origin::Foreign(arch) => arch,
+            Origin::Debug(watch) => watch.arch(),
+            Origin::Stock => Arch::Amd64,
         }
     }
 
@@ -97,12 +97,12 @@ impl Kernel {
     /// How many times longer than on Debian's kernels for the host's architecture anything may
     /// take.
     pub(crate) fn slowness(&self) -> u32 {
-        match self.lane {
-            Lane::Stock => 1,
-            Lane::Foreign(_) => 3,
-            Lane::Debug(Watch::Memory | Watch::Races) => 5,
-            Lane::Debug(Watch::Nothing(_)) if self.arch().is_native() => 1,
-            Lane::Debug(Watch::Nothing(_)) => 3,
+        match self.origin {
+            Origin::Stock => 1,
+            Origin::Foreign(_) => 3,
+            Origin::Debug(Watch::Memory | Watch::Races) => 5,
+            Origin::Debug(Watch::Nothing(_)) if self.arch().is_native() => 1,
+            Origin::Debug(Watch::Nothing(_)) => 3,
         }
     }
 
@@ -154,26 +154,26 @@ impl Kernel {
     /// The folder that modules are built against, inside the sysroot.
     #[must_use]
     pub fn build_folder(&self) -> String {
-        match self.lane {
-            Lane::Stock => format!("/usr/lib/modules/{}/build", self.release),
-            Lane::Foreign(_) | Lane::Debug(_) => BUILD.to_owned(),
+        match self.origin {
+            Origin::Stock => format!("/usr/lib/modules/{}/build", self.release),
+            Origin::Foreign(_) | Origin::Debug(_) => BUILD.to_owned(),
         }
     }
 
     /// The folders that must be bound into the sysroot for that, and where.
     pub(crate) fn build_bind(&self) -> Option<(PathBuf, &'static str)> {
-        match self.lane {
-            Lane::Stock => None,
-            Lane::Foreign(_) | Lane::Debug(_) => Some((self.folder.join("build"), BUILD)),
+        match self.origin {
+            Origin::Stock => None,
+            Origin::Foreign(_) | Origin::Debug(_) => Some((self.folder.join("build"), BUILD)),
         }
     }
 
     /// The arguments that `make` needs besides that folder.
     pub(crate) fn make_arguments(&self) -> &'static [&'static str] {
-        match self.lane {
-            Lane::Stock => &[],
-            Lane::Foreign(arch) => arch.make_arguments(),
-            Lane::Debug(watch) => watch.make_arguments(),
+        match self.origin {
+            Origin::Stock => &[],
+            Origin::Foreign(arch) => arch.make_arguments(),
+            Origin::Debug(watch) => watch.make_arguments(),
         }
     }
 
