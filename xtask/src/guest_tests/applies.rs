@@ -86,6 +86,18 @@ const LIST: &[LeftOut] = &[
         "a second host bridge is found by firmware only, which that machine boots without",
     ),
     some_of(
+        Lack::X86,
+        "importer",
+        &["what_does_not_fit_in_one_piece_is_mapped_in_several"],
+        "on that machine the addresses below 4 GiB have room for all of it in one piece",
+    ),
+    some_of(
+        Lack::X86,
+        "importer",
+        &["memory_that_is_not_aligned_takes_as_few_tables_as_memory_that_is"],
+        "the system's count of IOMMU tables was seen to fall while something was mapped",
+    ),
+    some_of(
         Lack::SmallPages,
         "revoke",
         &["status_tells_the_bar"],
@@ -118,6 +130,15 @@ const LIST: &[LeftOut] = &[
         "importer",
         &["edu_reads_and_writes_"],
         "edu moves 4 KiB at a time, which is less than a page",
+    ),
+    some_of(
+        Lack::SmallPages,
+        "importer",
+        &[
+            "a_device_without_translation_gets_entries_for_each_run_of_neighbours",
+            "every_page_of_many_ranges_leads_where_it_must",
+        ],
+        "4096 ranges of such pages are more than twice the BAR, which importers are refused",
     ),
     all_of(Lack::PeerToPeer, "importer", NO_IMPORTER),
     all_of(Lack::PeerToPeer, "importer_events", NO_IMPORTER),
