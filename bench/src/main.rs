@@ -1,4 +1,5 @@
-//! The program that `cargo xtask bench` runs in a guest, as root; and, with `native`, on the host.
+//! The program that `cargo xtask bench` runs in a guest, as root; with `system`, in one with systemd; and, with
+//! `native`, on the host.
 //!
 //! Says on standard output what it is doing, and in the last line, as JSON, what came out.
 
@@ -9,8 +10,16 @@ use barlease_bench::measures::{self, Context};
 use barlease_bench::profile;
 use barlease_bench::report::{Measure, Report, System};
 
+/// Where it runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Guest,
+    System,
+    Host,
+}
+
 struct Options {
-    native: bool,
+    place: Place,
     quick: bool,
     profile: bool,
     /// Sets whose name has one of these in it; none is all.
@@ -18,8 +27,12 @@ struct Options {
 }
 
 fn main() -> ExitCode {
+    let words: Vec<_> = std::env::args_os().skip(1).collect();
+    if words.first().is_some_and(|word| word == measures::DAEMON) {
+        return barleased::run(words, &barleased::device::open);
+    }
     let Some(options) = options(std::env::args().skip(1)) else {
-        eprintln!("usage: barlease-bench [native] [--quick] [--profile] [--only NAME]...");
+        eprintln!("usage: barlease-bench [system|native] [--quick] [--profile] [--only NAME]...");
         return ExitCode::from(2);
     };
     if options.profile {
@@ -44,14 +57,15 @@ fn main() -> ExitCode {
 
 fn options(mut words: impl Iterator<Item = String>) -> Option<Options> {
     let mut options = Options {
-        native: false,
+        place: Place::Guest,
         quick: false,
         profile: false,
         only: Vec::new(),
     };
     while let Some(word) = words.next() {
         match word.as_str() {
-            "native" => options.native = true,
+            "native" => options.place = Place::Host,
+            "system" => options.place = Place::System,
             "--quick" => options.quick = true,
             "--profile" => options.profile = true,
             "--only" => options.only.push(words.next()?),
@@ -65,12 +79,12 @@ fn take(options: &Options) -> Vec<Measure> {
     let context = Context {
         quick: options.quick,
     };
-    let sets = if options.native {
-        measures::NATIVE
-    } else {
-        measures::ALL
+    let sets = match options.place {
+        Place::Guest => measures::ALL,
+        Place::System => measures::SYSTEM,
+        Place::Host => measures::NATIVE,
     };
-    if !options.native {
+    if options.place == Place::Guest {
         // A process that waits for another on its own processor need not wake an idle one.
         measures::pin(0);
     }

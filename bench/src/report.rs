@@ -57,14 +57,6 @@ pub enum Unit {
     Rate,
 }
 
-impl Unit {
-    /// Whether less of it is better.
-    #[must_use]
-    pub fn less_is_better(self) -> bool {
-        self != Self::Rate
-    }
-}
-
 /// One measure: one or more curves, or single values.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Measure {

@@ -68,7 +68,7 @@ pub(crate) enum Then {
     Later,
 }
 
-/// Whether a peer may do what is for administrators. Whoever speaks for a claim may not, and be it
+/// Whether a peer may do what is for administrators. A peer that speaks for a claim may not, even
 /// as root of a container.
 pub(crate) fn is_administrator(peer: &Peer) -> bool {
     let is_ours = peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw();

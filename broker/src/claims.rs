@@ -53,7 +53,7 @@ impl Claims {
         };
         for entry in fs::read_dir(&directory).map_err(said)? {
             let name = entry.map_err(said)?.file_name();
-            // What a container has left in the folder of one claim keeps no other from its own.
+            // The leavings of a container in the folder of one claim keep no other from its own.
             if let Some(name) = name.to_str().filter(|name| is_name(name))
                 && let Err(error) = claims.open(name)
             {
@@ -157,7 +157,7 @@ mod tests {
         let socket = directory.join(SOCKET);
         assert!(UnixStream::connect(&socket).is_err());
         let mut next = Claims::in_directory(place.path()).unwrap();
-        // What was mounted is the same directory, with a socket that answers.
+        // The mounted directory is the same, with a socket that answers.
         UnixStream::connect(&socket).unwrap();
         let same = rustix::fs::fstat(&inside).unwrap().st_ino;
         assert_eq!(rustix::fs::stat(&directory).unwrap().st_ino, same);

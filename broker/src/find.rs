@@ -85,9 +85,9 @@ fn with_serial(pci: &Pci, wanted: Serial) -> Result<Vec<PciDevice>, String> {
     }
 }
 
-/// The kernel shows the part of config space that has it to administrators only. Whoever may open
-/// the device reads it through VFIO, which costs nobody anything: a device that is in use cannot be
-/// opened.
+/// The kernel shows the part of config space that has it to administrators only. A process that may
+/// open the device reads it through VFIO, which costs nobody anything: a device that is in use
+/// cannot be opened.
 fn serial_number(pci: &Pci, one: &PciDevice) -> barlease::Result<Option<u64>> {
     match pci.serial_number(one.bdf) {
         Err(barlease::Error::Denied { .. }) if one.is_barlease() => OpenOptions::new()

@@ -2,8 +2,8 @@
 //! starts it again when it has failed.
 //!
 //! It is the part of `sd_notify(3)` that the daemon uses: FDSTORE, FDSTOREREMOVE, BARRIER, READY
-//! and WATCHDOG. It reads nothing that comes from clients. What it keeps it hands to each child
-//! over the child's standard input, as a message for each descriptor, with the name.
+//! and WATCHDOG. It reads nothing that comes from clients. It hands the descriptors that it keeps
+//! to each child over the child's standard input, as a message for each descriptor, with the name.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -108,7 +108,7 @@ impl<'a> Keeper<'a> {
             _ => {}
         }
         let socket = UnixDatagram::bind(&path).map_err(said)?;
-        // Whoever could write to it before this could only have it keep something.
+        // A process that wrote to it before this could only have it keep something.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(said)?;
         socket.set_nonblocking(true)?;
         Ok(Self {
@@ -192,7 +192,7 @@ impl<'a> Keeper<'a> {
                 result => result?,
             };
             let happened = poll.map(|one| !one.revents().is_empty());
-            // What it has said last counts, too.
+            // Its last messages count, too.
             while self.hear()? {}
             if happened[1] {
                 return Ok((child.wait()?, told));

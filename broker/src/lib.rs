@@ -81,6 +81,7 @@ use self::keep::Keeper;
 use self::manager::Manager;
 pub use self::manager::Passed;
 use self::metrics::door::Door;
+use self::metrics::door::Ways;
 use self::records::Log;
 use self::recovery::Left;
 use self::server::AtStop;
@@ -302,7 +303,11 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
         }
     };
     let listener = socket.listener()?;
-    let door = Door::open(options.metrics_file, options.metrics_socket.as_deref())?;
+    let door = Door::open(Ways {
+        file: options.metrics_file,
+        socket: options.metrics_socket,
+        ..left.metrics
+    })?;
     let log = Log::start(&options.journal)?;
     let (inbox, finished) = Inbox::new()?;
     let ledger = match left.ledger {

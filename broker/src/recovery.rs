@@ -2,7 +2,7 @@
 //!
 //! Each is a descriptor that the manager was given to keep, by one name: `ledger`, `listener`,
 //! `device-NAME`, and `adopted-PID.ID-NAME` for a device that a process has handed over. `leases`
-//! is the name of the socket in the manager's own unit.
+//! is the name of the socket in the manager's own unit; it may have others for metrics.
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -15,6 +15,7 @@ use barlease_ledger::types::ProcessId;
 use crate::device::Device;
 use crate::manager::Manager;
 use crate::manager::Passed;
+use crate::metrics::door::Ways;
 use crate::store::Store;
 
 /// The ledger's name.
@@ -23,6 +24,9 @@ pub(crate) const LEDGER: &str = "ledger";
 pub(crate) const LISTENER: &str = "listener";
 /// That of a socket that the manager has made.
 pub(crate) const ACTIVATED: &str = "leases";
+/// Of such sockets for metrics: by HTTP, and for systemd-report.
+const METRICS: &str = "metrics";
+const REPORT: &str = "report";
 
 /// A device that outlived the daemon that had it.
 pub(crate) struct Kept {
@@ -45,6 +49,8 @@ pub(crate) struct Left {
     pub(crate) devices: Vec<Kept>,
     /// The socket, and whether the manager has made it.
     pub(crate) listener: Option<(UnixListener, bool)>,
+    /// Sockets for metrics.
+    pub(crate) metrics: Ways,
 }
 
 /// The name by which a device's descriptor is stored.
@@ -76,6 +82,14 @@ impl Left {
         for Passed { name, fd } in passed {
             if name == ACTIVATED {
                 left.listener = Some((fd.into(), true));
+                continue;
+            }
+            if let Some(sockets) = match &*name {
+                METRICS => Some(&mut left.metrics.http),
+                REPORT => Some(&mut left.metrics.report),
+                _ => None,
+            } {
+                sockets.push(fd);
                 continue;
             }
             manager.has(&name);

@@ -403,7 +403,7 @@ impl<'a> Server<'a> {
         };
         for wish in self.door.wishes.try_iter() {
             // It may have given up.
-            let _ = wish.try_send(self.metrics.text(&moment));
+            let _ = wish.try_send(self.metrics.families(&moment));
         }
     }
 

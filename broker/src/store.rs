@@ -107,7 +107,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// Those of writing. What was written in part is cut off.
+    /// Those of writing. A record that was written in part is cut off.
     pub fn flush(&mut self) -> io::Result<()> {
         if self.bytes.is_empty() {
             return Ok(());

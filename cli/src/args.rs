@@ -63,10 +63,13 @@ pub(crate) enum Object {
         #[command(subcommand)]
         command: Option<LeaseCommand>,
     },
-    /// Claims of the service: what containers lease by
+    /// Claims of the service, by which containers lease
     Claim {
         #[command(subcommand)]
-        command: ClaimCommand,
+        command: Option<ClaimCommand>,
+        /// Of `show`, which is the default command
+        #[command(flatten)]
+        service: Service,
     },
     /// Leases for containers, by the Container Device Interface
     Cdi {
@@ -77,7 +80,7 @@ pub(crate) enum Object {
     Broker {
         #[command(subcommand)]
         command: Option<BrokerCommand>,
-        /// Of `show`, which is what is done without a command
+        /// Of `show`, which is the default command
         #[command(flatten)]
         service: Service,
     },
@@ -88,8 +91,8 @@ pub(crate) enum Object {
     },
     /// Show the service live: each BAR as a strip, its leases by holder, who waits
     ///
-    /// A letter is a holder: capital where leases have most of a cell, `.` is free, `-` of no pool, `!`
-    /// revoked while an importer has it. Arrows scroll and sort, q ends. NO_COLOR is heeded.
+    /// A letter is a holder: capital where leases have most of a cell, `.` is free, `-` of no pool,
+    /// `!` revoked while an importer has it. Arrows scroll and sort, q ends. NO_COLOR is heeded.
     Top(TopArgs),
     /// Print all that the service does from now on, as JSON lines (for administrators)
     Monitor {
@@ -116,8 +119,8 @@ pub(crate) enum ClaimCommand {
     },
     /// Make the directory of a claim, unless it is there, and print it
     ///
-    /// Mount it into a container: whoever connects to `sock` in it speaks for the claim. JSON has claim and
-    /// directory.
+    /// Mount it into a container: each process that connects to `sock` in it speaks for the claim.
+    /// JSON has claim and directory.
     Open {
         /// Its name
         claim: String,
@@ -135,11 +138,12 @@ pub(crate) enum ClaimCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum CdiCommand {
-    /// Write a CDI specification, by which podman, docker, containerd and CRI-O give claims to containers
+    /// Write a CDI specification, by which podman, docker, containerd and CRI-O give claims to
+    /// containers
     ///
-    /// The claims are opened. Each is a device, `barlease.dev/lease=CLAIM`, with which a container gets the
-    /// directory of the claim and the variable BARLEASE_SOCKET. Claims end with the boot: so should the file,
-    /// as it does in /var/run/cdi.
+    /// The claims are opened. Each is a device, `barlease.dev/lease=CLAIM`, with which a container
+    /// gets the directory of the claim and the variable BARLEASE_SOCKET. Claims end with the boot:
+    /// so should the file, as it does in /var/run/cdi.
     Generate {
         /// Claims, each with the pool that its container is told in BARLEASE_POOL, if any
         #[arg(required = true, value_name = "CLAIM[=POOL]")]
@@ -200,7 +204,7 @@ pub(crate) enum DeviceCommand {
     Reset {
         /// The device
         bdf: Bdf,
-        /// Also one that is in use: what uses it loses its state, and leases are taken away
+        /// Also one that is in use: its users lose its state, and leases are taken away
         #[arg(long)]
         force: bool,
     },
@@ -218,7 +222,7 @@ pub(crate) struct BindArgs {
     /// The driver
     #[arg(long, default_value = "barlease-vfio-pci", value_parser = names::driver)]
     pub(crate) driver: String,
-    /// Take devices that are in use, too: what uses them loses them
+    /// Take devices that are in use, too: their users lose them
     #[arg(long)]
     pub(crate) force: bool,
     /// The other functions of their IOMMU groups, too, but for bridges
@@ -264,7 +268,7 @@ pub(crate) enum LeaseCommand {
         /// Of this device only
         bdf: Option<Bdf>,
     },
-    /// Lease ranges of BARs to whoever connects to a socket, until revoked
+    /// Lease ranges of BARs to processes that connect to a socket, until revoked
     ///
     /// Leases are revoked by SIGINT, SIGTERM, SIGHUP, the line `revoke` on standard input, the end
     /// of their term, and when the kernel asks for the device, as for `barlease device unbind` and
@@ -275,8 +279,8 @@ pub(crate) enum LeaseCommand {
     ///
     /// By the socket of a `barlease lease grant`: for the user that granted it, and for root; of
     /// several leases of that process it ends this one only, and waits for its end. Leases of
-    /// barleased, by number or by whose they are: for its administrators; holders are told, with the
-    /// grace of the policy.
+    /// barleased, by number or by whose they are: for its administrators; holders are told, with
+    /// the grace of the policy.
     Revoke(RevokeArgs),
     /// Ask barleased for a lease, and run a command with it
     ///
@@ -284,12 +288,13 @@ pub(crate) enum LeaseCommand {
     /// BARLEASE_LEASE, and inherits the connection, which the lease lives by. Without a command the
     /// lease is held until a signal comes, and its news are printed.
     Acquire(AcquireArgs),
-    /// List the leases of barleased, and who waits in line
+    /// List the leases of barleased, and the requests in line
     ///
-    /// Administrators see all, others their own. MAPS/ATT are mappings in processes and devices that
-    /// have it attached. JSON is a list of leases, each with lease (null in line), pool, device, bar,
-    /// ranges, size, access, memory_type, lifetime, uid, gid, pid, exe, command, unit, claim, state,
-    /// reasons, reason, age_ms, ttl_ms, deadline_ms, mappings, attachments. Further keys may come.
+    /// Administrators see all, others their own. MAPS/ATT are mappings in processes and devices
+    /// that have it attached. JSON is a list of leases, each with lease (null in line), pool,
+    /// device, bar, ranges, size, access, memory_type, lifetime, uid, gid, pid, exe, command, unit,
+    /// claim, state, reasons, reason, age_ms, ttl_ms, deadline_ms, mappings, attachments. Further
+    /// keys may come.
     List(ListArgs),
     /// Print news of one's own leases of barleased, with the deadlines of those that are reclaimed
     Watch(WatchArgs),
@@ -438,7 +443,7 @@ pub(crate) struct GrantArgs {
     /// before the first table are for all of them, as the other options are
     #[arg(long, value_name = "PATH")]
     pub(crate) file: Option<PathBuf>,
-    /// Go to the background once everything is granted, and say as which process. What fails before
+    /// Go to the background once everything is granted, and say as which process. A failure before
     /// that is said, and ends the command as without it. Then standard output and error go where
     /// they went if that is a file, else nowhere
     #[arg(long)]
@@ -447,7 +452,7 @@ pub(crate) struct GrantArgs {
     pub(crate) tph: TphArgs,
 }
 
-/// What devices that import the lease put into their writes to it.
+/// The steering tags that devices that import the lease put into their writes to it.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Steering tags, for devices that import the lease")]
 pub(crate) struct TphArgs {
@@ -463,7 +468,7 @@ pub(crate) struct TphArgs {
 }
 
 impl TphArgs {
-    /// What to set, if anything.
+    /// The tags to set, if any.
     pub(crate) fn tph(&self) -> Option<barlease::Tph> {
         let asked = self.steering_tag.is_some()
             || self.steering_tag_ext.is_some()
@@ -571,7 +576,7 @@ mod tests {
 
     #[test]
     fn show_is_the_default_command() {
-        for object in ["device", "lease"] {
+        for object in ["device", "lease", "claim", "broker"] {
             Args::try_parse_from(["barlease", object]).unwrap();
             Args::try_parse_from(["barlease", object, "show", "-p"]).unwrap();
         }

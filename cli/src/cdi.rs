@@ -1,5 +1,5 @@
 //! The Container Device Interface: a file that tells podman, docker, containerd and CRI-O what a
-//! container gets with a device. Here a device is a claim, and what comes with it is the directory
+//! container gets with a device. Here a device is a claim, and brings the directory
 //! of its socket: the socket itself would be a dead one after a restart of the service.
 
 use std::fs;

@@ -21,7 +21,7 @@ const USAGE: u8 = 2;
 const UNSUPPORTED: u8 = 3;
 /// Exit code of a command that a signal ended, less the number of the signal.
 const SIGNALS: u8 = 128;
-/// Exit code when nobody reads the output any more: what a shell says of programs that SIGPIPE
+/// Exit code when nobody reads the output any more, as a shell gives to programs that SIGPIPE
 /// ends.
 const UNREAD: u8 = 141;
 
@@ -30,7 +30,7 @@ const UNREAD: u8 = 141;
 pub(crate) struct Failure {
     text: String,
     code: u8,
-    /// What was undone because of it, as lines for people and as JSON.
+    /// The steps that were undone because of it, as lines for people and as JSON.
     undone: Option<Box<(Vec<String>, Value)>>,
     /// It is a part of what was printed.
     is_said: bool,
@@ -51,7 +51,7 @@ impl Failure {
         Self::coded(UNSUPPORTED, text)
     }
 
-    /// A signal ended it: what a shell says of programs that it ends at once.
+    /// A signal ended it: exits as a shell says of programs that the signal ends at once.
     pub(crate) fn interrupted(operation: &str, signal: Signal) -> Self {
         let code = u8::try_from(signal as i32).map_or(FAILURE, |number| SIGNALS + number);
         Self::coded(code, format!("{operation}: interrupted by {signal}"))
@@ -80,7 +80,7 @@ impl Failure {
         format!("\"error\":{},\"exit_code\":{}", json!(self.text), self.code)
     }
 
-    /// What programs are told in the key `details`.
+    /// Facts for programs, in the key `details`.
     pub(crate) fn with_details(mut self, details: Value) -> Self {
         self.details = Some(details);
         self

@@ -1,7 +1,7 @@
 //! The command `barlease`: objects and commands in the manner of bpftool and devlink.
 //!
-//! `barlease OBJECT [COMMAND]`, where `show` is the default command. The library `barlease` does
-//! the work; here are arguments, output and exit codes only.
+//! `barlease OBJECT [COMMAND]`, where `show` is the default command of objects that have it. The
+//! library `barlease` does the work; here are arguments, output and exit codes only.
 
 mod args;
 mod buffers;
@@ -28,6 +28,7 @@ use clap::CommandFactory;
 use clap::Parser;
 
 use args::Args;
+use args::ClaimCommand;
 use args::Object;
 use failure::Failure;
 use output::Output;
@@ -58,7 +59,9 @@ pub fn run<T: Into<OsString> + Clone>(args: impl IntoIterator<Item = T>) -> Exit
     let answer = match args.object {
         Object::Device { command } => device::run(command.unwrap_or_default(), output),
         Object::Lease { command } => lease::run(command.unwrap_or_default(), output),
-        Object::Claim { command } => claim::run(command, output),
+        Object::Claim { command, service } => {
+            claim::run(command.unwrap_or(ClaimCommand::Show { service }), output)
+        }
         Object::Cdi { command } => cdi::run(command, output),
         Object::Broker { command, service } => {
             let command = command.unwrap_or(BrokerCommand::Show { service });
@@ -90,7 +93,7 @@ fn misused(error: &clap::Error, words: &[OsString]) -> ExitCode {
     let output = Output::new(asks("--json", 'j'), asks("--pretty", 'p'));
     if error.use_stderr() && output.is_json() {
         let text = error.render().to_string();
-        // What follows is the usage.
+        // The usage follows.
         let text = text.split("\n\n").next().unwrap_or_default();
         return Failure::usage(text.trim_start_matches("error: ")).exit(output);
     }

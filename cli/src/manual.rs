@@ -1,4 +1,4 @@
-//! What manual pages say that the definition of the command line does not.
+//! Parts of manual pages that the definition of the command line does not have.
 
 /// Command lines by the command that they are examples of, each with what it does.
 pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
@@ -11,7 +11,7 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
             ),
             (
                 "barlease device show 01:00.0 --features",
-                "What the driver can do with one.",
+                "One device, with the features that its driver has.",
             ),
         ],
     ),
@@ -88,7 +88,7 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         "lease grant",
         &[
             (
-                "barlease lease grant 01:00.0 --bar 2 --range 1M+64K --user root --socket /run/lease",
+                "barlease lease grant 01:00.0 --bar 2 --range 1M+64K --user root --socket /run/l",
                 "64 KiB for processes of one user, until the command is interrupted.",
             ),
             (
@@ -98,7 +98,7 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
             ),
             (
                 "barlease lease grant --file /etc/barlease/leases.toml --detach",
-                "What a file asks for, in the background.",
+                "The leases of a file, in the background.",
             ),
         ],
     ),
@@ -107,7 +107,7 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         &[
             (
                 "barlease lease revoke /run/lease",
-                "Takes away what was granted at that socket.",
+                "Takes the lease of that socket away.",
             ),
             (
                 "barlease lease revoke --no-wait --json /run/lease",
@@ -115,7 +115,7 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
             ),
             (
                 "barlease lease revoke --unit render@3.service --grace 0",
-                "Takes away what a unit has of the service, at once.",
+                "Takes all leases that a unit has of the service away, at once.",
             ),
         ],
     ),
@@ -151,7 +151,7 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         &[
             (
                 "barlease lease list --pool rows",
-                "Whose the leases of a pool are, and who waits.",
+                "The leases of a pool with their holders, and the requests in line.",
             ),
             (
                 "barlease lease list --pretty",
@@ -163,7 +163,7 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         "lease watch",
         &[(
             "barlease lease watch --json",
-            "What becomes of one's leases, a line each.",
+            "The news of one's leases, a line each.",
         )],
     ),
     (
@@ -274,10 +274,7 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
     (
         "doctor",
         &[
-            (
-                "barlease doctor 01:00.0",
-                "What is wrong with the host, and with a device.",
-            ),
+            ("barlease doctor 01:00.0", "Checks the host, and a device."),
             (
                 "barlease doctor 01:00.0 --peer 02:00.0",
                 "Whether 02:00.0 can import leases of it, by which way, and why not.",
@@ -286,7 +283,7 @@ pub const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
     ),
 ];
 
-/// Exit codes and what they mean.
+/// Exit codes and their meanings.
 pub const EXIT_STATUS: &[(&str, &str)] = &[
     ("0", "Success."),
     (
@@ -298,8 +295,8 @@ pub const EXIT_STATUS: &[(&str, &str)] = &[
     ("2", "Wrong usage."),
     (
         "3",
-        "The driver, kernel or device does not have what is asked for: another driver is bound, the \
-         module is not loaded.",
+        "The driver, kernel or device does not have what is asked for: another driver is bound, \
+         the module is not loaded.",
     ),
     ("128+N", "Signal N ended it: 130 SIGINT, 143 SIGTERM."),
     ("141", "Nobody reads the output any more."),
@@ -327,8 +324,8 @@ pub const ENVIRONMENT: &[(&str, &str)] = &[
 pub const FILES: &[(&str, &str)] = &[
     (
         "SOCKET.control",
-        "Beside the socket of each lease that is granted: for lease revoke, for the user that grants \
-         it and root.",
+        "Beside the socket of each lease that is granted: for lease revoke, for the user that \
+         grants it and root.",
     ),
     (
         "/etc/udev/rules.d/70-barlease-BDF.rules",
@@ -339,7 +336,7 @@ pub const FILES: &[(&str, &str)] = &[
     ("/dev/vfio", "Devices of VFIO."),
     (
         "/sys/kernel/debug/barlease",
-        "What lease show reads: for root.",
+        "The source of lease show: for root.",
     ),
     (
         "/sys/kernel/debug/dma_buf/bufinfo",

@@ -43,7 +43,7 @@ fn entry(line: &str) -> Option<(&str, u32)> {
     Some((name, fields.nth(1)?.parse().ok()?))
 }
 
-/// What is known of `name`: the file, and what `getent` adds to it.
+/// The lines about `name`: of the file, and those that `getent` adds.
 fn lines(database: &str, name: &str) -> String {
     let text = fs::read_to_string(format!("/etc/{database}")).unwrap_or_default();
     if text

@@ -42,7 +42,7 @@ impl Output {
         if !self.is_json() {
             return text.to_owned();
         }
-        // What the command says has no maps with keys that are not text.
+        // The command prints no maps with keys that are not text.
         serde_json::to_string(value).unwrap_or_default()
     }
 }

@@ -1,4 +1,4 @@
-//! Who a process is, from /proc: what may not be read is left out.
+//! The identity of a process, from /proc; facts that may not be read are left out.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -1,4 +1,4 @@
-//! `--verbose`: what the library and the command say to the crate `log` goes to standard error.
+//! `--verbose`: messages of library and command to the crate `log` go to standard error.
 
 use std::io;
 use std::io::Write;
@@ -30,7 +30,7 @@ impl Log for Stderr {
         let mut room = [PollFd::new(&stderr, PollFlags::OUT)];
         let there_is = rustix::event::poll(&mut room, Some(&PATIENCE)) == Ok(1);
         if there_is && self.enabled(record.metadata()) {
-            // Whoever does not read it does not want to know.
+            // A reader that is gone does not want to know.
             let _ = writeln!(stderr, "barlease: {}", record.args());
         }
     }
@@ -38,7 +38,7 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
-/// Once: what is done. Twice: each ioctl, too.
+/// Once: each step. Twice: each ioctl, too.
 pub(crate) fn begin(times: u8) {
     let level = match times {
         0 => return,

@@ -225,7 +225,10 @@ fn no_socket_and_no_descriptor_are_said() {
     barlease(&["lease", "dump", "/nonexistent/socket"])
         .assert()
         .code(1)
-        .stderr(contains("barlease: connect: /nonexistent/socket: "));
+        .stderr(
+            contains("barlease: connect: /nonexistent/socket: ")
+                .and(contains("nobody grants a lease there")),
+        );
     barlease(&["lease", "dump", "--fd", "99"])
         .assert()
         .code(1)
@@ -258,7 +261,7 @@ fn wrong_usage_is_json_too() {
         assert_eq!(error["exit_code"], 2, "{args:?}");
         assert!(!error["error"].as_str().unwrap().is_empty(), "{error}");
     }
-    // What is after `--` is another program's.
+    // Words after `--` are another program's.
     barlease(&["lease", "take", "--", "x", "-j"])
         .assert()
         .code(2)

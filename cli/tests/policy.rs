@@ -77,7 +77,8 @@ fn files_of_a_directory_are_one_policy() {
 
 #[test]
 fn each_error_has_file_line_and_key() {
-    let wrong = "[pool.extra]\ndevice = \"disk\"\nbar = 2\nunit = \"4K\"\n\n[[allow]]\npools = [\"rows\"]\nwho = { user = \"no-such-user-here\" }\naccess = \"read\"\n";
+    let wrong = "[pool.extra]\ndevice = \"disk\"\nbar = 2\nunit = \"4K\"\n\n[[allow]]\n\
+                 pools = [\"rows\"]\nwho = { user = \"no-such-user-here\" }\naccess = \"read\"\n";
     let unknown = "[device.other]\nmatch = \"0000:02:00.0\"\ncolour = \"red\"\n";
     let folder = files(&[("a.toml", DEVICES), ("b.toml", wrong), ("c.toml", unknown)]);
     policy(&["check", name(folder.path())])

@@ -14,6 +14,8 @@ use barlease_abi::{
 
 use crate::{
     errno::{Answer, Errno, answer},
+    huge_size,
+    map::Map,
     vfio::{Device, GET, PROBE, SET},
 };
 
@@ -102,6 +104,19 @@ impl Device {
     /// That of the ioctl.
     pub fn export(&self, bar: u32, ranges: &[(u64, u64)]) -> Answer<OwnedFd> {
         self.request(&Request::new(bar, ranges))
+    }
+
+    /// Exports the beginning of a BAR, as long as two huge pages, and maps and touches it.
+    ///
+    /// # Panics
+    ///
+    /// When any of that is refused.
+    #[must_use]
+    pub fn lease_touched(&self, bar: u32) -> (OwnedFd, Map) {
+        let fd = self.export(bar, &[(0, 2 * huge_size())]).expect("a lease");
+        let map = Map::aligned(&fd, 2 * huge_size()).expect("a mapping");
+        map.touch_all().expect("a touch");
+        (fd, map)
     }
 
     /// Feature 11 with this request.
@@ -285,6 +300,19 @@ pub fn import_sync_file(fd: impl AsFd, sync_file: impl AsFd) -> Answer<()> {
     let fd = fd.as_fd().as_raw_fd();
     // SAFETY: The kernel reads eight bytes.
     answer(unsafe { libc::ioctl(fd, IMPORT, argument.as_ptr()) }).map(drop)
+}
+
+/// Imports a dma-buf by a device of the display manager's (`DRM_IOCTL_PRIME_FD_TO_HANDLE`).
+///
+/// # Errors
+///
+/// That of the ioctl.
+pub fn import_by_drm(card: impl AsFd, fd: impl AsFd) -> Answer<()> {
+    const FD_TO_HANDLE: u64 = 0xc00c_642e;
+    let mut argument = [0, 0, fd.as_fd().as_raw_fd()];
+    let card = card.as_fd().as_raw_fd();
+    // SAFETY: The kernel reads and writes twelve bytes.
+    answer(unsafe { libc::ioctl(card, FD_TO_HANDLE, argument.as_mut_ptr()) }).map(drop)
 }
 
 /// `DMA_BUF_SYNC_WRITE`.

@@ -17,6 +17,7 @@
 //! - [`witness`]: devices that tell what has reached them;
 //! - [`aer`]: errors that a device reports;
 //! - [`terminal`]: a terminal with a shell that controls jobs;
+//! - `virtual_machine`: a machine of KVM's with memory of ours;
 //! - [`slot`]: a slot that a device can be pulled out of;
 //! - [`observe`]: debugfs, `/proc/PID/maps`, page faults;
 //! - [`importer`]: a device that does DMA to leases;
@@ -61,6 +62,9 @@ pub mod slot;
 pub mod terminal;
 #[expect(unsafe_code, reason = "ioctls")]
 pub mod vfio;
+#[cfg(target_arch = "x86_64")]
+#[expect(unsafe_code, reason = "memory of a virtual machine")]
+pub mod virtual_machine;
 pub mod wait;
 pub mod witness;
 

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     errno::{Answer, Errno},
-    page_size,
+    huge_size, page_size,
 };
 
 /// Read-only.
@@ -195,6 +195,15 @@ impl Map {
     /// That of mmap.
     pub fn new(fd: impl AsFd, len: u64) -> Answer<Self> {
         How::shared().map(fd, 0, len)
+    }
+
+    /// The same at an address where the largest entries of a page table fit.
+    ///
+    /// # Errors
+    ///
+    /// That of mmap.
+    pub fn aligned(fd: impl AsFd, len: u64) -> Answer<Self> {
+        How::shared().align(huge_size()).map(fd, 0, len)
     }
 
     /// Anonymous memory, to compare with.

@@ -22,6 +22,21 @@ use crate::{
     pci::{BARLEASE, Function},
 };
 
+/// Turns memory decoding on or off of a device that the library has opened.
+///
+/// # Panics
+///
+/// When config space cannot be read or written.
+pub fn set_memory(device: &barlease::Device, on: bool) {
+    let config = device.config().expect("config space");
+    config
+        .update_command(|mut command| {
+            command.set(config::Command::MEMORY, on);
+            command
+        })
+        .expect("write COMMAND");
+}
+
 const fn ioctl_number(number: u64) -> u64 {
     (b';' as u64) << 8 | (100 + number)
 }

@@ -583,15 +583,7 @@ fn changes_of_leases_are_signalled() {
     let leases = device.leases();
     let event = leases.events().unwrap();
     let lease = leases.export(0).range(..page_size()).export().unwrap();
-    let set_memory = |on| {
-        let config = device.config().unwrap();
-        config
-            .update_command(|mut command| {
-                command.set(Command::MEMORY, on);
-                command
-            })
-            .unwrap();
-    };
+    let set_memory = |on| vfio::set_memory(&device, on);
     let _ = event.take().unwrap();
     set_memory(false);
     assert!(event.wait_timeout(LONG).unwrap().is_some());

@@ -45,10 +45,7 @@ fn leased(name: &str) -> Leased {
         enable_cmb(&device);
     }
     let fd = device.export(bar, &[(0, 2 * huge_size())]).unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 2 * huge_size())
-        .unwrap();
+    let map = Map::aligned(&fd, 2 * huge_size()).unwrap();
     map.touch_all().unwrap();
     let page = device
         .export(bar, &[(2 * huge_size(), page_size())])

@@ -102,10 +102,7 @@ fn a_process_that_has_turned_off_huge_pages_gets_large_entries_of_device_memory(
     let fd = device
         .export(FRAME_BUFFER, &[(0, 4 * huge_size())])
         .unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 4 * huge_size())
-        .unwrap();
+    let map = Map::aligned(&fd, 4 * huge_size()).unwrap();
     Child::start(&[], |_| {
         process::turn_off_huge_pages();
         let faults = observe::faults_of(|| map.touch_all().expect("a load"));

@@ -10,7 +10,7 @@ use std::{
 
 use barlease::{
     Backend, BarRange, Bdf, Device, Error, Lease, MapOptions, Mapping, MemoryType, Reasons,
-    RegionKind, State, Tph, config::Command, pci::Pci,
+    RegionKind, State, Tph, pci::Pci,
 };
 use barlease_guest_tests::{
     huge_size, observe, page_size,
@@ -18,6 +18,7 @@ use barlease_guest_tests::{
     probe,
     process::{self, Child, End},
     race,
+    vfio::set_memory,
 };
 
 const FRAME_BUFFER: u32 = 0;
@@ -43,16 +44,6 @@ fn lease(device: &Device) -> Lease {
         .range(0..2 * huge_size())
         .export()
         .unwrap()
-}
-
-fn set_memory(device: &Device, on: bool) {
-    let config = device.config().unwrap();
-    config
-        .update_command(|mut command| {
-            command.set(Command::MEMORY, on);
-            command
-        })
-        .unwrap();
 }
 
 /// The device's value at an offset of the frame buffer.

@@ -32,18 +32,6 @@ fn display() -> Device {
     Device::open("display")
 }
 
-fn leased(device: &Device) -> (OwnedFd, Map) {
-    let fd = device
-        .export(FRAME_BUFFER, &[(0, 2 * huge_size())])
-        .unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 2 * huge_size())
-        .unwrap();
-    map.touch_all().unwrap();
-    (fd, map)
-}
-
 fn is_dead(fd: &OwnedFd, map: &Map) {
     assert_eq!(map.read(0), Err(Sigbus));
     assert_eq!(map.write(huge_size() + page_size(), 1), Err(Sigbus));
@@ -64,7 +52,7 @@ fn mmaps(function: &Function) -> Vec<String> {
 #[test]
 fn close_of_the_device_fd_is_the_end_of_its_buffers() {
     let device = display();
-    let (fd, map) = leased(&device);
+    let (fd, map) = device.lease_touched(FRAME_BUFFER);
     drop(device);
     is_dead(&fd, &map);
 }
@@ -72,14 +60,14 @@ fn close_of_the_device_fd_is_the_end_of_its_buffers() {
 #[test]
 fn a_buffer_of_an_earlier_open_is_enodev_to_a_new_one() {
     let device = display();
-    let (fd, map) = leased(&device);
+    let (fd, map) = device.lease_touched(FRAME_BUFFER);
     drop(device);
     let device = display();
     assert_eq!(device.status(&fd).map(drop), Err(ENODEV));
     assert_eq!(device.revoke(&fd), Err(ENODEV));
     is_dead(&fd, &map);
     // The new one has its own, of the same range.
-    let (new, new_map) = leased(&device);
+    let (new, new_map) = device.lease_touched(FRAME_BUFFER);
     assert_eq!(device.state(&new), State::Ok);
     new_map.write(0, 1).unwrap();
     is_dead(&fd, &map);
@@ -91,8 +79,8 @@ fn a_buffer_of_an_earlier_open_is_enodev_to_a_new_one() {
 #[test]
 fn a_buffer_that_was_revoked_or_had_memory_off_is_dead_after_close() {
     let device = display();
-    let (revoked, revoked_map) = leased(&device);
-    let (other, other_map) = leased(&device);
+    let (revoked, revoked_map) = device.lease_touched(FRAME_BUFFER);
+    let (other, other_map) = device.lease_touched(FRAME_BUFFER);
     device.revoke(&revoked).unwrap();
     device.set_memory(false);
     drop(device);
@@ -108,7 +96,7 @@ fn a_buffer_that_was_revoked_or_had_memory_off_is_dead_after_close() {
 fn a_duplicate_of_the_device_fd_keeps_it_open() {
     let device = display();
     let duplicate = lease::duplicate(&device);
-    let (_fd, map) = leased(&device);
+    let (_fd, map) = device.lease_touched(FRAME_BUFFER);
     drop(device);
     map.write(0, 1).unwrap();
     drop(duplicate);
@@ -119,7 +107,7 @@ fn a_duplicate_of_the_device_fd_keeps_it_open() {
 fn a_mapping_through_the_device_fd_keeps_it_open() {
     let device = display();
     let function = device.function().clone();
-    let (_fd, map) = leased(&device);
+    let (_fd, map) = device.lease_touched(FRAME_BUFFER);
     let mut bar = How::shared().map(&device, 0, 4 * page_size()).unwrap();
     drop(device);
     bar.write(page_size(), 8).unwrap();
@@ -148,7 +136,7 @@ fn the_owners_death_is_the_end_of_its_buffers() {
     function.bind(BARLEASE);
     let mut owner = Child::start(&[], |link| {
         let device = display();
-        let (fd, _map) = leased(&device);
+        let (fd, _map) = device.lease_touched(FRAME_BUFFER);
         link.send_fd(&fd);
         link.expect(0);
         // Without a word.
@@ -165,7 +153,7 @@ fn the_owners_death_is_the_end_of_its_buffers() {
 #[test]
 fn a_holders_death_is_no_matter_to_others() {
     let device = display();
-    let (fd, map) = leased(&device);
+    let (fd, map) = device.lease_touched(FRAME_BUFFER);
     let mut holder = Child::start(&[], |link| {
         map.touch_all().unwrap();
         link.send(0);
@@ -220,7 +208,7 @@ fn an_o_path_descriptor_outlives_the_buffer_and_the_device() {
 #[test]
 fn an_o_path_descriptor_of_a_mapped_buffer() {
     let device = display();
-    let (fd, map) = leased(&device);
+    let (fd, map) = device.lease_touched(FRAME_BUFFER);
     let path = path_of_closed(fd);
     device.set_memory(false);
     assert_eq!(map.read(0), Err(Sigbus));
@@ -244,7 +232,7 @@ fn path_of_mapping(map: &Map) -> OwnedFd {
 fn an_o_path_descriptor_of_a_bar_mapping_does_not_keep_the_device_open() {
     let device = display();
     let function = device.function().clone();
-    let (_fd, map) = leased(&device);
+    let (_fd, map) = device.lease_touched(FRAME_BUFFER);
     let bar = How::shared().map(&device, 0, 4 * page_size()).unwrap();
     let path = path_of_mapping(&bar);
     drop(device);
@@ -285,7 +273,7 @@ fn mappings_of_a_bar_have_a_file_in_common() {
 #[test]
 fn an_o_path_descriptor_is_no_buffer() {
     let device = display();
-    let (fd, map) = leased(&device);
+    let (fd, map) = device.lease_touched(FRAME_BUFFER);
     let path = lease::path_descriptor(fd.as_fd());
     assert_eq!(device.revoke(&path), Err(EBADF));
     assert_eq!(device.status(&path).map(drop), Err(EBADF));
@@ -323,7 +311,7 @@ fn many_o_path_descriptors_while_everything_closes() {
 fn fds_and_mappings_outlive_the_binding() {
     let device = display();
     let function = device.function().clone();
-    let (fd, map) = leased(&device);
+    let (fd, map) = device.lease_touched(FRAME_BUFFER);
     drop(device);
     function.unbind();
     is_dead(&fd, &map);
@@ -344,7 +332,7 @@ fn fds_and_mappings_outlive_the_binding() {
     assert_eq!(observe::buffers(&function), []);
     drop(fd);
     drop(map);
-    let (_fd, map) = leased(&device);
+    let (_fd, map) = device.lease_touched(FRAME_BUFFER);
     map.write(0, 1).unwrap();
 }
 
@@ -363,7 +351,7 @@ fn an_o_path_descriptor_outlives_the_binding() {
 fn unbind_waits_until_the_device_is_closed() {
     let device = display();
     let function = device.function().clone();
-    let (fd, map) = leased(&device);
+    let (fd, map) = device.lease_touched(FRAME_BUFFER);
     thread::scope(|scope| {
         let unbinding = scope.spawn(|| function.unbind());
         thread::sleep(Duration::from_millis(100));
@@ -429,7 +417,7 @@ fn the_module_stays_while_a_dma_buf_lives() {
 fn the_module_stays_while_a_mapping_lives() {
     with_module_idle(|| {
         let device = display();
-        let (fd, map) = leased(&device);
+        let (fd, map) = device.lease_touched(FRAME_BUFFER);
         drop((fd, device));
         Function::named("display").unbind();
         assert_eq!(pci::unload_module(), Err(EAGAIN));
@@ -458,12 +446,12 @@ fn the_module_stays_while_an_o_path_descriptor_lives() {
 fn the_module_goes_while_functions_are_bound() {
     let function = Function::named("display");
     function.bind(BARLEASE);
-    drop(leased(&display()));
+    drop(display().lease_touched(FRAME_BUFFER));
     // The last close may be given up a little after the call.
     pci::unload_module().unwrap();
     assert_eq!(function.driver(), None);
     pci::load_module("");
-    leased(&display()).1.touch_all().unwrap();
+    display().lease_touched(FRAME_BUFFER).1.touch_all().unwrap();
 }
 
 #[test]

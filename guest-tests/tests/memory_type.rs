@@ -39,7 +39,7 @@ fn buffer(device: &Device, ranges: &[(u64, u64)], memattr: u32) -> OwnedFd {
 /// A write-combining buffer of that range, mapped at a multiple of 2 MiB.
 fn wc(device: &Device, offset: u64, len: u64) -> (OwnedFd, Map) {
     let fd = buffer(device, &[(offset, len)], MEMATTR_WC);
-    let map = How::shared().align(huge_size()).map(&fd, 0, len).unwrap();
+    let map = Map::aligned(&fd, len).unwrap();
     (fd, map)
 }
 
@@ -293,10 +293,7 @@ fn it_is_write_combining_again_after_a_reset() {
     let (start, _) = device.function().bar(2);
     let fd = device.export(2, &[(0, 2 * huge_size())]).unwrap();
     device.memattr(&fd, MEMATTR_WC).unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 2 * huge_size())
-        .unwrap();
+    let map = Map::aligned(&fd, 2 * huge_size()).unwrap();
     type Reset = fn(&Device);
     let resets: [Reset; 3] = [
         |device| device.reset().unwrap(),
@@ -407,17 +404,11 @@ fn it_is_write_combining_after_it_was_moved() {
 fn an_uncached_mapping_of_the_same_range_stays_uncached() {
     let device = display();
     let uncached = device.export(FRAME_BUFFER, &[(0, huge_size())]).unwrap();
-    let before = How::shared()
-        .align(huge_size())
-        .map(&uncached, 0, huge_size())
-        .unwrap();
+    let before = Map::aligned(&uncached, huge_size()).unwrap();
     before.touch_all().unwrap();
     let (_fd, combining) = wc(&device, 0, huge_size());
     combining.touch_all().unwrap();
-    let after = How::shared()
-        .align(huge_size())
-        .map(&uncached, 0, huge_size())
-        .unwrap();
+    let after = Map::aligned(&uncached, huge_size()).unwrap();
     let skewed = How::shared()
         .align(huge_size())
         .skew(page_size())
@@ -517,10 +508,7 @@ fn a_batch_ends_with_its_range_and_its_mapping() {
         .map(|i| (i * 8 * page_size(), 8 * page_size()))
         .collect();
     let fd = buffer(&device, &ranges, MEMATTR_WC);
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 64 * page_size())
-        .unwrap();
+    let map = Map::aligned(&fd, 64 * page_size()).unwrap();
     map.read(17 * page_size()).unwrap();
     for page in 0..64 {
         let there = probe::entry(&map, page * page_size()).is_some();
@@ -619,10 +607,7 @@ fn threads_that_fault_during_resets_find_write_combining_after_each() {
     let device = Device::open("memory");
     let fd = device.export(2, &[(0, 2 * huge_size())]).unwrap();
     device.memattr(&fd, MEMATTR_WC).unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 2 * huge_size())
-        .unwrap();
+    let map = Map::aligned(&fd, 2 * huge_size()).unwrap();
     let touch = || touch_and_look(&map, MemoryType::WriteCombining);
     meanwhile(&[&touch, &touch, &touch], || {
         for _ in 0..3 {

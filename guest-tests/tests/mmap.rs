@@ -2,7 +2,7 @@
 //! lives.
 #![cfg(barlease_guest)]
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use barlease_abi::REASON_MEMORY_OFF;
 use barlease_guest_tests::{
@@ -35,10 +35,7 @@ fn number_pages(device: &Device) {
     let fd = device
         .export(FRAME_BUFFER, &[(0, FRAME_BUFFER_LEN)])
         .unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, FRAME_BUFFER_LEN)
-        .unwrap();
+    let map = Map::aligned(&fd, FRAME_BUFFER_LEN).unwrap();
     for page in 0..FRAME_BUFFER_LEN / page_size() {
         map.write(page * page_size(), page as u32).unwrap();
     }
@@ -160,10 +157,7 @@ fn a_revoked_buffer_is_mapped_and_gives_sigbus_until_it_is_ok() {
     let device = display();
     let fd = device.export(FRAME_BUFFER, &[(0, huge_size())]).unwrap();
     device.set_memory(false);
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, huge_size())
-        .unwrap();
+    let map = Map::aligned(&fd, huge_size()).unwrap();
     for _ in 0..3 {
         assert_eq!(map.read(0), Err(Sigbus));
         assert_eq!(map.write(page_size(), 1), Err(Sigbus));
@@ -201,10 +195,7 @@ fn the_kernel_gets_efault_where_a_process_gets_sigbus() {
 fn nobody_pins_pages_of_a_mapping() {
     let device = display();
     let fd = device.export(FRAME_BUFFER, &[(0, huge_size())]).unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, huge_size())
-        .unwrap();
+    let map = Map::aligned(&fd, huge_size()).unwrap();
     map.touch_all().unwrap();
     assert_eq!(Map::anonymous(page_size()).copied_by_pinning(), Ok(4));
     assert_eq!(map.copied_by_pinning(), Err(EFAULT));
@@ -292,10 +283,7 @@ fn two_mappings_of_one_buffer_show_the_same() {
     let fd = device
         .export(FRAME_BUFFER, &[(0, 2 * huge_size())])
         .unwrap();
-    let aligned = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 2 * huge_size())
-        .unwrap();
+    let aligned = Map::aligned(&fd, 2 * huge_size()).unwrap();
     let skewed = How::shared()
         .align(huge_size())
         .skew(page_size())
@@ -338,16 +326,10 @@ fn an_aligned_mapping_gets_2_mib_entries() {
     let fd = device
         .export(FRAME_BUFFER, &[(0, FRAME_BUFFER_LEN)])
         .unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, FRAME_BUFFER_LEN)
-        .unwrap();
+    let map = Map::aligned(&fd, FRAME_BUFFER_LEN).unwrap();
     let entries = FRAME_BUFFER_LEN / huge_size();
     assert_eq!(faults_of_touching(&map), entries as i64);
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, FRAME_BUFFER_LEN)
-        .unwrap();
+    let map = Map::aligned(&fd, FRAME_BUFFER_LEN).unwrap();
     // Smaller entries need a table of 4 KiB for each 2 MiB.
     let tables = page_tables_of_touching(&map);
     if observe::has_entries_above_pages() {
@@ -444,10 +426,7 @@ fn no_entry_leaves_the_mapping() {
         .export(FRAME_BUFFER, &[(0, 2 * huge_size())])
         .unwrap();
     // 2 MiB of which neither half is behind an aligned address with room for an entry.
-    let mut map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 2 * huge_size())
-        .unwrap();
+    let mut map = Map::aligned(&fd, 2 * huge_size()).unwrap();
     map.unmap(0, page_size());
     map.unmap(2 * huge_size() - page_size(), page_size());
     map.touch(page_size(), 2 * huge_size() - 2 * page_size())
@@ -475,22 +454,10 @@ fn what_is_touched_once_faults_once() {
 // ---- How long a mapping lives
 // ---------------------------------------------------------------------
 
-fn huge_map(device: &Device) -> (OwnedFd, Map) {
-    let fd = device
-        .export(FRAME_BUFFER, &[(0, 2 * huge_size())])
-        .unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 2 * huge_size())
-        .unwrap();
-    map.touch_all().unwrap();
-    (fd, map)
-}
-
 #[test]
 fn a_mapping_survives_the_close_of_the_fd() {
     let device = display();
-    let (fd, map) = huge_map(&device);
+    let (fd, map) = device.lease_touched(FRAME_BUFFER);
     drop(fd);
     map.write(huge_size(), 5).unwrap();
     assert_eq!(device.read32(FRAME_BUFFER, huge_size()), 5);
@@ -507,7 +474,7 @@ fn a_mapping_survives_the_close_of_the_fd() {
 #[test]
 fn a_mapping_survives_fork() {
     let device = display();
-    let (_fd, map) = huge_map(&device);
+    let (_fd, map) = device.lease_touched(FRAME_BUFFER);
     map.write(0, 1).unwrap();
     let child = Child::start(&[], |link| {
         assert_eq!(map.read(0), Ok(1));
@@ -541,7 +508,7 @@ fn a_mapping_survives_fork() {
 #[test]
 fn a_mapping_survives_mremap() {
     let device = display();
-    let (_fd, map) = huge_map(&device);
+    let (_fd, map) = device.lease_touched(FRAME_BUFFER);
     map.write(huge_size() + page_size(), 7).unwrap();
     let old = map.address();
     let map = map.moved().unwrap();
@@ -572,7 +539,7 @@ fn a_mapping_does_not_grow() {
 #[test]
 fn a_page_is_unmapped_from_the_middle_of_a_2_mib_entry() {
     let device = display();
-    let (_fd, mut map) = huge_map(&device);
+    let (_fd, mut map) = device.lease_touched(FRAME_BUFFER);
     for at in [
         huge_size() - page_size(),
         7 * page_size(),
@@ -613,7 +580,7 @@ fn a_page_is_unmapped_from_the_middle_of_a_2_mib_entry() {
 #[test]
 fn a_page_in_the_middle_of_a_2_mib_entry_is_protected() {
     let device = display();
-    let (_fd, map) = huge_map(&device);
+    let (_fd, map) = device.lease_touched(FRAME_BUFFER);
     map.write(9 * page_size(), 90).unwrap();
     map.protect(9 * page_size(), page_size(), READ).unwrap();
     assert_eq!(map.read(9 * page_size()), Ok(90));

@@ -33,10 +33,7 @@ fn lease(device: &Device) -> Leased {
     let fd = device
         .export(BAR, &[(huge_size(), 2 * huge_size())])
         .unwrap();
-    let lease = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, 2 * huge_size())
-        .unwrap();
+    let lease = Map::aligned(&fd, 2 * huge_size()).unwrap();
     let offset = u64::from(BAR) << 40 | huge_size();
     let bar = How::shared().map(device, offset, 2 * huge_size()).unwrap();
     lease.touch_all().unwrap();

@@ -38,10 +38,7 @@ fn export(device: &Device) -> OwnedFd {
 }
 
 fn map(fd: impl AsFd) -> Map {
-    let map = How::shared()
-        .align(huge_size())
-        .map(fd, 0, 2 * huge_size())
-        .unwrap();
+    let map = Map::aligned(fd, 2 * huge_size()).unwrap();
     map.touch_all().unwrap();
     map
 }
@@ -308,10 +305,7 @@ fn bar_mappings_are_untouched() {
     let device = display();
     let fd = export(&device);
     let map = map(&fd);
-    let bar = How::shared()
-        .align(huge_size())
-        .map(&device, 0, 4 * huge_size())
-        .unwrap();
+    let bar = Map::aligned(&device, 4 * huge_size()).unwrap();
     bar.touch_all().unwrap();
     let faults = observe::faults_of(|| {
         device.revoke(&fd).unwrap();

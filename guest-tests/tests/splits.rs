@@ -320,10 +320,7 @@ fn revocation_reaches_every_part_and_child_of_a_lease_and_nothing_else() {
     for kind in [Lease, SkewedLease, CombiningLease] {
         let fd = kind.lease(&device);
         let parts = Split::ALL.map(|split| {
-            let map = How::shared()
-                .align(huge_size())
-                .map(&fd, 0, length())
-                .unwrap();
+            let map = Map::aligned(&fd, length()).unwrap();
             map.touch_all().unwrap();
             Part {
                 kind,

@@ -104,7 +104,7 @@ fn moves_and_writes(fd: &OwnedFd, _: &Map, dice: &mut Dice) -> Result<(), Sigbus
 
 /// Splits its mapping and changes its protection.
 fn splits_and_writes(fd: &OwnedFd, _: &Map, dice: &mut Dice) -> Result<(), Sigbus> {
-    let Ok(mut map) = How::shared().align(huge_size()).map(fd, 0, length()) else {
+    let Ok(mut map) = Map::aligned(fd, length()) else {
         return Err(Sigbus);
     };
     map.write(0, MARK)?;
@@ -204,10 +204,7 @@ fn nobody_writes_after(holders: &[Child], rounds: u64, take: impl Fn(Device, &Ow
         device = take(device, &fd);
         all().for_each(|link| link.send(say::GONE));
         let own = device.export(FRAME_BUFFER, &[(0, length())]).unwrap();
-        let own = How::shared()
-            .align(huge_size())
-            .map(&own, 0, length())
-            .unwrap();
+        let own = Map::aligned(&own, length()).unwrap();
         for page in 0..pages() {
             own.write(page * page_size(), PATTERN).unwrap();
         }
@@ -283,10 +280,7 @@ fn a_neighbour_goes_on_undisturbed_while_others_are_revoked() {
     let neighbour = device
         .export(FRAME_BUFFER, &[(length(), length())])
         .unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&neighbour, 0, length())
-        .unwrap();
+    let map = Map::aligned(&neighbour, length()).unwrap();
     map.touch_all().unwrap();
     let faults = AtomicU32::new(0);
     let touch = || {
@@ -458,19 +452,13 @@ fn nobody_touches_while_memory_is_off() {
     let device = display();
     let fd = device.export(FRAME_BUFFER, &[(0, length())]).unwrap();
     let maps = [
-        How::shared()
-            .align(huge_size())
-            .map(&fd, 0, length())
-            .unwrap(),
+        Map::aligned(&fd, length()).unwrap(),
         How::shared()
             .align(huge_size())
             .skew(page_size())
             .map(&fd, 0, length())
             .unwrap(),
-        How::shared()
-            .align(huge_size())
-            .map(&device, 0, length())
-            .unwrap(),
+        Map::aligned(&device, length()).unwrap(),
     ];
     for page in 0..pages() {
         maps[0].write(page * page_size(), MAGIC).unwrap();
@@ -513,10 +501,7 @@ fn nobody_touches_in_low_power() {
     let device = Device::open("nvme");
     device.write32(0, 0x50, 1);
     let fd = device.export(2, &[(0, length())]).unwrap();
-    let map = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, length())
-        .unwrap();
+    let map = Map::aligned(&fd, length()).unwrap();
     map.write(page_size(), MAGIC).unwrap();
     let window = Window::new();
     let touch = || race::whatever(window.check(|| reads_magic(&map, page_size())));

@@ -14,6 +14,7 @@ use barlease_guest_tests::{
     page_size,
     pci::{BARLEASE, Function, STOCK},
     probe::{self, MemoryType},
+    race,
     vfio::{COMMAND_MASTER, Device, Group},
     wait::until,
 };
@@ -174,10 +175,7 @@ fn write_combining_mappings_and_leases_are_mapped_for_dma_too() {
     let edu = Edu::beside(device.group());
     let alias = device.alias(BAR, ALIAS_WC).unwrap();
     let fd = device.export(BAR, &[(0, length())]).unwrap();
-    let lease = How::shared()
-        .align(huge_size())
-        .map(&fd, 0, length())
-        .unwrap();
+    let lease = Map::aligned(&fd, length()).unwrap();
     device.memattr(&fd, MEMATTR_WC).unwrap();
     let combining = How::shared().map(&fd, 0, length()).unwrap();
     let maps = [
@@ -278,4 +276,38 @@ fn a_lease_that_was_mapped_for_dma_by_its_address_stays_so_after_a_revocation() 
     edu.copy(IOVA, IOVA + 4);
     assert_eq!(device.read32(BAR, 4), 0x55);
     mapped.unmap().unwrap();
+}
+
+/// A large guest's memory, while leases are made and taken away beside it.
+#[test]
+fn memory_is_mapped_for_dma_while_leases_come_and_go() {
+    const ROUNDS: u64 = 30;
+    let device = Device::open("memory");
+    let memory = Map::anonymous(64 * huge_size());
+    let leases = || {
+        let fd = device.export(BAR, &[(0, length())]).unwrap();
+        let map = Map::new(&fd, length()).unwrap();
+        map.touch_all().unwrap();
+        device.revoke(&fd).unwrap();
+        assert_eq!(map.read(0), Err(Sigbus));
+    };
+    let map_dma = |map: &Map, iova| {
+        let group = device.group();
+        group.map_dma(DmaAccess::ReadWrite, map.address(), iova, map.len())
+    };
+    race::meanwhile(&[&leases], || {
+        for round in 0..ROUNDS {
+            let mapped = map_dma(&memory, IOVA).expect("memory can be mapped at any time");
+            let fd = device.export(BAR, &[(length(), length())]).unwrap();
+            let lease = Map::new(&fd, length()).unwrap();
+            let beside = map_dma(&lease, IOVA + memory.len()).expect("the lease is OK");
+            if round % 2 == 0 {
+                drop(beside);
+                device.revoke(&fd).unwrap();
+                let dead = map_dma(&lease, IOVA + memory.len());
+                assert_eq!(dead.map(drop), Err(EFAULT));
+            }
+            drop(mapped);
+        }
+    });
 }

@@ -306,10 +306,7 @@ fn nothing_reaches_the_device_after_a_revocation_has_returned() {
             .unwrap();
         // Another lease of the same range, which stays.
         let other = device.export(MEMORY, &[(offset, huge_size())]).unwrap();
-        let other = How::shared()
-            .align(huge_size())
-            .map(&other, 0, huge_size())
-            .unwrap();
+        let other = Map::aligned(&other, huge_size()).unwrap();
         let tries = AtomicU32::new(0);
         let write = || {
             for at in [0, 4, page_size(), huge_size() - page_size()] {
@@ -821,10 +818,7 @@ fn after(give_up: impl Fn(&Function)) {
     let maps = [0, MEMATTR_WC].map(|memattr| {
         let fd = device.export(MEMORY, &[(0, 2 * huge_size())]).unwrap();
         device.memattr(&fd, memattr).unwrap();
-        How::shared()
-            .align(huge_size())
-            .map(&fd, 0, 2 * huge_size())
-            .unwrap()
+        Map::aligned(&fd, 2 * huge_size()).unwrap()
     });
     let [first, second] = &maps;
     let (first, second) = (|| scribble(first, 1), || scribble(second, 2));

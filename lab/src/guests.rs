@@ -25,6 +25,8 @@ pub mod programs;
 #[cfg(feature = "host")]
 pub mod run;
 #[cfg(feature = "host")]
+pub mod secure_boot;
+#[cfg(feature = "host")]
 pub mod series;
 #[cfg(feature = "host")]
 mod served;

@@ -56,7 +56,7 @@ mod packages;
 
 pub use guests::guest;
 #[cfg(feature = "host")]
-pub use guests::{emulator, machine, programs, run, series, splat, system};
+pub use guests::{emulator, machine, programs, run, secure_boot, series, splat, system};
 #[cfg(feature = "host")]
 pub use kernels::{debug, flavour, kernel, kmod, litmus, prepare, selftests, without};
 #[cfg(feature = "host")]

@@ -221,7 +221,7 @@ impl Doctor {
         }
     }
 
-    /// What the running kernel says of itself, which no file of another one can belie.
+    /// The running kernel's own configuration, which no file of another one can belie.
     fn own_config(&self) -> Option<String> {
         if !self.own_config.exists() {
             return None;
@@ -288,7 +288,7 @@ impl Doctor {
             return fail(
                 "module",
                 "installed, not loaded",
-                &format!("modprobe {}", abi::MODULE_NAME),
+                &format!("modprobe {}", self.origin().module()),
             );
         }
         fail(
@@ -476,7 +476,7 @@ mod tests {
             assert_eq!(doctor.kernel().verdict, Verdict::Ok, "{}", path.display());
             fs::remove_file(path).unwrap();
         }
-        // What the kernel says itself goes before a file.
+        // The kernel's own configuration goes before a file.
         fs::write(&doctor.configs[0], ALL).unwrap();
         let plain = root.path().join("config");
         fs::write(&plain, "CONFIG_RUST=y\n").unwrap();

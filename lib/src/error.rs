@@ -1,4 +1,4 @@
-//! What can go wrong, and what to do about it.
+//! Errors, with their remedies.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -187,9 +187,9 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}")]
     Denied {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
         /// How to get permission, where known.
         remedy: Option<Cow<'static, str>>,
@@ -201,9 +201,9 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}")]
     Busy {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
         /// How to get hold of it, where known.
         remedy: Option<Cow<'static, str>>,
@@ -215,11 +215,11 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}: not supported")]
     Unsupported {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
-        /// What would make it work.
+        /// The remedy.
         remedy: Cow<'static, str>,
         /// The kernel's answer, if it was asked.
         source: Option<io::Error>,
@@ -234,9 +234,9 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}: revoked")]
     Revoked {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what. Of an access: the bytes that were not read or written, as far as that is known.
+        /// Its object. Of an access: the bytes that were not read or written, as far as that is known.
         object: Object,
         /// How many bytes of a block were read or written before.
         done: u64,
@@ -248,9 +248,9 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}: revoked for good")]
     Dead {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
         /// The kernel's answer, if it was asked.
         source: Option<io::Error>,
@@ -262,9 +262,9 @@ pub enum Error {
         "{operation}: {object}: the lease is of another device, or of an earlier open of this one"
     )]
     WrongDevice {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
         /// The kernel's answer, if it was asked.
         source: Option<io::Error>,
@@ -274,9 +274,9 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}: not a lease made by the barlease module")]
     NotALease {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
         /// The kernel's answer, if it was asked.
         source: Option<io::Error>,
@@ -286,7 +286,7 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{object}: {length:#x} bytes at offset {offset:#x} are out of bounds")]
     OutOfBounds {
-        /// What was accessed.
+        /// The object of the access.
         object: Object,
         /// Offset of the access in bytes.
         offset: u64,
@@ -298,7 +298,7 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{object}: offset {offset:#x} is not aligned to {align} bytes")]
     Misaligned {
-        /// What was accessed.
+        /// The object of the access.
         object: Object,
         /// Offset of the access in bytes.
         offset: u64,
@@ -310,9 +310,9 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}: read-only")]
     ReadOnly {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
     },
 
@@ -320,11 +320,11 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}: {reason}")]
     Invalid {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
-        /// What is wrong.
+        /// The fault.
         reason: Cow<'static, str>,
         /// The kernel's answer, if it was asked.
         source: Option<io::Error>,
@@ -334,11 +334,11 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}: {reason}")]
     Malformed {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
-        /// What is wrong with it.
+        /// Its fault.
         reason: Cow<'static, str>,
         /// The cause, if there is one.
         source: Option<io::Error>,
@@ -348,9 +348,9 @@ pub enum Error {
     #[non_exhaustive]
     #[error("{operation}: {object}")]
     Io {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
-        /// On what.
+        /// Its object.
         object: Object,
         /// The cause.
         source: io::Error,
@@ -530,7 +530,7 @@ impl Error {
             .raw_os_error()
     }
 
-    /// What to do about it, where known.
+    /// The remedy, where known.
     #[must_use]
     pub fn remedy(&self) -> Option<Cow<'_, str>> {
         match self {

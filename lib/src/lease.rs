@@ -32,7 +32,7 @@ pub const MAX_NAME: usize = 31;
 /// Environment variable that names the descriptor of a lease passed to a child process.
 pub const FD_VARIABLE: &str = "BARLEASE_FD";
 
-/// What a lease is of, as its owner said.
+/// The device and the ranges of a lease, as its owner said.
 ///
 /// It travels with a lease that is [sent](Lease::send). A holder has nothing but the owner's word
 /// for it, except for `size` and `writable`, which are those of the file descriptor.
@@ -65,8 +65,8 @@ impl LeaseInfo {
 /// A lease: a dma-buf file descriptor that stands for ranges of a BAR.
 ///
 /// The owner of the device [exports](crate::Device::export) it and can
-/// [revoke](crate::Device::revoke) it. Whoever holds it, and needs no device, can map it, import it
-/// for peer-to-peer DMA or pass it on. Dropping it closes the descriptor; mappings stay, and the
+/// [revoke](crate::Device::revoke) it. Its holder, who needs no device, can map it, import it for
+/// peer-to-peer DMA or pass it on. Dropping it closes the descriptor; mappings stay, and the
 /// owner's other copies do too.
 ///
 /// Any other file that can be mapped will do as well, which is of use for tests.
@@ -154,7 +154,7 @@ impl Lease {
         })
     }
 
-    /// What the kernel has just made as `info` says.
+    /// A lease that the kernel has just made as `info` says.
     pub(crate) fn made(fd: OwnedFd, info: LeaseInfo) -> Self {
         Self {
             fd,
@@ -190,7 +190,7 @@ impl Lease {
         self.writable
     }
 
-    /// What it is of, if it was exported here or received with that information.
+    /// Its device and ranges, if it was exported here or received with that information.
     #[must_use]
     pub fn info(&self) -> Option<LeaseInfo> {
         let mut info = self.info.clone()?;
@@ -209,9 +209,9 @@ impl Lease {
         MemoryType::from_abi(self.memory_type.load(Ordering::Relaxed)).unwrap_or_default()
     }
 
-    /// Whether it is revoked for good: then [`Error::Dead`]. `Ok` says that it can be mapped; it may
-    /// be revoked for a time all the same. For holders, whose accesses answer [`Error::Revoked`] in
-    /// both cases.
+    /// Whether it is revoked for good: then [`Error::Dead`]. `Ok` says that it can be mapped; it
+    /// may be revoked for a time all the same. For holders, whose accesses answer
+    /// [`Error::Revoked`] in both cases.
     ///
     /// Errors: [`Error::Dead`]; as for [`MapOptions::map`].
     pub fn check(&self) -> Result<()> {

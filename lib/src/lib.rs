@@ -1,7 +1,7 @@
 //! Lease pieces of a PCI device's memory to other processes and other devices, and take them back.
 //!
-//! A *lease* is a dma-buf of BAR ranges. Whoever holds it can map it or import it for peer-to-peer
-//! DMA; whoever granted it can revoke it at any moment, for good. The device itself, with its
+//! A *lease* is a dma-buf of BAR ranges. Its holder can map it or import it for peer-to-peer
+//! DMA; its owner can revoke it at any moment, for good. The device itself, with its
 //! interrupts, reset, config space and all BARs, stays with its owner. The kernel module
 //! `barlease_vfio_pci` does this; the library works with the stock driver too, as far as that goes,
 //! and says [`Error::Unsupported`] where it ends.
@@ -238,21 +238,7 @@ pub use types::Reasons;
 pub use types::State;
 pub use types::Status;
 
-/// The examples of README and tutorial compile.
+/// The examples of the crate's README compile.
 #[cfg(doctest)]
-mod examples {
-    #[doc = include_str!("../../README.md")]
-    struct Readme;
-
-    #[doc = include_str!("../README.md")]
-    struct CrateReadme;
-
-    #[doc = include_str!("../../docs/tutorial.md")]
-    struct Tutorial;
-
-    #[doc = include_str!("../../docs/driver.md")]
-    struct Driver;
-
-    #[doc = include_str!("../../docs/vmm.md")]
-    struct Vmm;
-}
+#[doc = include_str!("../README.md")]
+struct Readme;

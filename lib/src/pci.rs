@@ -45,7 +45,7 @@ pub struct Pci {
     root: PathBuf,
 }
 
-/// What sysfs says about a PCI function.
+/// A PCI function, as sysfs describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct PciDevice {

@@ -1,4 +1,4 @@
-//! What travels with a lease that is passed on: a record of at least 64 bytes, little-endian.
+//! The record that travels with a lease that is passed on: at least 64 bytes, little-endian.
 //!
 //! | offset | bytes | content |
 //! |---|---|---|
@@ -87,7 +87,7 @@ pub(crate) fn length(head: &[u8; SHORTEST]) -> Result<usize, Bad> {
     Err(Bad("the record is too short or too long"))
 }
 
-/// What a record of the right length says. `None`: nothing is known.
+/// The meaning of a record. `None`: nothing is known.
 pub(crate) fn decode(record: &[u8]) -> Result<Option<LeaseInfo>, Bad> {
     let head = record.first_chunk().ok_or(Bad("the record is too short"))?;
     if length(head)? != record.len() {

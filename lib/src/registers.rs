@@ -20,7 +20,7 @@ use crate::Value;
 use crate::Window;
 use crate::error::Object;
 
-/// What a register holds: a number, or a type of yours that is made of one.
+/// The content of a register: a number, or a type of yours that is made of one.
 ///
 /// The bits are those of the device, which is little-endian as PCI has it; values are in the byte
 /// order of the CPU.
@@ -433,7 +433,7 @@ impl<'m> Window<'m> {
                 .and_then(|last| last.checked_add(width)),
         };
         let end = length.and_then(|length| offset.checked_add(length));
-        // What overflows is out of bounds as well.
+        // An offset that overflows is out of bounds as well.
         let window = self.window(offset..end.unwrap_or(usize::MAX))?;
         if count > 0 {
             // Bounds and alignment of the first one are those of all, if the stride is aligned.

@@ -193,7 +193,7 @@ impl Serialize for Reasons {
     }
 }
 
-/// What the owner's device says about a lease.
+/// The state of a lease, as its owner's device says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Status {

@@ -2,23 +2,14 @@
 
 //! Fault batches against single pages, one after the other.
 
+mod common;
+
 use barlease_model::{
     batch::{Batch, batch_for},
     ranges::{Mapping, Misfit, Segment, entry_for},
 };
+use common::{PAGE, SHIFT, segments};
 use proptest::{collection::vec, prelude::*};
-
-const PAGE: u64 = 4096;
-const SHIFT: u32 = 12;
-
-fn segments(ranges: &[(u64, u64)]) -> Vec<Segment> {
-    let mut end = 0;
-    let segment = |&(page, pages): &(u64, u64)| {
-        end += pages;
-        Segment { end, page }
-    };
-    ranges.iter().map(segment).collect()
-}
 
 /// The run around `address`, grown page by page for as long as the next one is in the window, in
 /// the mapping and in the same range.

@@ -2,14 +2,15 @@
 
 //! Ranges against oracles that do the same the long way: page by page, and in 128 bits.
 
+mod common;
+
 use barlease_model::ranges::{
     Bar, Mapping, Misfit, Place, Placement, RangeError, Run, Segment, begin_of, entry_for, find,
     holds, overlaps, runs,
 };
+use common::{PAGE, SHIFT, segments};
 use proptest::{collection::vec, prelude::*};
 
-const PAGE: u64 = 4096;
-const SHIFT: u32 = 12;
 const PMD_ORDER: u32 = 9;
 
 // ---- Placement
@@ -229,16 +230,6 @@ fn place_oracle(bar: Bar, offset: u64, length: u64) -> Result<u64, RangeError> {
 
 // ---- find
 // -----------------------------------------------------------------------------------------
-
-/// The segments of ranges given as (first page of the BAR, pages).
-fn segments(ranges: &[(u64, u64)]) -> Vec<Segment> {
-    let mut end = 0;
-    let segment = |&(page, pages): &(u64, u64)| {
-        end += pages;
-        Segment { end, page }
-    };
-    ranges.iter().map(segment).collect()
-}
 
 /// Every page of the buffer, one after the other.
 fn pages(ranges: &[(u64, u64)]) -> Vec<Place> {

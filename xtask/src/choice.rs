@@ -8,8 +8,9 @@ use clap::Args;
 /// Which kernel.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct KernelChoice {
-    /// The newest kernel whose release begins so, such as 7.2; `rt`, `cloud`, `arm64` or `arm64-16k`
-    /// for these flavours, `debug` for the one with KASAN and lockdep [default: the newest of Debian's]
+    /// The newest kernel whose release begins so, such as 7.2; `rt`, `cloud`, `arm64` or
+    /// `arm64-16k` for these flavours, `debug` for the one with KASAN and lockdep [default: the
+    /// newest of Debian's]
     #[arg(
         long,
         value_name = "RELEASE",
@@ -19,6 +20,7 @@ pub(crate) struct KernelChoice {
     pub(crate) kernel: Option<String>,
 }
 
+/// Which kernel, on which machine.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct MachineChoice {
     #[command(flatten)]

@@ -10,6 +10,7 @@
 //! | [`modules`] | the same of the module's packages |
 //! | [`programs`] | the same of the service and of the C library |
 //! | [`source`] | the source package, whose rules call this tool |
+//! | [`buildpackage`] | builds from it as Debian does |
 //! | [`verify`] | builds, loads and uses what was packaged |
 //! | [`install`] | installs, upgrades and removes the packages in guests with systemd |
 //!
@@ -21,6 +22,7 @@
 //! needs it anyway), honours `SOURCE_DATE_EPOCH`, sorts, and sets the owner; what is left to do for
 //! us is a control file from a template in `dist/debian/`.
 
+mod buildpackage;
 mod command;
 mod contents;
 mod deb;
@@ -30,6 +32,7 @@ mod modules;
 mod programs;
 mod source;
 mod stage;
+mod tarball;
 mod verify;
 
 use std::fs;
@@ -65,6 +68,15 @@ pub(crate) struct Options {
     /// Takes a while
     #[arg(long, conflicts_with_all = ["list", "what"])]
     verify: bool,
+    /// Then build the packages from the source package, with `dpkg-buildpackage` in a fresh Debian
+    /// without a network, and have lintian read all that was made. As root. Takes a while
+    #[arg(long, conflicts_with_all = ["list", "verify"])]
+    build: bool,
+    /// Of `--verify`, only the installation from this part on, with the disk that a run which failed
+    /// in this part has left
+    #[arg(long, value_name = "PART", requires = "verify")]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=install::PARTS.len() as i64))]
+    from: Option<u8>,
 }
 
 /// A thing that can be made.
@@ -117,18 +129,35 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let what = &what[..];
     let maker = Maker::new(options.into.clone().unwrap_or_else(folder))?;
     let built = Built::make(&maker, what, &options.kernel)?;
+    let mut made = Vec::new();
     for thing in all.iter().filter(|thing| what.contains(thing)) {
-        for file in built.package(&maker, *thing)? {
-            let size = fs::metadata(&file).map_or(0, |meta| meta.len());
-            println!("{}  {}", file.display(), shown(size));
+        let files = built.package(&maker, *thing)?;
+        print(&files);
+        if options.build && *thing == What::Source {
+            let from_source = buildpackage::run(&maker, &files)?;
+            print(&from_source);
+            made.extend(from_source);
         }
+        made.extend(files);
+    }
+    if options.build {
+        buildpackage::lint(&made)?;
     }
     if options.verify {
-        verify::run(&maker, built.prepared()?)?;
-        install::run(&maker, &built)?;
+        if options.from.is_none() {
+            verify::run(&maker, built.prepared()?)?;
+        }
+        install::run(&maker, &built, options.from.map(usize::from))?;
     }
     eprintln!("done after {}", seconds(start.elapsed()));
     Ok(ExitCode::SUCCESS)
+}
+
+fn print(files: &[PathBuf]) {
+    for file in files {
+        let size = fs::metadata(file).map_or(0, |meta| meta.len());
+        println!("{}  {}", file.display(), shown(size));
+    }
 }
 
 fn list() {
@@ -152,7 +181,7 @@ fn folder() -> PathBuf {
     checkout::target().join("dist")
 }
 
-/// What packages are made into.
+/// The place and date of the packages to make.
 #[derive(Clone, Debug)]
 struct Maker {
     out: PathBuf,
@@ -177,7 +206,7 @@ impl Maker {
     }
 }
 
-/// What packages are made of, as far as it takes a build.
+/// The parts of packages that take a build.
 struct Built {
     command: Option<command::Built>,
     service: Option<command::Program>,
@@ -226,7 +255,7 @@ impl Built {
             What::Overlay => modules::overlay(maker, self.prepared()?)?,
             What::Library => return programs::library(maker),
             What::Source => return source::source(maker),
-            What::Tarball => contents::tarball(maker, self.command()?)?,
+            What::Tarball => tarball::make(maker, self.command()?)?,
         };
         Ok(vec![made])
     }

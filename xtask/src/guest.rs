@@ -1,4 +1,5 @@
-//! What guests of several tasks have: files, our modules, variables, and a message at their end.
+//! Parts that guests of several tasks have: files, our modules, variables, and a message at their
+//! end.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -6,6 +6,7 @@ mod batch;
 mod binary;
 mod canary;
 mod pool;
+mod said;
 mod selftests;
 mod single;
 

@@ -2,14 +2,16 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use barlease_lab::cache::Cache;
 use barlease_lab::prepare::Prepared;
+use barlease_lab::report::seconds;
 use barlease_lab::run::{Output, Run};
 use barlease_lab::system::{Disk, Root};
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::checkout;
 use crate::choice::MachineChoice;
@@ -34,14 +36,24 @@ pub(crate) struct Options {
     /// Seconds that the guest may take, boot and all
     #[arg(long)]
     timeout: Option<u64>,
-    /// Test the guest itself: systemd is up without a failure, a lease is taken, a reboot finds
-    /// what was written; and barleased from its units, through kills, restarts and whatever else
-    /// happens to a service
-    #[arg(long, conflicts_with_all = ["packages", "disk", "files", "stock", "command"])]
-    check: bool,
+    /// Test what needs such a guest: all of it, or a part
+    #[arg(long, value_name = "PART", num_args = 0..=1, value_delimiter = ',',
+          conflicts_with_all = ["packages", "disk", "files", "stock", "command"])]
+    check: Option<Vec<Part>>,
     /// The command; a shell when there is none
     #[arg(last = true)]
     command: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// The guest itself: systemd is up without a failure, a lease is taken, a reboot finds what was
+    /// written
+    Boots,
+    /// barleased from its units, through kills, restarts and whatever else happens to a service
+    Service,
+    /// Containers of podman, and of containerd through CRI, that lease by claims
+    Containers,
 }
 
 /// The machine that is checked has a device with memory here.
@@ -72,6 +84,8 @@ const SECOND: &str = r#"
 set -eu
 systemctl is-system-running
 test "$(cat /var/lib/kept)" = "$(uname -r)"
+# An emulated machine is up before udev has looked at all devices.
+udevadm settle --timeout=300
 driver() { basename "$(readlink /sys/bus/pci/devices/0000:01:00.0/driver || true)"; }
 test "$(driver)" = barlease-vfio-pci
 barlease device unbind --persist 0000:01:00.0
@@ -82,17 +96,23 @@ echo found what was kept
 exit 7
 "#;
 
-/// `broker/examples/lab_service.rs` says what it does.
+/// `broker/examples/lab_service` says what these do.
 const SERVICE: &str = "lab_service 0000:01:00.0 /lab/service";
-/// It takes two minutes on a machine that does nothing else.
+const CONTAINERS: &str = "lab_service 0000:01:00.0 /lab/service containers";
+/// They take some minutes on a machine that does nothing else.
 const SERVICE_LASTS: Duration = Duration::from_secs(1800);
 /// How long the other parts of the check may take: twice what they do on a busy machine.
 const BOOT_LASTS: Duration = Duration::from_secs(900);
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let prepared = options.machine.prepare()?;
-    if options.check {
-        return check(options, &prepared);
+    if let Some(parts) = &options.check {
+        let all = Part::value_variants();
+        let parts = if parts.is_empty() { all } else { parts };
+        for part in parts {
+            check(options, &prepared, *part)?;
+        }
+        return Ok(ExitCode::SUCCESS);
     }
     let packages: Vec<_> = options.packages.iter().map(String::as_str).collect();
     let disk = match &options.disk {
@@ -131,7 +151,7 @@ fn guest<'a>(options: &Options, prepared: &'a Prepared, disk: &Disk) -> Result<R
 }
 
 /// barleased and what its package has.
-fn with_service<'a>(mut run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
+pub(crate) fn with_service<'a>(mut run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
     let units = checkout::top().join("dist/systemd");
     for entry in std::fs::read_dir(units)?.filter_map(Result::ok) {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -144,37 +164,76 @@ fn with_service<'a>(mut run: Run<'a>, prepared: &Prepared) -> Result<Run<'a>> {
         .file(example, "/lab/bin/lab_service"))
 }
 
-fn check(options: &Options, prepared: &Prepared) -> Result<ExitCode> {
+impl Part {
+    /// Packages of Debian's that it needs beside systemd.
+    fn packages(self) -> &'static [&'static str] {
+        match self {
+            Self::Boots => &[],
+            // For a program in another language, and for whoever collects metrics.
+            Self::Service => &["python3", "systemd-report"],
+            Self::Containers => &[
+                "busybox-static",
+                "containerd",
+                "crun",
+                "podman",
+                "python3-grpcio",
+                "runc",
+            ],
+        }
+    }
+
+    /// What each boot runs, the exit code, and what it has to say.
+    fn boots(self) -> &'static [(&'static str, i32, &'static str)] {
+        match self {
+            Self::Boots => &[
+                (FIRST, 0, "73 61 65 6c"),
+                (SECOND, 7, "found what was kept"),
+            ],
+            Self::Service => &[(SERVICE, 0, "all of it works")],
+            Self::Containers => &[(CONTAINERS, 0, "all of it works")],
+        }
+    }
+
+    fn lasts(self) -> Duration {
+        match self {
+            Self::Boots => BOOT_LASTS,
+            Self::Service | Self::Containers => SERVICE_LASTS,
+        }
+    }
+}
+
+fn check(options: &Options, prepared: &Prepared, part: Part) -> Result<()> {
     let folder = Cache::open()?.path("systems");
-    // Of another language.
-    let root = Root::prepare(prepared, &["python3"])?;
+    let root = Root::prepare(prepared, part.packages())?;
     let path = folder.join(format!("check-{}.img", std::process::id()));
     let disk = root.copy_to(&path)?;
-    let boots = [
-        (FIRST, 0, "73 61 65 6c"),
-        (SECOND, 7, "found what was kept"),
-        (SERVICE, 0, "all of it works"),
-    ];
-    let checked = boots.into_iter().try_for_each(|(script, code, expected)| {
+    let boot = |(script, code, expected): &(&str, i32, &str)| {
         let mut run = with_module(guest(options, prepared, &disk)?, prepared)?;
-        let mut lasts = BOOT_LASTS;
-        if script == SERVICE {
+        if part != Part::Boots {
             run = with_service(run, prepared)?;
-            lasts = SERVICE_LASTS;
         }
+        let lasts = options.timeout.map_or(part.lasts(), Duration::from_secs);
+        let said = Arc::new(Mutex::new(String::new()));
+        let saying = Arc::clone(&said);
         let outcome = run
-            .output(Output::Capture)
-            .timeout(options.timeout.map_or(lasts, Duration::from_secs))
+            .output(Output::Lines(Box::new(move |line| {
+                println!("{line}");
+                let mut said = saying.lock().unwrap_or_else(PoisonError::into_inner);
+                *said += line;
+            })))
+            .timeout(lasts)
             .command(["sh", "-c", script])
             .run()?;
-        let said = String::from_utf8_lossy(&outcome.output);
-        print!("{said}");
+        let said = said.lock().unwrap_or_else(PoisonError::into_inner);
         eprint!("{}", remarks(&outcome));
-        if outcome.code != code || !said.contains(expected) {
+        if outcome.code != *code || !said.contains(expected) {
             bail!("exit code {code} and `{expected}` were expected");
         }
         Ok(())
-    });
+    };
+    let start = Instant::now();
+    let checked = part.boots().iter().try_for_each(boot);
     std::fs::remove_file(&path)?;
-    checked.map(|()| ExitCode::SUCCESS)
+    println!("{part:?}: {}", seconds(start.elapsed()));
+    checked
 }

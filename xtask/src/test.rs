@@ -133,7 +133,7 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// What runs on one kernel.
+/// All that runs on one kernel.
 struct Lane<'a> {
     options: &'a Options,
     prepared: &'a Prepared,

@@ -150,8 +150,8 @@ fn every_link_leads_somewhere() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// Whether it is the name of a file or folder of the checkout, from its top. Words in capitals stand
-/// for something else, and a `*` for any file.
+/// Whether it is the name of a file or folder of the checkout, from its top. Words in capitals
+/// stand for something else, and a `*` for any file.
 fn is_file(word: &str, folders: &BTreeSet<String>) -> bool {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
     let is_place_holder =

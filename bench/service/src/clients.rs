@@ -34,12 +34,8 @@ pub(crate) fn take(quick: bool) -> Vec<Measure> {
     let mut limit = rustix::process::getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     rustix::process::setrlimit(Resource::Nofile, limit).expect("a limit");
-    vec![
-        rate(rounds),
-        idle(rounds),
-        hanging(rounds),
-        clearing(rounds),
-    ]
+    let [rate, work] = rate(rounds);
+    vec![rate, work, idle(rounds), hanging(rounds), clearing(rounds)]
 }
 
 fn rows() -> Acquire {
@@ -82,9 +78,17 @@ fn grants(daemon: &Daemon, clients: usize) -> f64 {
     seconds
 }
 
-fn rate(rounds: u32) -> Measure {
+/// Grants a second, and the daemon's own part of each: its processor time says what it could do if it had a
+/// processor for itself, however busy the machine is.
+fn rate(rounds: u32) -> [Measure; 2] {
     let daemon = Daemon::start();
-    Rounds::new(
+    let mut work = Rounds::new(
+        "service-work",
+        "Processor time of the service for a grant to one of 64 clients, and for giving it back",
+        "100 us: 10,000 a second of one processor",
+        Unit::Native,
+    );
+    let rate = Rounds::new(
         "service-rate",
         "Grants a second of 64 clients, each of which gives its lease back",
         "10,000 a second",
@@ -92,11 +96,19 @@ fn rate(rounds: u32) -> Measure {
     )
     .run(rounds, |side, batch| match side {
         Side::Ours => {
+            let before = (daemon.busy(), daemon.granted());
             batch.add("grants", None, grants(&daemon, CLIENTS));
+            let each = (daemon.busy() - before.0) / (daemon.granted() - before.1);
+            for (side, value) in [(Side::Ours, each), (Side::Theirs, 1e9 / RATE)] {
+                let mut batch = Batch::default();
+                batch.add("grants", None, value);
+                work.add(side, &batch);
+            }
         }
         Side::Theirs => batch.add("grants", None, RATE),
     })
-    .finish(|_, _| Some(Goal::AtLeast(1.0)))
+    .finish(|_, _| Some(Goal::AtLeast(1.0)));
+    [rate, work.finish(|_, _| Some(Goal::AtMost(1.0)))]
 }
 
 fn idle(rounds: u32) -> Measure {

@@ -17,6 +17,8 @@ use std::time::Duration;
 
 use barlease::LeaseId;
 use barlease::fake::FakeDevice;
+use barlease_proto::Access;
+use barlease_proto::Acquire;
 use barlease_proto::Client;
 
 const DIRECTORY: &str = "BARLEASE_BENCH_DIRECTORY";
@@ -134,6 +136,24 @@ impl Daemon {
 
     pub(crate) fn idle(&self) -> UnixStream {
         UnixStream::connect(self.socket()).expect("a connection")
+    }
+
+    /// Nanoseconds that its threads have run.
+    pub(crate) fn busy(&self) -> f64 {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        let of = |thread: fs::DirEntry| {
+            let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+            text.split_whitespace().next()?.parse::<f64>().ok()
+        };
+        let threads = threads.expect("its threads").filter_map(Result::ok);
+        threads.filter_map(of).sum()
+    }
+
+    /// Leases that it has granted so far: each has the next number.
+    pub(crate) fn granted(&self) -> f64 {
+        let rows = Acquire::of_pool("rows", PAGE, Access::ReadWrite);
+        let (acquired, _fd) = self.client().acquire(&rows).expect("a lease");
+        acquired.lease as f64
     }
 
     /// Has so many importers hold a lease.

@@ -6,6 +6,7 @@ mod importer;
 mod interrupt;
 mod library;
 mod lookup;
+mod manager;
 mod memory;
 mod module;
 mod passing;
@@ -19,6 +20,7 @@ use barlease_guest_tests::pci::{BARLEASE, STOCK};
 use barlease_guest_tests::vfio::Device;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
+pub use self::service::DAEMON;
 use crate::report::Measure;
 use crate::rounds::Side;
 
@@ -60,6 +62,9 @@ pub const ALL: &[Set] = &[
     Set::new("service", service::take),
     Set::new("module", module::take),
 ];
+
+/// All of them that are taken in a guest with systemd, where the service's unit is installed.
+pub const SYSTEM: &[Set] = &[Set::new("service-manager", manager::take)];
 
 /// All of them that are taken on the host.
 pub const NATIVE: &[Set] = &[Set::new("library", library::take)];

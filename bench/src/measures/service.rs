@@ -2,18 +2,22 @@
 //! what many leases take.
 
 use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use barlease_guest_tests::map::Map;
 use barlease_guest_tests::page_size;
 use barlease_guest_tests::pci::Function;
-use barlease_guest_tests::process::{Child, Link};
+use barlease_guest_tests::process::{Child, End, Link};
 use barlease_guest_tests::vfio::Device;
-use barlease_proto::{Access, Acquire, Client, Lifetime};
-use rustix::process::{Resource, getrlimit, setrlimit};
+use barlease_proto::{Access, Acquire, Client, Devices, Lifetime};
+use barleased::keep::Keeper;
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 use super::export::Payload;
 use super::{BAR, Context, MEMORY, driver, open};
@@ -22,11 +26,16 @@ use crate::rounds::{Batch, Rounds, Side, nanoseconds};
 use crate::statistics::median;
 
 const BIG: &str = super::BIG;
+/// This program is the daemon.
+pub const DAEMON: &str = "daemon";
+/// Its own signal, to end.
+const SIGTERM: i32 = 15;
 /// To the owner: a lease is wanted.
 const WANTED: u64 = 1;
 /// Leases of a client that dies.
 const DYING: u64 = 1000;
 /// Leases that are there at once, and the bytes of the daemon that each may take, and all of them.
+const FEW: u64 = 1000;
 const MANY: u64 = 100_000;
 const EACH: f64 = 400.0;
 const ALL: f64 = 50.0 * (1 << 20) as f64;
@@ -39,14 +48,47 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
     measures
 }
 
+/// What a daemon has of this machine.
+#[derive(Clone, Copy)]
+struct Kept {
+    /// Bytes of its own, and all that are resident.
+    own: f64,
+    whole: f64,
+    descriptors: f64,
+}
+
 /// A daemon that has a device; it ends with this.
 struct Daemon {
     directory: PathBuf,
     child: Child,
 }
 
+/// What the daemon is started with.
+type Arguments = [PathBuf; 4];
+
 impl Daemon {
     fn start(device: &str) -> Self {
+        Self::of(device, |arguments, _| {
+            let words = [PathBuf::from("barleased")].into_iter().chain(arguments);
+            barleased::run(words, &barleased::device::open);
+        })
+    }
+
+    /// One that is started again at once when it is killed. It is another program then, as it is for systemd.
+    fn kept(device: &str) -> Self {
+        Self::of(device, |arguments, directory| {
+            let make = || -> io::Result<Command> {
+                let mut command = Command::new(std::env::current_exe()?);
+                command.arg(DAEMON).args(&arguments).arg("--kept");
+                Ok(command)
+            };
+            let mut keeper = Keeper::new(directory, Box::new(make)).expect("a parent");
+            keeper.pause = (Duration::ZERO, Duration::ZERO);
+            keeper.run().expect("a daemon");
+        })
+    }
+
+    fn of(device: &str, run: impl FnOnce(Arguments, &Path)) -> Self {
         let function = Function::named(device);
         function.bind(driver(Side::Ours));
         let directory = PathBuf::from("/tmp/barleased");
@@ -61,15 +103,12 @@ impl Daemon {
         );
         fs::write(policy.join("a.toml"), text).expect("a policy");
         let arguments = [
-            "barleased".into(),
             "--policy".into(),
-            policy.into_os_string(),
+            policy,
             "--socket".into(),
-            directory.clone().into_os_string(),
+            directory.clone(),
         ];
-        let child = Child::start(&[], |_| {
-            barleased::run(arguments, &barleased::device::open);
-        });
+        let child = Child::start(&[], |_| run(arguments, &directory));
         let daemon = Self { directory, child };
         while daemon.try_client().is_none() {
             thread::sleep(Duration::from_millis(5));
@@ -85,25 +124,64 @@ impl Daemon {
         self.try_client().expect("a daemon that serves")
     }
 
-    /// A line of its status, in bytes.
-    fn memory(&self, line: &str) -> f64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
-        let status = status.expect("its status");
-        let line = status.lines().find_map(|text| text.strip_prefix(line));
-        let kib = line.and_then(|rest| rest.trim_start_matches(':').split_whitespace().next());
-        kib.and_then(|kib| kib.parse::<f64>().ok())
-            .expect("a number")
-            * 1024.0
+    /// The process that serves: the child of one that keeps it.
+    fn process(&self) -> Pid {
+        let parent = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
+        let children = children.expect("its child");
+        let pid = children
+            .split_whitespace()
+            .next()
+            .and_then(|pid| pid.parse().ok());
+        Pid::from_raw(pid.expect("its child")).expect("a process")
     }
 
-    fn descriptors(&self) -> f64 {
-        let entries = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
-        entries.expect("its descriptors").count() as f64
+    fn kept_in_memory(&self) -> Kept {
+        let pid = self.process().as_raw_nonzero();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
+        let bytes = |line: &str| {
+            let line = status.lines().find_map(|text| text.strip_prefix(line));
+            let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
+            kib.expect("a number") * 1024.0
+        };
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors");
+        Kept {
+            own: bytes("RssAnon:"),
+            whole: bytes("VmRSS:"),
+            descriptors: descriptors.count() as f64,
+        }
+    }
+
+    /// Has it end as it does where nothing else keeps its device.
+    fn ends(mut self) {
+        self.child.signal(SIGTERM);
+        assert_eq!(self.child.wait(), End::Code(0));
+    }
+
+    /// Kills the daemon, and tells how long it is until its successor has answered.
+    fn killed(&self) -> f64 {
+        let process =
+            rustix::process::pidfd_open(self.process(), PidfdFlags::empty()).expect("a process");
+        let start = Instant::now();
+        rustix::process::pidfd_send_signal(&process, Signal::KILL).expect("a process");
+        let mut poll = [PollFd::new(&process, PollFlags::IN)];
+        rustix::event::poll(&mut poll, None).expect("its end");
+        // The socket is there all the time.
+        self.client().call(&Devices {}).expect("an answer");
+        start.elapsed().as_nanos() as f64
     }
 }
 
 fn rows() -> Acquire {
     Acquire::of_pool("rows", page_size(), Access::ReadWrite)
+}
+
+/// One that ends when nobody has it.
+fn lasting() -> Acquire {
+    Acquire {
+        lifetime: Some(Lifetime::Holders),
+        ..rows()
+    }
 }
 
 /// How many leases are asked for in a turn.
@@ -259,66 +337,96 @@ fn until_the_first(daemon: &Daemon) -> f64 {
     start.elapsed().as_nanos() as f64
 }
 
-/// Many leases at once: the descriptors are with the client, the rest with the daemon.
-fn many(context: &Context) -> Vec<Measure> {
-    let count = if context.quick { MANY / 20 } else { MANY };
+/// Makes room for so many descriptors, and gives back what there was.
+fn make_room(count: u64) -> Rlimit {
     let limit = getrlimit(Resource::Nofile);
-    let mut more = limit;
-    more.current = Some(count + 1000);
-    more.maximum = Some(count + 1000);
-    setrlimit(Resource::Nofile, more).expect("root may");
-    let daemon = Daemon::start(BIG);
-    let mut client = daemon.client();
-    client.acquire(&rows()).expect("a lease");
-    let before = (daemon.memory("RssAnon"), daemon.descriptors());
-    let lasting = Acquire {
-        lifetime: Some(Lifetime::Holders),
-        ..rows()
+    let most = Some(count + 1000);
+    let more = Rlimit {
+        current: most,
+        maximum: most,
     };
+    setrlimit(Resource::Nofile, more).expect("root may");
+    limit
+}
+
+/// Many leases at once, whose descriptors are with this process: what the daemon keeps of them, and how long its
+/// restart takes.
+fn many(context: &Context) -> Vec<Measure> {
+    let most = if context.quick { MANY / 20 } else { MANY };
+    let limit = make_room(most);
+    let daemon = Daemon::kept(BIG);
+    let mut client = daemon.client();
     let mut leases = Vec::new();
-    for _ in 0..count {
-        leases.push(client.acquire(&lasting).expect("a lease").1);
+    let mut restart = Rounds::new(
+        "service-restart",
+        "A kill of the service, until its successor has answered",
+        "150 ms with 1,000 leases, 1.5 s with 100,000",
+        Unit::Nanoseconds,
+    )
+    .axis("leases");
+    let mut kept = Vec::new();
+    for (count, goal) in [(FEW, 150e6), (most, 1.5e9 * most as f64 / MANY as f64)] {
+        while (leases.len() as u64) < count {
+            leases.push(client.acquire(&lasting()).expect("a lease").1);
+        }
+        kept.push(daemon.kept_in_memory());
+        for _ in 0..context.rounds(7) {
+            for (side, value) in [(Side::Ours, daemon.killed()), (Side::Theirs, goal)] {
+                let mut batch = Batch::default();
+                batch.add("killed", count, value);
+                restart.add(side, &batch);
+            }
+            client = daemon.client();
+            let listed = client.list(None).expect("a list").len();
+            assert_eq!(listed, leases.len(), "no lease is lost");
+        }
+        kept.push(daemon.kept_in_memory());
     }
-    let each = (daemon.memory("RssAnon") - before.0) / count as f64;
-    let whole = daemon.memory("VmRSS");
-    let descriptors = daemon.descriptors();
     drop(leases);
-    drop(daemon);
+    daemon.ends();
     setrlimit(Resource::Nofile, limit).expect("less than there was");
-    let one = |name: &str, title: &str, curve: &str, unit, value: f64, most: f64| {
+    let restart = restart.finish(|_, _| Some(Goal::AtMost(1.0)));
+    let [_, few, many, restarted] = kept[..] else {
+        unreachable!("two times two");
+    };
+    let each = |then: &Kept| (then.own - few.own) / (most - FEW) as f64;
+    let one = |name: &str, title: &str, unit, values: [f64; 2], goal: f64| {
         let mut rounds = Rounds::new(name, title, "the most that it may be", unit);
-        for (side, value) in [(Side::Ours, value), (Side::Theirs, most)] {
-            let mut batch = Batch::default();
-            batch.add(curve, None, value);
-            rounds.add(side, &batch);
+        let curves = [
+            format!("{most} leases"),
+            "the same after a restart".to_owned(),
+        ];
+        for (curve, value) in curves.iter().zip(values) {
+            for (side, value) in [(Side::Ours, value), (Side::Theirs, goal)] {
+                let mut batch = Batch::default();
+                batch.add(curve, None, value);
+                rounds.add(side, &batch);
+            }
         }
         rounds.finish(|_, _| Some(Goal::AtMost(1.0)))
     };
-    let leases = format!("at {count} leases");
     vec![
         one(
             "service-lease",
             "Memory of the service for a lease",
-            &leases,
             Unit::Bytes,
-            each,
+            [each(&many), each(&restarted)],
             EACH,
         ),
         one(
             "service-memory",
             "Memory of the service, all that is resident",
-            &leases,
             Unit::Bytes,
-            whole,
+            [many.whole, restarted.whole],
             ALL,
         ),
         one(
             "service-descriptors",
             "Descriptors of the service, beside one connection",
-            &leases,
             Unit::Count,
-            descriptors - 1.0,
+            [many.descriptors - 1.0, restarted.descriptors - 1.0],
             DESCRIPTORS,
         ),
+        restart,
     ]
 }

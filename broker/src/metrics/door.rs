@@ -1,4 +1,4 @@
-//! The ways out of metrics: a file for node_exporter, and HTTP on a socket.
+//! The ways out of metrics: a file for node_exporter, HTTP on a socket, and `io.systemd.Metrics` on another.
 //!
 //! Threads wait for disks and scrapers, and ask the loop for the text. A scraper that is slow keeps
 //! others waiting who scrape, for some seconds, and nobody else.
@@ -9,6 +9,7 @@ use std::fs::Permissions;
 use std::io;
 use std::io::Read;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -21,16 +22,37 @@ use std::time::Duration;
 use std::time::Instant;
 
 use barlease::EventFd;
+use prometheus::TextEncoder;
+use prometheus::proto::MetricFamily;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+
+use super::report;
 
 /// Time between two versions of the file: node_exporter is scraped as seldom.
 const INTERVAL: Duration = Duration::from_secs(15);
 /// How long a scraper may take, in all.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// Longest request.
-const MAX_REQUEST: usize = 8 << 10;
+pub(super) const MAX_REQUEST: usize = 8 << 10;
 
-/// Where somebody waits for the text.
-pub(crate) type Wish = mpsc::SyncSender<String>;
+/// Where somebody waits for the numbers.
+pub(crate) type Wish = mpsc::SyncSender<Vec<MetricFamily>>;
+
+/// The ways out that are wanted.
+#[derive(Debug, Default)]
+pub(crate) struct Ways {
+    /// A file that is written again and again.
+    pub(crate) file: Option<PathBuf>,
+    /// A socket to make, for HTTP.
+    pub(crate) socket: Option<PathBuf>,
+    /// Sockets that the manager has made, for HTTP: of any kind.
+    pub(crate) http: Vec<OwnedFd>,
+    /// And for systemd-report.
+    pub(crate) report: Vec<OwnedFd>,
+}
 
 /// The loop's end: the event says that there are wishes.
 #[derive(Debug)]
@@ -47,18 +69,25 @@ struct Asker {
 }
 
 impl Asker {
-    /// The text of now; none if the loop has ended.
-    fn text(&self) -> Option<String> {
-        let (wish, text) = mpsc::sync_channel(1);
+    /// The numbers of now; none if the loop has ended.
+    fn families(&self) -> Option<Vec<MetricFamily>> {
+        let (wish, families) = mpsc::sync_channel(1);
         self.wishes.send(wish).ok()?;
         self.event.signal().ok()?;
-        text.recv_timeout(PATIENCE).ok()
+        families.recv_timeout(PATIENCE).ok()
+    }
+
+    /// The same as text for Prometheus.
+    fn text(&self) -> Option<String> {
+        // Writing to a string does not fail, and names were checked.
+        let text = TextEncoder::new().encode_to_string(&self.families()?);
+        Some(text.unwrap_or_default())
     }
 }
 
 impl Door {
     /// Begins to write the file, and to listen.
-    pub(crate) fn open(file: Option<PathBuf>, socket: Option<&Path>) -> io::Result<Self> {
+    pub(crate) fn open(ways: Ways) -> io::Result<Self> {
         let event = EventFd::new().map_err(io::Error::other)?;
         let (sender, wishes) = mpsc::channel();
         let asker = || {
@@ -67,14 +96,22 @@ impl Door {
             io::Result::Ok(Asker { event, wishes })
         };
         let thread = || thread::Builder::new().name("metrics".to_owned());
-        if let Some(file) = file {
+        if let Some(file) = ways.file {
             let asker = asker()?;
             thread().spawn(move || write_on(&file, &asker))?;
         }
-        if let Some(path) = socket {
-            let listener = bind(path)?;
+        let mut http = ways.http;
+        if let Some(path) = ways.socket {
+            http.push(bind(&path)?.into());
+        }
+        for listener in http {
             let asker = asker()?;
-            thread().spawn(move || serve(&listener, &asker))?;
+            thread().spawn(move || serve(&listener, |client| answer(client, &asker)))?;
+        }
+        for listener in ways.report {
+            let asker = asker()?;
+            let families = move || asker.families();
+            thread().spawn(move || serve(&listener, |client| report::answer(client, &families)))?;
         }
         Ok(Self { event, wishes })
     }
@@ -121,11 +158,17 @@ fn write(file: &Path, text: &str) -> io::Result<()> {
     fs::rename(&part, file)
 }
 
-fn serve(listener: &UnixListener, asker: &Asker) {
-    for client in listener.incoming() {
-        match client {
+/// Takes one client after the other. The socket may be one of systemd's, which does not block, and need not
+/// be a unix socket: what is done with a client's is done with any stream.
+fn serve(listener: &OwnedFd, answer: impl Fn(UnixStream) -> io::Result<()>) {
+    loop {
+        let mut poll = [PollFd::new(listener, PollFlags::IN)];
+        // An error is one of accept's, too.
+        let _ = rustix::event::poll(&mut poll, None);
+        match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
             // One that goes away is its own business.
-            Ok(client) => drop(answer(client, asker)),
+            Ok(client) => drop(answer(client.into())),
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
             // No descriptors are left: some will be.
             Err(_) => thread::sleep(Duration::from_millis(100)),
         }

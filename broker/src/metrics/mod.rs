@@ -4,6 +4,7 @@
 //! more values than the policy has pools: neither leases nor their holders are labels.
 
 pub(crate) mod door;
+mod report;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -23,8 +24,8 @@ use prometheus::IntGauge;
 use prometheus::IntGaugeVec;
 use prometheus::Opts;
 use prometheus::Registry;
-use prometheus::TextEncoder;
 use prometheus::core::Collector;
+use prometheus::proto::MetricFamily;
 
 use crate::questions;
 use crate::records::word;
@@ -186,13 +187,10 @@ impl Metrics {
         }
     }
 
-    /// All of them, as text for Prometheus.
-    pub(crate) fn text(&self, moment: &Moment<'_>) -> String {
+    /// All of them.
+    pub(crate) fn families(&self, moment: &Moment<'_>) -> Vec<MetricFamily> {
         self.take(moment);
-        // Writing to a string does not fail, and names were checked.
-        TextEncoder::new()
-            .encode_to_string(&self.registry.gather())
-            .unwrap_or_default()
+        self.registry.gather()
     }
 
     fn take(&self, moment: &Moment<'_>) {

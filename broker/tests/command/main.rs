@@ -7,6 +7,7 @@ use std::fs;
 use std::io::BufRead;
 use std::io::BufReader;
 use std::io::Read;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::Child;
 use std::process::Command;
@@ -20,6 +21,8 @@ use std::time::Duration;
 use std::time::Instant;
 
 use barlease::fake::FakeDevice;
+use barleased::Passed;
+use barleased::Surroundings;
 use rustix::process::Pid;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -85,7 +88,22 @@ fn daemon() {
         "--metrics-socket",
         &format!("{directory}/metrics.sock"),
     ];
-    let code = barleased::run(args, &|_| card.device().map_err(|e| e.to_string()));
+    // As systemd makes them.
+    let passed = ["report", "metrics"].map(|name| {
+        let listener = UnixListener::bind(format!("{directory}/{name}.activated")).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let name = name.to_owned();
+        Passed {
+            name,
+            fd: listener.into(),
+        }
+    });
+    let open = |_: &barlease_ledger::policy::Device| card.device().map_err(|e| e.to_string());
+    let surroundings = Surroundings {
+        passed: passed.into(),
+        ..Surroundings::new(&open)
+    };
+    let code = barleased::run_in(args, surroundings);
     std::process::exit(i32::from(code != ExitCode::SUCCESS));
 }
 

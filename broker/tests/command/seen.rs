@@ -13,6 +13,7 @@ use std::process::Stdio;
 
 use rustix::process::Signal;
 use serde_json::Value;
+use serde_json::json;
 
 use super::A_WHILE;
 use super::Daemon;
@@ -35,7 +36,11 @@ fn busy() -> (Daemon, [super::Running; 2]) {
 }
 
 fn get(daemon: &Daemon, request: &str) -> String {
-    let path = daemon.directory.path().join("metrics.sock");
+    get_at(daemon, "metrics.sock", request)
+}
+
+fn get_at(daemon: &Daemon, socket: &str, request: &str) -> String {
+    let path = daemon.directory.path().join(socket);
     let mut socket = UnixStream::connect(path).unwrap();
     socket.set_read_timeout(Some(A_WHILE)).unwrap();
     socket.write_all(request.as_bytes()).unwrap();
@@ -126,6 +131,106 @@ fn metrics_tell_what_happened_and_how_it_is() {
     assert_eq!(samples.get("barlease_connections"), Some(&4.0));
     holder.signal(Signal::TERM);
     waiter.signal(Signal::TERM);
+}
+
+/// What the socket for systemd-report answers to a call, all of it.
+fn report(daemon: &Daemon, call: &Value) -> Vec<Value> {
+    let path = daemon.directory.path().join("report.activated");
+    let mut socket = UnixStream::connect(path).unwrap();
+    socket.set_read_timeout(Some(A_WHILE)).unwrap();
+    // In two pieces, as streams may have it.
+    let message = format!("{call}\0");
+    let (one, other) = message.split_at(message.len() / 2);
+    for piece in [one, other] {
+        socket.write_all(piece.as_bytes()).unwrap();
+        socket.flush().unwrap();
+    }
+    let mut answers = Vec::new();
+    let mut unread = Vec::new();
+    loop {
+        let mut bytes = [0; 4096];
+        let read = socket.read(&mut bytes).unwrap();
+        assert_ne!(read, 0, "it hung up");
+        unread.extend(&bytes[..read]);
+        while let Some(end) = unread.iter().position(|byte| *byte == 0) {
+            let message: Vec<u8> = unread.drain(..=end).collect();
+            answers.push(serde_json::from_slice::<Value>(&message[..end]).unwrap());
+        }
+        let last = answers.last().filter(|_| unread.is_empty());
+        if last.is_some_and(|last| last["continues"] != true) {
+            return answers;
+        }
+    }
+}
+
+#[test]
+fn systemd_report_is_told_the_same() {
+    let (daemon, [holder, waiter]) = busy();
+    let call = |method: &str, more: bool| {
+        report(
+            &daemon,
+            &json!({"method": method, "more": more, "parameters": {}}),
+        )
+    };
+    let listed = call("io.systemd.Metrics.List", true);
+    let told = |name: &str, fields: Value| {
+        let name = format!("io.barlease.Leases.{name}");
+        let mut answers = listed.iter().map(|answer| &answer["parameters"]);
+        let found = answers.find(|one| one["name"] == name && one["fields"] == fields);
+        found.unwrap_or_else(|| panic!("{name} {fields} in {listed:?}"))["value"].clone()
+    };
+    for (name, fields, value) in [
+        ("leases", json!({"pool": "rows", "state": "granted"}), 1),
+        ("bytes", json!({"pool": "rows", "state": "granted"}), 32768),
+        (
+            "grants_total",
+            json!({"pool": "rows", "result": "granted"}),
+            2,
+        ),
+        ("grant_seconds_count", Value::Null, 2),
+        ("revoke_stuck", Value::Null, 0),
+    ] {
+        assert_eq!(told(name, fields), value, "{name}");
+    }
+    assert!(told("grant_seconds_sum", Value::Null).as_f64().unwrap() > 0.0);
+    // Each that is listed is described, once.
+    let described = call("io.systemd.Metrics.Describe", true);
+    let names = |answers: &[Value]| -> Vec<String> {
+        let name = |answer: &Value| answer["parameters"]["name"].as_str().unwrap().to_owned();
+        answers.iter().map(name).collect()
+    };
+    let all: BTreeSet<String> = names(&described).into_iter().collect();
+    assert_eq!(all.len(), described.len());
+    assert!(names(&listed).iter().all(|name| all.contains(name)));
+    for answer in &described {
+        let family = &answer["parameters"];
+        assert!(["counter", "gauge"].contains(&family["type"].as_str().unwrap()));
+        assert!(family["description"].as_str().unwrap().ends_with('.'));
+    }
+    for (method, more, error) in [
+        ("io.systemd.Metrics.List", false, "ExpectedMore"),
+        ("io.barlease.Leases.List", true, "MethodNotFound"),
+        ("org.varlink.service.GetInfo", false, ""),
+    ] {
+        let answer = &call(method, more)[0];
+        let said = answer["error"].as_str().unwrap_or_default();
+        assert_eq!(said.trim_start_matches("org.varlink.service."), error);
+    }
+    holder.signal(Signal::TERM);
+    waiter.signal(Signal::TERM);
+}
+
+#[test]
+fn metrics_come_out_of_a_socket_of_systemds() {
+    let daemon = Daemon::start();
+    for _ in 0..2 {
+        let answer = get_at(
+            &daemon,
+            "metrics.activated",
+            "GET /metrics HTTP/1.0\r\n\r\n",
+        );
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    }
 }
 
 #[test]

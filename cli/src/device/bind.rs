@@ -1,6 +1,6 @@
 //! `barlease device bind` and `unbind`: all of the devices or none.
 //!
-//! What was done is undone when one of them fails, and when a signal comes. A driver that lets go
+//! All steps are undone when one of them fails, and when a signal comes. A driver that lets go
 //! cannot be interrupted, so the signal is heeded between the steps.
 
 use std::io;
@@ -44,7 +44,7 @@ struct Undone {
     error: Option<String>,
 }
 
-/// What was done until now.
+/// The steps that were done until now.
 struct Steps<'a> {
     pci: &'a Pci,
     operation: &'static str,
@@ -82,11 +82,12 @@ pub(super) fn bind(pci: &Pci, args: &BindArgs, output: Output) -> Result<(), Fai
     if args.persist {
         persist::is_possible()?;
     }
-    if devices.iter().any(|device| is_other(&device)) && driver == DRIVER && pci.module().is_none()
-    {
-        load()?;
+    let is_loaded = || pci.root().join("bus/pci/drivers").join(driver).is_dir();
+    if !is_loaded() {
+        // Other drivers are called as their modules.
+        load(if driver == DRIVER { MODULE } else { driver })?;
     }
-    if !pci.root().join("bus/pci/drivers").join(driver).is_dir() {
+    if !is_loaded() {
         return Err(Failure::unsupported(format!(
             "bind: the driver {driver} is not loaded: load its module"
         )));
@@ -181,8 +182,8 @@ fn warn_of_group(pci: &Pci, device: &PciDevice) {
         .collect();
     if !others.is_empty() {
         eprintln!(
-            "barlease: bind: {}: it can be opened only when the host gives up what else is in IOMMU \
-             group {group}: {} (`bind --group` takes all of it)",
+            "barlease: bind: {}: it can be opened only when the host gives up what else is in \
+             IOMMU group {group}: {} (`bind --group` takes all of it)",
             device.bdf,
             others.join(", ")
         );
@@ -297,15 +298,20 @@ impl Undone {
     }
 }
 
-fn load() -> Result<(), Failure> {
+fn load(module: &str) -> Result<(), Failure> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure::new(format!(
+            "bind: the module {module} is not loaded, and only root may load it (run as root)"
+        )));
+    }
     let failed = |reason: &str| {
         Failure::unsupported(format!(
-            "bind: the module {MODULE} is not loaded, and cannot be: {reason} (`barlease doctor`)"
+            "bind: the module {module} is not loaded, and cannot be: {reason} (`barlease doctor`)"
         ))
     };
-    log::debug!("run modprobe -q {MODULE}");
+    log::debug!("run modprobe -q {module}");
     // Not in the PATH of everybody.
-    let run = |program| Command::new(program).args(["-q", MODULE]).output();
+    let run = |program| Command::new(program).args(["-q", module]).output();
     let answer = match run("modprobe") {
         Err(error) if error.kind() == io::ErrorKind::NotFound => run("/usr/sbin/modprobe"),
         answer => answer,

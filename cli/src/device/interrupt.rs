@@ -1,4 +1,4 @@
-//! Signals that end a command, and what it says while it waits.
+//! Signals that end a command, and its words while it waits.
 
 use std::cell::Cell;
 use std::sync::mpsc;
@@ -74,15 +74,15 @@ pub(super) fn patiently(
             if !waits && begin.elapsed() >= PATIENCE {
                 waits = true;
                 eprintln!(
-                    "barlease: {operation}: {bdf}: waiting for its driver to let go (`barlease lease \
-                     holders {bdf}`)"
+                    "barlease: {operation}: {bdf}: waiting for its driver to let go (`barlease \
+                     lease holders {bdf}`)"
                 );
             }
             if !interrupted && interrupt.signal().is_some() {
                 interrupted = true;
                 eprintln!(
-                    "barlease: {operation}: {bdf}: interrupted: all is undone as soon as its driver \
-                     has let go, which nothing can stop (`barlease lease holders {bdf}`)"
+                    "barlease: {operation}: {bdf}: interrupted: all is undone as soon as its \
+                     driver has let go, which nothing can stop (`barlease lease holders {bdf}`)"
                 );
             }
         }

@@ -19,7 +19,7 @@ const RULES: &str = "/etc/udev/rules.d";
 /// Where udev is, when it runs.
 const UDEV: [&str; 2] = ["/run/udev", RULES];
 
-/// The file of a rule, and what was there before it was changed.
+/// The file of a rule, and its content before it was changed.
 pub(super) struct Rule {
     path: PathBuf,
     before: Option<String>,
@@ -39,8 +39,8 @@ pub(super) fn is_possible() -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::unsupported(
-        "bind: --persist: there is no udev, which would bind at each boot (bind without --persist in \
-         a script of the boot)",
+        "bind: --persist: there is no udev, which would bind at each boot (bind without --persist \
+         in a script of the boot)",
     ))
 }
 
@@ -53,9 +53,11 @@ fn text(device: &PciDevice, driver: &str, program: &str) -> String {
         ..
     } = device;
     format!(
-        "# Made by `barlease device bind --persist`; `barlease device unbind --persist {bdf}` removes it.\n\
-         ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"{bdf}\", ATTR{{vendor}}==\"0x{vendor:04x}\", \
-         ATTR{{device}}==\"0x{id:04x}\", ATTR{{driver_override}}=\"{driver}\", \
+        "# Made by `barlease device bind --persist`; `barlease device unbind --persist {bdf}` \
+         removes it.\n\
+         ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"{bdf}\", \
+         ATTR{{vendor}}==\"0x{vendor:04x}\", ATTR{{device}}==\"0x{id:04x}\", \
+         ATTR{{driver_override}}=\"{driver}\", \
          RUN+=\"{program} device bind {bdf} --driver {driver}\"\n"
     )
 }
@@ -64,7 +66,7 @@ impl Rule {
     pub(super) fn write(device: &PciDevice, driver: &str) -> Result<Self, Failure> {
         let program = std::env::current_exe()
             .map_err(|error| Failure::new(format!("bind: --persist: {error}")))?;
-        // What a rule can name without escaping.
+        // Characters that a rule can have without escaping.
         let plain = |text: &str| {
             let special = |c: char| c.is_whitespace() || "\"\\$%".contains(c);
             (!text.contains(special)).then(|| text.to_owned())

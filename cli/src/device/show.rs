@@ -1,4 +1,4 @@
-//! `barlease device show`: what sysfs and /proc say. It opens the device, which resets it, only for
+//! `barlease device show`: facts of sysfs and /proc. It opens the device, which resets it, only for
 //! its features.
 
 use std::io::Write;
@@ -33,8 +33,8 @@ struct Opened {
 }
 
 /// A device in JSON, of which `device show` prints a list, be it asked for one or for all. It
-/// always has the same keys; what was not asked for, or is not known, is null. `docs/json.md`
-/// describes it.
+/// always has the same keys; a fact that was not asked for, or is not known, is null.
+/// `docs/json.md` describes it.
 #[derive(Serialize)]
 struct Shown {
     #[serde(flatten)]
@@ -62,7 +62,7 @@ struct Other {
 }
 
 impl Shown {
-    /// Without what only the open device says.
+    /// Without the facts that only the open device has.
     fn new(pci: &Pci, device: PciDevice, openers: &[(Bdf, Process)]) -> Self {
         let bdf = device.bdf;
         let text = |path: String| {

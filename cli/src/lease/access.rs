@@ -32,8 +32,8 @@ pub(crate) fn dump(
     });
     let mut out = BufWriter::new(io::stdout().lock());
     if output.is_json() {
-        // Piece by piece; the same as of a document of an offset and its bytes. What fails before
-        // there are any is an error like others, what fails later ends the document.
+        // Piece by piece; the same as of a document of an offset and its bytes. A failure before
+        // there are any is an error like others, a later one ends the document.
         let begin = format!("{{\"offset\":{},\"bytes\":\"", range.offset);
         let mut begun = false;
         let answer = each_window(&lease, range, width, |bytes| {

@@ -15,11 +15,11 @@ use crate::output::print;
 use crate::output::table;
 use crate::process::Process;
 
-/// What the driver calls itself as an exporter of dma-bufs.
+/// The driver's name as an exporter of dma-bufs.
 const EXPORTER: &str = "barlease";
 const DEBUGFS: &str = "/sys/kernel/debug/dma_buf/bufinfo";
 
-/// What a process has.
+/// A thing of interest that a process has.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 enum Object {
@@ -146,7 +146,7 @@ fn holders(proc: &Path, mut known: BTreeSet<u64>) -> std::io::Result<Vec<Holder>
     Ok(found)
 }
 
-/// What each descriptor of a process is, of those that are of interest here.
+/// The objects of a process's descriptors, of those that are of interest here.
 fn opened(folder: &Path) -> Vec<Object> {
     let entries = fs::read_dir(folder.join("fdinfo")).into_iter().flatten();
     let texts = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());

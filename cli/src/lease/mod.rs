@@ -7,7 +7,9 @@ mod revoke;
 mod show;
 mod take;
 
+use std::io;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -38,7 +40,8 @@ pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Fai
                 revoke::run(socket, args.no_wait, output)
             }
             _ if args.no_wait => Err(Failure::usage(
-                "revoke: --no-wait is for the socket of a `lease grant`: barleased waits for no importer",
+                "revoke: --no-wait is for the socket of a `lease grant`: barleased waits for no \
+                 importer",
             )),
             _ => service::revoke(&args, output),
         },
@@ -79,13 +82,24 @@ pub(crate) fn run(command: LeaseCommand, output: Output) -> Result<ExitCode, Fai
     Ok(ExitCode::SUCCESS)
 }
 
+/// Nobody answers at the socket of a lease.
+fn unreachable(path: &Path, error: &io::Error) -> Failure {
+    let reason = match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            "nobody grants a lease there (the argument is the socket of `barlease lease grant`)"
+        }
+        io::ErrorKind::PermissionDenied => "the lease is for other users (`lease grant --user`)",
+        _ => return Failure::file("connect", path, error),
+    };
+    Failure::new(format!("connect: {}: {error}: {reason}", path.display()))
+}
+
 /// Gets hold of a lease.
 fn receive(source: &Source) -> Result<Lease, Failure> {
     match source {
         Source::Fd(fd) => Ok(Lease::from_inherited(*fd)?),
         Source::Socket(path) => {
-            let socket = UnixStream::connect(path)
-                .map_err(|error| Failure::file("connect", path, &error))?;
+            let socket = UnixStream::connect(path).map_err(|error| unreachable(path, &error))?;
             let mut receiver = Receiver::new();
             // For tests, which have no dma-buf.
             if std::env::var_os("BARLEASE_ANY_FILE").is_some() {

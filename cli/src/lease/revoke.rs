@@ -40,8 +40,8 @@ pub(crate) fn run(socket: &Path, no_wait: bool, output: Output) -> Result<(), Fa
                 return Ok(());
             }
             Answer::Draining => eprintln!(
-                "barlease: revoke: {socket}: nobody has it any more; waiting for an importer to let \
-                 go of it"
+                "barlease: revoke: {socket}: nobody has it any more; waiting for an importer to \
+                 let go of it"
             ),
             Answer::Revoked { microseconds } if output.is_json() => {
                 let socket = socket.to_string();

@@ -35,7 +35,7 @@ struct Rule {
     why: Option<String>,
 }
 
-/// What a request would come to.
+/// The answer that a request would get.
 #[derive(Serialize)]
 struct Explained {
     granted: bool,
@@ -114,7 +114,7 @@ pub(super) fn ask(args: &ExplainArgs, output: Output) -> Result<bool, Failure> {
     explained.tell(output)
 }
 
-/// By files: rules and limits, whoever has what just now.
+/// By files: rules and limits only, without the leases of the moment.
 pub(super) fn read(args: &ExplainArgs, output: Output) -> Result<bool, Failure> {
     let policy = Files::read(&args.policy)?.parse().map_err(|errors| {
         let errors: Vec<String> = errors.iter().map(ToString::to_string).collect();
@@ -232,7 +232,7 @@ fn has(pool: &Pool, args: &ExplainArgs) -> bool {
             .all(|range| range.offset >= pool.at && range.offset + range.length <= end)
 }
 
-/// Whoever asks.
+/// The peer that asks.
 fn peer(args: &ExplainArgs) -> Peer {
     let uid = args.as_uid.unwrap_or(rustix::process::geteuid().as_raw());
     let (gid, groups) = names::groups_of(uid);

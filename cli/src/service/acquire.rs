@@ -49,7 +49,7 @@ impl From<Lifetime> for proto::Lifetime {
 }
 
 impl WhatArgs {
-    /// The request, without what only an Acquire has.
+    /// The request, without the fields that only an Acquire has.
     pub(crate) fn request(&self) -> Acquire {
         let ranges = self.range.iter().map(|range| proto::Range {
             offset: range.offset,
@@ -144,7 +144,7 @@ enum Told {
     Silence(proto::Error),
 }
 
-/// A lease that this process holds, and what it is told of it.
+/// A lease that this process holds, and its news.
 struct Held {
     told: mpsc::Receiver<Told>,
 }

@@ -1,4 +1,4 @@
-//! Arguments of what goes to the service.
+//! Arguments of commands that go to the service.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -45,7 +45,7 @@ pub(crate) struct WhatArgs {
     /// For reading only
     #[arg(long)]
     pub(crate) read_only: bool,
-    /// What ends the lease by itself
+    /// The event that ends the lease by itself
     #[arg(long, value_enum, default_value = "connection")]
     pub(crate) lifetime: Lifetime,
 }
@@ -137,7 +137,7 @@ pub(crate) struct RevokeArgs {
     #[arg(long, value_name = "TIME", value_parser = grace)]
     pub(crate) grace: Option<Duration>,
     /// By a socket: do not wait for devices that have the lease imported. Nobody else has it any
-    /// more then, and what is printed is `draining` while an importer has still to let go
+    /// more then, and `draining` is printed while an importer has still to let go
     #[arg(long)]
     pub(crate) no_wait: bool,
     #[command(flatten)]
@@ -158,7 +158,8 @@ pub(crate) enum BrokerCommand {
     Drain {
         /// The device, by its name in the policy; all devices if not given
         device: Option<String>,
-        /// How long holders have to give leases back, if less than the policy says; 0 for not at all
+        /// How long holders have to give leases back, if less than the policy says; 0 for not at
+        /// all
         #[arg(long, value_name = "TIME", value_parser = grace)]
         grace: Option<Duration>,
         #[command(flatten)]

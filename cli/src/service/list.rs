@@ -161,7 +161,7 @@ pub(crate) fn ranges(ranges: &[Range]) -> String {
     }
 }
 
-/// Leases by number, then who waits, in line.
+/// Leases by number, then waiters in line.
 pub(crate) fn list(args: &ListArgs, output: Output) -> Result<(), Failure> {
     let socket = &args.service.socket;
     let mut client = super::connect(socket)?;

@@ -1,4 +1,4 @@
-//! What goes to the service `barleased`.
+//! Commands that go to the service `barleased`.
 
 mod acquire;
 pub(crate) mod args;

@@ -15,7 +15,7 @@ use super::span;
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// For administrators. What is given is the number of a lease, or says whose leases.
+/// For administrators. The arguments give the number of a lease, or say whose leases.
 pub(crate) fn revoke(args: &RevokeArgs, output: Output) -> Result<(), Failure> {
     let whose = &args.whose;
     let number = whose.what.as_ref().and_then(|what| what.to_str());

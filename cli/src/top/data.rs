@@ -1,4 +1,4 @@
-//! What the service says.
+//! Answers and news of the service.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -49,7 +49,7 @@ impl Picture {
     }
 }
 
-/// What leases are sorted by.
+/// The order of leases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sort {
     Lease,
@@ -65,7 +65,7 @@ const SORTS: [(Sort, &str); 4] = [
     (Sort::Holder, "holder"),
 ];
 
-/// What a user has chosen, and the numbers that holders have kept.
+/// The user's choices, and the numbers that holders have kept.
 pub(super) struct Ui {
     colour: bool,
     sort: usize,
@@ -209,7 +209,7 @@ impl Ui {
         line
     }
 
-    /// Who waits, then leases in their order.
+    /// Waiters, then leases in their order.
     fn rows(&self, view: &View) -> Vec<Line> {
         let mut leases: Vec<&(LeaseInfo, Program)> = view.leases.iter().collect();
         match SORTS[self.sort].0 {
@@ -378,8 +378,8 @@ fn bytes(number: u64) -> String {
     }
 }
 
-/// Names come from others: what would move the cursor is not shown, and what is wider than one
-/// column might be.
+/// Names come from others: characters that move the cursor, or may be wider than a column, are not
+/// shown.
 fn printable(text: &str) -> String {
     let shown = |letter: char| match letter {
         ' '..='~' => letter,

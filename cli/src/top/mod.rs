@@ -65,7 +65,7 @@ pub(crate) fn run(args: &TopArgs, output: Output) -> Result<(), Failure> {
         ));
     }
     let mut source = Source::new(args.service.socket.clone());
-    // What cannot work at all is said before the screen is taken.
+    // A service that cannot be asked at all fails before the screen is taken.
     let view = source.ask()?;
     let mut ui = Ui::new(!no_color());
     if args.once {
@@ -85,7 +85,7 @@ fn no_color() -> bool {
 
 fn watch(interval: Duration, source: Source, view: View, mut ui: Ui) -> Result<(), Failure> {
     let failed = |error: io::Error| Failure::new(format!("top: terminal: {error}"));
-    // Before there are threads, which inherit what is blocked.
+    // Before there are threads, which inherit the mask.
     let signals = signals().map_err(|errno| failed(errno.into()))?;
     let current = Arc::new(Mutex::new(view));
     let (fresh, news) = UnixStream::pair().map_err(failed)?;
@@ -158,7 +158,7 @@ fn ask_on(interval: Duration, mut source: Source, view: &Mutex<View>, mut news: 
         let mut view = view.lock().unwrap_or_else(|it| it.into_inner());
         match asked {
             Ok(fresh) => *view = fresh,
-            // What was seen last stays, and that it is old is said.
+            // The last view stays, with a note that it is old.
             Err(failure) => view.trouble = Some(failure.to_string()),
         }
         drop(view);

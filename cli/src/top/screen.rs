@@ -62,7 +62,7 @@ pub(super) fn keys(terminal: impl AsFd) -> io::Result<Option<Vec<Key>>> {
     }
 }
 
-/// What a terminal sends for keys. Others are passed over.
+/// Keys by the bytes that a terminal sends for them. Others are passed over.
 fn parse(mut bytes: &[u8]) -> Vec<Key> {
     const KEYS: [(&[u8], Key); 18] = [
         (b"\x1b[A", Key::Up),

@@ -123,7 +123,7 @@ mod tests {
         let (some, more) = (range(50, 4), range(54, 6));
         assert_eq!(strip(&[(Some(0), &some), (Some(1), &more)]), "--...B....");
         assert_eq!(strip(&[(None, &range(90, 10))]), "--.......!");
-        // What cannot be is no panic.
+        // An impossible range is no panic.
         assert_eq!(strip(&[(Some(0), &range(99, u64::MAX))]), "--.......a");
         assert_eq!(strip(&[(Some(0), &range(200, 1))]), "--........");
     }

@@ -75,7 +75,7 @@ pub struct Entry {
     pub state: State,
 }
 
-/// Which entries are asked for. What is absent does not matter.
+/// Which entries are asked for. A field that is absent does not matter.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Query {

@@ -1,7 +1,9 @@
 //! One boot: starts the emulator, waits for the guest's end or brings it about, and judges it.
 
+use std::ffi::OsString;
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::Write;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,19 +12,22 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use rustix::io::FdFlags;
+use command_fds::{CommandFdExt, FdMapping};
 
 use crate::guests::control::{Control, Progress};
 use crate::guests::emulator::{Accel, comma_safe};
 use crate::guests::machine::Machine;
 use crate::guests::outcome::{Failure, Outcome, TAIL, remarks, since_init};
-use crate::guests::output::{Output, copy_output};
+use crate::guests::output::{Copied, Output, copy_output};
 use crate::guests::served::{self, Served};
 use crate::guests::splat::{self, INIT_STARTED};
 use crate::guests::terminal::RawTerminal;
 use crate::kernels::prepare::Prepared;
 use crate::packages::arch::Arch;
 use crate::packages::command;
+
+/// QEMU's names of its sockets, and the descriptors that it has them as.
+const SOCKETS: [(&str, RawFd); 3] = [("payload", 3), ("control", 4), ("monitor", 5)];
 
 /// How long a guest may take until its init starts, on a kernel of Debian's; twice that on a debug
 /// kernel, which takes 20 s. Of some hundred guests an emulated one stands still while it brings up
@@ -40,8 +45,10 @@ pub(crate) struct Guest<'a> {
     pub(crate) machine: &'a Machine,
     pub(crate) accel: Accel,
     pub(crate) folder: &'a Path,
-    pub(crate) image: &'a Path,
-    pub(crate) archive: &'a Path,
+    /// QEMU's arguments for the kernel, or for firmware that loads it.
+    pub(crate) loader: &'a [OsString],
+    /// Whether that is firmware, which takes its time.
+    pub(crate) by_firmware: bool,
     pub(crate) screenshots: &'a Path,
     pub(crate) interactive: bool,
     pub(crate) timeout: Option<Duration>,
@@ -74,6 +81,7 @@ impl Guest<'_> {
     pub(crate) fn boot(&self, output: &mut Output) -> Result<Outcome> {
         let started = Instant::now();
         let served = Served::start(self.machine, self.folder)?;
+        let log = fs::File::create(self.folder.join("payload.log"))?;
         let (mut child, sockets) = self.start(&served)?;
         let progress = Mutex::new(Progress::default());
         let control = Control {
@@ -91,21 +99,50 @@ impl Guest<'_> {
             None
         };
         let captured = thread::scope(|scope| -> Result<_> {
-            let copy = scope.spawn(|| copy_output(&sockets.payload, output));
+            let copy = scope.spawn(|| copy_output(&sockets.payload, output, log));
             scope.spawn(|| control.serve());
             let waited = self.wait(&mut child, &progress, started);
             if waited.is_err() {
                 let _ = child.kill();
                 let _ = child.wait();
             }
-            let captured = copy.join().unwrap_or_default();
-            waited.map(|end| (captured, end))
+            let gone = Instant::now();
+            let copied = copy.join();
+            if let Ok(copied) = &copied {
+                self.note_early_end(copied, gone);
+            }
+            waited.map(|end| {
+                (
+                    copied.map_or_else(|_| Vec::new(), |copied| copied.captured),
+                    end,
+                )
+            })
         });
         drop(terminal);
         let (output, end) = captured?;
         let progress =
             std::mem::take(&mut *progress.lock().unwrap_or_else(PoisonError::into_inner));
         self.judge(progress, output, end, started)
+    }
+
+    /// Says in the emulator's log that the command's port was closed while the guest ran: what the
+    /// guest wrote to it from then on is lost.
+    fn note_early_end(&self, copied: &Copied, gone: Instant) {
+        let early = gone.saturating_duration_since(copied.at);
+        if early < Duration::from_secs(1) {
+            return;
+        }
+        let how = match &copied.end {
+            Ok(_) => "the emulator closed it".to_owned(),
+            Err(error) => format!("reading it failed: {error}"),
+        };
+        let note =
+            format!("barlease-lab: the command's port ended {early:.1?} before the guest: {how}");
+        eprintln!("{note}");
+        let log = fs::OpenOptions::new()
+            .append(true)
+            .open(self.emulator_log());
+        let _ = log.and_then(|mut log| writeln!(log, "{note}"));
     }
 
     fn log(&self) -> PathBuf {
@@ -121,8 +158,19 @@ impl Guest<'_> {
         let (control, control_end) = pair()?;
         let (monitor, monitor_end) = pair()?;
         let errors = fs::File::create(self.emulator_log())?;
-        let child = self
-            .emulator(&payload_end, &control_end, &monitor_end)
+        let mut emulator = self.emulator();
+        // No other child of this process gets them, be it started at the same time: a socket ends
+        // when the last process that has it does.
+        let ends = [payload_end, control_end, monitor_end];
+        let mappings = SOCKETS.iter().zip(ends);
+        let mappings = mappings.map(|((_, child_fd), parent_fd)| FdMapping {
+            parent_fd,
+            child_fd: *child_fd,
+        });
+        emulator
+            .fd_mappings(mappings.collect())
+            .context("give QEMU its sockets")?;
+        let child = emulator
             .args(served.arguments(self.machine))
             .stdin(Stdio::null())
             .stdout(errors.try_clone()?)
@@ -139,7 +187,7 @@ impl Guest<'_> {
         ))
     }
 
-    fn emulator(&self, payload: &OwnedFd, control: &OwnedFd, monitor: &OwnedFd) -> Command {
+    fn emulator(&self) -> Command {
         let sysroot = &self.prepared.sysroot;
         let arch = self.prepared.kernel.arch();
         let mut command = sysroot.program(arch.emulator());
@@ -166,22 +214,13 @@ impl Guest<'_> {
             "-smp",
             &machine.processors.to_string(),
         ]);
-        command
-            .arg("-kernel")
-            .arg(self.image)
-            .arg("-initrd")
-            .arg(self.archive);
-        command.args(["-append", &command_line(machine, arch)]);
+        command.args(self.loader);
         command.args([
             "-chardev",
             &format!("file,id=console,path={}", comma_safe(&self.log())),
         ]);
-        for (id, fd) in [
-            ("payload", payload),
-            ("control", control),
-            ("monitor", monitor),
-        ] {
-            command.args(["-chardev", &format!("socket,id={id},fd={}", fd.as_raw_fd())]);
+        for (id, fd) in SOCKETS {
+            command.args(["-chardev", &format!("socket,id={id},fd={fd}")]);
         }
         command.args(["-object", "monitor-qmp,id=qmp,chardev=monitor"]);
         command.args(arch.serial_ports());
@@ -203,9 +242,10 @@ impl Guest<'_> {
         self.times(BOOT)
     }
 
-    /// That much longer as a boot takes on this kernel.
+    /// That much longer as a boot takes on this kernel, and in this way.
     fn times(&self, time: Duration) -> Duration {
-        time * self.prepared.kernel.slowness().min(2)
+        let way = if self.by_firmware { 4 } else { 1 };
+        time * self.prepared.kernel.slowness().min(2) * way
     }
 
     /// Whether its init has said that it started.
@@ -309,7 +349,7 @@ impl Guest<'_> {
     }
 }
 
-fn command_line(machine: &Machine, arch: Arch) -> String {
+pub(crate) fn command_line(machine: &Machine, arch: Arch) -> String {
     let console = format!("console={}", arch.ports().console);
     // A kernel that has oopsed is of no use to a test: it ends at once.
     let mut words = vec![console.as_str(), "panic=-1", "oops=panic"];
@@ -318,12 +358,10 @@ fn command_line(machine: &Machine, arch: Arch) -> String {
     words.join(" ")
 }
 
-/// A socket for us, and its other end for QEMU to inherit.
+/// A socket for us, and its other end for QEMU.
 fn pair() -> Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair().context("make a socket pair")?;
-    let theirs = OwnedFd::from(theirs);
-    rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).context("let QEMU inherit a socket")?;
-    Ok((ours, theirs))
+    Ok((ours, theirs.into()))
 }
 
 #[cfg(test)]

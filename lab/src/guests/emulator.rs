@@ -19,11 +19,11 @@ pub enum Accel {
     Kvm,
     /// In software.
     Tcg,
-    /// In software, one processor at a time. Who waits in a loop (`pause`) lets the other one go
-    /// on.
+    /// In software, one processor at a time. A processor that waits in a loop (`pause`) lets the
+    /// other one go on.
     Turns,
     /// In software, one processor at a time, with a clock that counts instructions: each takes a
-    /// nanosecond. What the guest measures does not depend on what else the host does.
+    /// nanosecond. The guest's measurements do not depend on what else the host does.
     Counting,
 }
 

@@ -85,7 +85,9 @@ fi
 
 while read -r module parameters; do
     # shellcheck disable=SC2086 # parameters are words
-    if ! insmod "/lib/modules/$module" $parameters; then
+    if ! insmod "/lib/modules/${module#-}" $parameters; then
+        # It is wanted where it works.
+        [ "$module" = "${module#-}" ] || continue
         echo "could not load $module: see the kernel's log" >&8
         finish 125
     fi

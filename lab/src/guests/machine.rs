@@ -18,6 +18,8 @@ pub struct Machine {
     pub append: Vec<String>,
     /// Stock modules that are put into the guest and loaded, besides those of VFIO.
     pub modules: Vec<String>,
+    /// The same, where the kernel and the processor have them.
+    pub wanted: Vec<String>,
     /// QEMU's arguments for the machine itself.
     #[serde(skip)]
     pub arguments: Vec<String>,
@@ -131,6 +133,7 @@ impl Machine {
             processors: 2,
             append: Vec::new(),
             modules: Vec::new(),
+            wanted: Vec::new(),
             arguments: Vec::new(),
             native_ports: false,
             low_memory: false,
@@ -191,11 +194,13 @@ pub enum Preset {
     Bridges,
     /// A switch with a device with memory and two importers below it, and another such device apart.
     Switch,
+    /// As `full`, with drivers of the kernel's that use mappings and dma-bufs: KVM, vgem.
+    Users,
 }
 
 impl Preset {
     /// All presets.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Display,
         Self::Full,
         Self::Device,
@@ -206,6 +211,7 @@ impl Preset {
         Self::Tracked,
         Self::Bridges,
         Self::Switch,
+        Self::Users,
     ];
 
     /// Its name.
@@ -222,6 +228,7 @@ impl Preset {
             Self::Tracked => "tracked",
             Self::Bridges => "bridges",
             Self::Switch => "switch",
+            Self::Users => "users",
         }
     }
 
@@ -249,6 +256,10 @@ impl Preset {
                 low_memory: true,
                 ..Machine::new(switch())
             },
+            Self::Users => Machine {
+                wanted: ["kvm-amd", "vgem"].map(str::to_owned).into(),
+                ..Machine::new(full())
+            },
             Self::Tracked => Machine {
                 // The lists that it makes of that need long pieces of memory.
                 memory: 2048,
@@ -267,6 +278,7 @@ impl Preset {
             "aer" | "driver" | "removal" => Self::Ports,
             "random" => Self::Random,
             "nopat" => Self::NoPat,
+            "kernel_users" => Self::Users,
             "fault_injection" => Self::Tracked,
             "p2p_route" | "vga" => Self::Bridges,
             "p2p_switch" => Self::Switch,

@@ -1,9 +1,10 @@
 //! The terminal of a guest's command: its output to where it is wanted, and what is typed to it.
 
 use std::fmt;
-use std::io::{IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 /// Where the command's output goes.
 pub enum Output {
@@ -25,12 +26,33 @@ impl fmt::Debug for Output {
     }
 }
 
-pub(crate) fn copy_output(mut from: &UnixStream, output: &mut Output) -> Vec<u8> {
+/// What [`copy_output`] has read, once there is no more.
+pub(crate) struct Copied {
+    /// The bytes, if they are captured.
+    pub(crate) captured: Vec<u8>,
+    /// How it ended: 0 bytes when the other side closed it.
+    pub(crate) end: io::Result<usize>,
+    pub(crate) at: Instant,
+}
+
+/// Gives what comes to where it is wanted, and all of it to `log`.
+pub(crate) fn copy_output(
+    mut from: &UnixStream,
+    output: &mut Output,
+    mut log: impl Write,
+) -> Copied {
     let mut captured = Vec::new();
     let mut partial = Vec::new();
     let mut buffer = [0; 4096];
-    while let Ok(length @ 1..) = from.read(&mut buffer) {
+    let end = loop {
+        let length = match from.read(&mut buffer) {
+            Ok(length @ 1..) => length,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            end => break end,
+        };
         let bytes = &buffer[..length];
+        // The log only helps a person to find a fault of the lab's.
+        let _ = log.write_all(bytes);
         match output {
             Output::Capture => captured.extend_from_slice(bytes),
             Output::Inherit => {
@@ -45,11 +67,12 @@ pub(crate) fn copy_output(mut from: &UnixStream, output: &mut Output) -> Vec<u8>
                 }
             }
         }
-    }
+    };
+    let at = Instant::now();
     if let (Output::Lines(take), false) = (output, partial.is_empty()) {
         take(&String::from_utf8_lossy(&partial));
     }
-    captured
+    Copied { captured, end, at }
 }
 
 /// Sends what is typed to the guest, for as long as the process lives: a read of a terminal cannot
@@ -88,7 +111,10 @@ mod tests {
         let mut output = Output::Lines(Box::new(move |line| {
             seen.lock().unwrap().push(line.to_owned())
         }));
-        copy_output(&theirs, &mut output);
+        let mut log = Vec::new();
+        let copied = copy_output(&theirs, &mut output, &mut log);
         assert_eq!(*lines.lock().unwrap(), ["one", "two", "part"]);
+        assert_eq!(log, b"one\r\ntwo\npart");
+        assert!(matches!(copied.end, Ok(0)));
     }
 }

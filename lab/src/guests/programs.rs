@@ -27,7 +27,7 @@ pub struct Folders<'a> {
 }
 
 /// Cargo in the tool chain, in a folder of the checkout, for the architecture of a kernel. Its
-/// subcommand is to be added first, then `--target` as [`crate::packages::arch::Arch::rust_target`] says it.
+/// subcommand is to be added first, then `--target` as [`crate::arch::Arch::rust_target`] says it.
 ///
 /// # Errors
 ///

@@ -17,10 +17,11 @@
 //! # }
 //! ```
 //!
-//! A run fails, whatever the command said, when the kernel's log has a [splat](super::splat), when the guest ends
-//! without a verdict, or when it takes too long. The log is kept and its path is part of the
-//! failure.
+//! A run fails, whatever the command said, when the kernel's log has a [splat](super::splat), when
+//! the guest ends without a verdict, or when it takes too long. The log is kept and its path is
+//! part of the failure.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -29,11 +30,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::guests::boot::Guest;
+use crate::guests::boot::{Guest, command_line};
 use crate::guests::emulator::{self, Accel};
 use crate::guests::initramfs::{Initramfs, quoted};
 use crate::guests::machine::Machine;
 use crate::guests::outcome;
+use crate::guests::secure_boot::Firmware;
 use crate::guests::series::{self, Part};
 use crate::guests::system::{self, Disk};
 use crate::guests::terminal;
@@ -76,6 +78,7 @@ pub struct Run<'a> {
     module_parameters: String,
     with_modules: bool,
     system: Option<Disk>,
+    firmware: Option<Firmware>,
     driver: Option<String>,
     files: Vec<(PathBuf, String)>,
     environment: Vec<(String, String)>,
@@ -97,6 +100,7 @@ impl<'a> Run<'a> {
             module_parameters: String::new(),
             with_modules: true,
             system: None,
+            firmware: None,
             driver: None,
             files: Vec::new(),
             environment: Vec::new(),
@@ -137,6 +141,13 @@ impl<'a> Run<'a> {
         self.machine.memory = self.machine.memory.max(system::MEMORY);
         self.machine.arguments.extend(disk.arguments());
         self.system = Some(disk.clone());
+        self
+    }
+
+    /// Boots by this firmware, with Secure Boot, in place of QEMU's own loader.
+    #[must_use]
+    pub fn firmware(mut self, firmware: &Firmware) -> Self {
+        self.firmware = Some(firmware.clone());
         self
     }
 
@@ -229,9 +240,23 @@ impl<'a> Run<'a> {
             .screenshots
             .take()
             .unwrap_or_else(|| folder.join("screenshots"));
-        let image = self.prepared.kernel.image(&self.prepared.sysroot)?;
         let archive = folder.join("initramfs.cpio");
         self.write_archive(&archive)?;
+        let command_line = command_line(&self.machine, self.prepared.kernel.arch());
+        let loader: Vec<OsString> = match &self.firmware {
+            Some(firmware) => {
+                let image = self.prepared.kernel.signed_image();
+                firmware.lay_out(&folder, &image, &archive, &command_line)?
+            }
+            None => vec![
+                "-kernel".into(),
+                self.prepared.kernel.image(&self.prepared.sysroot)?.into(),
+                "-initrd".into(),
+                archive.clone().into(),
+                "-append".into(),
+                command_line.into(),
+            ],
+        };
         let mut output = std::mem::replace(&mut self.output, Output::Capture);
         let mut retries = RETRIES;
         loop {
@@ -240,8 +265,8 @@ impl<'a> Run<'a> {
                 machine: &self.machine,
                 accel,
                 folder: &folder,
-                image: &image,
-                archive: &archive,
+                loader: &loader,
+                by_firmware: self.firmware.is_some(),
                 screenshots: &screenshots,
                 interactive: matches!(self.payload, Payload::Shell { .. }),
                 timeout: self.timeout,
@@ -326,6 +351,26 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// Modules whose absence, or refusal to be loaded, is no failure: init knows them by the dash.
+    fn add_wanted<W: Write>(&self, archive: &mut Initramfs<W>, list: &mut String) -> Result<()> {
+        let kernel = &self.prepared.kernel;
+        for name in &self.machine.wanted {
+            let Ok(files) = kernel.modules(&[name], &self.prepared.sysroot) else {
+                continue;
+            };
+            for file in files {
+                let name = file_name(&file)?;
+                let line = format!("{name}\n");
+                if !list.contains(&line) {
+                    archive.copy(&format!("lib/modules/{name}"), &file)?;
+                    list.push('-');
+                    list.push_str(&line);
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn add_modules<W: Write>(&self, archive: &mut Initramfs<W>) -> Result<()> {
         let mut list = String::new();
         let mut names: Vec<&str> = Vec::new();
@@ -347,6 +392,7 @@ impl<'a> Run<'a> {
                 list.push_str(&format!("{name}\n"));
             }
         }
+        self.add_wanted(archive, &mut list)?;
         if let Some(module) = &self.module {
             let name = file_name(module)?;
             archive.copy(&format!("lib/modules/{name}"), module)?;

@@ -134,7 +134,7 @@ umount "$root"
 exit $code
 "#;
 
-/// What the guest runs once it is up.
+/// The script that the guest runs once it is up.
 pub(crate) const AGENT: &str = include_str!("agent.sh");
 
 /// The modules that the kernel needs to have its root on the disk; virtio for PCI is built into it.
@@ -149,7 +149,7 @@ const SETUP: &str = include_str!("system.sh");
 #[derive(Clone, Debug)]
 pub struct Root {
     image: PathBuf,
-    /// What its packages were resolved from, and what that gave.
+    /// The names that its packages were resolved from, and the result.
     asked: Vec<String>,
     packages: Vec<Package>,
 }
@@ -229,12 +229,7 @@ impl Root {
     ///
     /// When it cannot be written.
     pub fn copy_to(&self, path: impl Into<PathBuf>) -> Result<Disk> {
-        let path = path.into();
-        let mut copy = Command::new("cp");
-        copy.args(["--reflink=auto", "--sparse=always", "--"])
-            .args([&self.image, &path]);
-        command::run(&mut copy, "copy a system's disk")?;
-        Ok(Disk { path, kept: true })
+        self.disk().copy_to(path)
     }
 }
 
@@ -246,6 +241,21 @@ impl Disk {
             path: path.into(),
             kept: true,
         }
+    }
+
+    /// A copy of it, which keeps what runs write to it, in place of what is there.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be written.
+    pub fn copy_to(&self, path: impl Into<PathBuf>) -> Result<Self> {
+        let copy = Self::at(path);
+        let mut command = Command::new("cp");
+        command
+            .args(["--reflink=auto", "--sparse=always", "--"])
+            .args([&self.path, &copy.path]);
+        command::run(&mut command, "copy a system's disk")?;
+        Ok(copy)
     }
 
     /// Runs a script in it without a guest, at the speed of the host: in a chroot, as root,

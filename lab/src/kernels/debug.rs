@@ -24,7 +24,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::kernels::foreign;
-use crate::kernels::kernel::Kernel;
 use crate::kernels::source::SourceBuild;
 use crate::kernels::without::Without;
 use crate::packages::apt::{Apt, Package};
@@ -80,7 +79,8 @@ impl Watch {
         }
     }
 
-    /// The name of the kernel that is built from the source of one of Debian's, such as `debug-7.3`.
+    /// The name of the kernel that is built from the source of one of Debian's, such as
+    /// `debug-7.3`.
     #[must_use]
     pub fn kernel_name(self, of: &KernelPlan) -> String {
         of.source.name.replacen("linux-source", self.name(), 1)
@@ -275,7 +275,7 @@ impl Debug<'_> {
         self.watch.kernel_name(self.kernel)
     }
 
-    fn folder(&self) -> PathBuf {
+    pub(crate) fn folder(&self) -> PathBuf {
         self.cache.path("kernels").join(self.name())
     }
 
@@ -289,15 +289,14 @@ impl Debug<'_> {
         self.folder().join("build")
     }
 
-    /// The kernel, when it is complete.
-    pub(crate) fn ready(&self) -> Option<Kernel> {
+    /// The release of the kernel, when it is complete.
+    pub(crate) fn ready(&self) -> Option<String> {
         let added = self.tools().added()?;
         if !self.stamp(&added).fits(&self.stamp_file()) {
             return None;
         }
         let release = fs::read_to_string(self.folder().join("release")).ok()?;
-        let (name, release) = (self.name(), release.trim());
-        Some(Kernel::debug(self.folder(), &name, release, self.watch))
+        Some(release.trim().to_owned())
     }
 
     /// Makes what is missing; `theirs` has the packages of the kernel's architecture.

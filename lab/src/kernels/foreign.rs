@@ -2,7 +2,7 @@
 //!
 //! Their headers cannot be used here: the programs in them (`modpost`, the procedural macros) are
 //! the other machine's. So what modules are built against is made from `linux-source`, with the
-//! configuration and the symbols of the headers package. The guard of the [overlay](crate::kernels::overlay)
+//! configuration and the symbols of the headers package. The guard of the [overlay](super::overlay)
 //! holds here, too: what the rebuilt `rust/` exports is what the kernel does.
 //!
 //! | path | what |
@@ -19,7 +19,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::kernels::kernel::Kernel;
 use crate::kernels::overlay;
 use crate::kernels::source::SourceBuild;
 use crate::packages::apt::{Apt, Package};
@@ -96,12 +95,12 @@ impl Foreign<'_> {
         self.cache.path("kernels").join(&self.kernel.release)
     }
 
-    /// What modules are built against.
+    /// The tree that modules are built against.
     pub(crate) fn tree(&self) -> PathBuf {
         self.folder().join("build")
     }
 
-    /// What says what it was made from.
+    /// The file that says what it was made from.
     pub(crate) fn stamp_file(&self) -> PathBuf {
         self.folder().join("stamp.json")
     }
@@ -112,12 +111,12 @@ impl Foreign<'_> {
         self.sysroot.path(name)
     }
 
-    /// The kernel, when it is complete.
-    pub(crate) fn ready(&self) -> Option<Kernel> {
+    /// The kernel's folder, when it is complete.
+    pub(crate) fn ready(&self) -> Option<PathBuf> {
         let added = self.tools().added()?;
         let complete = self.stamp(&added).fits(&self.stamp_file())
             && self.library().fits(&self.library_stamp());
-        complete.then(|| Kernel::foreign(self.folder(), &self.kernel.release, self.arch))
+        complete.then(|| self.folder())
     }
 
     /// Whether what runs its guests and builds their programs is there.

@@ -94,7 +94,8 @@ impl Kernel {
         }
     }
 
-    /// How many times longer than on Debian's kernels for the host's architecture anything may take.
+    /// How many times longer than on Debian's kernels for the host's architecture anything may
+    /// take.
     pub(crate) fn slowness(&self) -> u32 {
         match self.lane {
             Lane::Stock => 1,
@@ -123,7 +124,7 @@ impl Kernel {
         if plain.exists() {
             return Ok(plain);
         }
-        let packed = self.tree().join("vmlinuz");
+        let packed = self.signed_image();
         if self.arch() == Arch::Arm64 {
             // It is not compressed.
             return Ok(packed);
@@ -143,6 +144,11 @@ impl Kernel {
             }
             _ => Ok(packed),
         }
+    }
+
+    /// The image as the distribution has signed it, for firmware with Secure Boot.
+    pub(crate) fn signed_image(&self) -> PathBuf {
+        self.tree().join("vmlinuz")
     }
 
     /// The folder that modules are built against, inside the sysroot.

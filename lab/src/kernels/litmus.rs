@@ -87,13 +87,7 @@ impl Herd {
         }
         let left_out = LEFT_OUT.map(str::to_owned);
         let name = format!("memory-model-{}", source.name);
-        let build = SourceBuild {
-            folder: cache.path("build").join(&name),
-            log: cache.path(format!("{name}.log")),
-            sysroot: &prepared.sysroot,
-            name: &name,
-            left_out: &left_out,
-        };
+        let build = SourceBuild::of_tools(cache, &prepared.sysroot, &name, &left_out);
         build.fetch(&apt, source, "for the kernel's memory model")?;
         let model = build.folder.join("src/tools/memory-model");
         cache::write_json(&model.join(STAMP), &stamp(source))?;

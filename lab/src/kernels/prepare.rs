@@ -200,7 +200,7 @@ fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
     };
     if !arch.is_native() && wanted.watch.is_none() {
         return Some(Ready {
-            kernel: foreign.ready()?,
+            kernel: Kernel::foreign(foreign.ready()?, &kernel.release, foreign.arch),
             overlay: foreign.tree(),
             stamp: foreign.stamp_file(),
             rustc: plan.rustc.clone(),
@@ -219,7 +219,7 @@ fn ready(cache: &Cache, wanted: &Wanted) -> Option<Ready> {
             watch,
         };
         return Some(Ready {
-            kernel: debug.ready()?,
+            kernel: Kernel::debug(debug.folder(), &debug.name(), &debug.ready()?, watch),
             overlay: debug.tree(),
             stamp: debug.stamp_file(),
             rustc: plan.rustc.clone(),

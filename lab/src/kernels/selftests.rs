@@ -130,13 +130,7 @@ fn build(prepared: &Prepared) -> Result<PathBuf> {
     }
     let left_out = LEFT_OUT.map(str::to_owned);
     let name = format!("selftests-{}", source.name);
-    let build = SourceBuild {
-        folder: cache.path("build").join(&name),
-        log: cache.path(format!("{name}.log")),
-        sysroot: &prepared.sysroot,
-        name: &name,
-        left_out: &left_out,
-    };
+    let build = SourceBuild::of_tools(cache, &prepared.sysroot, &name, &left_out);
     build.fetch(&apt, source, "to build the kernel's own tests")?;
     let step = Step::start(format!(
         "building the kernel's own tests from {}",

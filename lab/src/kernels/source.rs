@@ -1,7 +1,7 @@
 //! A build from a kernel's source, as Debian packages it.
 //!
 //! The package is unpacked into a folder of the cache, which is `/work` in the tool chain; the
-//! source is in `/work/src`. What was done is kept when the build is interrupted: Kbuild trusts no
+//! source is in `/work/src`. The work is kept when the build is interrupted: Kbuild trusts no
 //! file whose command it has not noted as done.
 
 use std::fs;
@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::packages::apt::{Apt, Package};
-use crate::packages::cache::{self, fingerprint};
+use crate::packages::cache::{self, Cache, fingerprint};
 use crate::packages::command;
 use crate::packages::report::Step;
 use crate::packages::sysroot::{Sysroot, file_name, logged};
@@ -46,7 +46,23 @@ pub(crate) struct SourceBuild<'a> {
     pub(crate) left_out: &'a [String],
 }
 
-impl SourceBuild<'_> {
+impl<'a> SourceBuild<'a> {
+    /// A build that goes by its own name in the cache, and not by that of a kernel.
+    pub(crate) fn of_tools(
+        cache: &Cache,
+        sysroot: &'a Sysroot,
+        name: &'a str,
+        left_out: &'a [String],
+    ) -> Self {
+        Self {
+            folder: cache.path("build").join(name),
+            log: cache.path(format!("{name}.log")),
+            sysroot,
+            name,
+            left_out,
+        }
+    }
+
     /// Whether this source was unpacked before, for this tool chain.
     pub(crate) fn is_unpacked(&self, package: &str) -> bool {
         fs::read_to_string(self.stamp()).is_ok_and(|text| text == self.made_from(package))

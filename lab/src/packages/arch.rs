@@ -17,7 +17,7 @@ pub enum Arch {
     Arm64,
 }
 
-/// What the serial ports of a guest are called: `/dev/lab-payload` and `/dev/lab-control` are links
+/// Names of the serial ports of a guest: `/dev/lab-payload` and `/dev/lab-control` are links
 /// to them.
 pub(crate) struct Ports {
     pub(crate) console: &'static str,
@@ -50,7 +50,7 @@ impl Arch {
         }
     }
 
-    /// What the kernel's `make` must be told to build for it.
+    /// Arguments for the kernel's `make` to build for it.
     pub(crate) fn make_arguments(self) -> &'static [&'static str] {
         match self {
             Self::Amd64 => &[],
@@ -132,7 +132,7 @@ impl Arch {
         }
     }
 
-    /// What the guest's kernel calls these ports.
+    /// The names that the guest's kernel has for these ports.
     pub(crate) fn ports(self) -> Ports {
         match self {
             Self::Amd64 => Ports {

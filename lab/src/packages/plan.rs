@@ -94,7 +94,7 @@ pub(crate) fn userland(records: &[Record], tools: &[Package]) -> Result<Vec<Pack
     }
 }
 
-/// What [`userland`] chooses from.
+/// The packages that [`userland`] chooses from.
 pub(crate) fn userland_packages() -> Vec<String> {
     [RUST_LIBRARY, "busybox-static"].map(str::to_owned).into()
 }

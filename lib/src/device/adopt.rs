@@ -13,7 +13,7 @@ use crate::Result;
 use crate::error::Object;
 use crate::pci::Pci;
 
-/// What a [`Device`] is made of: see [`Device::into_parts`].
+/// The parts of a [`Device`]: see [`Device::into_parts`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct DeviceParts {

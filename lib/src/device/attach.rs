@@ -8,7 +8,7 @@ use crate::Error;
 use crate::Result;
 use crate::sys::ioctl;
 
-/// What the numbers are of, in errors.
+/// The reason in errors about such a number.
 const REASON: &str = "the device was not opened by its character device, or the iommufd has no \
                       such page table for it";
 

@@ -59,8 +59,8 @@ const AREA: usize = 16;
 
 /// Parses the chain that begins at byte `first` of the answer; 0 means that there is none.
 ///
-/// Each capability must lie behind the one before, and ends where the next one begins. So a chain has
-/// no loop, and all of it together is not longer than the answer.
+/// Each capability must lie behind the one before, and ends where the next one begins. So a chain
+/// has no loop, and all of it together is not longer than the answer.
 pub(super) fn parse(answer: &[u8], first: u32) -> Result<Vec<RegionCapability>, BadChain> {
     let mut found = Vec::new();
     let mut last = size_of::<vfio::vfio_region_info>();

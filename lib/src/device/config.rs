@@ -1,6 +1,6 @@
 //! Config space: registers by width, capabilities, and those that a driver needs typed.
 //!
-//! What config space says is not believed: every chain ends, and every offset is checked.
+//! Config space is not believed: every chain ends, and every offset is checked.
 
 mod typed;
 
@@ -153,7 +153,7 @@ impl ExtendedCapability {
     pub const PASID: u16 = 0x1b;
 }
 
-/// What a function says that it is.
+/// The identity of a function, as it says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Identity {
@@ -310,7 +310,7 @@ impl<'fd> ConfigSpace<'fd> {
         self.write(offset, &value.to_le_bytes())
     }
 
-    /// What the function says that it is.
+    /// The identity of the function, as it says it.
     ///
     /// Errors: [`Error::Io`].
     pub fn identity(&self) -> Result<Identity> {
@@ -517,7 +517,7 @@ fn walk(
             return Ok(None);
         }
         let [id, next] = read(at)?;
-        // What a device that is gone answers.
+        // A device that is gone answers this.
         if (id, next) == (0xff, 0xff) {
             return Ok(None);
         }

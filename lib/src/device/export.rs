@@ -79,7 +79,7 @@ impl<'fd> ExportBuilder<'fd> {
     pub fn range(mut self, range: impl RangeBounds<u64>) -> Self {
         let offset = match range.start_bound() {
             Bound::Included(start) => *start,
-            // What this loses is not aligned, and refused.
+            // Where this saturates the offset is not aligned, and refused.
             Bound::Excluded(start) => start.saturating_add(1),
             Bound::Unbounded => 0,
         };

@@ -64,7 +64,7 @@ impl Features {
     }
 }
 
-/// What to do with a feature of VFIO: for [`Device::has_feature`] and [`Device::feature`].
+/// The operation on a feature of VFIO: for [`Device::has_feature`] and [`Device::feature`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FeatureOperation {

@@ -23,7 +23,7 @@ const HEADER: usize = offset_of!(vfio::vfio_irq_set, data);
 /// Most vectors that are believed: MSI-X has 2048.
 const MOST: u32 = 1 << 16;
 
-/// What is signalled.
+/// The event that is signalled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum InterruptKind {
@@ -36,8 +36,8 @@ pub enum InterruptKind {
     Msix,
     /// The device has reported an error that is not recovered from.
     Error,
-    /// Somebody wants the device back: it is being unbound, or taken out. Whoever owns it should
-    /// close it soon; the one who asks waits for that.
+    /// Somebody wants the device back: it is being unbound, or taken out. Its owner should close
+    /// it soon; the process that asks waits for that.
     Request,
 }
 
@@ -62,7 +62,7 @@ impl InterruptKind {
     }
 }
 
-/// What VFIO says about a kind of interrupt of a device.
+/// VFIO's description of a kind of interrupt of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InterruptInfo {
@@ -78,7 +78,7 @@ pub struct InterruptInfo {
     pub resizable: bool,
 }
 
-/// What to do with vectors, and with what data.
+/// An action on vectors, with its data.
 #[derive(Clone, Copy)]
 struct Set {
     kind: InterruptKind,
@@ -121,7 +121,7 @@ impl Handle<'_> {
 
     fn refused(self, operation: &'static str, errno: Errno) -> Error {
         match errno {
-            // What `vfio_pci_set_irqs_ioctl` answers where there is no function for the action.
+            // The answer of `vfio_pci_set_irqs_ioctl` where there is no function for the action.
             Errno::NOTTY => Error::unsupported(
                 operation,
                 self.object(),
@@ -133,7 +133,7 @@ impl Handle<'_> {
     }
 }
 
-/// What `vfio_pci_core` calls the handler of a vector.
+/// The name that `vfio_pci_core` has for the handler of a vector.
 fn handler_name(kind: InterruptKind, vector: u32, bdf: Bdf) -> Option<String> {
     match kind {
         InterruptKind::Intx => Some(format!("vfio-intx({bdf})")),
@@ -168,7 +168,7 @@ impl Device {
         Ok(find_number(&text, &name))
     }
 
-    /// What VFIO says about interrupts of a kind. A kind that the device does not have has no
+    /// VFIO's description of interrupts of a kind. A kind that the device does not have has no
     /// vectors.
     ///
     /// Errors: [`Error::Io`].

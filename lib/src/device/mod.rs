@@ -189,7 +189,7 @@ impl Device {
         self.handle().region_object(index)
     }
 
-    /// What VFIO says about it.
+    /// VFIO's description of it.
     ///
     /// Errors: [`Error::Io`].
     pub fn info(&self) -> Result<DeviceInfo> {

@@ -249,7 +249,7 @@ impl OpenOptions {
             )),
             (Some(Backend::Cdev), Some(node)) => self.open_cdev(&device, &node, &pci),
             (None, Some(node)) => match self.open_cdev(&device, &node, &pci) {
-                // Whoever may open the group only need not know of the rest.
+                // A process that may open the group only need not know of the rest.
                 Err(Error::Denied { .. }) if self.group_node(group).1.exists() => {
                     self.open_group(&device, group, &pci)
                 }

@@ -8,7 +8,7 @@ use vfio_bindings::bindings::vfio;
 use super::caps::RegionCapability;
 use crate::MemoryType;
 
-/// What a region is.
+/// The kind of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RegionKind {
@@ -68,7 +68,7 @@ impl serde::Serialize for RegionKind {
 pub struct Region {
     /// Its index.
     pub index: u32,
-    /// What it is.
+    /// Its kind.
     pub kind: RegionKind,
     /// Size in bytes; 0: the device does not have it.
     pub size: u64,
@@ -80,7 +80,7 @@ pub struct Region {
     pub writable: bool,
     /// Whether it, or areas of it, can be mapped.
     pub mappable: bool,
-    /// What else is known of it.
+    /// Its capabilities.
     pub capabilities: Vec<RegionCapability>,
 }
 
@@ -133,7 +133,7 @@ impl Region {
     }
 }
 
-/// What VFIO says about a device.
+/// VFIO's description of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[non_exhaustive]
 pub struct DeviceInfo {

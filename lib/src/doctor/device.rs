@@ -26,7 +26,7 @@ impl Doctor {
         let config = fs::read(self.device_file(bdf, "config")).unwrap_or_default();
         match config.get(4) {
             None => skip(NAME, "the config space cannot be read"),
-            // What a device reads as that does not answer.
+            // A device that does not answer reads as this.
             Some(0xff) => warn(
                 NAME,
                 "the device does not answer",
@@ -57,7 +57,7 @@ impl Doctor {
         }
     }
 
-    /// Whoever has claimed a part of a BAR and is not the device's driver. For root: others see no
+    /// The claimer of a part of a BAR that is not the device's driver. For root: others see no
     /// addresses, but names and their order.
     fn claimed(&self, pci: &Pci, bdf: Bdf) -> Option<String> {
         let text = fs::read_to_string(&self.iomem).ok()?;

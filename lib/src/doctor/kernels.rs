@@ -2,6 +2,7 @@
 //! boots: this one and the next.
 
 use std::cmp::Ordering;
+use std::fmt;
 use std::fs;
 use std::path::Path;
 
@@ -15,32 +16,76 @@ use super::skip;
 use super::warn;
 use crate::pci::Pci;
 
-/// The name of the sources for DKMS.
-const SOURCES: &str = "barlease-";
+/// DKMS's names of the sources, with the names of their modules.
+const SOURCES: [(&str, &str); 2] = [
+    ("barlease", abi::MODULE_NAME),
+    // In the place of the stock module, which lies elsewhere.
+    (AS_STOCK, "updates/dkms/vfio-pci"),
+];
+const AS_STOCK: &str = "barlease-vfio-pci";
+
+/// Sources for DKMS.
+#[derive(Clone, Debug)]
+pub(super) struct Sources {
+    name: &'static str,
+    version: String,
+}
+
+impl Sources {
+    /// Those in a folder of `/usr/src`.
+    fn of(folder: &str) -> Option<Self> {
+        SOURCES.iter().find_map(|(name, _)| {
+            let version = folder.strip_prefix(name)?.strip_prefix('-')?;
+            let version = version
+                .starts_with(|c: char| c.is_ascii_digit())
+                .then_some(version)?;
+            Some(Self {
+                name,
+                version: version.to_owned(),
+            })
+        })
+    }
+}
+
+impl fmt::Display for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.name, self.version)
+    }
+}
 
 /// Who builds the module.
 pub(super) enum Origin {
-    /// DKMS, from the package barlease-dkms: its version.
-    Package(String),
+    /// DKMS, from the package barlease-dkms, or barlease-dkms-vfio-pci.
+    Package(Sources),
     /// DKMS, from sources that were put there by hand.
-    Dkms(String),
+    Dkms(Sources),
+    /// Nothing yet: the package of the command is there, and no sources of the module.
+    Nothing,
     /// Somebody with make.
     Make,
 }
 
 impl Origin {
+    /// The name that modprobe knows the module by.
+    pub(super) fn module(&self) -> &'static str {
+        match self {
+            Self::Package(sources) | Self::Dkms(sources) if sources.name == AS_STOCK => "vfio-pci",
+            _ => abi::MODULE_NAME,
+        }
+    }
+
     /// The command that makes the module for a kernel.
     pub(super) fn build(&self, release: &str) -> String {
         match self {
-            Self::Package(version) => format!(
+            Self::Package(sources) => format!(
                 "apt-get install linux-headers-{release}, and barlease-rust-overlay-{release} \
-                 (`cargo xtask dist overlay --kernel {release}` makes it); then dkms install \
-                 barlease/{version} -k {release}; what is missing says \
-                 /usr/src/barlease-{version}/check-kernel /lib/modules/{release}/build {release}"
+                 (`cargo xtask dist overlay --kernel {release}` makes it); then {}",
+                Self::install(sources, release)
             ),
-            Self::Dkms(version) => format!(
-                "dkms install barlease/{version} -k {release}; what is missing says \
-                 /usr/src/barlease-{version}/check-kernel /lib/modules/{release}/build {release}"
+            Self::Dkms(sources) => Self::install(sources, release),
+            Self::Nothing => format!(
+                "install the packages barlease-dkms and barlease-rust-overlay-{release}: \
+                 `cargo xtask dist --kernel {release}` makes them"
             ),
             Self::Make => format!(
                 "in the unpacked tarball: make install-module KDIR=/lib/modules/{release}/build; in a \
@@ -49,6 +94,14 @@ impl Origin {
             ),
         }
     }
+
+    fn install(sources: &Sources, release: &str) -> String {
+        let Sources { name, version } = sources;
+        format!(
+            "dkms install {sources} -k {release}; /usr/src/{name}-{version}/check-kernel \
+             /lib/modules/{release}/build {release} says what is missing"
+        )
+    }
 }
 
 impl Doctor {
@@ -56,21 +109,23 @@ impl Doctor {
         let sources = self.root.join("usr/src");
         let names = fs::read_dir(sources).into_iter().flatten();
         let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let mut versions: Vec<String> = names
-            .filter_map(|name| Some(name.strip_prefix(SOURCES)?.to_owned()))
-            .filter(|version| {
-                let file = format!("usr/src/{SOURCES}{version}/dkms.conf");
+        let mut all: Vec<Sources> = names
+            .filter(|name| {
+                let file = format!("usr/src/{name}/dkms.conf");
                 self.root.join(file).is_file()
             })
+            .filter_map(|name| Sources::of(&name))
             .collect();
-        versions.sort_unstable_by(|a, b| compare(a, b));
-        let is_package = self
-            .root
-            .join("var/lib/dpkg/info/barlease-dkms.list")
-            .is_file();
-        match versions.pop() {
-            Some(version) if is_package => Origin::Package(version),
-            Some(version) => Origin::Dkms(version),
+        all.sort_unstable_by(|a, b| compare(&a.version, &b.version));
+        let has_package = |name: &str| {
+            let list = format!("var/lib/dpkg/info/{name}.list");
+            self.root.join(list).is_file()
+        };
+        let is_package = has_package("barlease-dkms") || has_package("barlease-dkms-vfio-pci");
+        match all.pop() {
+            Some(sources) if is_package => Origin::Package(sources),
+            Some(sources) => Origin::Dkms(sources),
+            None if has_package("barlease") => Origin::Nothing,
             None => Origin::Make,
         }
     }
@@ -78,18 +133,19 @@ impl Doctor {
     /// What DKMS has made of the sources for the kernel that runs.
     pub(super) fn dkms(&self, pci: &Pci) -> Check {
         const NAME: &str = "dkms";
-        let (Origin::Package(version) | Origin::Dkms(version)) = self.origin() else {
+        let (Origin::Package(sources) | Origin::Dkms(sources)) = self.origin() else {
             return skip(NAME, "DKMS has no sources of it");
         };
-        let tree = self.root.join("var/lib/dkms/barlease");
+        let version = &sources.version;
+        let tree = self.root.join("var/lib/dkms").join(sources.name);
         let release = &self.release;
-        let built = tree.join(&version).join(release);
-        let found = |state: &str| format!("barlease/{version}, {release}: {state}");
-        if !tree.join(&version).is_dir() {
+        let built = tree.join(version).join(release);
+        let found = |state: &str| format!("{sources}, {release}: {state}");
+        if !tree.join(version).is_dir() {
             return warn(
                 NAME,
                 found("not added"),
-                &format!("dkms install barlease/{version} -k {release}"),
+                &format!("dkms install {sources} -k {release}"),
             );
         }
         // A link to what is installed: `kernel-RELEASE-ARCH`.
@@ -104,7 +160,7 @@ impl Doctor {
             })
             .find_map(|entry| fs::read_link(entry.path()).ok());
         match installed {
-            Some(target) if is_of(&target, &version) => ok(NAME, found("installed")),
+            Some(target) if is_of(&target, version) => ok(NAME, found("installed")),
             Some(target) => warn(
                 NAME,
                 format!(
@@ -112,12 +168,12 @@ impl Doctor {
                     found("not installed"),
                     target.display()
                 ),
-                &format!("dkms install barlease/{version} -k {release}"),
+                &format!("dkms install {sources} -k {release}"),
             ),
             None if built.is_dir() => warn(
                 NAME,
                 found("built, not installed"),
-                &format!("dkms install barlease/{version} -k {release}"),
+                &format!("dkms install {sources} -k {release}"),
             ),
             // Somebody may have put it there otherwise.
             None if pci.module().is_some() => ok(NAME, found("added; the module is loaded")),
@@ -180,8 +236,10 @@ fn is_of(target: &Path, version: &str) -> bool {
 /// In the lists of depmod, which are made after the module is put there.
 pub(super) fn has_module(modules: &Path) -> bool {
     ["modules.dep", "modules.order"].iter().any(|list| {
-        fs::read_to_string(modules.join(list))
-            .is_ok_and(|text| text.contains(&format!("/{}.ko", abi::MODULE_NAME)))
+        fs::read_to_string(modules.join(list)).is_ok_and(|text| {
+            let has = |module: &str| text.contains(&format!("{module}.ko"));
+            SOURCES.iter().any(|(_, module)| has(module))
+        })
     })
 }
 
@@ -262,6 +320,13 @@ mod tests {
             remedy.contains("make install-module KDIR=/lib/modules/7.3-amd64/build"),
             "{remedy}"
         );
+        put(&root.path().join("var/lib/dpkg/info/barlease.list"), "");
+        assert!(
+            check()
+                .remedy
+                .unwrap()
+                .contains("packages barlease-dkms and")
+        );
         put(
             &modules.join("7.3-amd64/modules.dep"),
             "updates/barlease_vfio_pci.ko: x\n",
@@ -313,5 +378,28 @@ mod tests {
             doctor.dkms(&pci).found,
             "barlease/0.1.0~git2.b, 7.3-amd64: installed"
         );
+    }
+
+    #[test]
+    fn the_module_in_the_stock_one_s_place_goes_by_its_own_names() {
+        let root = tempfile::tempdir().unwrap();
+        let mut doctor = Doctor::at(root.path());
+        doctor.release = "7.3-amd64".to_owned();
+        let at = |path: &str| root.path().join(path);
+        put(&at("usr/src/barlease-vfio-pci-0.1.0/dkms.conf"), "");
+        let pci = Pci::at(at("sys"));
+        let found = doctor.dkms(&pci).found;
+        assert_eq!(found, "barlease-vfio-pci/0.1.0, 7.3-amd64: not added");
+        let remedy = doctor.module(&pci).remedy.unwrap();
+        assert!(
+            remedy.contains("/usr/src/barlease-vfio-pci-0.1.0/check-kernel"),
+            "{remedy}"
+        );
+        let list = doctor.modules.join("modules.dep");
+        put(&list, "kernel/drivers/vfio/pci/vfio-pci.ko.xz: x\n");
+        assert_eq!(doctor.module(&pci).found, "not installed for this kernel");
+        put(&list, "updates/dkms/vfio-pci.ko.xz: x\n");
+        let remedy = doctor.module(&pci).remedy.unwrap();
+        assert_eq!(remedy, "modprobe vfio-pci");
     }
 }

@@ -10,8 +10,8 @@ use super::warn;
 use crate::Bdf;
 
 impl Doctor {
-    /// Which memory type the mappings have that there are of a device's leases and BARs. What a
-    /// lease says is the type of its next mapping.
+    /// The memory types of the mappings that there are of a device's leases and BARs. A lease
+    /// itself says the type of its next mapping.
     pub(super) fn mappings(&self, bdf: Bdf) -> Check {
         const NAME: &str = "mappings";
         let path = self

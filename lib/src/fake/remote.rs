@@ -58,7 +58,7 @@ const LONGEST: usize = 64 << 10;
 /// Most files of a message.
 const FILES: usize = 8;
 
-/// Who answers ioctls on descriptors that are no fake of this process.
+/// The server that answers ioctls on descriptors that are no fake of this process.
 static SERVER: Mutex<Option<OwnedFd>> = Mutex::new(None);
 
 /// From now on ioctls on descriptors of the fake that [`FakeDevice::serve`] serves at `path` are
@@ -102,7 +102,7 @@ impl FakeDevice {
         thread::spawn(move || {
             let mut served: Vec<(Arc<OwnedFd>, thread::JoinHandle<()>)> = Vec::new();
             while let Ok(client) = rustix::net::accept_with(&socket, SocketFlags::CLOEXEC) {
-                // What a process was at when it was killed is done before the next one is served,
+                // The call of a process that was killed is done before the next process is served,
                 // as a system call is done before its process has ended.
                 let (gone, there): (Vec<_>, _) =
                     served.into_iter().partition(|(one, _)| is_gone(one));

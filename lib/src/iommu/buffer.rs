@@ -73,15 +73,15 @@ impl DmaOptions {
         self
     }
 
-    /// What devices may do with it.
+    /// The access that devices have to it.
     #[must_use]
     pub const fn access(mut self, access: DmaAccess) -> Self {
         self.access = access;
         self
     }
 
-    /// Takes huge pages (of 2 MiB, with pages of 4 KiB), of which the host must have reserved enough
-    /// (`/proc/sys/vm/nr_hugepages`).
+    /// Takes huge pages (of 2 MiB, with pages of 4 KiB), of which the host must have reserved
+    /// enough (`/proc/sys/vm/nr_hugepages`).
     #[must_use]
     pub const fn huge_pages(mut self) -> Self {
         self.huge = true;
@@ -143,8 +143,8 @@ impl DmaOptions {
 /// that a device writes meanwhile is undefined. Dropping it takes it from the devices first. Stop
 /// them before: a device that still uses the address then gets a fault of the IOMMU.
 ///
-/// What is written here and what is written to a register is ordered by
-/// [`dma::write_barrier`](crate::dma::write_barrier).
+/// [`dma::write_barrier`](crate::dma::write_barrier) orders a write here before a later one to a
+/// register.
 ///
 /// # Examples
 ///

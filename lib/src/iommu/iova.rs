@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::IovaRange;
 
-/// Hands out addresses, lowest first. What is used is known here; what is allowed, the IOMMU says.
+/// Hands out addresses, lowest first. It knows which are used; the IOMMU says which are allowed.
 #[derive(Debug, Default)]
 pub(super) struct Iovas {
     /// First address and last address of what is used. They do not overlap.

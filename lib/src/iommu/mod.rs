@@ -2,10 +2,11 @@
 
 mod buffer;
 mod iova;
+mod limits;
+mod mapping;
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
-use std::mem::offset_of;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -24,20 +25,20 @@ use vfio_bindings::bindings::vfio;
 use crate::Backend;
 use crate::Error;
 use crate::Lease;
-use crate::Mapping;
 use crate::Result;
 use crate::device::open_node;
 use crate::error::Object;
 use crate::sys::ioctl;
-use crate::sys::ioctl::Words;
 use crate::sys::memory;
 
 pub use buffer::DmaBuffer;
 pub use buffer::DmaOptions;
 use iova::Iovas;
-
-/// Longest answer about an IOMMU that is believed.
-const MAX_INFO: u32 = 1 << 20;
+use limits::Limits;
+use limits::type1_limits;
+pub use mapping::DmaMapping;
+use mapping::Place;
+use mapping::iommufd_flags;
 
 /// A range of I/O virtual addresses, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +50,7 @@ pub struct IovaRange {
     pub last: u64,
 }
 
-/// What devices may do with memory that is mapped for them.
+/// The access that devices have to memory that is mapped for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DmaAccess {
@@ -132,8 +133,8 @@ impl Drop for Inner {
             ours: true,
         } = &self.kind
         {
-            // Another process may have the iommufd. What is in use, by a device that somebody else
-            // still has, is busy and stays.
+            // Another process may have the iommufd. An address space
+            // that a device of somebody else still uses is busy and stays.
             let _ = ioctl::iommufd_destroy(fd.as_fd(), *ioas);
         }
     }
@@ -367,7 +368,7 @@ impl Iommu {
         Ok(self.limits()?.ranges)
     }
 
-    /// What addresses and lengths must be multiples of, in bytes.
+    /// Addresses and lengths must be multiples of this, in bytes.
     ///
     /// Errors: as for [`Iommu::allowed_ranges`].
     pub fn page_size(&self) -> Result<u64> {
@@ -423,8 +424,8 @@ impl Iommu {
     /// Devices write to the file as other processes do that have mapped it.
     ///
     /// Errors: [`Error::Invalid`], [`Error::Busy`] (something is mapped at `iova`),
-    /// [`Error::ReadOnly`] (devices may write, and this process may not: the file is open for reading
-    /// only, or sealed), [`Error::Unsupported`] (no IOMMU, or no such file can be mapped);
+    /// [`Error::ReadOnly`] (devices may write, and this process may not: the file is open for
+    /// reading only, or sealed), [`Error::Unsupported`] (no IOMMU, or no such file can be mapped);
     /// [`Error::Io`] (`ENOMEM`: over the limit of locked memory, or no addresses left).
     pub fn map_file(
         &self,
@@ -595,168 +596,6 @@ impl AsFd for Iommu {
     }
 }
 
-/// Addresses that are taken, and given back unless something is mapped there.
-struct Place {
-    iommu: Iommu,
-    iova: u64,
-    length: u64,
-    keep: bool,
-}
-
-impl Place {
-    /// Maps bytes of a file. False where that is not possible without mapping it here, too.
-    fn map_file(&self, file: (BorrowedFd<'_>, u64), access: DmaAccess) -> Result<bool> {
-        let Kind::Iommufd { fd, ioas, .. } = &self.iommu.inner.kind else {
-            return Ok(false);
-        };
-        let flags = iommufd_flags(access);
-        match ioctl::ioas_map_file(fd.as_fd(), *ioas, flags, file, self.length, self.iova) {
-            Ok(()) => Ok(true),
-            // Linux before 6.13, and files that are no memfd.
-            Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::INVAL) => Ok(false),
-            Err(errno) => Err(map_failed(errno)),
-        }
-    }
-
-    /// Maps a window of this process, which is kept.
-    fn map_window(self, window: Mapping, access: DmaAccess) -> Result<DmaMapping> {
-        self.map_shared(&window, access)?;
-        Ok(self.mapped(Some(window)))
-    }
-
-    /// Maps a window of this process by its address.
-    #[allow(unsafe_code, reason = "what is in a window may change at any moment")]
-    fn map_shared(&self, window: &Mapping, access: DmaAccess) -> Result<()> {
-        if window.len() as u64 != self.length {
-            let reason = "the file is not that long";
-            return Err(Error::invalid("map", Object::Iommu, reason));
-        }
-        // SAFETY: the window is of a file, mapped shared, to which nobody has references: what is
-        // in it changes like what another process writes. Its pages are pinned while devices have
-        // them, so they are not used for anything else even when the window goes first.
-        unsafe { self.map_memory(window.as_ptr(), access) }
-    }
-
-    /// # Safety
-    ///
-    /// As for [`Iommu::map_memory`]; the memory is `self.length` bytes long.
-    #[allow(unsafe_code, reason = "said by the caller")]
-    unsafe fn map_memory(&self, address: *mut u8, access: DmaAccess) -> Result<()> {
-        let (length, iova) = (self.length, self.iova);
-        let answer = match &self.iommu.inner.kind {
-            Kind::Container { fd, .. } => {
-                let read = vfio::VFIO_DMA_MAP_FLAG_READ;
-                let flags = access.flags(read, vfio::VFIO_DMA_MAP_FLAG_WRITE);
-                // SAFETY: by the caller.
-                unsafe { ioctl::type1_map(fd.as_fd(), flags, address, length, iova) }
-            }
-            Kind::Iommufd { fd, ioas, .. } => {
-                let flags = iommufd_flags(access);
-                // SAFETY: by the caller.
-                unsafe { ioctl::ioas_map(fd.as_fd(), *ioas, flags, address, length, iova) }
-            }
-        };
-        answer.map_err(map_failed)
-    }
-
-    /// Something is mapped there.
-    fn mapped(mut self, window: Option<Mapping>) -> DmaMapping {
-        self.keep = true;
-        DmaMapping {
-            iommu: self.iommu.clone(),
-            iova: self.iova,
-            length: self.length,
-            _window: window,
-            done: false,
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if !self.keep {
-            lock(&self.iommu.inner.iovas).give(self.iova);
-        }
-    }
-}
-
-/// Memory that devices reach. Dropping it takes it from them.
-#[derive(Debug)]
-#[must_use = "dropping it unmaps the memory"]
-pub struct DmaMapping {
-    iommu: Iommu,
-    iova: u64,
-    length: u64,
-    /// What is mapped, if it is kept here.
-    _window: Option<Mapping>,
-    done: bool,
-}
-
-impl DmaMapping {
-    /// Where devices find it.
-    #[must_use]
-    pub fn iova(&self) -> u64 {
-        self.iova
-    }
-
-    /// Its length in bytes.
-    #[must_use]
-    pub fn len(&self) -> u64 {
-        self.length
-    }
-
-    /// Never: there are no mappings of 0 bytes.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
-    /// The address space that it is in.
-    #[must_use]
-    pub fn iommu(&self) -> &Iommu {
-        &self.iommu
-    }
-
-    /// Takes it from the devices. When this returns without an error, none reaches it.
-    ///
-    /// Errors: [`Error::Io`]: then devices may still reach it, and its address is not used again.
-    pub fn unmap(mut self) -> Result<()> {
-        self.undo()
-    }
-
-    fn undo(&mut self) -> Result<()> {
-        if std::mem::replace(&mut self.done, true) {
-            return Ok(());
-        }
-        let answer = match &self.iommu.inner.kind {
-            Kind::Container { fd, .. } => ioctl::type1_unmap(fd.as_fd(), self.iova, self.length),
-            Kind::Iommufd { fd, ioas, .. } => {
-                ioctl::ioas_unmap(fd.as_fd(), *ioas, self.iova, self.length)
-            }
-        };
-        match answer {
-            Ok(_) => {
-                lock(&self.iommu.inner.iovas).give(self.iova);
-                Ok(())
-            }
-            // Devices may still reach it: the address stays taken.
-            Err(errno) => Err(failed("unmap", errno)),
-        }
-    }
-}
-
-impl Drop for DmaMapping {
-    fn drop(&mut self) {
-        drop(self.undo());
-    }
-}
-
-struct Limits {
-    ranges: Vec<IovaRange>,
-    page: u64,
-    available: Option<u32>,
-}
-
 /// Whether this process may write to a file through the descriptor. iommufd asks neither for the
 /// mode of the descriptor nor for seals, by which others know that nobody writes.
 fn is_writable(file: BorrowedFd<'_>) -> Result<bool> {
@@ -765,23 +604,6 @@ fn is_writable(file: BorrowedFd<'_>) -> Result<bool> {
     let seals = rustix::fs::fcntl_get_seals(file).unwrap_or(SealFlags::empty());
     let kept = seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
     Ok(mode & OFlags::RWMODE == OFlags::RDWR && !kept)
-}
-
-fn iommufd_flags(access: DmaAccess) -> u32 {
-    access.flags(
-        iommufd::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE,
-        iommufd::iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE,
-    )
-}
-
-fn map_failed(errno: Errno) -> Error {
-    match errno {
-        Errno::EXIST | Errno::ADDRINUSE => failed("map", Errno::BUSY).if_busy(
-            "somebody else has mapped something at this address: keep it from being used with \
-             `reserve`",
-        ),
-        errno => failed("map", errno),
-    }
 }
 
 /// Whether a group is in a container.
@@ -801,167 +623,10 @@ fn has_iommu(container: BorrowedFd<'_>, model: u32) -> bool {
     }
 }
 
-fn type1_limits(container: BorrowedFd<'_>) -> Result<Limits> {
-    let explain = |errno| match errno {
-        Errno::INVAL => Error::unsupported(
-            "ask for allowed addresses",
-            Object::Iommu,
-            "a container has an IOMMU as long as a group is in it: open a device first",
-        )
-        .because(errno),
-        errno => failed("ask for allowed addresses", errno),
-    };
-    let malformed =
-        |reason: &'static str| Error::malformed("ask for allowed addresses", Object::Iommu, reason);
-    let mut info = vfio::vfio_iommu_type1_info::default();
-    ioctl::call(container, ioctl::TYPE1_GET_INFO, &mut info).map_err(explain)?;
-    let mut length = info.argsz;
-    for _ in 0..8 {
-        if length > MAX_INFO {
-            return Err(malformed("the answer is too long"));
-        }
-        let mut words = Words::zeroed((length as usize).max(size_of_val(&info)));
-        ioctl::call_bytes(container, ioctl::TYPE1_GET_INFO, &mut words).map_err(explain)?;
-        let needed = words.u32(offset_of!(vfio::vfio_iommu_type1_info, argsz));
-        if needed as usize > words.len() {
-            length = needed;
-            continue;
-        }
-        let flags = words.u32(offset_of!(vfio::vfio_iommu_type1_info, flags));
-        let sizes = words.u64(offset_of!(vfio::vfio_iommu_type1_info, iova_pgsizes));
-        let page = match flags & vfio::VFIO_IOMMU_INFO_PGSIZES {
-            0 => 0,
-            _ => 1u64.checked_shl(sizes.trailing_zeros()).unwrap_or(0),
-        };
-        let first = match flags & vfio::VFIO_IOMMU_INFO_CAPS {
-            0 => 0,
-            _ => words.u32(offset_of!(vfio::vfio_iommu_type1_info, cap_offset)),
-        };
-        let (ranges, available) = type1_capabilities(&words, first as usize)
-            .ok_or_else(|| malformed("the capability chain is broken"))?;
-        return Ok(Limits {
-            ranges,
-            page: page.max(rustix::param::page_size() as u64),
-            available,
-        });
-    }
-    Err(malformed("the answer grows each time that it is asked for"))
-}
-
-/// The allowed ranges in the capabilities of an answer, everything where it does not say; and how
-/// many mappings are left.
-fn type1_capabilities(words: &Words, first: usize) -> Option<(Vec<IovaRange>, Option<u32>)> {
-    const HEADER: usize = size_of::<vfio::vfio_info_cap_header>();
-    const ARRAY: usize = HEADER + 8;
-    let mut last = size_of::<vfio::vfio_iommu_type1_info>();
-    let mut at = first;
-    let mut allowed = None;
-    let mut available = None;
-    while at != 0 {
-        // Each lies behind the one before, so that the chain ends.
-        if at < last || at % 8 != 0 || at.checked_add(HEADER)? > words.len() {
-            return None;
-        }
-        let [low, high, ..] = words.u32(at).to_ne_bytes();
-        let id = u16::from_ne_bytes([low, high]);
-        if u32::from(id) == vfio::VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL {
-            let value = at + HEADER;
-            available = (value + 4 <= words.len()).then(|| words.u32(value));
-        }
-        if u32::from(id) == vfio::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE && allowed.is_none() {
-            let count = words.u32(at + HEADER) as usize;
-            let start = at.checked_add(ARRAY)?;
-            if start.checked_add(count.checked_mul(16)?)? > words.len() {
-                return None;
-            }
-            let ranges = (0..count).map(|n| IovaRange {
-                first: words.u64(start + n * 16),
-                last: words.u64(start + n * 16 + 8),
-            });
-            allowed = Some(ranges.collect());
-        }
-        last = at + HEADER;
-        at = words.u32(at + 4) as usize;
-    }
-    let all = IovaRange {
-        first: 0,
-        last: u64::MAX,
-    };
-    Some((allowed.unwrap_or_else(|| vec![all]), available))
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
     use crate::fake::FakeIommu;
-
-    fn answer(capabilities: &[(u16, &[u64])]) -> Words {
-        let mut words = Words::zeroed(4096);
-        let mut at = 24;
-        for (n, (id, payload)) in capabilities.iter().enumerate() {
-            let next = at + 8 + payload.len() * 8;
-            let follows = if n + 1 == capabilities.len() { 0 } else { next };
-            words.put_u64(at, u64::from(*id) | 1 << 16 | (follows as u64) << 32);
-            for (m, value) in payload.iter().enumerate() {
-                words.put_u64(at + 8 + m * 8, *value);
-            }
-            at = next;
-        }
-        words
-    }
-
-    fn range(first: u64, last: u64) -> IovaRange {
-        IovaRange { first, last }
-    }
-
-    #[test]
-    fn allowed_ranges_are_found_in_the_chain() {
-        let words = answer(&[
-            (2, &[0, 0]),
-            (1, &[2, 0, 0xfedf_ffff, 0xfef0_0000, u64::MAX]),
-        ]);
-        let expected = [range(0, 0xfedf_ffff), range(0xfef0_0000, u64::MAX)];
-        let ranges = |first| Some(type1_capabilities(&words, first)?.0);
-        assert_eq!(ranges(24).unwrap(), expected);
-        assert_eq!(ranges(0).unwrap(), [range(0, u64::MAX)]);
-        // Into the structure, past the end, more ranges than there is room for.
-        assert_eq!(ranges(8), None);
-        assert_eq!(ranges(4096), None);
-        let long = answer(&[(1, &[255])]);
-        assert_eq!(type1_capabilities(&long, 24), None);
-    }
-
-    #[test]
-    fn how_many_mappings_are_left_is_found_in_the_chain() {
-        let available = |words: &Words| type1_capabilities(words, 24).unwrap().1;
-        for words in [
-            answer(&[(1, &[1, 0, 0xffff]), (3, &[65535])]),
-            answer(&[(3, &[65535]), (1, &[1, 0, 0xffff])]),
-        ] {
-            assert_eq!(available(&words), Some(65535));
-            let (ranges, _) = type1_capabilities(&words, 24).unwrap();
-            assert_eq!(ranges, [range(0, 0xffff)]);
-        }
-        assert_eq!(available(&answer(&[(2, &[0, 0])])), None);
-    }
-
-    proptest! {
-        #[test]
-        fn no_chain_panics_or_hangs(
-            values in proptest::collection::vec(any::<u64>(), 1..40),
-            first in 0usize..400,
-        ) {
-            let mut words = Words::zeroed(values.len() * 8);
-            for (n, value) in values.iter().enumerate() {
-                words.put_u64(n * 8, value & 0x0000_01ff_0000_0001);
-            }
-            if let Some((ranges, _)) = type1_capabilities(&words, first) {
-                prop_assert!(ranges.len() <= values.len());
-            }
-        }
-    }
 
     fn memfd(length: u64) -> OwnedFd {
         memory::memfd("dma", length, rustix::fs::MemfdFlags::empty()).unwrap()

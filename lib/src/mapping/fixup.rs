@@ -1,4 +1,5 @@
-//! Accesses of device memory that a SIGBUS cannot kill: single instructions with a recovery address.
+//! Accesses of device memory that a SIGBUS cannot kill: single instructions with a recovery
+//! address.
 //!
 //! Each access is one instruction of inline assembly, and beside it an entry in the section
 //! `barlease_guard1` of the program: where the instruction begins, where it ends, and where to go

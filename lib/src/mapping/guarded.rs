@@ -44,8 +44,8 @@ use crate::error::Object;
 ///
 /// - A thread that accesses the lease must not block SIGBUS: the kernel answers a fault whose
 ///   signal is blocked with the end of the process. Threads that block all signals (for
-///   `signalfd` or `sigwait`, threads of virtual CPUs, signal handlers with a full `sa_mask`) unblock
-///   this one.
+///   `signalfd` or `sigwait`, threads of virtual CPUs, signal handlers with a full `sa_mask`)
+///   unblock this one.
 /// - A SIGBUS handler that the program installs later passes on what is not its own.
 ///   [`MapOptions::map_guarded`](crate::MapOptions::map_guarded) puts the guard over a handler that
 ///   it finds, and passes on to that.

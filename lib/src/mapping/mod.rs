@@ -1,6 +1,6 @@
 //! Mappings of leases and BARs, and access to device memory through them.
 
-/// What a mapping that has a plain one in it passes on to that.
+/// The methods that a mapping passes on to the plain one in it.
 macro_rules! extent {
     () => {
         /// Length in bytes; see [`Mapping::len`](crate::Mapping::len).
@@ -150,8 +150,8 @@ impl Mapping {
 
     /// Address of the first byte.
     ///
-    /// For interfaces that take an address. Whoever dereferences it must keep the mapping alive,
-    /// must use volatile accesses and must make no reference.
+    /// For interfaces that take an address. A caller that dereferences it must keep the mapping
+    /// alive, must use volatile accesses and must make no reference.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
         self.area.start().as_ptr()

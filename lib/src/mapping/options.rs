@@ -185,9 +185,9 @@ impl MapOptions {
 /// Where to place bytes `start..end` of a lease so that `huge` bytes of it can be one page-table
 /// entry: the address modulo `huge`. `None` if no placement helps.
 ///
-/// An entry needs an address and a BAR offset that are both multiples of its size. (A BAR is aligned
-/// to its size, so its offsets and its bus addresses agree, as far as it has that much at all.) The
-/// first range that holds such a piece decides.
+/// An entry needs an address and a BAR offset that are both multiples of its size. (A BAR is
+/// aligned to its size, so its offsets and its bus addresses agree, as far as it has that much at
+/// all.) The first range that holds such a piece decides.
 fn residue(huge: u64, ranges: &[crate::BarRange], start: u64, end: u64) -> Option<usize> {
     let whole = [crate::BarRange {
         offset: 0,

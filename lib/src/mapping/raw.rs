@@ -48,7 +48,8 @@ impl Value for u64 {}
 ///
 /// # Invariants
 ///
-/// `[start, start + length)` lies in an area that is mapped, readable, and not unmapped during `'m`.
+/// `[start, start + length)` lies in an area that is mapped, readable, and not unmapped during
+/// `'m`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Span<'m> {
     start: NonNull<u8>,
@@ -127,8 +128,8 @@ impl<'m> Span<'m> {
 ///
 /// # Invariants
 ///
-/// `place` is aligned and, for `'m`, in an area that is mapped and readable. Whoever made the cell
-/// available for [`Cell::store`] knows that the area is writable too.
+/// `place` is aligned and, for `'m`, in an area that is mapped and readable. The code that made the
+/// cell available for [`Cell::store`] knows that the area is writable too.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cell<'m, T> {
     place: NonNull<T>,
@@ -144,7 +145,7 @@ impl<T: Value> Cell<'_, T> {
     /// One load.
     ///
     /// Several threads may access one location, which for memory that Rust knows would be a data
-    /// race. What a mapping maps is in no Rust allocation, and the accesses of devices and other
+    /// race. Mapped memory is in no Rust allocation, and the accesses of devices and other
     /// processes have no place in Rust's memory model anyway: as in every driver, a volatile
     /// access of a register's width is one access of the CPU, and the CPU's rules hold. Loads from
     /// write-combining memory may be made in any order.

@@ -48,9 +48,9 @@ use super::slots;
 /// How often ours can be put over somebody else's handler.
 const GENERATIONS: usize = 16;
 
-/// Real-time signals that our action does not block: it is known by this. Who sends one of them to
-/// interrupt our handler interrupts nothing that could be left half done but the loss of a scratch
-/// mapping, which other threads then wait for.
+/// Real-time signals that our action does not block: it is known by this. A thread that sends one
+/// of them to interrupt our handler interrupts nothing that could be left half done but the loss of
+/// a scratch mapping, which other threads then wait for.
 const SIGNATURE: [c_int; 5] = [41, 43, 47, 53, 59];
 
 /// A handler. It may unwind, as handlers of C++ programs do.

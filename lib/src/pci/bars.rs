@@ -125,7 +125,7 @@ mod tests {
         assert_eq!(bars[0].exportable, Some(free));
         assert_eq!(bars[1].exportable, Some(vec![range(0, 64 << 20)]));
         assert_eq!(bars[1].msix_table, None);
-        // What anybody may read, and what a device answers that is gone.
+        // The part that anybody may read, and the answer of a device that is gone.
         for config in [&config[..64], &[0xff; 256]] {
             fs::write(folder.join("config"), config).unwrap();
             assert_eq!(pci.bars(bdf).unwrap()[0].exportable, None);

@@ -225,8 +225,8 @@ unsafe impl Ioctl for Call {
 ///
 /// # Safety
 ///
-/// `argument` points to `length` bytes that are exclusively ours, all initialised, which may get any
-/// value, and the kernel touches no memory behind them that it must not.
+/// `argument` points to `length` bytes that are exclusively ours, all initialised, which may get
+/// any value, and the kernel touches no memory behind them that it must not.
 unsafe fn issue(
     fd: BorrowedFd<'_>,
     opcode: Opcode,
@@ -414,8 +414,8 @@ pub(crate) fn device_reset(device: BorrowedFd<'_>) -> Result<(), Errno> {
 ///
 /// # Safety
 ///
-/// Whatever pointers the feature has in its payload are ones that the kernel may follow, and write
-/// through where the feature does.
+/// The kernel may follow all pointers that the feature has in its payload, and write through them
+/// where the feature does.
 pub(crate) unsafe fn feature(device: BorrowedFd<'_>, argument: &mut Words) -> Result<i32, Errno> {
     call_bytes(device, DEVICE_FEATURE, argument)
 }

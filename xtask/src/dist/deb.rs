@@ -15,7 +15,7 @@ use crate::checkout;
 /// The maintainer when nobody says otherwise.
 const NOBODY: &str = "The Barlease authors <barlease@localhost>";
 
-/// Whoever makes the packages, as Debian's tools have it: `DEBFULLNAME` and `DEBEMAIL`.
+/// The maker of the packages, as Debian's tools have it: `DEBFULLNAME` and `DEBEMAIL`.
 pub(super) fn maintainer() -> String {
     let Ok(email) = std::env::var("DEBEMAIL") else {
         return NOBODY.to_owned();

@@ -3,8 +3,9 @@
 //!
 //! It has the older of two kernels, its headers, and what our packages depend on, no more; ours
 //! come from an apt repository on the disk. [`PARTS`] one after the other: the module, with a
-//! kernel's metadata that comes late; use; upgrades of Barlease and of the kernel; use in that; the
-//! module in the stock one's place; removal. Then the files of the disk that no package has are
+//! kernel's metadata that comes late; use; upgrades of Barlease and of the kernel; use in that; with
+//! Secure Boot, before DKMS's key is enrolled and after; the module in the stock one's place;
+//! removal. Then the files of the disk that no package has are
 //! compared with those of before.
 //!
 //! What needs a running kernel or systemd runs in a guest, each time a boot of that disk. Parts
@@ -25,6 +26,7 @@ use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Prepared, Request, prepare};
 use barlease_lab::report::seconds;
 use barlease_lab::run::{Output, Run};
+use barlease_lab::secure_boot::Firmware;
 use barlease_lab::system::{Disk, Root};
 use clap::ValueEnum;
 
@@ -42,50 +44,73 @@ const HOST: &[&str] = &["initramfs-tools", "openssl"];
 const COMMON: &str = include_str!("install/common.sh");
 
 /// A part of the test.
-struct Part {
+pub(super) struct Part {
     script: &'static str,
-    /// Whether it needs a running kernel and systemd.
-    live: bool,
+    way: Way,
     /// Which of the two kernels runs.
     kernel: usize,
     /// Which repository it takes the packages from, if it takes one.
     repository: Option<usize>,
 }
 
-const PARTS: [Part; 6] = [
+/// Where a part runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// In a chroot where we may mount the disk: it needs no running kernel and no systemd.
+    Chroot,
+    /// In a guest.
+    Guest,
+    /// In a guest whose firmware has Secure Boot on, and maybe the key that an earlier part has
+    /// printed.
+    SecureBoot { enrolled: bool },
+}
+
+pub(super) const PARTS: [Part; 8] = [
     Part {
         script: include_str!("install/1-install.sh"),
-        live: false,
+        way: Way::Chroot,
         kernel: 0,
         repository: Some(0),
     },
     Part {
         script: include_str!("install/2-use.sh"),
-        live: true,
+        way: Way::Guest,
         kernel: 0,
         repository: None,
     },
     Part {
         script: include_str!("install/3-upgrade.sh"),
-        live: false,
+        way: Way::Chroot,
         kernel: 0,
         repository: Some(1),
     },
     Part {
         script: include_str!("install/4-reboot.sh"),
-        live: true,
+        way: Way::Guest,
         kernel: 1,
         repository: None,
     },
     Part {
-        script: include_str!("install/5-as-stock.sh"),
-        live: false,
+        script: include_str!("install/5-locked.sh"),
+        way: Way::SecureBoot { enrolled: false },
         kernel: 1,
         repository: None,
     },
     Part {
-        script: include_str!("install/6-purge.sh"),
-        live: true,
+        script: include_str!("install/6-enrolled.sh"),
+        way: Way::SecureBoot { enrolled: true },
+        kernel: 1,
+        repository: None,
+    },
+    Part {
+        script: include_str!("install/7-as-stock.sh"),
+        way: Way::Chroot,
+        kernel: 1,
+        repository: None,
+    },
+    Part {
+        script: include_str!("install/8-purge.sh"),
+        way: Way::Guest,
         kernel: 1,
         repository: None,
     },
@@ -148,7 +173,7 @@ impl Set {
 }
 
 /// The first alternative of each dependency.
-fn names(depends: &str) -> impl Iterator<Item = String> + '_ {
+pub(super) fn names(depends: &str) -> impl Iterator<Item = String> + '_ {
     let is_end = |c: char| c.is_whitespace() || c == '(' || c == '|' || c == ':';
     depends
         .split(',')
@@ -157,7 +182,8 @@ fn names(depends: &str) -> impl Iterator<Item = String> + '_ {
         .map(str::to_owned)
 }
 
-pub(super) fn run(maker: &Maker, built: &Built) -> Result<()> {
+/// Runs all parts, or those from one on, by its number.
+pub(super) fn run(maker: &Maker, built: &Built, from: Option<usize>) -> Result<()> {
     need("dpkg-scanpackages", "dpkg-dev")?;
     let start = Instant::now();
     let next = built.prepared()?;
@@ -169,7 +195,20 @@ pub(super) fn run(maker: &Maker, built: &Built) -> Result<()> {
         bail!("the packages are made for {FIRST}, and an upgrade needs two kernels: --kernel");
     }
     let folder = maker.out.join("install");
-    cache::remove(&folder)?;
+    let image = folder.join("disk.img");
+    // The disk as it was before a part.
+    let saved = |part: usize| folder.join(format!("before-{part}.img"));
+    let from = from.filter(|part| *part > 1);
+    match from {
+        None => cache::remove(&folder)?,
+        Some(part) if !saved(part).exists() => {
+            bail!(
+                "no run has failed in part {part}: {} is not there",
+                saved(part).display()
+            )
+        }
+        Some(_) => {}
+    }
     let at = |name: &str, version: String| -> Result<Set> {
         let out = folder.join(name);
         fs::create_dir_all(&out).with_context(|| format!("make {}", out.display()))?;
@@ -191,7 +230,10 @@ pub(super) fn run(maker: &Maker, built: &Built) -> Result<()> {
         .collect();
     let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
     let root = Root::prepare(&before, &packages)?;
-    let disk = root.copy_to(folder.join("disk.img"))?;
+    let disk = match from {
+        None => root.copy_to(&image)?,
+        Some(part) => Disk::at(saved(part)).copy_to(&image)?,
+    };
     let kernel = kernel_packages(next);
     let kernel = root.lacks(&before, &kernel.each_ref().map(String::as_str))?;
 
@@ -202,21 +244,33 @@ pub(super) fn run(maker: &Maker, built: &Built) -> Result<()> {
     new.note("next-release", &next.kernel.release)?;
     let (kernels, repositories) = ([&before, next], [old, new]);
     let nothing = Repository::empty(&folder.join("nothing"))?;
+    let key = folder.join("mok.der");
     let mut said = String::new();
-    for part in &PARTS {
+    for (number, part) in (1..).zip(&PARTS).skip(from.unwrap_or(1) - 1) {
+        cache::remove(&saved(number - 1))?;
+        disk.copy_to(saved(number))?;
         let kernel = kernels[part.kernel];
         let repository = part.repository.map_or(&nothing, |it| &repositories[it]);
         let script = format!("{COMMON}\n{}", part.script);
-        said = if !part.live && Disk::can_enter() {
-            let said = disk.enter(&repository.folder, kernel, &script)?;
-            print!("{said}");
-            said
-        } else {
-            boot(kernel, &disk, repository, &script)?
+        said = match part.way {
+            Way::Chroot if Disk::can_enter() => {
+                let said = disk.enter(&repository.folder, kernel, &script)?;
+                print!("{said}");
+                said
+            }
+            Way::Chroot | Way::Guest => boot(kernel, &disk, repository, None, &script)?,
+            Way::SecureBoot { enrolled } => {
+                let mut firmware = Firmware::prepare(kernel)?;
+                if enrolled {
+                    firmware = firmware.enrol(&key);
+                }
+                boot(kernel, &disk, repository, Some(&firmware), &script)?
+            }
         };
         if !said.trim_end().ends_with("done") {
-            bail!("a part of the test has not come to its end");
+            bail!("part {number} of the test has not come to its end");
         }
+        keep_key(&said, &key)?;
     }
     judge(&said)?;
     eprintln!(
@@ -277,11 +331,20 @@ impl Repository {
 }
 
 /// One boot of the disk; returns what was said.
-fn boot(prepared: &Prepared, disk: &Disk, repository: &Repository, script: &str) -> Result<String> {
+fn boot(
+    prepared: &Prepared,
+    disk: &Disk,
+    repository: &Repository,
+    firmware: Option<&Firmware>,
+    script: &str,
+) -> Result<String> {
     let mut machine = Preset::Full.machine();
     // The repository comes through memory.
     machine.memory = 4096;
     let mut run = Run::new(prepared, machine).without_modules().system(disk);
+    if let Some(firmware) = firmware {
+        run = run.firmware(firmware);
+    }
     for entry in fs::read_dir(&repository.folder)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -305,6 +368,23 @@ fn boot(prepared: &Prepared, disk: &Disk, repository: &Repository, script: &str)
         bail!("the test of an installation ended with {}", outcome.code);
     }
     Ok(said.clone())
+}
+
+/// Makes a file of the certificate that a part has printed, if it has printed one.
+fn keep_key(said: &str, to: &Path) -> Result<()> {
+    let Some((_, rest)) = said.split_once("-- key\n") else {
+        return Ok(());
+    };
+    let (text, _) = rest.split_once("-- end").context("the key has no end")?;
+    let from = to.with_extension("base64");
+    fs::write(&from, text).with_context(|| format!("write {}", from.display()))?;
+    let mut decode = Command::new("base64");
+    let done = decode.arg("--decode").arg(&from).output();
+    let done = done.context("start base64")?;
+    if !done.status.success() {
+        bail!("what was printed as a key is none");
+    }
+    fs::write(to, done.stdout).with_context(|| format!("write {}", to.display()))
 }
 
 /// Finds what nobody has a reason to leave.

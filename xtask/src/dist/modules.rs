@@ -15,7 +15,8 @@ use super::stage::Stage;
 use super::{Maker, fill, output};
 use crate::checkout;
 
-/// What the module is made of. Modules for tests (`kmod/importer`, `kmod/probe`) are not among it.
+/// The sources of the module. Those of modules for tests (`kmod/importer`, `kmod/probe`) are not
+/// among them.
 const MODULE: &[&str] = &["kmod/src", "kmod/include", "model/src", "abi/src"];
 const MODULE_FILES: &[&str] = &["kmod/Makefile", "kmod/Kbuild", "LICENSE-GPL-2.0"];
 
@@ -32,7 +33,7 @@ fn is_source(path: &Path) -> bool {
 pub(super) struct Kind {
     /// Of the package.
     package: &'static str,
-    /// What DKMS calls it.
+    /// DKMS's name for it.
     dkms: &'static str,
     /// The module's file, without `.ko`.
     module: &'static str,
@@ -107,7 +108,7 @@ pub(super) fn dkms(maker: &Maker, kind: Kind) -> Result<PathBuf> {
     deb.pack(maker, &stage, &words)
 }
 
-/// What is called when a kernel is installed.
+/// The hook that is called when a kernel is installed.
 fn hook(kind: Kind, version: &str) -> Result<String> {
     let words = [&kind.words(version)[..], &[("PACKAGE", kind.package)]].concat();
     fill(Path::new("debian/kernel-hook"), &words)
@@ -185,9 +186,11 @@ pub(super) fn overlay(maker: &Maker, prepared: &prepare::Prepared) -> Result<Pat
     )
 }
 
-/// That of the kernel first: what is in the package follows from that, and changes with it.
+/// That of the kernel first: the content of the package follows from that, and changes with it. A
+/// version without a hyphen is one of Debian's own packages, which this is.
 fn overlay_version(maker: &Maker, kernel: &KernelPlan) -> String {
-    format!("{}+barlease{}", kernel.version, maker.version)
+    let kernel = kernel.version.replace('-', "+");
+    format!("{kernel}+barlease{}", maker.version)
 }
 
 /// The file name of the overlay's package.
@@ -208,7 +211,7 @@ fn folders(root: &Path) -> Result<Vec<PathBuf>> {
     Ok(text.lines().map(PathBuf::from).collect())
 }
 
-/// What the lab knows about the packages of the prepared kernel.
+/// The lab's knowledge of the packages of the prepared kernel.
 fn plan_of(prepared: &prepare::Prepared) -> Result<KernelPlan> {
     let plans = Flavour::ALL.map(|flavour| prepare::plan_of(&prepared.cache, flavour));
     let kernel = plans
@@ -237,7 +240,7 @@ mod tests {
 
     use super::*;
 
-    /// What the hook says of a kernel, on a host whose root is a folder.
+    /// The hook's message about a kernel, on a host whose root is a folder.
     fn hook(root: &Path) -> String {
         let text = super::hook(BESIDE, "1").unwrap();
         let mut hook = Command::new("sh");

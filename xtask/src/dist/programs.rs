@@ -15,7 +15,7 @@ use super::stage::Stage;
 use super::{Maker, fill, need, output};
 use crate::checkout;
 
-/// What a file of the service in `dist/systemd` is, by its name.
+/// The kind of a file of the service in `dist/systemd`, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Unit,
@@ -236,7 +236,7 @@ fn tool(maker: &Maker, program: &str, arguments: &[&str]) -> Result<String> {
     Ok(said)
 }
 
-/// What a library of ours needs of others, as `Depends` has it.
+/// The packages that a library of ours needs, as `Depends` has it.
 fn depends(maker: &Maker, stage: &Stage, file: &Path) -> Result<String> {
     let path = stage.root().join(file);
     let path = path.to_string_lossy();
@@ -286,5 +286,29 @@ mod tests {
         assert_eq!(unnamed(help, "drain \\-\\-keep \\-\\-at\\-stop"), None);
         assert_eq!(unnamed(help, "drain --at-stop"), Some("--keep"));
         assert_eq!(unnamed(help, "--keep --at-stop"), Some("drain"));
+    }
+
+    #[test]
+    fn debians_list_has_the_symbols_of_the_library() {
+        let names = |file: &str, in_line: fn(&str) -> Option<&str>| -> Vec<String> {
+            let text = fs::read_to_string(checkout::top().join(file)).unwrap();
+            let mut names: Vec<_> = text
+                .lines()
+                .filter_map(in_line)
+                .map(str::to_owned)
+                .collect();
+            names.sort();
+            names
+        };
+        let listed = names("dist/debian/libbarlease0.symbols", |line| {
+            let (name, _) = line.trim().split_once('@')?;
+            name.starts_with("barlease").then_some(name)
+        });
+        let exported = names("capi/libbarlease.map", |line| {
+            let name = line.trim().strip_suffix(';')?;
+            name.starts_with("barlease").then_some(name)
+        });
+        assert!(exported.len() > 20, "{exported:?}");
+        assert_eq!(listed, exported);
     }
 }

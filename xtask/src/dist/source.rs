@@ -156,7 +156,7 @@ fn debian(maker: &Maker, stage: &Stage) -> Result<()> {
     stage.program("debian/rules", fill(Path::new("source/rules"), &[])?)
 }
 
-/// What a source package says of a binary package, from the template of that.
+/// The entry of a source package for a binary package, from the template of that.
 fn stanza(template: &str) -> String {
     let wanted = |line: &&str| !OF_BINARY.iter().any(|field| line.starts_with(field));
     let text: String = template

@@ -46,7 +46,7 @@ pub(crate) struct LeftOut {
     lack: Lack,
     /// The file in `guest-tests/tests/` without `.rs`.
     pub(crate) binary: &'static str,
-    /// What names of its tests have in them; all of them when empty.
+    /// Parts of the names of its tests; all of them when empty.
     pub(crate) tests: &'static [&'static str],
     pub(crate) why: &'static str,
 }

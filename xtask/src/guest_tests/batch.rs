@@ -67,8 +67,8 @@ const BOOT: Cost = Cost(6, 16);
 /// The time of a binary that [`COSTS`] does not name.
 const SHORT: Cost = Cost(4, 12);
 
-/// The time of a binary: guests are planned with it. What is not up to date only makes them less
-/// even.
+/// The time of a binary: guests are planned with it. A value that is out of date only makes them
+/// less even.
 const COSTS: &[(&str, Cost)] = &[
     ("aer", Cost(6, 19)),
     ("alias", Cost(7, 20)),

@@ -72,8 +72,8 @@ fn binary(message: &str) -> Option<Binary> {
     })
 }
 
-/// Whether a test binary has tests that these arguments leave. What does not run here is taken to
-/// have some.
+/// Whether a test binary has tests that these arguments leave. A binary that does not run here is
+/// taken to have some.
 pub(crate) fn has_tests(
     binary: &Path,
     arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,

@@ -34,8 +34,8 @@ pub(crate) struct Pool<'a> {
     pub(crate) jobs: usize,
 }
 
-/// As many guests as there are processors, and as fit into memory. Tests wait more than they compute,
-/// so more may be quicker: `--jobs`.
+/// As many guests as there are processors, and as fit into memory. Tests wait more than they
+/// compute, so more may be quicker: `--jobs`.
 pub(crate) fn jobs() -> usize {
     guests_of(MEMORY)
 }
@@ -130,7 +130,7 @@ impl Pool<'_> {
         )
     }
 
-    /// Runs a batch in a guest. What a binary says is shown when it has ended.
+    /// Runs a batch in a guest. The output of a binary is shown when it has ended.
     fn guest(&self, batch: &Batch) -> (Vec<Outcome>, Vec<String>) {
         let listener = Arc::new(Mutex::new(Listener::default()));
         let kernel = self.prepared.kernel.name.clone();

@@ -1,5 +1,5 @@
 //! `cargo xtask selftests`: the kernel's own tests of VFIO and IOMMUFD, with the stock driver and
-//! with ours. What passes with the one passes with the other.
+//! with ours. A test that passes with the one passes with the other.
 
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
@@ -13,12 +13,13 @@ use barlease_lab::debug::Watch;
 use barlease_lab::kmod::DRIVER;
 use barlease_lab::machine::{Machine, Preset};
 use barlease_lab::prepare::{Prepared, Request, prepare};
-use barlease_lab::report::{Step, seconds};
+use barlease_lab::report::Step;
 use barlease_lab::run::{Output, Run};
 use barlease_lab::selftests::{self, Program, Verdict};
 use clap::Args;
 
 use super::pool;
+use super::said::{Results, Said, read};
 use crate::kmod;
 use crate::steps::Count;
 
@@ -133,9 +134,6 @@ run() {
 }
 "#;
 
-/// A program that skips all of its tests ends so (`KSFT_SKIP`).
-const SKIPPED: i32 = 4;
-
 /// A program in a guest, with what it is given.
 #[derive(Clone, Debug)]
 struct Case {
@@ -144,17 +142,6 @@ struct Case {
     program: Program,
     addresses: Vec<String>,
 }
-
-/// The outcome of a program.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Said {
-    /// The verdict on each test, and what was said before it.
-    tests: BTreeMap<String, (Verdict, String)>,
-    taken: Duration,
-}
-
-/// The outcomes of programs, by `DEVICE PROGRAM`.
-type Results = BTreeMap<String, Said>;
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let prepared = prepare(&Request {
@@ -427,114 +414,10 @@ impl Case {
     }
 }
 
-impl Said {
-    /// A test that is absent has not passed.
-    fn verdict(&self, test: &str) -> Verdict {
-        self.tests
-            .get(test)
-            .map_or(Verdict::Failed, |(verdict, _)| *verdict)
-    }
-
-    fn text(&self, test: &str) -> &str {
-        self.tests
-            .get(test)
-            .map_or("it did not run", |(_, text)| text.as_str())
-    }
-
-    /// How many tests have that verdict; that all of them came to one is no test of the kernel's.
-    fn count(&self, wanted: Verdict) -> usize {
-        let tests = self.tests.iter();
-        tests
-            .filter(|(test, (verdict, _))| {
-                *verdict == wanted && (test.as_str() != TO_ITS_END || wanted != Verdict::Passed)
-            })
-            .count()
-    }
-
-    /// Keeps the better verdict of each test.
-    fn add(&mut self, more: Self) {
-        for (test, new) in more.tests {
-            if self.tests.get(&test).is_none_or(|old| old.0 < new.0) {
-                self.tests.insert(test, new);
-            }
-        }
-        self.taken += more.taken;
-    }
-
-    /// `7 ok, 1 failed, 2 skipped`, and how long they took.
-    fn in_short(&self) -> String {
-        let verdicts = [
-            (Verdict::Passed, "ok"),
-            (Verdict::Failed, "failed"),
-            (Verdict::Skipped, "skipped"),
-        ];
-        let mut parts: Vec<_> = verdicts
-            .into_iter()
-            .map(|(verdict, word)| (self.count(verdict), word))
-            .filter(|(count, _)| *count > 0)
-            .map(|(count, word)| format!("{count} {word}"))
-            .collect();
-        parts.push(seconds(self.taken));
-        parts.join(", ")
-    }
-}
-
-/// Whether a program has said as many results as it had announced: one that dies has not passed.
-const TO_ITS_END: &str = "runs to its end";
-
-/// The results in the output of several programs, each between a line with its name and one with
-/// its exit code and the times of its beginning and its end.
-fn read(output: &str) -> Result<Results> {
-    let mut results = Results::new();
-    let mut lines = output.lines().map(str::trim_end);
-    while let Some(line) = lines.next() {
-        let Some(name) = line.strip_prefix("+++ ") else {
-            continue;
-        };
-        let mut said = Said::default();
-        let (mut planned, mut text) = (None, String::new());
-        let end = loop {
-            let line = lines.next().with_context(|| format!("{name} has no end"))?;
-            if let Some(end) = line.strip_prefix("--- ") {
-                break end;
-            }
-            planned = planned.or(selftests::planned(line));
-            match selftests::result(line) {
-                Some((test, verdict)) => {
-                    let text = std::mem::take(&mut text);
-                    said.tests.insert(test.to_owned(), (verdict, text));
-                }
-                None => {
-                    text += line;
-                    text.push('\n');
-                }
-            }
-        };
-        let (code, taken) = ending(end).with_context(|| format!("{name} ends with `{end}`"))?;
-        said.taken = taken;
-        let whole = match planned {
-            _ if code == SKIPPED && said.tests.is_empty() => Verdict::Skipped,
-            Some(planned) if planned == said.tests.len() => Verdict::Passed,
-            _ => Verdict::Failed,
-        };
-        said.tests.insert(TO_ITS_END.to_owned(), (whole, text));
-        results.insert(name.to_owned(), said);
-    }
-    Ok(results)
-}
-
-/// `EXIT-CODE FROM TO`, in seconds.
-fn ending(text: &str) -> Option<(i32, Duration)> {
-    let mut words = text.split(' ');
-    let code = words.next()?.parse().ok()?;
-    let from: f64 = words.next()?.parse().ok()?;
-    let to: f64 = words.next()?.parse().ok()?;
-    Some((code, Duration::try_from_secs_f64(to - from).ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest_tests::said::TO_ITS_END;
 
     fn of(text: &str) -> Said {
         let text = format!("+++ igb a\n{text}\n--- 0 1.5 3.75\n");

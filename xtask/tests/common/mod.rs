@@ -9,7 +9,7 @@ use proc_macro2::{Delimiter, TokenStream, TokenTree};
 /// The segments of a path, as `["guests", "run", "Run"]`.
 pub(crate) type Segments = Vec<String>;
 
-/// What each room uses.
+/// The rooms that each room uses.
 pub(crate) type Drawing = BTreeMap<String, BTreeSet<String>>;
 
 /// The paths of a crate's own that a file has, from the top of the crate. Comments have none.
@@ -59,7 +59,7 @@ impl Reader {
         }
     }
 
-    /// What comes after `::`: a name, a list, or all.
+    /// The part after `::`: a name, a list, or all.
     fn tree(&mut self, tokens: &[TokenTree], mut before: Segments) {
         match tokens.first() {
             Some(TokenTree::Ident(word)) => {

@@ -90,7 +90,7 @@ impl Asked {
 
     /// Reads what there is. Whether to keep the connection.
     pub(crate) fn read(&mut self) -> bool {
-        // More than is understood: what is left unread would reset the connection, answer and all.
+        // More than is understood: unread bytes would reset the connection, answer and all.
         let mut bytes = [0; 256];
         match self.stream.read(&mut bytes) {
             Ok(0) => return false,
@@ -116,7 +116,7 @@ impl Asked {
             return true;
         }
         self.told = true;
-        // It is short: there is room for it. Whoever is gone does not want to know.
+        // It is short: there is room for it. A peer that is gone does not want to know.
         let text = serde_json::to_string(answer).unwrap_or_default();
         let sent = self.stream.write_all(format!("{text}\n").as_bytes());
         draining && sent.is_ok()

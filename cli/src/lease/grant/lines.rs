@@ -37,7 +37,7 @@ impl Lines {
             .name("output".into())
             .spawn(move || {
                 for line in waiting {
-                    // Whoever does not read any more does not want to know.
+                    // A reader that is gone does not want to know.
                     let _ = match line {
                         Line::Out(text) => put(&mut io::stdout(), &text),
                         Line::Err(text) => put(&mut io::stderr(), &text),
@@ -96,13 +96,13 @@ pub(crate) fn may_read() -> bool {
     }
 }
 
-/// Complete lines of standard input; what is left of one waits for the rest.
+/// Complete lines of standard input; the beginning of one waits for its rest.
 #[derive(Default)]
 pub(crate) struct Typed {
     line: Vec<u8>,
 }
 
-/// A line is no longer than this: what follows is dropped.
+/// A line is no longer than this; its rest is dropped.
 const LONGEST: usize = 4096;
 
 impl Typed {

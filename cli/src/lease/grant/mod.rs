@@ -47,7 +47,7 @@ use crate::output::Output;
 /// More ranges than these are counted only, in what is for people.
 const SHOWN: usize = 8;
 
-/// What happens, one line each.
+/// Events, one line each.
 #[derive(Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Event<'a> {

@@ -74,13 +74,13 @@ pub(super) struct Granted {
     pub(super) spec: Spec,
     /// Place of its device.
     pub(super) owned: usize,
-    /// As long as the process lives: what is being sent borrows it.
+    /// As long as the process lives: a message that is being sent borrows it.
     pub(super) lease: &'static Lease,
     pub(super) id: LeaseId,
     pub(super) socket: Option<Socket>,
     /// `None`: its path is too long, or cannot be listened at.
     pub(super) control: Option<Socket>,
-    /// What is said to those that ask for its end, once it has ended.
+    /// The answer to those that ask for its end, once it has ended.
     pub(super) answer: Answer,
     pub(super) expires: Option<Instant>,
     pub(super) state: State,
@@ -95,7 +95,7 @@ pub(super) struct Connection {
     deadline: Instant,
 }
 
-/// What poll has found.
+/// The events that poll has found.
 #[derive(Default)]
 struct Ready {
     signal: bool,
@@ -107,7 +107,7 @@ struct Ready {
     typed: bool,
 }
 
-/// What an entry of the poll set is.
+/// The meaning of an entry of the poll set.
 #[derive(Clone, Copy)]
 enum Source {
     Signal,
@@ -217,7 +217,8 @@ impl Server {
         self.lines.say(self.output.line(event, &event.text()));
     }
 
-    /// What fails and ends nothing: on standard error, or as an event where events are JSON.
+    /// Reports a failure that ends nothing: on standard error, or as an event where events are
+    /// JSON.
     pub(super) fn warn(&self, error: &str) {
         let event = Event::Error { error };
         match self.output.is_json() {

@@ -28,7 +28,7 @@ pub(crate) struct Spec {
     pub(crate) terms: Terms,
 }
 
-/// What of a lease need not be said.
+/// Properties of a lease that have defaults.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Terms {
     pub(crate) ranges: Vec<BarRange>,

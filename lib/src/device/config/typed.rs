@@ -6,7 +6,7 @@ use super::ExtendedCapability;
 use crate::BarRange;
 use crate::Result;
 
-/// What kind of a PCI Express function something is.
+/// The kind of a PCI Express function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ExpressKind {
@@ -28,7 +28,7 @@ pub struct Express {
     pub offset: u16,
     /// Version of the capability.
     pub version: u8,
-    /// What the function is.
+    /// The kind of the function.
     pub kind: ExpressKind,
     /// Most bytes of payload that the function can take, 128 to 4096.
     pub max_payload_supported: u16,
@@ -100,7 +100,7 @@ pub struct VendorCapability {
 pub struct ExtendedVendorCapability {
     /// Where it is in config space.
     pub offset: u16,
-    /// What the vendor calls it.
+    /// The vendor's name for it.
     pub id: u16,
     /// The vendor's revision of it.
     pub revision: u8,

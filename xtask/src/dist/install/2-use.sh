@@ -11,6 +11,11 @@ step "bound at each boot"
 systemctl enable --now "barlease-bind@$card.service"
 must_have barlease-vfio-pci
 
+step "bound at each boot, by the command"
+must_have igb $nic
+barlease device bind --persist $nic
+must_have barlease-vfio-pci $nic
+
 step "the service"
 install barleased
 no_unit_has_failed

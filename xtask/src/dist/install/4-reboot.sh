@@ -1,5 +1,6 @@
 step "in the new kernel"
 must_have barlease-vfio-pci
+must_have barlease-vfio-pci $nic
 no_unit_has_failed
 must_be_up barleased.service
 service_has_card
@@ -18,4 +19,8 @@ barleased drain
 leases
 systemctl disable --now "barlease-bind@$card.service"
 must_have none
+
+step "not bound at the next boot"
+barlease device unbind --persist $nic
+must_have igb $nic
 step done

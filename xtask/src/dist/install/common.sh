@@ -6,6 +6,8 @@
 set -eu
 export DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
 card=0000:01:00.0
+# A network adapter, which has a driver of its own.
+nic=0000:03:00.0
 release=$(uname -r)
 kept=/var/lib/verify
 mkdir -p $kept
@@ -38,9 +40,13 @@ must_be_installed() {
     fail "DKMS has not installed $1 for $2"
 }
 
-driver() { basename "$(readlink /sys/bus/pci/devices/$card/driver || echo none)"; }
+driver() { basename "$(readlink "/sys/bus/pci/devices/$1/driver" || echo none)"; }
 
-must_have() { [ "$(driver)" = "$1" ] || fail "$card has the driver $(driver), not $1"; }
+# The driver of a device: must_have DRIVER [DEVICE].
+must_have() {
+    set -- "$1" "${2:-$card}"
+    [ "$(driver "$2")" = "$1" ] || fail "$2 has the driver $(driver "$2"), not $1"
+}
 
 # A lease to another user, and its end from another shell.
 leases() {

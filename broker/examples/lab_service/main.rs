@@ -1,8 +1,11 @@
 //! The lab runs this in a guest with systemd as process 1: `barleased` from its units, on the real
 //! kernel and device, and what happens to it. The rows are those of docs/service.md.
 //!
-//! `lab_service BDF FILES`: the device, which our module is loaded for, and the folder of
-//! `dist/systemd` with the program. It changes the system that it runs on.
+//! `lab_service BDF FILES [containers|run WORD...]`: the device, which our module is loaded for, and
+//! the folder of `dist/systemd` with the program. It changes the system that it runs on. What
+//! happens to a service; or containers; or it is there, and a command is run.
+
+mod containers;
 
 use std::fs;
 use std::path::Path;
@@ -46,20 +49,17 @@ fn main() {
     let lab = Lab { bdf };
     lab.install(Path::new(&files));
     lab.starts_and_is_hardened();
-    lab.any_language();
-    lab.killed();
-    lab.stopped_and_started();
-    lab.killed_at_random();
-    lab.hangs();
-    lab.crashes_and_crashes();
-    lab.broken_policy_at_reload();
-    lab.started_twice();
-    lab.manager_executes_itself();
-    lab.drained();
-    lab.unbound();
-    lab.store_full_or_none();
-    lab.stock_driver();
-    lab.without_module();
+    match args.next().as_deref() {
+        None => lab.happens(),
+        Some("containers") => lab.containers(),
+        Some("run") => {
+            let words: Vec<String> = args.collect();
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            println!("{}", run(&words));
+            return;
+        }
+        Some(other) => panic!("{other}?"),
+    }
     println!("all of it works");
 }
 
@@ -238,24 +238,54 @@ impl Lab {
         run(&["systemctl", "daemon-reload"]);
     }
 
+    /// The rows of docs/service.md.
+    fn happens(&self) {
+        self.any_language();
+        self.metrics();
+        self.killed();
+        self.stopped_and_started();
+        self.killed_at_random();
+        self.hangs();
+        self.crashes_and_crashes();
+        self.broken_policy_at_reload();
+        self.started_twice();
+        self.manager_executes_itself();
+        self.drained();
+        self.unbound();
+        self.store_full_or_none();
+        self.stock_driver();
+        self.without_module();
+    }
+
     fn install(&self, files: &Path) {
-        for (file, place) in [
-            ("barleased", "/usr/sbin/barleased"),
+        let units = "/usr/lib/systemd/system";
+        for (file, folder, name) in [
+            ("barleased", "/usr/sbin", "barleased"),
+            ("barleased.service", units, "barleased.service"),
+            ("barleased.socket", units, "barleased.socket"),
             (
-                "barleased.service",
-                "/usr/lib/systemd/system/barleased.service",
+                "barleased-metrics.socket",
+                units,
+                "barleased-metrics.socket",
+            ),
+            ("barleased-report.socket", units, "barleased-report.socket"),
+            (
+                "barleased.sysusers",
+                "/usr/lib/sysusers.d",
+                "barleased.conf",
             ),
             (
-                "barleased.socket",
-                "/usr/lib/systemd/system/barleased.socket",
+                "barleased.tmpfiles",
+                "/usr/lib/tmpfiles.d",
+                "barleased.conf",
             ),
-            ("barleased.sysusers", "/usr/lib/sysusers.d/barleased.conf"),
-            ("barleased.tmpfiles", "/usr/lib/tmpfiles.d/barleased.conf"),
             (
                 "72-barleased.rules",
-                "/usr/lib/udev/rules.d/72-barleased.rules",
+                "/usr/lib/udev/rules.d",
+                "72-barleased.rules",
             ),
         ] {
+            let place = Path::new(folder).join(name);
             fs::copy(files.join(file), place).unwrap_or_else(|error| panic!("{file}: {error}"));
         }
         fs::create_dir_all("/etc/barlease/policy.d").unwrap();
@@ -411,7 +441,7 @@ impl Lab {
     /// A program that knows nothing of us, which systemd's own client gives a lease to.
     fn any_language(&self) {
         println!("varlinkctl gives a lease to a program");
-        fs::write("/tmp/holder.py", include_str!("holder.py")).unwrap();
+        fs::write("/tmp/holder.py", include_str!("../holder.py")).unwrap();
         let call = r#"{"pool":"rows","size":65536,"access":"read_write","lifetime":"process"}"#;
         let method = "io.barlease.Leases.Acquire";
         let said = run(&[
@@ -427,6 +457,29 @@ impl Lab {
         ]);
         assert!(said.contains("of card: hello"), "{said}");
         until("the lease has ended with the program", || ids().is_empty());
+    }
+
+    /// A scrape over a port, and a report, while leases live on.
+    fn metrics(&self) {
+        println!("metrics, by a port and by systemd-report");
+        let tenant = Tenant::new();
+        let folder = "/etc/systemd/system/barleased-metrics.socket.d";
+        fs::create_dir_all(folder).unwrap();
+        let port = "[Socket]\nListenStream=\nListenStream=127.0.0.1:9464\n";
+        fs::write(format!("{folder}/lab.conf"), port).unwrap();
+        run(&["systemctl", "daemon-reload"]);
+        let sockets = ["barleased-metrics.socket", "barleased-report.socket"];
+        run(&[&["systemctl", "restart", UNIT], &sockets[..]].concat());
+        let scrape = "import urllib.request as http\n\
+                      print(http.urlopen('http://127.0.0.1:9464/metrics').read().decode())";
+        let said = run(&["python3", "-c", scrape]);
+        let one = "barlease_leases{pool=\"rows\",state=\"granted\"} 1";
+        assert!(said.contains(one), "{said}");
+        let report = "PATH=$PATH:/usr/lib/systemd exec systemd-report metrics io.barlease";
+        let said = run(&["sh", "-c", report]);
+        assert!(said.contains("io.barlease.Leases.leases"), "{said}");
+        run(&[&["systemctl", "stop"], &sockets[..]].concat());
+        tenant.gives_back();
     }
 
     fn drained(&self) {
@@ -451,6 +504,9 @@ impl Lab {
         println!("unbound after {:?}", began.elapsed());
         assert!(tenant.is_lost());
         assert_eq!(state(), "absent");
+        run(&["barlease", "device", "bind", &self.bdf]);
+        until("udev has it opened again", || state() == "open");
+        Tenant::new().gives_back();
     }
 
     fn refused(&self, why: &str) {
@@ -492,8 +548,6 @@ impl Lab {
 
     fn store_full_or_none(&self) {
         println!("a store that is full, and none");
-        run(&["barlease", "device", "bind", &self.bdf]);
-        run(&["udevadm", "settle"]);
         let again = |max: u32| {
             run(&["systemctl", "stop", UNIT]);
             run(&["systemctl", "clean", "--what=fdstore", UNIT]);

@@ -1,8 +1,10 @@
 step "the module in the place of vfio-pci"
 must_have none
-modprobe vfio-pci
-[ -e /sys/module/vfio_pci/parameters/msix_export ] || fail "modprobe has loaded the stock module"
+must_have igb $nic
+# Its policy has the device, too.
+systemctl stop barleased.socket barleased.service
 barlease device bind --driver vfio-pci $card
+[ -e /sys/module/vfio_pci/parameters/msix_export ] || fail "the stock module was loaded"
 must_have vfio-pci
 leases
 barlease device unbind $card
@@ -19,6 +21,9 @@ rmmod vfio_pci
 
 step "remove"
 ours=$(dpkg-query -W -f '${Package}\n' '*barlease*')
+# As in docs/install.md.
+apt-get --simulate purge '?installed?name(barlease)' >$kept/said
+for package in $ours; do said "^Purg $package "; done
 # shellcheck disable=SC2086 # names are words
 apt-get remove -q -y $ours >$kept/said 2>&1 || { cat $kept/said; fail "remove"; }
 no_unit_has_failed
