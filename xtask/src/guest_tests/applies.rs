@@ -76,12 +76,69 @@ const fn some_of(
 
 const NO_IMPORTER: &str = "no importer gets a lease";
 
+const NO_ROOM: &str = "the BARs of the lab's devices have no room for so many entries above a page";
+
 const LIST: &[LeftOut] = &[
     all_of(Lack::X86, "nopat", "the page attribute table is x86's"),
     all_of(
         Lack::X86,
         "p2p_route",
         "a second host bridge is found by firmware only, which that machine boots without",
+    ),
+    some_of(
+        Lack::X86,
+        "importer",
+        &["what_does_not_fit_in_one_piece_is_mapped_in_several"],
+        "on that machine the addresses below 4 GiB have room for all of it in one piece",
+    ),
+    some_of(
+        Lack::X86,
+        "importer",
+        &["memory_that_is_not_aligned_takes_as_few_tables_as_memory_that_is"],
+        "the system's count of IOMMU tables was seen to fall while something was mapped",
+    ),
+    some_of(
+        Lack::SmallPages,
+        "revoke",
+        &["status_tells_the_bar"],
+        "a BAR that is smaller than a page cannot be leased",
+    ),
+    some_of(
+        Lack::SmallPages,
+        "revoke",
+        &[
+            "a_buffer_of_another_device_is_enodev_and_unharmed",
+            "bar_mappings_are_untouched",
+            "other_buffers_are_untouched",
+        ],
+        NO_ROOM,
+    ),
+    some_of(
+        Lack::SmallPages,
+        "memory_type",
+        &[
+            "a_fault_brings_in_2_mib_write_combining",
+            "a_mapping_is_uncached_unless_asked",
+            "it_is_write_combining_after_a_page_was_unmapped",
+            "ranges_in_any_order_are_all_write_combining",
+            "write_combining_is_real_from_the_first_fault_on",
+        ],
+        NO_ROOM,
+    ),
+    some_of(
+        Lack::SmallPages,
+        "importer",
+        &["edu_reads_and_writes_"],
+        "edu moves 4 KiB at a time, which is less than a page",
+    ),
+    some_of(
+        Lack::SmallPages,
+        "importer",
+        &[
+            "a_device_without_translation_gets_entries_for_each_run_of_neighbours",
+            "every_page_of_many_ranges_leads_where_it_must",
+        ],
+        "4096 ranges of such pages are more than twice the BAR, which importers are refused",
     ),
     all_of(Lack::PeerToPeer, "importer", NO_IMPORTER),
     all_of(Lack::PeerToPeer, "importer_events", NO_IMPORTER),
