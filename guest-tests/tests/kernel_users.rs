@@ -163,7 +163,7 @@ fn an_importer_of_the_kernel_s_that_cannot_let_go_is_refused() {
 /// The device of vgem, if the kernel has that.
 fn vgem() -> Option<File> {
     let folder = fs::read_dir("/sys/class/drm").ok()?;
-    let cards = folder.filter_map(|entry| Some(entry.ok()?.file_name().into_string().ok()?));
+    let cards = folder.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let mut cards = cards.filter(|name| name.starts_with("card"));
     let name = cards.next()?;
     let open = File::options()

@@ -72,8 +72,8 @@ pub(crate) struct Options {
     /// without a network, and have lintian read all that was made. As root. Takes a while
     #[arg(long, conflicts_with_all = ["list", "verify"])]
     build: bool,
-    /// Of `--verify`, only the installation from this part on, with the disk that a run which failed
-    /// in this part has left
+    /// Of `--verify`, only the installation from this part on, with the disk and the packages that a
+    /// run which failed in this part has left
     #[arg(long, value_name = "PART", requires = "verify")]
     #[arg(value_parser = clap::value_parser!(u8).range(1..=install::PARTS.len() as i64))]
     from: Option<u8>,
@@ -128,7 +128,16 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     };
     let what = &what[..];
     let maker = Maker::new(options.into.clone().unwrap_or_else(folder))?;
-    let built = Built::make(&maker, what, &options.kernel)?;
+    let resumes = options.from.is_some_and(|part| part > 1);
+    let built = Built::make(
+        &maker,
+        if resumes { &[What::Overlay] } else { what },
+        &options.kernel,
+    )?;
+    if resumes {
+        install::run(&maker, &built, options.from.map(usize::from))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut made = Vec::new();
     for thing in all.iter().filter(|thing| what.contains(thing)) {
         let files = built.package(&maker, *thing)?;

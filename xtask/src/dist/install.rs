@@ -35,6 +35,10 @@ use super::{Built, Maker, What, modules, need, output};
 /// The kernel that is installed first. The second is that which the packages are made for.
 const FIRST: &str = "7.2";
 
+/// The disk, and the repositories of the older and the newer version.
+const DISK: &str = "disk.img";
+const REPOSITORIES: [&str; 2] = ["repository-old", "repository-new"];
+
 /// Where a part finds the repository that it takes.
 const REPOSITORY: &str = "/mnt";
 
@@ -195,7 +199,6 @@ pub(super) fn run(maker: &Maker, built: &Built, from: Option<usize>) -> Result<(
         bail!("the packages are made for {FIRST}, and an upgrade needs two kernels: --kernel");
     }
     let folder = maker.out.join("install");
-    let image = folder.join("disk.img");
     // The disk as it was before a part.
     let saved = |part: usize| folder.join(format!("before-{part}.img"));
     let from = from.filter(|part| *part > 1);
@@ -209,40 +212,17 @@ pub(super) fn run(maker: &Maker, built: &Built, from: Option<usize>) -> Result<(
         }
         Some(_) => {}
     }
-    let at = |name: &str, version: String| -> Result<Set> {
-        let out = folder.join(name);
-        fs::create_dir_all(&out).with_context(|| format!("make {}", out.display()))?;
-        let maker = Maker {
-            out,
-            version,
-            ..maker.clone()
-        };
-        Set::make(&maker, built, &before)
+    let (disk, repositories) = match from {
+        None => set_up(maker, built, [&before, next], &folder)?,
+        Some(part) => {
+            let disk = Disk::at(saved(part)).copy_to(folder.join(DISK))?;
+            (
+                disk,
+                REPOSITORIES.map(|name| Repository::at(&folder.join(name))),
+            )
+        }
     };
-    let first = at("old", maker.version.clone())?;
-    let second = at("new", format!("{}+again", maker.version))?;
-
-    let packages: Vec<String> = first
-        .depends()?
-        .into_iter()
-        .chain(HOST.iter().map(|&name| name.to_owned()))
-        .chain(kernel_packages(&before))
-        .collect();
-    let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
-    let root = Root::prepare(&before, &packages)?;
-    let disk = match from {
-        None => root.copy_to(&image)?,
-        Some(part) => Disk::at(saved(part)).copy_to(&image)?,
-    };
-    let kernel = kernel_packages(next);
-    let kernel = root.lacks(&before, &kernel.each_ref().map(String::as_str))?;
-
-    let old = Repository::make(&folder.join("repository-old"), &first.files)?;
-    let files: Vec<_> = second.files.iter().chain(&kernel).cloned().collect();
-    let new = Repository::make(&folder.join("repository-new"), &files)?;
-    new.note("new-version", &second.version)?;
-    new.note("next-release", &next.kernel.release)?;
-    let (kernels, repositories) = ([&before, next], [old, new]);
+    let kernels = [&before, next];
     let nothing = Repository::empty(&folder.join("nothing"))?;
     let key = folder.join("mok.der");
     let mut said = String::new();
@@ -280,6 +260,48 @@ pub(super) fn run(maker: &Maker, built: &Built, from: Option<usize>) -> Result<(
     cache::remove(&folder)
 }
 
+/// The disk, and the packages of two versions, as part 1 finds them. The kernels are the first and
+/// the second.
+fn set_up(
+    maker: &Maker,
+    built: &Built,
+    [before, next]: [&Prepared; 2],
+    folder: &Path,
+) -> Result<(Disk, [Repository; 2])> {
+    let at = |name: &str, version: String| -> Result<Set> {
+        let out = folder.join(name);
+        fs::create_dir_all(&out).with_context(|| format!("make {}", out.display()))?;
+        let maker = Maker {
+            out,
+            version,
+            ..maker.clone()
+        };
+        Set::make(&maker, built, before)
+    };
+    let first = at("old", maker.version.clone())?;
+    let second = at("new", format!("{}+again", maker.version))?;
+
+    let packages: Vec<String> = first
+        .depends()?
+        .into_iter()
+        .chain(HOST.iter().map(|&name| name.to_owned()))
+        .chain(kernel_packages(before))
+        .collect();
+    let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
+    let root = Root::prepare(before, &packages)?;
+    let disk = root.copy_to(folder.join(DISK))?;
+    let kernel = kernel_packages(next);
+    let kernel = root.lacks(before, &kernel.each_ref().map(String::as_str))?;
+
+    let [old, new] = REPOSITORIES.map(|name| folder.join(name));
+    let old = Repository::make(&old, &first.files)?;
+    let files: Vec<_> = second.files.iter().chain(&kernel).cloned().collect();
+    let new = Repository::make(&new, &files)?;
+    new.note("new-version", &second.version)?;
+    new.note("next-release", &next.kernel.release)?;
+    Ok((disk, [old, new]))
+}
+
 fn kernel_packages(prepared: &Prepared) -> [String; 2] {
     let release = &prepared.kernel.release;
     [
@@ -294,6 +316,13 @@ struct Repository {
 }
 
 impl Repository {
+    /// One that was made before.
+    fn at(folder: &Path) -> Self {
+        Self {
+            folder: folder.to_owned(),
+        }
+    }
+
     fn empty(folder: &Path) -> Result<Self> {
         cache::remove(folder)?;
         fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;

@@ -1,5 +1,8 @@
 step "in the new kernel"
 must_have barlease-vfio-pci
+# The rule of udev is in nobody's way while the system starts.
+udevadm settle
+[ "$(driver $nic)" = barlease-vfio-pci ] || journalctl -b --no-pager -u systemd-udevd
 must_have barlease-vfio-pci $nic
 no_unit_has_failed
 must_be_up barleased.service
