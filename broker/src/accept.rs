@@ -102,7 +102,15 @@ impl Server<'_> {
                 return Ok(());
             }
         };
-        let Ok(peer) = peer::of(&socket, claim) else {
+        let peer = peer::of(&socket, claim.clone()).or_else(|_| {
+            // The last descriptor went to the client: its process is asked for with the spare one.
+            self.spare = None;
+            peer::of(&socket, claim)
+        });
+        if self.spare.is_none() {
+            self.spare = self.epoll.try_clone().ok();
+        }
+        let Ok(peer) = peer else {
             return Ok(());
         };
         let most = self.service.core().policy().totals().connections;

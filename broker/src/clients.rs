@@ -85,12 +85,14 @@ impl Server<'_> {
                 self.stalled.insert(id);
                 self.send_again.get_or_insert(Time(now().0 + PAUSE));
             }
-            if (any || !sending)
+            // One that does not read what it has is as deaf as one that takes nothing more.
+            let holds_up = sending || connection.is_deaf();
+            if (any || !holds_up)
                 && let Some(time) = connection.give_up.take()
             {
                 self.give_ups.remove(&(time, id));
             }
-            if sending && connection.give_up.is_none() {
+            if holds_up && connection.give_up.is_none() {
                 let time = Time(now().0 + PATIENCE);
                 connection.give_up = Some(time);
                 self.give_ups.insert((time, id));
@@ -125,7 +127,7 @@ impl Server<'_> {
         };
         let mut flags = EventFlags::RDHUP;
         let sends = connection.is_sending() && !connection.stalled;
-        let is_deaf = connection.busy.is_none() && connection.has_input() && !connection.has_read();
+        let is_deaf = connection.is_deaf();
         flags.set(EventFlags::OUT, sends || is_deaf);
         // There is room to send all the time: each time that the client reads is an edge.
         flags.set(EventFlags::ET, is_deaf);

@@ -272,6 +272,11 @@ impl Connection {
         !self.unread
     }
 
+    /// Whether its next call waits for it to read a descriptor.
+    pub(crate) fn is_deaf(&mut self) -> bool {
+        self.busy.is_none() && self.has_input() && !self.has_read()
+    }
+
     /// Whether its next call is not read before something else has happened.
     pub(crate) fn waits(&self) -> bool {
         self.busy.is_some() || self.is_sending()

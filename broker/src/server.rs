@@ -102,6 +102,8 @@ pub(crate) struct Server<'a> {
     pub(crate) last_source: u64,
     pub(crate) connections: BTreeMap<ConnectionId, Connection>,
     pub(crate) shares: Shares,
+    /// A descriptor that is given up when one is needed for a moment and none is left.
+    pub(crate) spare: Option<OwnedFd>,
     /// Connections, by the process that made them.
     pub(crate) callers: BTreeSet<(ProcessId, ConnectionId)>,
     /// The connection that a request is of.
@@ -166,6 +168,7 @@ impl<'a> Server<'a> {
             last_source: 0,
             connections: BTreeMap::new(),
             shares: Shares::new(),
+            spare: None,
             callers: BTreeSet::new(),
             requests: BTreeMap::new(),
             last_request: 0,

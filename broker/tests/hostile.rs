@@ -428,6 +428,8 @@ fn holder() {
 fn a_process_that_cannot_be_watched_is_not_taken_for_dead() {
     let daemon = Daemon::limited(&policy(RULE), 4, Some(64));
     let mut client = daemon.client();
+    // It has its device by then.
+    client.list(None).unwrap();
     let before = descriptors(&daemon);
     let limit = |most: usize| {
         let most = Some(most as u64);
