@@ -7,10 +7,8 @@ use std::sync::Arc;
 
 use barlease_ledger::core::Event;
 use barlease_ledger::core::Selector;
-use barlease_ledger::policy::Subject;
 use barlease_ledger::types::ConnectionId;
 use barlease_ledger::types::Millis;
-use barlease_ledger::types::Peer;
 use barlease_ledger::types::RequestId;
 use barlease_proto as proto;
 use barlease_proto::Refusal;
@@ -26,28 +24,6 @@ use crate::peer;
 use crate::server::Server;
 use crate::server::Source;
 use crate::server::token;
-
-/// Most connections of a user, or of a claim, that is no administrator.
-const MAX_CONNECTIONS: usize = 256;
-
-/// Most bytes that are kept for a user, or for a claim: of calls that are not there to their end,
-/// and of answers that are not read.
-const MAX_BYTES: usize = 64 << 20;
-
-/// The connections and bytes that a user or a claim has of the daemon.
-#[derive(Debug, Default)]
-pub(crate) struct Share {
-    pub(crate) connections: usize,
-    pub(crate) bytes: usize,
-}
-
-/// As whom a connection counts.
-pub(crate) fn counted_as(peer: &Peer) -> Subject {
-    match &peer.claim {
-        Some(claim) => Subject::Claim(claim.clone()),
-        None => Subject::User(peer.uid),
-    }
-}
 
 impl Server<'_> {
     /// Takes clients, and serves the claims that there are.
@@ -126,15 +102,21 @@ impl Server<'_> {
                 return Ok(());
             }
         };
-        let Ok(peer) = peer::of(&socket, claim) else {
+        let peer = peer::of(&socket, claim.clone()).or_else(|_| {
+            // The last descriptor went to the client: its process is asked for with the spare one.
+            self.spare = None;
+            peer::of(&socket, claim)
+        });
+        if self.spare.is_none() {
+            self.spare = self.epoll.try_clone().ok();
+        }
+        let Ok(peer) = peer else {
             return Ok(());
         };
-        let subject = counted_as(&peer);
-        let share = self.subjects.entry(subject).or_default();
-        if share.connections >= MAX_CONNECTIONS && !calls::is_administrator(&peer) {
+        let most = self.service.core().policy().totals().connections;
+        if !self.shares.connect(&peer, most) {
             return Ok(());
         }
-        share.connections += 1;
         // The number that it gets in the epoll.
         let id = ConnectionId(self.last_source + 1);
         let token = token()?;
@@ -142,8 +124,13 @@ impl Server<'_> {
             connection: id,
             peer: peer.clone(),
             token,
+            administrator: calls::is_administrator(&peer),
         };
-        self.listen_to(&socket, Source::Connection(id))?;
+        if let Err(error) = self.listen_to(&socket, Source::Connection(id)) {
+            eprintln!("barleased: a client is turned away: {error}");
+            self.shares.disconnect(&peer, 0, None);
+            return Ok(());
+        }
         if let Some(process) = peer.process {
             self.callers.insert((process, id));
         }
@@ -152,30 +139,27 @@ impl Server<'_> {
         self.service.give(event)
     }
 
+    /// Takes no more clients. The sockets stay open elsewhere, and would be told of as long as
+    /// somebody waits there.
+    pub(crate) fn listen_no_more(&mut self) {
+        let claims = self.claims.iter().flat_map(|claims| claims.listeners());
+        for listener in self.listener.iter().chain(claims) {
+            // It may be paused.
+            let _ = epoll::delete(&self.epoll, listener);
+        }
+        let is_listener = |source: &Source| matches!(source, Source::Listener(_));
+        self.sources.retain(|_, source| !is_listener(source));
+        self.paused.clear();
+        self.listener = None;
+        self.claims = None;
+    }
+
     /// Takes clients again, now that there is a descriptor for one.
     pub(crate) fn listen_again(&mut self) -> io::Result<()> {
         for claim in std::mem::take(&mut self.paused) {
             self.listen_on(claim)?;
         }
         Ok(())
-    }
-
-    /// Counts the bytes that are kept for a connection; `false`: its user has too many.
-    pub(crate) fn weigh(&mut self, id: ConnectionId) -> bool {
-        let Some(connection) = self.connections.get_mut(&id) else {
-            return true;
-        };
-        let weight = connection.weight();
-        let before = std::mem::replace(&mut connection.counted, weight);
-        if before == weight {
-            return true;
-        }
-        let peer = &connection.peer;
-        let Some(share) = self.subjects.get_mut(&counted_as(peer)) else {
-            return true;
-        };
-        share.bytes = share.bytes - before + weight;
-        share.bytes <= MAX_BYTES || weight <= before || calls::is_administrator(peer)
     }
 
     /// Makes the directory of a claim.

@@ -5,11 +5,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use barlease::pci::Pci;
 use barlease_ledger::core::Event;
 use barlease_ledger::core::News;
 use barlease_ledger::core::Reply as CoreReply;
 use barlease_ledger::core::Selector;
-use barlease_ledger::policy::Match;
 use barlease_ledger::policy::OwnerDies;
 use barlease_ledger::types::ConnectionId;
 use barlease_ledger::types::LeaseId;
@@ -29,7 +29,9 @@ use serde_json::json;
 use crate::connection::Asked;
 use crate::connection::Busy;
 use crate::connection::Listing;
+use crate::connection::Next;
 use crate::device::Device;
+use crate::find;
 use crate::records;
 use crate::recovery::Owner;
 use crate::server::Server;
@@ -288,9 +290,9 @@ impl Server<'_> {
                 self.requests.remove(&request);
                 let usage = list.usage.unwrap_or(false);
                 let listing = Listing {
-                    after: LeaseId(0),
+                    next: Next::Leases(LeaseId(0)),
                     pool: list.pool,
-                    usage: usage.then(|| self.service.usage().into()),
+                    usage: usage.then(|| self.service.usage()),
                 };
                 self.is_at(id, Busy::List(listing));
             }
@@ -327,7 +329,12 @@ impl Server<'_> {
             }
             "Devices" => {
                 let devices = self.device_list();
-                return Ok(Then::Answer(json!(proto::DeviceList { devices })));
+                let policy_errors = self.written.errors.clone();
+                let list = proto::DeviceList {
+                    devices,
+                    policy_errors: Some(policy_errors).filter(|errors| !errors.is_empty()),
+                };
+                return Ok(Then::Answer(json!(list)));
             }
             "Token" => {
                 let connection = self.connections.get(&id);
@@ -447,10 +454,10 @@ impl Server<'_> {
             .ok_or_else(|| invalid(format!("no descriptor {place} came with the call")))?;
         let device = barlease::Device::from_fd(file).and_then(Device::new);
         let device = device.map_err(|error| invalid(error.report().to_string()))?;
-        let address = device.address().to_string();
-        if matches!(&wanted.matches, Match::Address(wanted) if *wanted != address) {
-            return Err(invalid(format!("{name} is another one than {address}")));
-        }
+        find::is(&Pci::system(), &wanted, &device).map_err(|why| {
+            let address = device.address();
+            invalid(format!("{name} is another one than {address}: {why}"))
+        })?;
         let owner = match (wanted.owner_dies, peer.process) {
             (OwnerDies::Keep, _) => None,
             (OwnerDies::Revoke, Some(process)) => Some(Owner {

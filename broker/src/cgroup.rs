@@ -118,17 +118,27 @@ impl Cgroups {
         self.inotify.as_ref().map(AsFd::as_fd)
     }
 
-    /// Watches a group. `NotFound`, too, if it is empty, or another group has its path by now.
+    /// Watches a group. `NotFound`, too, if it is empty, or another group has its path by now. Other
+    /// errors do not say that it is gone.
     pub(crate) fn watch(&mut self, id: CgroupId, path: &str) -> io::Result<()> {
         let gone = || io::Error::from(io::ErrorKind::NotFound);
         let directory = directory(path).ok_or_else(gone)?;
         let parent = directory.parent().ok_or_else(gone)?;
         let file = directory.join(EVENTS);
         let inotify = self.inotify.as_ref().ok_or_else(gone)?;
-        let numbers = [
-            inotify::add_watch(inotify, file, WatchFlags::MODIFY)?,
-            inotify::add_watch(inotify, parent, WatchFlags::DELETE | WatchFlags::ONLYDIR)?,
-        ];
+        let numbers = inotify::add_watch(inotify, file, WatchFlags::MODIFY).and_then(|number| {
+            let flags = WatchFlags::DELETE | WatchFlags::ONLYDIR;
+            Ok([number, inotify::add_watch(inotify, parent, flags)?])
+        });
+        let numbers = match numbers {
+            Ok(numbers) => numbers,
+            Err(error) => {
+                // Where no more can be watched, it is at least looked at.
+                let numbers = [-1, -1];
+                let is_over = Watched { directory, numbers }.is_over(id);
+                return Err(if is_over { gone() } else { error.into() });
+            }
+        };
         for number in numbers {
             self.groups.entry(number).or_default().insert(id);
         }

@@ -72,6 +72,10 @@ impl Claims {
         self.open.keys()
     }
 
+    pub(crate) fn listeners(&self) -> impl Iterator<Item = &UnixListener> {
+        self.open.values()
+    }
+
     pub(crate) fn listener(&self, name: &str) -> Option<&UnixListener> {
         self.open.get(name)
     }
@@ -143,6 +147,62 @@ mod tests {
         ] {
             assert!(!is_name(bad), "{bad}");
         }
+    }
+
+    /// A container may write to the folder of its claim.
+    #[test]
+    fn what_a_container_puts_into_its_folder_harms_nobody_else() {
+        let place = tempfile::tempdir().unwrap();
+        let mut claims = Claims::in_directory(place.path()).unwrap();
+        for name in ["link", "folder", "good"] {
+            assert!(claims.open(name).unwrap());
+        }
+        let victim = place.path().join("victim");
+        fs::write(&victim, "as it was").unwrap();
+        fs::set_permissions(&victim, Permissions::from_mode(0o600)).unwrap();
+        let link = claims.directory_of("link").join(SOCKET);
+        fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink(&victim, &link).unwrap();
+        let folder = claims.directory_of("folder").join(SOCKET);
+        fs::remove_file(&folder).unwrap();
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("full"), "").unwrap();
+        drop(claims);
+        let mut next = Claims::in_directory(place.path()).unwrap();
+        // The link is replaced, and what it leads to is not touched.
+        UnixStream::connect(&link).unwrap();
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "as it was");
+        let mode = fs::metadata(&victim).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        // One has no socket any more; the others have theirs.
+        assert!(next.listener("folder").is_none() && next.listener("good").is_some());
+        assert!(next.open("folder").is_err());
+        assert!(next.end("link").is_some());
+        assert!(victim.exists());
+    }
+
+    /// What has the folder mounted still sees it, and may put the socket's name there again.
+    #[test]
+    fn a_claim_that_has_ended_does_not_come_back() {
+        let place = tempfile::tempdir().unwrap();
+        let mut claims = Claims::in_directory(place.path()).unwrap();
+        claims.open("one").unwrap();
+        let folder = claims.directory_of("one");
+        let mounted = fs::File::open(&folder).unwrap();
+        let inside = std::path::PathBuf::from(format!(
+            "/proc/self/fd/{}",
+            std::os::fd::AsRawFd::as_raw_fd(&mounted)
+        ));
+        claims.end("one").unwrap();
+        // In a folder that is removed nothing can be made.
+        assert!(UnixListener::bind(inside.join(SOCKET)).is_err());
+        // One that could not be removed has a name that no daemon takes for a claim.
+        claims.open("two").unwrap();
+        let kept = place.path().join("claims").join(".ended-two-7");
+        fs::rename(claims.directory_of("two"), &kept).unwrap();
+        drop(claims);
+        let next = Claims::in_directory(place.path()).unwrap();
+        assert_eq!(next.names().count(), 0);
     }
 
     #[test]

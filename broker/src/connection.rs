@@ -6,6 +6,7 @@ use std::io;
 use std::io::IoSlice;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -30,6 +31,7 @@ use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
 
 use crate::calls;
+use crate::unread;
 
 /// Bytes that wait to be sent, above which a client that is told news is given up.
 const MAX_UNSENT: usize = MAX_MESSAGE;
@@ -53,19 +55,28 @@ pub(crate) enum Busy {
     Call { oneway: bool },
     /// News, until the connection ends.
     Watch,
-    /// The leases after this one.
+    /// Leases and requests in line.
     List(Listing),
 }
 
 /// A List that is being answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Listing {
-    /// The last lease that was told.
-    pub(crate) after: LeaseId,
+    /// What comes next.
+    pub(crate) next: Next,
     /// Of this pool only.
     pub(crate) pool: Option<String>,
     /// How leases are used, if that was asked for.
     pub(crate) usage: Option<Arc<BTreeMap<BufferId, Usage>>>,
+}
+
+/// The part of a List that is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Leases after this one, and all requests in line.
+    Leases(LeaseId),
+    /// Requests in line after this place.
+    Waiters((usize, RequestId)),
 }
 
 /// The object of an Acquire that is not answered.
@@ -98,6 +109,10 @@ pub(crate) struct Connection {
     /// Bytes of the first of them that are sent.
     sent: usize,
     unsent: usize,
+    /// Whether a descriptor was sent, and may not be read yet.
+    unread: bool,
+    /// Whether the kernel has no room for what is to be sent, so that it is tried again later.
+    pub(crate) stalled: bool,
     /// What [`Connection::weight`] was when it was counted.
     pub(crate) counted: usize,
     /// The events that the epoll has for it.
@@ -121,6 +136,8 @@ impl Connection {
             output: VecDeque::new(),
             sent: 0,
             unsent: 0,
+            unread: false,
+            stalled: false,
             counted: 0,
             armed: EventFlags::IN | EventFlags::RDHUP,
             give_up: None,
@@ -212,6 +229,7 @@ impl Connection {
     /// Sends what the socket takes, and says whether that was anything.
     pub(crate) fn send(&mut self) -> io::Result<bool> {
         let mut any = false;
+        self.stalled = false;
         while let Some(first) = self.output.front_mut() {
             let fds: Vec<BorrowedFd<'_>> = match &first.lease {
                 Some((_, fd)) if self.sent == 0 => vec![fd.as_fd()],
@@ -227,11 +245,17 @@ impl Connection {
             match rustix::net::sendmsg(&self.socket, &parts, &mut control, flags) {
                 Ok(sent) => {
                     any = true;
+                    self.unread |= !fds.is_empty();
                     self.sent += sent;
                     self.unsent -= sent;
                 }
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => break,
+                // Descriptors of others are on their way, or memory is short.
+                Err(Errno::TOOMANYREFS | Errno::NOBUFS | Errno::NOMEM) => {
+                    self.stalled = true;
+                    break;
+                }
                 Err(errno) => return Err(errno.into()),
             }
             if self.sent == first.bytes.len() {
@@ -240,6 +264,32 @@ impl Connection {
             }
         }
         Ok(any)
+    }
+
+    /// Whether the client has read all descriptors that it was sent.
+    pub(crate) fn has_read(&mut self) -> bool {
+        self.unread = self.unread && unread::is_there(&self.socket);
+        !self.unread
+    }
+
+    /// Whether its next call waits for it to read a descriptor.
+    pub(crate) fn is_deaf(&mut self) -> bool {
+        self.busy.is_none() && self.has_input() && !self.has_read()
+    }
+
+    /// Whether its next call is not read before something else has happened.
+    pub(crate) fn waits(&self) -> bool {
+        self.busy.is_some() || self.is_sending()
+    }
+
+    /// The socket, if a descriptor is left to read at its other end.
+    pub(crate) fn into_unread(mut self) -> Option<UnixStream> {
+        if self.has_read() {
+            return None;
+        }
+        // It finds out that this is the end.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        Some(self.socket)
     }
 
     /// Whether anything is left to send.

@@ -108,6 +108,25 @@ impl Device {
         self.device.bdf()
     }
 
+    /// Its vendor and device.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library.
+    pub fn ids(&self) -> barlease::Result<(u16, u16)> {
+        let identity = self.device.config()?.identity()?;
+        Ok((identity.vendor, identity.device))
+    }
+
+    /// Its serial number, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library.
+    pub fn serial_number(&self) -> barlease::Result<Option<u64>> {
+        self.device.config()?.serial_number()
+    }
+
     /// Its BARs, and what of them is never leased.
     ///
     /// # Errors

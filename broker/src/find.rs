@@ -1,5 +1,7 @@
 //! The device that a policy means, among those of the machine.
 
+use std::fmt::Display;
+
 use barlease::Bdf;
 use barlease::OpenOptions;
 use barlease::pci::Pci;
@@ -7,6 +9,8 @@ use barlease::pci::PciDevice;
 use barlease_ledger::policy;
 use barlease_ledger::policy::Match;
 use barlease_ledger::policy::Serial;
+
+use crate::device::Device;
 
 /// Finds the one device that a policy means.
 pub(crate) fn find(pci: &Pci, wanted: &policy::Device) -> Result<Bdf, String> {
@@ -58,6 +62,47 @@ fn candidates(pci: &Pci, matches: &Match) -> Result<Vec<PciDevice>, String> {
             all => Ok(all),
         },
         Match::Serial(serial) => with_serial(pci, *serial),
+    }
+}
+
+/// Whether an open device is the one that a policy means; `Err` says why it is not, or is not known
+/// to be. The device itself is asked, wherever it can say.
+pub(crate) fn is(pci: &Pci, wanted: &policy::Device, device: &Device) -> Result<(), String> {
+    let bdf = device.address();
+    let report = |error: barlease::Error| error.report().to_string();
+    let differs = |is: &dyn Display, wanted: &dyn Display| {
+        Err(format!("it is {is}, and the policy says {wanted}"))
+    };
+    match &wanted.matches {
+        Match::Address(address) if *address != bdf.to_string() => {
+            return differs(&bdf, address);
+        }
+        Match::Ids(vendor, id) => {
+            let (is_vendor, is_id) = device.ids().map_err(report)?;
+            if (is_vendor, is_id) != (*vendor, *id) {
+                let is = format!("{is_vendor:04x}:{is_id:04x}");
+                return differs(&is, &format!("{vendor:04x}:{id:04x}"));
+            }
+        }
+        Match::Serial(serial) => {
+            let is = device.serial_number().map_err(report)?.map(Serial);
+            if is != Some(*serial) {
+                let is = is.map_or("without a serial number".to_owned(), |is| is.to_string());
+                return differs(&is, serial);
+            }
+        }
+        Match::Slot(slot) if !pci.slot(slot).iter().any(|one| one.bdf == bdf) => {
+            return Err(format!("it is not in slot {slot}"));
+        }
+        Match::Address(_) | Match::Slot(_) => {}
+    }
+    let Some(driver) = &wanted.driver else {
+        return Ok(());
+    };
+    let bound = pci.device(bdf).map_err(report)?.driver;
+    match bound.as_ref() == Some(driver) {
+        true => Ok(()),
+        false => differs(&bound.as_deref().unwrap_or("bound to nothing"), driver),
     }
 }
 

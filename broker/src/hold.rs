@@ -4,15 +4,15 @@
 use std::io;
 use std::sync::Arc;
 
-use barlease::EventFd;
-use rustix::event::epoll;
-
+use crate::calls;
 use crate::device::Device;
-use crate::peer;
+use crate::records;
 use crate::recovery;
 use crate::recovery::Owner;
 use crate::server::Server;
 use crate::server::Source;
+use barlease::EventFd;
+use barlease_ledger::core::Event;
 
 impl Server<'_> {
     /// Has a device, and leaves it with the manager. It is not had if that is not possible: its
@@ -53,33 +53,73 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Tells the manager how things are, with a remark.
-    pub(crate) fn tell_status(&self, remark: &str) {
+    /// Opens those devices of the policy that are not open.
+    pub(crate) fn open_devices(&mut self) -> io::Result<()> {
+        for wanted in self.service.core().policy().devices().to_vec() {
+            let name = &wanted.name;
+            if self.service.device(name).is_some() || self.closing.contains(name) {
+                continue;
+            }
+            let opened = (self.opener)(&wanted)
+                .and_then(|device| Device::new(device).map_err(|e| e.report().to_string()));
+            let taken = match opened {
+                Ok(device) => self.take(name, device, None)?,
+                Err(error) => Err(error),
+            };
+            match taken {
+                Ok(()) => self.record(records::device_opened(name))?,
+                Err(error) => self.record(records::device_absent(name, &error))?,
+            }
+        }
+        self.tell_status();
+        Ok(())
+    }
+
+    /// Reclaims all leases of a device, and closes it after that.
+    pub(crate) fn let_go(&mut self, name: &Arc<str>, grace: Option<u64>) -> io::Result<()> {
+        self.going.insert(name.clone());
+        self.service.give(Event::DeviceGoing {
+            device: name.clone(),
+            grace: grace.map(barlease_ledger::types::Millis),
+        })?;
+        self.service.cancel_scrubs(name);
+        Ok(())
+    }
+
+    pub(crate) fn device_closed(&mut self, name: &Arc<str>) -> io::Result<()> {
+        self.closing.remove(name);
+        self.going.remove(name);
+        self.record(records::device_closed(name))?;
+        self.service.give(Event::DeviceClosed(name.clone()))?;
+        for (_, devices) in &mut self.drains {
+            devices.remove(name);
+        }
+        let (done, rest) = std::mem::take(&mut self.drains)
+            .into_iter()
+            .partition(|(_, devices)| devices.is_empty());
+        self.drains = rest;
+        for (request, _) in done {
+            self.answer(request, calls::done(), None)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the manager how things are.
+    pub(crate) fn tell_status(&self) {
         let devices = self.service.devices().len();
         let kept = match self.manager.stores() {
             true => "leases outlive a restart",
             false => "not restartable: nothing keeps descriptors",
         };
         let plural = if devices == 1 { "" } else { "s" };
-        self.manager
-            .tell(&format!("STATUS={devices} device{plural}, {kept}{remark}"));
-    }
-
-    /// Watches the process that has handed a device over.
-    pub(crate) fn watch_owner(&mut self, name: &Arc<str>, owner: Owner) -> io::Result<()> {
-        let Some(process) = peer::open(owner.pid, owner.process) else {
-            return self.owner_gone(name);
+        let policy = match self.written.errors.first() {
+            Some(error) => {
+                format!("; the policy's files are wrong ({error}): an older one is in force")
+            }
+            None => String::new(),
         };
-        let number = self.listen_to(&process, Source::Owner(name.clone()))?;
-        self.owners.insert(name.clone(), (number, process, owner));
-        Ok(())
-    }
-
-    pub(crate) fn unwatch_owner(&mut self, name: &str) -> Option<Owner> {
-        let (number, process, owner) = self.owners.remove(name)?;
-        self.sources.remove(&number);
-        let _ = epoll::delete(&self.epoll, &process);
-        Some(owner)
+        self.manager
+            .tell(&format!("STATUS={devices} device{plural}, {kept}{policy}"));
     }
 
     /// The process that has handed a device over has died.

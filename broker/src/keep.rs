@@ -71,6 +71,8 @@ pub struct Keeper<'a> {
     pub pause: (Duration, Duration),
     /// A child that has not said anything for so long is hung.
     pub watchdog: Duration,
+    /// What is stored by names that begin with this is not kept: tests have an older daemon by it.
+    pub forgets: Option<String>,
     /// What the child has said since it was started.
     ready: bool,
     heard: Instant,
@@ -118,6 +120,7 @@ impl<'a> Keeper<'a> {
             kept: BTreeMap::new(),
             signals: crate::signals()?,
             watchdog: WATCHDOG,
+            forgets: None,
             pause: (Duration::from_millis(20), Duration::from_secs(10)),
             ready: false,
             heard: Instant::now(),
@@ -233,6 +236,10 @@ impl<'a> Keeper<'a> {
             self.kept.remove(name);
         } else if value("FDSTORE") == Some("1")
             && self.kept.len() < LIMIT
+            && !self
+                .forgets
+                .as_ref()
+                .is_some_and(|begin| name.starts_with(&**begin))
             && let Some(fd) = fds.pop()
         {
             self.kept.insert(name.to_owned(), fd);

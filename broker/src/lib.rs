@@ -6,6 +6,10 @@
 //! |---|---|
 //! | `server` | the loop: sockets, signals, devices, processes and time |
 //! | `accept` | clients come |
+//! | `clients` | clients are served in turns, answered, and given up |
+//! | `shares` | what tenants have of the daemon itself |
+//! | `unread` | whether a client has read what it was sent |
+//! | `watched` | processes and control groups that leases live by |
 //! | `calls` | the methods of the interface |
 //! | `claims` | a directory with a socket for each claim |
 //! | `cgroup` | control groups, and their ends |
@@ -19,7 +23,7 @@
 //! | `find` | the device that a policy means |
 //! | `scrub` | clearing, beside the loop |
 //! | `finished` | what was done beside the loop |
-//! | [`policy`] | the policy's files |
+//! | `policy` | the policy's files, and the policy that was in force last |
 //! | `hold` | devices: listened to, left with the manager, let go |
 //! | `recovery` | what an earlier daemon has left |
 //! | `manager` | what systemd is told, and keeps |
@@ -27,12 +31,11 @@
 //! | [`store`] | the file of the ledger: append, compact, read back after a kill |
 //! | [`words`] | the words of the protocol and those of the core |
 
-#![forbid(unsafe_code)]
-
 mod accept;
 mod calls;
 mod cgroup;
 mod claims;
+mod clients;
 mod connection;
 pub mod device;
 mod find;
@@ -42,15 +45,18 @@ pub mod keep;
 mod manager;
 mod metrics;
 mod peer;
-pub mod policy;
+mod policy;
 mod questions;
 mod records;
 mod recovery;
 mod scrub;
 mod server;
 mod service;
+mod shares;
 mod socket;
 pub mod store;
+mod unread;
+mod watched;
 pub mod words;
 
 use std::ffi::OsString;
@@ -273,8 +279,6 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
     let claims = Claims::in_directory(directory)
         .inspect_err(|error| eprintln!("barleased: there will be no claims: {error}"))
         .ok();
-    let policy = policy::read(&options.policy)
-        .map_err(|errors| io::Error::other(format!("the policy: {}", errors.join("\n"))))?;
     let mut manager = Manager::of_environment()?;
     if options.at_stop == Some(AtStop::Keep) && !manager.stores() {
         let error = "--at-stop keep: nothing here stores descriptors (systemd with \
@@ -285,7 +289,8 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
         true => keep::receive()?,
         false => surroundings.passed,
     };
-    let left = Left::take(passed, &mut manager)?;
+    let mut left = Left::take(passed, &mut manager)?;
+    let (policy, written) = policy::begin(options.policy, &mut left)?;
     let again = left
         .listener
         .and_then(|(listener, activated)| match activated {
@@ -336,7 +341,7 @@ fn serve(options: Options, surroundings: Surroundings<'_>) -> io::Result<()> {
         finished.clone(),
     )?;
     let mut server = Server::new(
-        options.policy,
+        written,
         service,
         surroundings.opener,
         signals,

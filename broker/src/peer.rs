@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use barlease_ledger::types::Peer;
 use barlease_ledger::types::ProcessId;
+use nix::errno::Errno;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::sockopt::PeerPidfd;
@@ -25,8 +26,13 @@ pub(crate) fn of(socket: &UnixStream, claim: Option<Arc<str>>) -> nix::Result<Pe
     let credentials = getsockopt(socket, PeerCredentials)?;
     // 0: a process that has no number here.
     let pid = u32::try_from(credentials.pid()).unwrap_or(0);
-    // Not from kernels before 6.5.
-    let process = getsockopt(socket, PeerPidfd).ok().filter(|_| pid != 0);
+    let process = match getsockopt(socket, PeerPidfd) {
+        Ok(process) => Some(process).filter(|_| pid != 0),
+        // Another than it is, it would have the rights of another.
+        Err(error @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) => return Err(error),
+        // Not from kernels before 6.5; not of a process that is gone.
+        Err(_) => None,
+    };
     let mut peer = Peer {
         uid: credentials.uid(),
         gid: credentials.gid(),
@@ -56,10 +62,21 @@ pub(crate) fn of(socket: &UnixStream, claim: Option<Arc<str>>) -> nix::Result<Pe
 
 /// The pidfd of a process of that number, if it is still the process of that id. None is kept for
 /// each connection: there may be many.
-pub(crate) fn open(pid: u32, process: ProcessId) -> Option<OwnedFd> {
-    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
-    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
-    (id(&pidfd) == Some(process)).then_some(pidfd)
+///
+/// # Errors
+///
+/// Descriptors or memory are short: nothing is known of the process.
+pub(crate) fn open(pid: u32, process: ProcessId) -> rustix::io::Result<Option<OwnedFd>> {
+    use rustix::io::Errno;
+    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
+        return Ok(None);
+    };
+    match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => Ok(Some(pidfd).filter(|pidfd| id(pidfd) == Some(process))),
+        // The number is that of no process, or of a thread by now.
+        Err(Errno::SRCH | Errno::INVAL) => Ok(None),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// The number of a process that is unique until the next boot: of kernels from 6.9 on, where all
@@ -124,11 +141,12 @@ mod tests {
         assert_eq!(peer.uid, rustix::process::getuid().as_raw());
         // Of kernels from 6.9 on.
         if let Some(process) = peer.process {
-            assert!(is_running(&open(peer.pid, process).unwrap()));
+            assert!(is_running(&open(peer.pid, process).unwrap().unwrap()));
             // The number is another process's.
-            assert!(open(peer.pid, ProcessId(process.0 + 1)).is_none());
-            assert!(open(0, process).is_none());
-            assert!(open(u32::MAX, process).is_none());
+            let other = ProcessId(process.0 + 1);
+            for (pid, process) in [(peer.pid, other), (0, process), (u32::MAX, process)] {
+                assert!(open(pid, process).unwrap().is_none());
+            }
         }
     }
 

@@ -10,7 +10,9 @@ use barlease_ledger::policy::Match;
 use barlease_ledger::policy::Outcome;
 use barlease_ledger::types;
 use barlease_ledger::types::ConnectionId;
+use barlease_ledger::types::LeaseId;
 use barlease_ledger::types::Peer;
+use barlease_ledger::types::RequestId;
 use barlease_ledger::types::Time;
 use barlease_ledger::types::What;
 use barlease_proto as proto;
@@ -26,69 +28,112 @@ use crate::calls::Then;
 use crate::calls::is_administrator;
 use crate::calls::message;
 use crate::connection::Busy;
-use crate::connection::Listing;
+use crate::connection::Next;
 use crate::server::Server;
 use crate::words;
 
-/// Leases of a List that are written at a time.
-const LISTED: usize = 256;
+/// Leases and requests that are looked at for a List at a time.
+const LOOKED: usize = 4096;
+/// Bytes of it that are written at a time, and the rest of the message that is the last.
+const WRITTEN: usize = 64 << 10;
+
+/// A part of a List.
+struct Part {
+    messages: Vec<Vec<u8>>,
+    bytes: usize,
+    looked: usize,
+    /// The last lease that was looked at.
+    last: LeaseId,
+}
+
+impl Default for Part {
+    fn default() -> Self {
+        Self {
+            messages: Vec::new(),
+            bytes: 0,
+            looked: 0,
+            last: LeaseId(0),
+        }
+    }
+}
+
+impl Part {
+    fn is_full(&self) -> bool {
+        self.looked >= LOOKED || self.bytes >= WRITTEN
+    }
+
+    fn add(
+        &mut self,
+        lease: Option<proto::LeaseInfo>,
+        waiter: Option<proto::Waiter>,
+        continues: bool,
+    ) {
+        let message = message(&proto::Listed { lease, waiter }, continues);
+        self.bytes += message.len();
+        self.messages.push(message);
+    }
+}
 
 impl Server<'_> {
-    /// Writes the next leases of a List: so many at a time that a client that reads slowly costs
-    /// no memory.
+    /// Writes the next part of a List: so much at a time that a client that reads slowly costs no
+    /// memory, and looks at so much that one who has little of much holds nobody up.
     pub(crate) fn list_on(&mut self, id: ConnectionId) -> io::Result<()> {
         let Some(connection) = self.connections.get(&id) else {
             return Ok(());
         };
-        let Some(Busy::List(listing)) = connection.busy.clone() else {
+        let Some(Busy::List(mut listing)) = connection.busy.clone() else {
             return Ok(());
         };
         let peer = &connection.peer;
         let admin = is_administrator(peer);
-        let shown = |pool: &str, of: &Peer| {
-            listing.pool.as_ref().is_none_or(|wanted| wanted == pool) && (admin || peer.is_as(of))
-        };
+        let is_meant = |pool: &str| listing.pool.as_ref().is_none_or(|wanted| wanted == pool);
         let core = self.service.core();
-        let leases = core
-            .leases_after(listing.after)
-            .filter(|lease| shown(lease.pool, lease.peer));
-        let mut last = None;
-        let mut messages = Vec::new();
-        for lease in leases.take(LISTED) {
-            last = Some(lease.lease);
-            let usage = listing.usage.as_ref();
-            let usage = usage.and_then(|usage| usage.get(&lease.state.buffer()?).cloned());
-            let listed = proto::Listed {
-                lease: Some(info(&lease, usage)),
-                waiter: None,
+        let mut part = Part::default();
+        if let Next::Leases(after) = listing.next {
+            let all: &mut dyn Iterator<Item = LeaseView<'_>> = match admin {
+                true => &mut core.leases_after(after),
+                false => &mut core.own_leases_after(peer, after),
             };
-            messages.push(message(&listed, true));
-        }
-        let busy = match last {
-            Some(after) => Some(Busy::List(Listing { after, ..listing })),
-            None => {
-                let waiters = core
-                    .waiters()
-                    .filter(|waiter| shown(waiter.pool, waiter.peer));
-                for waiter in waiters {
-                    let listed = proto::Listed {
-                        lease: None,
-                        waiter: Some(in_line(&waiter)),
-                    };
-                    messages.push(message(&listed, true));
+            let mut next = Next::Waiters((0, RequestId(0)));
+            for lease in all {
+                if part.is_full() {
+                    next = Next::Leases(part.last);
+                    break;
                 }
-                let end = proto::Listed {
-                    lease: None,
-                    waiter: None,
-                };
-                messages.push(message(&end, false));
-                None
+                part.looked += 1;
+                part.last = lease.lease;
+                if is_meant(lease.pool) {
+                    let usage = listing.usage.as_ref();
+                    let usage = usage.and_then(|usage| usage.get(&lease.state.buffer()?).cloned());
+                    part.add(Some(info(&lease, usage)), None, true);
+                }
             }
-        };
-        if let Some(connection) = self.connections.get_mut(&id) {
-            connection.busy = busy;
+            listing.next = next;
         }
-        for message in messages {
+        let mut is_over = false;
+        if let Next::Waiters(after) = listing.next {
+            let mut place = after;
+            is_over = true;
+            for waiter in core.waiters_after(after) {
+                if part.is_full() {
+                    is_over = false;
+                    break;
+                }
+                part.looked += 1;
+                place = waiter.place;
+                if is_meant(waiter.pool) && (admin || peer.is_as(waiter.peer)) {
+                    part.add(None, Some(in_line(&waiter)), true);
+                }
+            }
+            listing.next = Next::Waiters(place);
+        }
+        if is_over {
+            part.add(None, None, false);
+        }
+        if let Some(connection) = self.connections.get_mut(&id) {
+            connection.busy = (!is_over).then_some(Busy::List(listing));
+        }
+        for message in part.messages {
             self.push(id, message, None)?;
         }
         Ok(())

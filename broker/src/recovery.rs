@@ -1,8 +1,9 @@
 //! What an earlier daemon has left: its devices, its ledger, its socket.
 //!
 //! Each is a descriptor that the manager was given to keep, by one name: `ledger`, `listener`,
-//! `device-NAME`, and `adopted-PID.ID-NAME` for a device that a process has handed over. `leases`
-//! is the name of the socket in the manager's own unit; it may have others for metrics.
+//! `policy-0` or `policy-1`, `device-NAME`, and `adopted-PID.ID-NAME` for a device that a process has
+//! handed over. `leases` is the name of the socket in the manager's own unit; it may have others for
+//! metrics.
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -16,6 +17,8 @@ use crate::device::Device;
 use crate::manager::Manager;
 use crate::manager::Passed;
 use crate::metrics::door::Ways;
+use crate::policy;
+use crate::policy::Kept as KeptPolicy;
 use crate::store::Store;
 
 /// The ledger's name.
@@ -51,6 +54,8 @@ pub(crate) struct Left {
     pub(crate) listener: Option<(UnixListener, bool)>,
     /// Sockets for metrics.
     pub(crate) metrics: Ways,
+    /// The policy that was in force last.
+    pub(crate) policy: Option<KeptPolicy>,
 }
 
 /// The name by which a device's descriptor is stored.
@@ -108,6 +113,11 @@ impl Left {
                     }
                     Err(error) => return Err(error),
                 }
+            } else if let Some(place) = policy::place(&name) {
+                match KeptPolicy::read(place, fd) {
+                    Ok(kept) => left.keep_newer(kept, manager),
+                    Err(error) => Some(error.to_string()),
+                }
             } else if let Some((device, owner)) = read_name(&name) {
                 let opened = barlease::Device::from_fd(fd).and_then(Device::new);
                 match opened.and_then(|open| kept(device.into(), owner, open)) {
@@ -129,6 +139,21 @@ impl Left {
             }
         }
         Ok(left)
+    }
+}
+
+impl Left {
+    /// A daemon that was killed while it stored another policy has left two.
+    fn keep_newer(&mut self, kept: KeptPolicy, manager: &mut Manager) -> Option<String> {
+        let (newer, older) = match self.policy.take() {
+            Some(other) if other.time > kept.time => (other, Some(kept)),
+            other => (kept, other),
+        };
+        self.policy = Some(newer);
+        if let Some(older) = older {
+            manager.remove(policy::NAMES[older.place]);
+        }
+        None
     }
 }
 

@@ -103,6 +103,8 @@ pub(crate) struct Service {
     /// Descriptors of leases whose requests are not answered.
     exported: BTreeMap<LeaseId, OwnedFd>,
     timer: Option<Time>,
+    /// How leases were used when it was asked for last, and until when that is enough.
+    usage: Option<(Time, Arc<BTreeMap<BufferId, Usage>>)>,
     effects: VecDeque<Effect>,
     done: Finished,
     /// Numbers of the processes that had leases before the restart.
@@ -154,6 +156,7 @@ impl Service {
             devices,
             exported: BTreeMap::new(),
             timer: None,
+            usage: None,
             effects: VecDeque::new(),
             pids,
             before_action,
@@ -187,6 +190,7 @@ impl Service {
             connection,
             peer: nobody,
             token: 0,
+            administrator: true,
         })?;
         self.give(Event::Watch {
             connection,
@@ -196,11 +200,23 @@ impl Service {
     }
 
     /// How the leases of the open devices are used, as the kernel tells.
-    pub(crate) fn usage(&self) -> BTreeMap<BufferId, Usage> {
+    ///
+    /// It takes as long as there are leases, and so it is asked for again only after a multiple of
+    /// that time, however many want to know.
+    pub(crate) fn usage(&mut self) -> Arc<BTreeMap<BufferId, Usage>> {
+        let began = now();
+        if let Some((until, usage)) = &self.usage
+            && began < *until
+        {
+            return usage.clone();
+        }
         let devices = self.devices.values();
         // What a device that goes away does not tell is not known.
         let listed = devices.filter_map(|open| open.device.usage().ok());
-        listed.flatten().collect()
+        let usage: Arc<BTreeMap<_, _>> = Arc::new(listed.flatten().collect());
+        let took = now().0.saturating_sub(began.0);
+        self.usage = Some((Time(now().0 + took * LIST_SHARE), usage.clone()));
+        usage
     }
 
     pub(crate) fn core(&self) -> &Core {

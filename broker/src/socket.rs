@@ -124,3 +124,24 @@ impl Drop for Socket {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_else_can_open_the_lock_and_so_keep_it() {
+        let place = tempfile::tempdir().unwrap();
+        // As an older daemon has left it.
+        let path = place.path().join("lock");
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        let lock = Lock::take(place.path()).unwrap();
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let second = Lock::take(place.path()).unwrap_err();
+        assert_eq!(second.kind(), io::ErrorKind::AddrInUse);
+        drop(lock);
+        Lock::take(place.path()).unwrap();
+    }
+}

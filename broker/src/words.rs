@@ -108,6 +108,12 @@ pub fn refusal(refusal: ledger::Refusal) -> proto::Refusal {
             timed_out,
         },
         From::QueueFull => To::QueueFull {},
+        From::Total { key, most, have } => To::LimitReached {
+            rule: format!("all tenants together (`{key}` of [tenants] in the policy, {most})"),
+            leases: (key == "max-leases").then_some(most),
+            bytes: None,
+            have,
+        },
         From::NoDevice(device) => To::NoSuchDevice {
             device: device.to_string(),
         },

@@ -21,29 +21,18 @@ use barlease_proto::Refusal;
 use rustix::process::Signal;
 
 use harness::A_WHILE;
+use harness::CARD;
 use harness::Daemon;
 use harness::PAGE;
 use harness::pid;
+use harness::policy;
 use harness::refusal;
 use harness::rows;
 use harness::start;
 use harness::until;
 
 /// Four units, of which one may have three.
-const POLICY: &str = r#"
-[device.card]
-match = "0000:00:01.0"
-
-[pool.rows]
-device = "card"
-bar = 2
-unit = "4K"
-contents = "memory"
-
-[[allow]]
-pools = ["rows"]
-who = { user = "*" }
-access = "read-write"
+const RULE: &str = r#"
 max-bytes = "16K"
 max-leases = 3
 lifetime = ["connection", "process", "holders"]
@@ -58,7 +47,7 @@ fn daemon() {
 }
 
 fn begin() -> Daemon {
-    Daemon::with(POLICY, 4)
+    Daemon::with(&policy(RULE), 4)
 }
 
 /// Not a test: a process that has a lease for as long as it lives, and no connection.
@@ -332,8 +321,7 @@ fn a_policy_that_is_wrong_leaves_the_old_one_in_force() {
     daemon.signal(Signal::HUP);
     daemon.client().acquire(&rows(PAGE)).unwrap();
     // Now to one that allows nothing.
-    let (nothing, _) = POLICY.split_once("[[allow]]").unwrap();
-    fs::write(&file, nothing).unwrap();
+    fs::write(&file, CARD).unwrap();
     daemon.signal(Signal::HUP);
     until("the new policy is in force", || {
         matches!(
@@ -375,4 +363,23 @@ fn the_end_is_told_to_holders() {
         notice.lease == acquired.lease && notice.reason == Some(Reason::DeviceGoing)
     };
     assert!(told.iter().any(is_told), "{told:?}");
+}
+
+#[test]
+fn a_device_that_says_nothing_of_itself_is_not_the_end_of_the_service() {
+    let daemon = begin();
+    let mut client = daemon.client();
+    let drain = proto::Drain {
+        device: None,
+        grace: None,
+    };
+    client.call(&drain).unwrap();
+    let broken = daemon.directory.path().join("broken");
+    fs::write(&broken, "").unwrap();
+    client.call(&proto::Reload {}).unwrap();
+    let state = |client: &mut Client| client.call(&proto::Devices {}).unwrap().devices[0].clone();
+    assert_eq!(state(&mut client).state, "absent");
+    fs::remove_file(&broken).unwrap();
+    client.call(&proto::Reload {}).unwrap();
+    client.acquire(&rows(PAGE)).unwrap();
 }

@@ -22,24 +22,12 @@ use rustix::process::Signal;
 use harness::Daemon;
 use harness::PAGE;
 use harness::client_at;
+use harness::policy;
 use harness::refusal;
 use harness::rows;
 use harness::until;
 
-const POLICY: &str = r#"
-[device.card]
-match = "0000:00:01.0"
-
-[pool.rows]
-device = "card"
-bar = 2
-unit = "4K"
-contents = "memory"
-
-[[allow]]
-pools = ["rows"]
-who = { user = "*" }
-access = "read-write"
+const RULES: &str = r#"
 lifetime = ["connection", "cgroup", "claim"]
 
 [[allow]]
@@ -118,7 +106,7 @@ impl Drop for Group {
 
 #[test]
 fn a_lease_lives_as_long_as_anybody_in_its_control_group() {
-    let daemon = Daemon::with(POLICY, 4);
+    let daemon = Daemon::with(&policy(RULES), 4);
     let Some(group) = Group::new("lives") else {
         // No group but the root: then the refusal says what is missing.
         match refusal(daemon.client().acquire(&by(Lifetime::Cgroup))) {
@@ -150,7 +138,7 @@ fn a_lease_lives_as_long_as_anybody_in_its_control_group() {
 
 #[test]
 fn a_group_that_is_removed_at_once_ends_its_leases() {
-    let daemon = Daemon::with(POLICY, 4);
+    let daemon = Daemon::with(&policy(RULES), 4);
     let Some(group) = Group::new("removed") else {
         return;
     };
@@ -187,7 +175,7 @@ fn end_claim(daemon: &Daemon, claim: &str) -> Result<u64, Error> {
 
 #[test]
 fn a_claim_has_its_leases_until_it_ends() {
-    let daemon = Daemon::with(POLICY, 4);
+    let daemon = Daemon::with(&policy(RULES), 4);
     let socket = open_claim(&daemon, "pod-1");
     assert_eq!(open_claim(&daemon, "pod-1"), socket);
     let mut client = client_at(&socket);
@@ -225,7 +213,7 @@ fn a_claim_has_its_leases_until_it_ends() {
 
 #[test]
 fn a_claim_is_nobody_but_itself() {
-    let daemon = Daemon::with(POLICY, 4);
+    let daemon = Daemon::with(&policy(RULES), 4);
     let one = open_claim(&daemon, "pod-1");
     let (acquired, _fd) = client_at(&one).acquire(&by(Lifetime::Claim)).unwrap();
     let mut other = client_at(&open_claim(&daemon, "pod-2"));
@@ -265,7 +253,7 @@ fn a_claim_is_nobody_but_itself() {
 
 #[test]
 fn the_socket_of_a_claim_is_there_again_after_a_kill() {
-    let mut daemon = Daemon::with(POLICY, 4);
+    let mut daemon = Daemon::with(&policy(RULES), 4);
     let socket = open_claim(&daemon, "pod-1");
     let mut waiting = UnixStream::connect(&socket).unwrap();
     // What a container has is the directory.

@@ -6,13 +6,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::path::PathBuf;
-use std::process::Child;
 use std::process::Command;
 use std::process::ExitCode;
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
-use std::time::Instant;
 
 use barlease::Lease;
 use barlease::State;
@@ -33,36 +31,30 @@ use rustix::fs::OFlags;
 use rustix::process::Pid;
 use rustix::process::Signal;
 
+use harness::A_WHILE;
+use harness::CARD;
+use harness::DIRECTORY;
+use harness::PAGE;
+use harness::Running;
+use harness::directory;
+use harness::policy;
+use harness::refusal;
+use harness::until;
+
+mod harness;
 mod kills;
 
-const PAGE: u64 = 4096;
 /// Units of the pool.
 const UNITS: u64 = 8;
-const POLICY: &str = r#"
-[device.card]
-match = "0000:00:01.0"
-
-[pool.rows]
-device = "card"
-bar = 2
-unit = "4K"
-contents = "memory"
-
-[[allow]]
-pools = ["rows"]
-who = { user = "*" }
-access = "read-write"
+const RULE: &str = r#"
 max-bytes = "24K"
 max-leases = 6
 lifetime = ["connection", "process", "holders", "claim"]
 queue = "30s"
 "#;
 
-/// Long enough for anything on a loaded machine: whoever waits for it has failed.
-const A_WHILE: Duration = Duration::from_secs(60);
 /// In which clients come back.
 const RESUME: Duration = Duration::from_millis(500);
-const DIRECTORY: &str = "BARLEASED_TEST_DIRECTORY";
 /// Where the daemon is killed: before an action of that number, once; or at random.
 const DIE: &str = "BARLEASED_TEST_DIE";
 /// Milliseconds between a child and the next, and until one is taken for hung.
@@ -70,10 +62,8 @@ const PAUSE: &str = "BARLEASED_TEST_PAUSE";
 const WATCHDOG: &str = "BARLEASED_TEST_WATCHDOG";
 /// Milliseconds in which clients come back.
 const COME_BACK: &str = "BARLEASED_TEST_RESUME";
-
-fn directory() -> Option<PathBuf> {
-    std::env::var_os(DIRECTORY).map(PathBuf::from)
-}
+/// Whether the keeper loses the policy that it is given.
+const FORGET: &str = "BARLEASED_TEST_FORGET";
 
 fn milliseconds(name: &str) -> Option<Duration> {
     let text = std::env::var(name).ok()?;
@@ -91,6 +81,7 @@ fn keeper() {
     let mut keeper = Keeper::new(&directory.join("socket"), Box::new(make)).unwrap();
     let pause = milliseconds(PAUSE).unwrap_or(keeper.pause.0);
     keeper.pause = (pause, pause);
+    keeper.forgets = std::env::var_os(FORGET).map(|_| "policy-".to_owned());
     keeper.watchdog = milliseconds(WATCHDOG).unwrap_or(keeper.watchdog);
     let code = keeper.run().unwrap();
     std::process::exit(i32::from(code != ExitCode::SUCCESS));
@@ -120,6 +111,9 @@ fn daemon() {
         socket.as_os_str(),
     ];
     let open = |_: &barlease_ledger::policy::Device| {
+        if directory.join("absent").exists() {
+            return Err("there is none".to_owned());
+        }
         let path = fs::read_link(directory.join("card")).unwrap();
         let fd = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
         barlease::Device::from_fd(fd).map_err(|error| error.to_string())
@@ -159,7 +153,8 @@ fn this(name: &str, directory: &Path) -> Command {
 struct World {
     card: FakeDevice,
     directory: tempfile::TempDir,
-    keeper: Child,
+    /// The daemon ends with it.
+    keeper: Running,
 }
 
 impl World {
@@ -171,7 +166,7 @@ impl World {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
         fs::create_dir(path.join("policy")).unwrap();
-        fs::write(path.join("policy/a.toml"), POLICY).unwrap();
+        fs::write(path.join("policy/a.toml"), policy(RULE)).unwrap();
         let card = FakeDevice::builder().bar(2, UNITS * PAGE);
         let card = card.msi(1).build().unwrap();
         card.serve(path.join("kernel")).unwrap();
@@ -185,6 +180,7 @@ impl World {
             .stderr(fs::File::create(path.join("said")).unwrap())
             .spawn()
             .unwrap();
+        let keeper = Running(keeper);
         let world = Self {
             card,
             directory,
@@ -242,20 +238,9 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // The daemon ends with it.
-        let _ = self.keeper.kill();
-        let _ = self.keeper.wait();
         if thread::panicking() {
             println!("the daemons said: {}", self.said());
         }
-    }
-}
-
-fn until(what: &str, mut so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !so() {
-        assert!(began.elapsed() < A_WHILE, "never: {what}");
-        thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -263,13 +248,6 @@ fn rows(units: u64, lifetime: Lifetime) -> Acquire {
     Acquire {
         lifetime: Some(lifetime),
         ..Acquire::of_pool("rows", units * PAGE, Access::ReadWrite)
-    }
-}
-
-fn refusal<T: std::fmt::Debug>(result: Result<T, Error>) -> Refusal {
-    match result {
-        Err(Error::Refused(refusal)) => *refusal,
-        other => panic!("not refused: {other:?}"),
     }
 }
 
@@ -370,7 +348,7 @@ fn times_and_processes_are_watched_again() {
     );
     until("one is left", || world.alive() == 1);
     // One that ends while no daemon is there, so that the next one finds no process.
-    let stopped = Pid::from_child(&world.keeper);
+    let stopped = Pid::from_child(&world.keeper.0);
     rustix::process::kill_process(stopped, Signal::STOP).unwrap();
     rustix::process::kill_process(world.daemon(), Signal::KILL).unwrap();
     second.kill().unwrap();
@@ -421,10 +399,9 @@ fn a_kill_before_any_action_of_a_grant_loses_nothing() {
 fn the_keeper_hands_signals_on_and_ends_as_its_child_does() {
     let mut world = World::start();
     let (_, _fd) = world.client().acquire(&rows(1, Lifetime::Holders)).unwrap();
-    let keeper = Pid::from_child(&world.keeper);
+    let keeper = Pid::from_child(&world.keeper.0);
     // A policy without rules.
-    let (nothing, _) = POLICY.split_once("[[allow]]").unwrap();
-    fs::write(world.path("policy/a.toml"), nothing).unwrap();
+    fs::write(world.path("policy/a.toml"), CARD).unwrap();
     rustix::process::kill_process(keeper, Signal::HUP).unwrap();
     until("the new policy is in force", || {
         let asked = world.client().acquire(&rows(1, Lifetime::Holders));
@@ -496,18 +473,60 @@ fn leases_are_not_said_to_be_kept_where_nothing_keeps_them() {
     );
 }
 
+/// What is wrong with the policy's files, as the daemon says.
+fn policy_errors(client: &mut Client) -> Option<Vec<String>> {
+    client.call(&proto::Devices {}).unwrap().policy_errors
+}
+
 #[test]
-fn a_broken_policy_at_a_restart_costs_no_lease() {
+fn a_broken_policy_at_a_restart_leaves_the_last_good_one_in_force() {
     let world = World::start();
     let (lease, _fd) = world.client().acquire(&rows(1, Lifetime::Holders)).unwrap();
+    // It is the last one that counts, and a reload that is refused changes nothing.
+    let more = policy(&RULE.replace("max-leases = 6", "max-leases = 2"));
+    fs::write(world.path("policy/a.toml"), more).unwrap();
+    world.client().call(&proto::Reload {}).unwrap();
     fs::write(world.path("policy/a.toml"), "[pool.rows]\ndevice = 7\n").unwrap();
-    rustix::process::kill_process(world.daemon(), Signal::KILL).unwrap();
-    until("it has been tried", || {
-        world.said().matches("a.toml").count() >= 2
-    });
+    refusal(world.client().call(&proto::Reload {}));
+    for _ in 0..2 {
+        let mut client = world.kill();
+        assert_eq!(ids(&mut client), [lease.lease]);
+        let errors = policy_errors(&mut client).unwrap();
+        assert!(errors[0].contains("a.toml"), "{errors:?}");
+        assert!(world.said().contains("a.toml"));
+        let (next, _fd) = client.acquire(&rows(1, Lifetime::Holders)).unwrap();
+        let third = refusal(client.acquire(&rows(1, Lifetime::Holders)));
+        assert!(matches!(third, Refusal::LimitReached { .. }), "{third}");
+        client.release(next.lease).unwrap();
+    }
+    fs::write(world.path("policy/a.toml"), policy(RULE)).unwrap();
+    let mut client = world.client();
+    client.call(&proto::Reload {}).unwrap();
+    assert_eq!(policy_errors(&mut client), None);
+    for _ in 0..3 {
+        client.acquire(&rows(1, Lifetime::Holders)).unwrap();
+    }
+}
+
+#[test]
+fn without_any_policy_leases_live_on_and_nothing_is_allowed() {
+    // As an older daemon leaves them: its policy is not kept.
+    let world = World::start_with(&[(FORGET, "1")]);
+    let (lease, fd) = world.client().acquire(&rows(1, Lifetime::Holders)).unwrap();
+    fs::write(world.path("policy/a.toml"), "[pool.rows]\ndevice = 7\n").unwrap();
+    let mut client = world.kill();
+    assert_eq!(ids(&mut client), [lease.lease]);
     assert_eq!(world.alive(), 1);
-    fs::write(world.path("policy/a.toml"), POLICY).unwrap();
-    assert_eq!(ids(&mut world.client()), [lease.lease]);
+    let refused = refusal(client.acquire(&rows(1, Lifetime::Holders)));
+    assert!(matches!(refused, Refusal::NoSuchPool { .. }), "{refused}");
+    assert!(policy_errors(&mut client).is_some());
+    // It is still its holder's to give back.
+    drop(fd);
+    client.release(lease.lease).unwrap();
+    assert_eq!(world.alive(), 0);
+    fs::write(world.path("policy/a.toml"), policy(RULE)).unwrap();
+    client.call(&proto::Reload {}).unwrap();
+    client.acquire(&rows(6, Lifetime::Holders)).unwrap();
 }
 
 #[test]
@@ -550,6 +569,74 @@ fn a_device_is_handed_over_and_let_go_with_its_owner() {
     owner.wait().unwrap();
     until("it is closed", || state(&world) == "absent");
     assert_eq!(world.alive(), 0);
+}
+
+#[test]
+fn a_device_that_stays_with_the_daemon_outlives_its_owner() {
+    let world = World::start();
+    let keeps = policy(RULE).replace("[pool.rows]", "owner-dies = \"keep\"\n\n[pool.rows]");
+    fs::write(world.path("policy/a.toml"), keeps).unwrap();
+    let mut client = world.client();
+    client.call(&proto::Reload {}).unwrap();
+    let drain = proto::Drain {
+        device: None,
+        grace: None,
+    };
+    client.call(&drain).unwrap();
+    let mut owner = this("owner", world.directory.path()).spawn().unwrap();
+    let state = || {
+        world.client().call(&proto::Devices {}).unwrap().devices[0]
+            .state
+            .clone()
+    };
+    until("the owner hands it over", || state() == "open");
+    let (lease, _fd) = client.acquire(&rows(1, Lifetime::Holders)).unwrap();
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    // What it would do about the end of a process it has done by now.
+    for _ in 0..20 {
+        assert_eq!(ids(&mut client), [lease.lease]);
+    }
+    // Nor after a restart.
+    let mut client = world.kill();
+    assert_eq!((ids(&mut client), world.alive()), (vec![lease.lease], 1));
+    client.acquire(&rows(1, Lifetime::Holders)).unwrap();
+}
+
+#[test]
+fn another_device_than_the_policy_means_is_not_taken_over() {
+    let world = World::start();
+    let mut client = world.client();
+    let drain = proto::Drain {
+        device: None,
+        grace: None,
+    };
+    client.call(&drain).unwrap();
+    let adopt = |client: &mut Client, wanted: &str| {
+        // Nothing of the machine is that device, so it is not opened.
+        let text = policy(RULE).replace("0000:00:01.0", wanted);
+        fs::write(world.path("policy/a.toml"), text).unwrap();
+        fs::write(world.path("absent"), "").unwrap();
+        client.call(&proto::Reload {}).unwrap();
+        let adopted = client.adopt("card", world.card.fd().unwrap());
+        adopted.map_err(|error| error.to_string())
+    };
+    for (wanted, why) in [
+        ("0000:00:02.0", "0000:00:02.0"),
+        ("1234:5678", "1234:5678"),
+        ("serial:52-54-00-ff-ff-00-00-01", "without a serial number"),
+        ("slot:none", "slot none"),
+    ] {
+        let error = adopt(&mut client, wanted).unwrap_err();
+        assert!(
+            error.contains("another one") && error.contains(why),
+            "{error}"
+        );
+    }
+    let device = world.card.device().unwrap();
+    let ids = device.config().unwrap().identity().unwrap();
+    let right = format!("{:04x}:{:04x}", ids.vendor, ids.device);
+    adopt(&mut client, &right).unwrap();
 }
 
 /// Not a test: a process that hands the device over when the daemon has none.

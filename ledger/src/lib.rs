@@ -38,7 +38,10 @@
 //! 3. **The kernel's LIST is the truth**: what it has not is over; what it has and nobody knows is
 //!    revoked, and meanwhile blocks the range that was intended for it, or its BAR.
 //! 4. **An end that has begun is not undone**, by a restart neither.
-//! 5. **The first in line is the first served**; nobody is granted past a line.
+//! 5. **The first in line is the first served.** A request that does not fit keeps the ranges that
+//!    it names, or stops all behind it if it names none: a large one is not starved by small ones.
+//!    One that leases of its own holder are in the way of does neither: nobody else can serve it,
+//!    and so it holds nobody up (`core/line.rs`).
 //! 6. Maps, counts, lists and timers are derived from the leases: made anew they are the same.
 //!
 //! # What the daemon must do

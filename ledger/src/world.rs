@@ -93,6 +93,8 @@ struct Client {
     /// How often it may yet come back.
     comes_back: u8,
     lease: Option<LeaseId>,
+    /// Its request that has no answer: the how manieth of all.
+    asking: Option<u8>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -107,6 +109,8 @@ struct World {
     buffers: u64,
     clients: Vec<Client>,
     connections: u64,
+    /// Requests so far.
+    asked: u8,
     kills: u8,
     /// Whether the daemon ends the old records before it writes new ones behind them.
     gap: bool,
@@ -190,13 +194,18 @@ enum Step {
 #[derive(Clone, Copy, Debug)]
 struct Wish {
     units: u64,
+    /// The unit that it must be.
+    named: Option<u64>,
     lifetime: Lifetime,
     wait: Millis,
 }
 
 struct Setting {
     wishes: Vec<Wish>,
-    asks: u8,
+    /// How often each asks.
+    asks: Vec<u8>,
+    /// Whether devices attach what clients have.
+    importers: bool,
     kills: u8,
     bug: Option<Bug>,
     compacts_often: bool,
@@ -268,8 +277,9 @@ fn request(connection: ConnectionId) -> RequestId {
 impl Setting {
     fn new(wishes: Vec<Wish>, asks: u8, kills: u8, bug: Option<Bug>) -> Self {
         Self {
+            asks: vec![asks; wishes.len()],
+            importers: true,
             wishes,
-            asks,
             kills,
             bug,
             compacts_often: false,
@@ -296,17 +306,20 @@ impl Setting {
             gap: self.bug != Some(Bug::NoGap),
             kernel: BTreeMap::new(),
             buffers: 0,
-            clients: vec![
-                Client {
+            clients: self
+                .asks
+                .iter()
+                .map(|asks| Client {
                     alive: true,
                     connection: None,
-                    asks: self.asks,
+                    asks: *asks,
                     comes_back: self.kills,
-                    lease: None
-                };
-                self.wishes.len()
-            ],
+                    lease: None,
+                    asking: None,
+                })
+                .collect(),
             connections: 0,
+            asked: 0,
             kills: self.kills,
             wrong: false,
         };
@@ -354,6 +367,7 @@ impl World {
             connection,
             peer: peer(client),
             token: token(client),
+            administrator: false,
         };
         self.give(event);
     }
@@ -462,6 +476,8 @@ impl World {
                     .filter(|client| self.clients[*client].alive);
                 match client {
                     Some(client) => {
+                        self.wrong |= self.overtakes(client);
+                        self.clients[client].asking = None;
                         if let Some(buffer) = self.kernel.get_mut(&grant.buffer) {
                             buffer.refs.push(Has::Client(client));
                             buffer.rightly = Some(client);
@@ -477,12 +493,66 @@ impl World {
             Action::WatchProcess(process) if !self.clients[process.0 as usize].alive => {
                 self.answer = Some(Event::ProcessGone(process));
             }
-            // The daemon closes what it has not sent.
-            Action::Refuse { .. } if self.pending.is_empty() => {
-                self.drop_refs(|_, has| has == Has::Daemon);
+            Action::Refuse { request, .. } => {
+                if let Some(client) = self.of_connection(request) {
+                    self.clients[client].asking = None;
+                }
+                // The daemon closes what it has not sent.
+                if self.pending.is_empty() {
+                    self.drop_refs(|_, has| has == Has::Daemon);
+                }
             }
             _ => {}
         }
+    }
+
+    /// Whether a client is served before one that has asked earlier, for any units, and could be
+    /// served if others gave back what they have.
+    fn overtakes(&self, client: usize) -> bool {
+        let Some(core) = &self.core else {
+            return false;
+        };
+        let of = |peer: &Peer| peer.uid as usize;
+        core.waiters().any(|waiter| {
+            let other = of(waiter.peer);
+            let has = core.leases().any(|lease| of(lease.peer) == other);
+            let earlier = self.clients[other].asking < self.clients[client].asking;
+            matches!(waiter.ask.what, What::Pool { .. }) && !has && earlier
+        })
+    }
+
+    /// Whether somebody waits for one unit while one is free, without need: nobody before it has
+    /// named that unit, or wants any, without having something already.
+    fn waits_in_vain(&self) -> bool {
+        let Some(core) = &self.core else {
+            return false;
+        };
+        let taken = |unit: u64| {
+            let unit_range = Range {
+                offset: unit * UNIT,
+                length: UNIT,
+            };
+            let overlaps = |range: &Range| range.overlaps(&unit_range);
+            let leased = core.leases().any(|lease| lease.ranges.iter().any(overlaps));
+            leased || self.kernel.values().any(|buffer| buffer.reaches(unit))
+        };
+        let has = |peer: &Peer| core.leases().any(|lease| lease.peer.uid == peer.uid);
+        let mut before: Vec<crate::core::WaiterView<'_>> = Vec::new();
+        for waiter in core.waiters() {
+            let one = matches!(
+                waiter.ask.what,
+                What::Pool {
+                    size: Some(UNIT),
+                    ..
+                }
+            );
+            let needed = before.iter().any(|earlier| !has(earlier.peer));
+            if one && !needed && (0..2).any(|unit| !taken(unit)) {
+                return true;
+            }
+            before.push(waiter);
+        }
+        false
     }
 
     /// The world after the daemon has done all that it has to, and asked LIST.
@@ -598,6 +668,7 @@ impl World {
         }
         for client in &mut self.clients {
             client.connection = None;
+            client.asking = None;
         }
     }
 }
@@ -627,7 +698,7 @@ impl Model for Setting {
                 .refs
                 .iter()
                 .any(|has| matches!(has, Has::Client(_) | Has::DeadDaemon));
-            if held && !buffer.dead && !buffer.refs.contains(&Has::Importer) {
+            if self.importers && held && !buffer.dead && !buffer.refs.contains(&Has::Importer) {
                 steps.push(Step::Import(*id));
             }
             if buffer.refs.contains(&Has::Importer) {
@@ -660,7 +731,7 @@ impl Model for Setting {
             match client.connection {
                 Some(_) => {
                     steps.push(Step::HangUp(number));
-                    if client.asks > 0 {
+                    if client.asks > 0 && client.asking.is_none() {
                         steps.push(Step::Ask(number));
                     }
                     if client.lease.is_some() {
@@ -689,11 +760,24 @@ impl Model for Setting {
                 let wish = self.wishes[client];
                 let connection = world.clients[client].connection?;
                 world.clients[client].asks -= 1;
-                let ask = Ask {
-                    what: What::Pool {
+                world.asked += 1;
+                world.clients[client].asking = Some(world.asked);
+                let what = match wish.named {
+                    None => What::Pool {
                         pool: "rows".into(),
                         size: Some(wish.units * UNIT),
                     },
+                    Some(unit) => What::Ranges {
+                        device: CARD.into(),
+                        bar: 0,
+                        ranges: vec![Range {
+                            offset: unit * UNIT,
+                            length: UNIT,
+                        }],
+                    },
+                };
+                let ask = Ask {
+                    what,
                     access: Access::ReadWrite,
                     memory_type: MemoryType::Uncached,
                     tph: None,
@@ -720,6 +804,7 @@ impl Model for Setting {
             }
             Step::HangUp(client) => {
                 let connection = world.clients[client].connection.take()?;
+                world.clients[client].asking = None;
                 let wish = self.wishes[client].lifetime;
                 world.no_longer_rightly(client, Some(Lifetime::Connection), wish);
                 world.give(Event::PeerGone(connection));
@@ -807,6 +892,9 @@ impl Model for Setting {
                     !world.wrong && kept(world) && kept(&world.restarted(setting))
                 },
             ),
+            Property::always("nobody waits in vain", |_, world: &World| {
+                !world.idle() || !world.waits_in_vain()
+            }),
             Property::always("core and kernel agree", |setting: &Self, world: &World| {
                 !world.idle() || world.settled().agree(&setting.wishes)
             }),
@@ -854,9 +942,34 @@ impl Model for Setting {
 fn wish(units: u64, lifetime: Lifetime, wait: u64) -> Wish {
     Wish {
         units,
+        named: None,
         lifetime,
         wait: Millis(wait),
     }
+}
+
+/// A client asks for the unit that it has, or for two units and more, and another for one or two.
+fn in_line(named: Option<u64>, units: u64, bug: Option<Bug>) -> Setting {
+    let one = Wish {
+        named,
+        ..wish(1, Lifetime::Connection, 1000)
+    };
+    let wishes = vec![one, wish(units, Lifetime::Connection, 1000)];
+    Setting {
+        asks: vec![2, 1],
+        importers: false,
+        ..Setting::new(wishes, 0, 0, bug)
+    }
+}
+
+#[test]
+fn a_request_that_its_own_lease_is_in_the_way_of_holds_nobody_up() {
+    passes("aside", in_line(Some(0), 1, None), &[BOTH]);
+}
+
+#[test]
+fn nobody_overtakes_whoever_wants_more() {
+    passes("in order", in_line(None, 2, None), &[]);
 }
 
 fn check(setting: Setting) -> impl Checker<Setting> {
@@ -921,6 +1034,28 @@ fn killed_while_the_ledger_is_compacted() {
         let found: Vec<_> = found
             .into_keys()
             .filter(|n| !SOMETIMES.contains(n))
+            .collect();
+        println!("{bug:?}: {found:?}");
+        assert!(!found.is_empty(), "{bug:?} is not found");
+    }
+}
+
+#[test]
+fn every_planted_bug_of_the_line_is_found() {
+    for (bug, setting) in [
+        (Bug::NeverAside, in_line(Some(0), 1, Some(Bug::NeverAside))),
+        (Bug::Overtakes, in_line(None, 2, Some(Bug::Overtakes))),
+    ] {
+        let checker = setting
+            .checker()
+            .threads(2)
+            .finish_when(stateright::HasDiscoveries::AnyFailures)
+            .spawn_bfs()
+            .join();
+        let found: Vec<_> = checker
+            .discoveries()
+            .into_keys()
+            .filter(|name| !SOMETIMES.contains(name))
             .collect();
         println!("{bug:?}: {found:?}");
         assert!(!found.is_empty(), "{bug:?} is not found");

@@ -101,6 +101,7 @@ fn each(connections: u64) -> u64 {
                     connection,
                     peer,
                     token: 1,
+                    administrator: false,
                 },
             );
         }

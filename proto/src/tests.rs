@@ -341,6 +341,7 @@ fn the_idl_and_the_types_have_the_same_fields() {
             "Devices",
             value(&DeviceList {
                 devices: vec![device],
+                policy_errors: Some(vec![text()]),
             }),
         ),
         ("OpenClaim", value(&Claim { directory: text() })),

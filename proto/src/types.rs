@@ -171,7 +171,8 @@ types! {
     structure Monitor {}
     /// A reply of Monitor.
     structure Told { record: Record, }
-    structure DeviceList { devices: Vec<DeviceInfo>, }
+    /// With what is wrong with the policy's files, if an older policy is in force.
+    structure DeviceList { devices: Vec<DeviceInfo>, policy_errors: Option<Vec<String>>, }
     structure OpenClaim { claim: String, }
     /// The reply of OpenClaim.
     structure Claim { directory: String, }

@@ -248,6 +248,7 @@ impl Lab {
         self.hangs();
         self.crashes_and_crashes();
         self.broken_policy_at_reload();
+        self.broken_policy_at_restart();
         self.started_twice();
         self.manager_executes_itself();
         self.drained();
@@ -392,13 +393,12 @@ impl Lab {
         println!("one that cannot start again");
         let tenant = Tenant::new();
         self.drop_in(
-            "[Unit]\nStartLimitBurst=3\n[Service]\nRestartSteps=0\nRestartMaxDelaySec=infinity\n",
+            "[Unit]\nStartLimitBurst=3\n[Service]\nRestartSteps=0\nRestartMaxDelaySec=infinity\n\
+             ExecStart=\nExecStart=/bin/false\n",
         );
-        fs::write(POLICY, "[pool.rows]\ndevice = 7\n").unwrap();
         signal(pid(), "KILL");
         until("it is given up", || is("failed"));
         tenant.goes_on();
-        self.policy();
         self.drop_in("");
         run(&["systemctl", "reset-failed", UNIT, "barleased.socket"]);
         run(&["systemctl", "start", "barleased.socket", UNIT]);
@@ -415,6 +415,21 @@ impl Lab {
         Tenant::new().gives_back();
         self.policy();
         run(&["systemctl", "reload", UNIT]);
+    }
+
+    fn broken_policy_at_restart(&self) {
+        println!("a broken policy at a restart");
+        let tenant = Tenant::new();
+        fs::write(POLICY, "[pool.rows]\ndevice = 7\n").unwrap();
+        let before = pid();
+        signal(before, "KILL");
+        another(before);
+        assert!(property("StatusText").contains("an older one is in force"));
+        tenant.gives_back();
+        Tenant::new().gives_back();
+        self.policy();
+        run(&["systemctl", "reload", UNIT]);
+        assert!(!property("StatusText").contains("an older one"));
     }
 
     fn started_twice(&self) {
@@ -488,8 +503,8 @@ impl Lab {
         run(&["/usr/sbin/barleased", "drain"]);
         assert!(tenant.is_lost());
         assert_eq!(state(), "absent");
-        until("the store has the ledger only", || {
-            property("NFileDescriptorStore") == "1"
+        until("the store has ledger and policy only", || {
+            property("NFileDescriptorStore") == "2"
         });
         run(&["systemctl", "reload", UNIT]);
         assert_eq!(state(), "open");

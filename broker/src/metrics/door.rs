@@ -217,3 +217,27 @@ fn answer(mut client: UnixStream, asker: &Asker) -> io::Result<()> {
         body.len()
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn the_file_is_written_through_no_link_that_somebody_has_put_there() {
+        let place = tempfile::tempdir().unwrap();
+        let victim = place.path().join("victim");
+        fs::write(&victim, "as it was").unwrap();
+        let file = place.path().join("barleased.prom");
+        for name in ["barleased.prom", "barleased.prom.part"] {
+            let link = place.path().join(name);
+            let _ = fs::remove_file(&link);
+            symlink(&victim, &link).unwrap();
+            write(&file, "new\n").unwrap();
+            assert_eq!(fs::read_to_string(&victim).unwrap(), "as it was", "{name}");
+            assert_eq!(fs::read_to_string(&file).unwrap(), "new\n", "{name}");
+            assert!(fs::symlink_metadata(&file).unwrap().is_file());
+        }
+    }
+}

@@ -52,6 +52,7 @@ pub(crate) struct Metrics {
     revoke_seconds: Histogram,
     orphans: IntCounter,
     policy_loads: IntCounterVec,
+    policy_is_old: IntGauge,
     records_lost: IntCounter,
     /// When leases were revoked that are not over.
     revoked: BTreeMap<u64, Instant>,
@@ -134,6 +135,10 @@ impl Metrics {
                 "barlease_policy_loads_total",
                 "Readings of the policy, by their result: loaded, or refused.",
                 &["result"],
+            )?,
+            policy_is_old: gauge(
+                "barlease_policy_stale",
+                "1 while the policy's files are wrong, and an older one is in force.",
             )?,
             records_lost: counter(
                 "barlease_records_lost_total",
@@ -243,6 +248,7 @@ impl Metrics {
         self.connections.set(number(moment.connections));
         let lost = moment.lost.saturating_sub(self.records_lost.get());
         self.records_lost.inc_by(lost);
+        self.policy_is_old.set(moment.policy_is_old.into());
     }
 }
 
@@ -264,6 +270,7 @@ pub(crate) struct Moment<'a> {
     pub(crate) connections: usize,
     /// Records that were lost so far.
     pub(crate) lost: u64,
+    pub(crate) policy_is_old: bool,
 }
 
 fn number(count: usize) -> i64 {

@@ -1,5 +1,7 @@
 //! The command `barlease` with the daemon, each a process of its own, on a fake device.
 
+#[path = "../harness/mod.rs"]
+mod harness;
 mod seen;
 mod top;
 
@@ -8,7 +10,6 @@ use std::io::BufRead;
 use std::io::BufReader;
 use std::io::Read;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::process::Child;
 use std::process::Command;
 use std::process::ExitCode;
@@ -17,8 +18,6 @@ use std::process::Stdio;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Duration;
-use std::time::Instant;
 
 use barlease::fake::FakeDevice;
 use barleased::Passed;
@@ -27,7 +26,11 @@ use rustix::process::Pid;
 use rustix::process::Signal;
 use serde_json::Value;
 
-const PAGE: u64 = 4096;
+use harness::A_WHILE;
+use harness::DIRECTORY;
+use harness::PAGE;
+use harness::until;
+
 const POLICY: &str = r#"
 [device.card]
 match = "0000:00:01.0"
@@ -55,9 +58,6 @@ grace = "5s"
 queue = "1min"
 "#;
 
-/// Long enough for anything on a loaded machine: whoever waits for it has failed.
-const A_WHILE: Duration = Duration::from_secs(30);
-const DIRECTORY: &str = "BARLEASED_TEST_DIRECTORY";
 const ARGUMENTS: &str = "BARLEASED_TEST_ARGUMENTS";
 /// What the test harness says comes before it, what the command says behind it.
 const MARK: char = '\u{1e}';
@@ -66,7 +66,7 @@ const MARK: char = '\u{1e}';
 #[test]
 #[ignore = "the daemon of the other tests"]
 fn daemon() {
-    let Some(directory) = std::env::var_os(DIRECTORY).map(PathBuf::from) else {
+    let Some(directory) = harness::directory() else {
         return;
     };
     let card = FakeDevice::builder()
@@ -142,7 +142,7 @@ fn start(name: &str) -> Command {
 
 struct Daemon {
     directory: tempfile::TempDir,
-    child: Child,
+    _child: harness::Running,
 }
 
 impl Daemon {
@@ -157,7 +157,10 @@ impl Daemon {
             .env(DIRECTORY, directory.path())
             .spawn()
             .unwrap();
-        let daemon = Self { directory, child };
+        let daemon = Self {
+            directory,
+            _child: harness::Running(child),
+        };
         until("it serves", || daemon.run(&["broker"]).status.success());
         daemon
     }
@@ -210,19 +213,6 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if thread::panicking() {
-            let mut said = String::new();
-            let _ = self.child.stderr.take().unwrap().read_to_string(&mut said);
-            println!("the daemon said: {said}");
-        }
-    }
-}
-
 /// A command that runs.
 struct Running {
     child: Child,
@@ -261,14 +251,6 @@ fn said(stdout: &[u8]) -> String {
     let text = String::from_utf8_lossy(stdout);
     let (_, text) = text.split_once(MARK).unwrap_or_default();
     text.to_owned()
-}
-
-fn until(what: &str, mut so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !so() {
-        assert!(began.elapsed() < A_WHILE, "never: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 #[test]

@@ -6,6 +6,8 @@
 
 use std::fs;
 use std::io::Read;
+use std::ops::Deref;
+use std::ops::DerefMut;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::path::PathBuf;
@@ -28,9 +30,57 @@ use rustix::process::Signal;
 
 pub(crate) const PAGE: u64 = 4096;
 
+/// A card with a pool, all of its BAR 2.
+pub(crate) const CARD: &str = r#"
+[device.card]
+match = "0000:00:01.0"
+
+[pool.rows]
+device = "card"
+bar = 2
+unit = "4K"
+contents = "memory"
+"#;
+
+/// A policy that lets everybody have rows of the card, with more keys of that rule.
+pub(crate) fn policy(rule: &str) -> String {
+    let allow = "[[allow]]\npools = [\"rows\"]\nwho = { user = \"*\" }\naccess = \"read-write\"";
+    format!("{CARD}\n{allow}\n{rule}\n")
+}
+
+/// A process that ends with this. What it has said on standard error is told if the test fails.
+pub(crate) struct Running(pub(crate) Child);
+
+impl Deref for Running {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl DerefMut for Running {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.kill();
+        let _ = self.wait();
+        if let (true, Some(mut stderr)) = (thread::panicking(), self.stderr.take()) {
+            let mut said = String::new();
+            let _ = stderr.read_to_string(&mut said);
+            println!("the daemon said: {said}");
+        }
+    }
+}
+
 /// Long enough for anything on a loaded machine: whoever waits for it has failed.
 pub(crate) const A_WHILE: Duration = Duration::from_secs(60);
-const DIRECTORY: &str = "BARLEASED_TEST_DIRECTORY";
+pub(crate) const DIRECTORY: &str = "BARLEASED_TEST_DIRECTORY";
 const PAGES: &str = "BARLEASED_TEST_PAGES";
 
 /// Where the daemon of this process, or that of which it is a client, is.
@@ -45,6 +95,9 @@ pub(crate) fn serve() {
     };
     let pages = std::env::var(PAGES).unwrap().parse::<u64>().unwrap();
     let card = FakeDevice::builder().bar(2, pages * PAGE).build().unwrap();
+    // Its chain of capabilities does not end.
+    let broken = FakeDevice::builder().config(0x34, &[0xf0]);
+    let broken = broken.config(0xf0, &[0x09, 0xf0]).build().unwrap();
     let [policy, socket] = ["policy", "socket"].map(|name| directory.join(name));
     let args = [
         "barleased".as_ref(),
@@ -55,6 +108,10 @@ pub(crate) fn serve() {
     ];
     let code = barleased::run(args, &|wanted| {
         assert_eq!(&*wanted.name, "card");
+        let card = match directory.join("broken").exists() {
+            true => &broken,
+            false => &card,
+        };
         card.device().map_err(|error| error.to_string())
     });
     std::process::exit(i32::from(code != std::process::ExitCode::SUCCESS));
@@ -77,7 +134,7 @@ pub(crate) fn start(name: &str, directory: &Path) -> Child {
 
 pub(crate) struct Daemon {
     pub(crate) directory: tempfile::TempDir,
-    pub(crate) child: Child,
+    pub(crate) child: Running,
     pages: u64,
 }
 
@@ -94,17 +151,19 @@ impl Daemon {
         fs::write(directory.path().join("policy/a.toml"), policy).unwrap();
         let mut command = daemon_in(directory.path(), pages);
         if let Some(descriptors) = descriptors {
-            let own = command;
-            command = Command::new("prlimit");
-            command.arg(format!("--nofile={descriptors}"));
-            command.arg(own.get_program()).args(own.get_args());
-            command.envs(
-                own.get_envs()
-                    .filter_map(|(name, value)| Some((name, value?))),
-            );
-            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            let mut limited = Command::new("prlimit");
+            limited.arg(format!("--nofile={descriptors}"));
+            if rustix::process::geteuid().is_root() {
+                // Without capabilities, which lift limits.
+                limited.args(["setpriv", "--bounding-set=-all", "--inh-caps=-all"]);
+            }
+            limited.arg(command.get_program()).args(command.get_args());
+            let envs = command.get_envs();
+            limited.envs(envs.filter_map(|(name, value)| Some((name, value?))));
+            limited.stdout(Stdio::piped()).stderr(Stdio::piped());
+            command = limited;
         }
-        let child = command.spawn().unwrap();
+        let child = Running(command.spawn().unwrap());
         let daemon = Self {
             directory,
             child,
@@ -127,7 +186,7 @@ impl Daemon {
 
     /// Starts it again after its end.
     pub(crate) fn again(&mut self) {
-        self.child = self.second();
+        self.child = Running(self.second());
         self.wait_for();
     }
 
@@ -150,7 +209,7 @@ impl Daemon {
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        rustix::process::kill_process(pid(&self.child), signal).unwrap();
+        rustix::process::kill_process(pid(&self.child.0), signal).unwrap();
     }
 
     pub(crate) fn end(&mut self) -> ExitStatus {
@@ -173,19 +232,6 @@ pub(crate) fn client_at(socket: &Path) -> Client {
     let client = Client::connect(socket).unwrap();
     client.set_timeout(Some(A_WHILE)).unwrap();
     client
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if thread::panicking() {
-            let mut said = String::new();
-            let _ = self.child.stderr.take().unwrap().read_to_string(&mut said);
-            println!("the daemon said: {said}");
-        }
-    }
 }
 
 pub(crate) fn pid(child: &Child) -> Pid {

@@ -23,6 +23,12 @@ pub(crate) fn broker(command: BrokerCommand, output: Output) -> Result<(), Failu
             let devices = super::connect(&service.socket)?
                 .call(&Devices {})
                 .map_err(|error| super::failed("show", "devices", error))?;
+            if let Some(errors) = &devices.policy_errors {
+                eprintln!(
+                    "barlease: the policy's files are wrong, and an older policy is in force:\n{}",
+                    errors.join("\n")
+                );
+            }
             show(&devices.devices, output)
         }
         BrokerCommand::Drain {

@@ -38,6 +38,8 @@ pub enum Event {
         peer: Peer,
         /// A secret that the client was told, to come back with after a restart; 0: none.
         token: u128,
+        /// Whether it is an administrator, for whom the limits of all tenants together are none.
+        administrator: bool,
     },
     /// A client came back after a restart, with the secret of an earlier connection.
     Resume {
@@ -464,6 +466,16 @@ pub enum Refusal {
         /// Whether the time to wait was over.
         timed_out: bool,
     },
+    /// All tenants together have so many.
+    #[error("all tenants together have {have}, and `{key}` of [tenants] in the policy is {most}")]
+    Total {
+        /// The key in the policy.
+        key: &'static str,
+        /// Its value.
+        most: u32,
+        /// How many there are.
+        have: u64,
+    },
     /// Too many wait.
     #[error("too many wait in line")]
     QueueFull,
@@ -562,6 +574,8 @@ pub struct Explanation {
 /// A request in line, to look at.
 #[derive(Clone, Copy, Debug)]
 pub struct WaiterView<'a> {
+    /// Its place, to go on after it: see [`super::Core::waiters_after`].
+    pub place: (usize, RequestId),
     /// Name of the pool.
     pub pool: &'a str,
     /// Who waits.

@@ -178,10 +178,10 @@ impl Core {
 
     pub(super) fn disconnect(&mut self, connection: ConnectionId) {
         self.leave_all(connection);
-        self.watchers.remove(connection);
         let Some(session) = self.sessions.remove(&connection) else {
             return;
         };
+        self.watchers.remove(connection, session.administrator);
         for holder in session.resumed.iter().chain([&session.holder]) {
             self.anchor_gone(&Anchor::Holder(holder.id));
         }
@@ -375,9 +375,10 @@ impl Core {
 
     /// Those who wait for a pool of the device are served, or refused.
     fn look_at_lines(&mut self, device: &str) {
-        for (number, pool) in (0..).zip(&self.pools) {
+        for (number, pool) in (0..).zip(&mut self.pools) {
             let place = pool.place.and_then(|place| self.policy.pools().get(place));
             if place.is_some_and(|pool| &*pool.device == device) {
+                pool.afresh = true;
                 self.dirty.insert(number);
             }
         }

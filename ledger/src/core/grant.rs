@@ -19,6 +19,7 @@ use super::Reply;
 use super::Session;
 use super::State;
 use super::lease::Links;
+use super::pool::Kept;
 use super::pool::Waiter;
 use super::pool::Wanted;
 use crate::policy::Limits;
@@ -46,10 +47,6 @@ use crate::types::RequestId;
 use crate::types::Time;
 use crate::types::What;
 
-/// Most leases at a time.
-const MAX_LEASES: usize = 1 << 22;
-/// Most requests in line for a pool, of a user for a pool, of a connection.
-const MAX_WAITING: (usize, usize, u32) = (4096, 256, 16);
 /// Most holders that a refusal names, and most ranges that are looked at to find them.
 const MAX_NAMED: (usize, usize) = (8, 4096);
 
@@ -61,7 +58,13 @@ pub(super) struct Admitted {
 }
 
 impl Core {
-    pub(super) fn connect(&mut self, connection: ConnectionId, peer: Peer, token: u128) {
+    pub(super) fn connect(
+        &mut self,
+        connection: ConnectionId,
+        peer: Peer,
+        token: u128,
+        administrator: bool,
+    ) {
         self.last_holder += 1;
         let holder = Arc::new(Holder {
             id: self.last_holder,
@@ -73,6 +76,7 @@ impl Core {
             recorded: false,
             resumed: Vec::new(),
             waiting: 0,
+            administrator,
         };
         self.sessions.insert(connection, session);
     }
@@ -81,15 +85,18 @@ impl Core {
         let Some(session) = self.sessions.get(&connection) else {
             return self.refuse(request, Refusal::NotConnected);
         };
-        let peer = session.holder.peer.clone();
-        let waiting = session.waiting;
-        let admitted = match self.admit(&peer, &ask) {
+        let holder = session.holder.clone();
+        let peer = &holder.peer;
+        let admitted = self.admit(peer, &ask);
+        let admitted = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => return self.refuse(request, refusal),
         };
-        let empty = self.pools[admitted.pool as usize].queue.is_empty();
-        if empty {
-            if let Some(ranges) = self.claim(&admitted, ask.access) {
+        if let Err(refusal) = self.room_for_a_lease(connection) {
+            return self.refuse(request, refusal);
+        }
+        if let Some(mut kept) = self.behind(admitted.pool) {
+            if let Some(ranges) = self.claim(&admitted, ask.access, &mut kept) {
                 return self.reserve(connection, request, &ask, &admitted, ranges);
             }
         }
@@ -98,23 +105,23 @@ impl Core {
             let busy = self.busy(&admitted, &ask, false);
             return self.refuse(request, busy);
         }
-        let queue = &self.pools[admitted.pool as usize].queue;
-        let users = queue.iter().filter(|waiter| waiter.uid == peer.uid).count();
-        let full = queue.len() >= MAX_WAITING.0 || users >= MAX_WAITING.1;
-        if full || waiting >= MAX_WAITING.2 {
-            return self.refuse(request, Refusal::QueueFull);
-        }
         let deadline = self.now.after(patience);
+        let waiter = Waiter {
+            connection,
+            request,
+            share: admitted.terms.share(peer),
+            owner: peer.owner(),
+            ask,
+            deadline,
+            aside: None,
+        };
+        if let Err(refusal) = self.room_in_line(admitted.pool, &waiter) {
+            return self.refuse(request, refusal);
+        }
         if let Some(session) = self.sessions.get_mut(&connection) {
             session.waiting += 1;
         }
-        self.pools[admitted.pool as usize].queue.push_back(Waiter {
-            connection,
-            request,
-            uid: peer.uid,
-            ask,
-            deadline,
-        });
+        self.pools[admitted.pool as usize].queue.push_back(waiter);
         self.arm(Some(deadline), Due::Waiter(admitted.pool, request));
     }
 
@@ -184,16 +191,7 @@ impl Core {
             pool: name(),
             unit: map.unit(),
         };
-        let wanted = match &ask.what {
-            What::Pool { size, .. } => Wanted::Units(map.units(*size).ok_or_else(not_units)?),
-            What::Ranges { ranges, .. } => {
-                let runs = ranges
-                    .iter()
-                    .map(|range| map.run(range))
-                    .collect::<Option<Vec<_>>>();
-                Wanted::Named(runs.ok_or_else(not_units)?)
-            }
-        };
+        let wanted = map.wanted(&ask.what).ok_or_else(not_units)?;
         let too_large = || Refusal::TooLarge {
             pool: name(),
             bytes: map.bytes(),
@@ -208,9 +206,6 @@ impl Core {
         let bytes = units.checked_mul(map.unit()).ok_or_else(too_large)?;
         let pool = u32::try_from(entry).unwrap_or(u32::MAX);
         self.within_limits(peer, pool, bytes, &terms)?;
-        if self.leases.len() >= MAX_LEASES {
-            return Err(Refusal::QueueFull);
-        }
         Ok(Admitted {
             pool,
             wanted,
@@ -308,27 +303,33 @@ impl Core {
         Ok(())
     }
 
-    /// Takes room for it, if there is some now.
-    fn claim(&mut self, admitted: &Admitted, access: Access) -> Option<Ranges> {
+    /// Takes room for it, if there is some now that is not kept.
+    pub(super) fn claim(
+        &mut self,
+        admitted: &Admitted,
+        access: Access,
+        kept: &mut Kept,
+    ) -> Option<Ranges> {
         if self.is_blocked(admitted.pool) {
             return None;
         }
         let pool = self.pools.get_mut(admitted.pool as usize)?;
-        Ranges::from_list(pool.map.as_mut()?.claim(&admitted.wanted, access)?)
+        Ranges::from_list(pool.map.as_mut()?.claim(&admitted.wanted, access, kept)?)
     }
 
-    /// Whether it could be had now.
+    /// Whether it could be had now, by the last in line.
     pub(super) fn could_claim(&self, admitted: &Admitted, access: Access) -> bool {
-        let pool = self.pools.get(admitted.pool as usize);
-        let map = pool
-            .filter(|pool| pool.queue.is_empty())
-            .and_then(|pool| pool.map.clone());
-        let room = map.is_some_and(|mut map| map.claim(&admitted.wanted, access).is_some());
+        let map = self.pools.get(admitted.pool as usize);
+        let map = map.and_then(|pool| pool.map.clone());
+        let (Some(mut map), Some(mut kept)) = (map, self.behind(admitted.pool)) else {
+            return false;
+        };
+        let room = map.claim(&admitted.wanted, access, &mut kept).is_some();
         room && !self.is_blocked(admitted.pool)
     }
 
     /// Whether a buffer that nobody knows may be anywhere in the BAR of the pool.
-    fn is_blocked(&self, pool: u32) -> bool {
+    pub(super) fn is_blocked(&self, pool: u32) -> bool {
         let place = self.pools.get(pool as usize).and_then(|pool| pool.place);
         let Some(pool) = place.and_then(|place| self.policy.pools().get(place)) else {
             return true;
@@ -341,7 +342,7 @@ impl Core {
     }
 
     /// The room is taken: makes the lease, and begins to export it.
-    fn reserve(
+    pub(super) fn reserve(
         &mut self,
         connection: ConnectionId,
         request: RequestId,
@@ -528,104 +529,6 @@ impl Core {
             expires: lease.expires,
             grace: lease.grace,
         })
-    }
-
-    /// Grants what is first in line, as long as there is room.
-    pub(super) fn serve(&mut self, pool: u32) {
-        while let Some(first) = self
-            .pools
-            .get(pool as usize)
-            .and_then(|pool| pool.queue.front())
-        {
-            let first = first.clone();
-            let peer = self
-                .sessions
-                .get(&first.connection)
-                .map(|session| &session.holder.peer);
-            let Some(peer) = peer.cloned() else {
-                self.leave(pool, first.request);
-                continue;
-            };
-            match self.admit(&peer, &first.ask) {
-                Err(refusal) => {
-                    self.leave(pool, first.request);
-                    self.refuse(first.request, refusal);
-                }
-                Ok(admitted) if admitted.pool != pool => {
-                    // The policy has cut the pools anew.
-                    self.leave(pool, first.request);
-                    self.acquire(first.connection, first.request, first.ask);
-                }
-                Ok(admitted) => {
-                    let Some(ranges) = self.claim(&admitted, first.ask.access) else {
-                        return;
-                    };
-                    self.leave(pool, first.request);
-                    self.reserve(
-                        first.connection,
-                        first.request,
-                        &first.ask,
-                        &admitted,
-                        ranges,
-                    );
-                }
-            }
-        }
-    }
-
-    /// Takes a request out of the line.
-    fn leave(&mut self, pool: u32, request: RequestId) -> Option<Waiter> {
-        let queue = &mut self.pools.get_mut(pool as usize)?.queue;
-        let place = queue.iter().position(|waiter| waiter.request == request)?;
-        let waiter = queue.remove(place)?;
-        self.disarm(Some(waiter.deadline), Due::Waiter(pool, request));
-        if let Some(session) = self.sessions.get_mut(&waiter.connection) {
-            session.waiting = session.waiting.saturating_sub(1);
-        }
-        // The request that is first now may fit.
-        self.dirty.insert(pool);
-        Some(waiter)
-    }
-
-    /// The patience of whoever waits is over.
-    pub(super) fn time_out(&mut self, pool: u32, request: RequestId) {
-        let Some(waiter) = self.leave(pool, request) else {
-            return;
-        };
-        let peer = self
-            .sessions
-            .get(&waiter.connection)
-            .map(|session| session.holder.peer.clone());
-        let Some(peer) = peer else {
-            return;
-        };
-        let refusal = match self.admit(&peer, &waiter.ask) {
-            Ok(admitted) => self.busy(&admitted, &waiter.ask, true),
-            Err(refusal) => refusal,
-        };
-        self.refuse(request, refusal);
-    }
-
-    /// Takes a connection out of every line.
-    pub(super) fn leave_all(&mut self, connection: ConnectionId) {
-        let waiting = self
-            .sessions
-            .get(&connection)
-            .map_or(0, |session| session.waiting);
-        if waiting == 0 {
-            return;
-        }
-        let mut requests = Vec::new();
-        for (number, pool) in (0..).zip(&self.pools) {
-            let mine = pool
-                .queue
-                .iter()
-                .filter(|waiter| waiter.connection == connection);
-            requests.extend(mine.map(|waiter| (number, waiter.request)));
-        }
-        for (pool, request) in requests {
-            self.leave(pool, request);
-        }
     }
 
     /// The refusal that names the holders of the bytes that were asked for.

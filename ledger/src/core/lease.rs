@@ -1,9 +1,11 @@
 //! Leases, where they are kept, and the threads that run through them.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::ops::Bound;
 use std::sync::Arc;
 
+use crate::policy::Subject;
 use crate::record::Holder;
 use crate::types::Access;
 use crate::types::BufferId;
@@ -168,6 +170,7 @@ pub(super) enum Anchor {
 /// - `buffers` has the slot of each lease whose state has a buffer.
 /// - `anchors` has the first lease of each anchor that a lease has; from it on, `before` and
 ///   `after` are a list of all leases with that anchor.
+/// - `owned` has the leases of each owner that has any.
 #[derive(Clone, Debug, Default)]
 #[cfg_attr(test, derive(PartialEq, Eq, Hash))]
 pub(super) struct Leases {
@@ -176,6 +179,7 @@ pub(super) struct Leases {
     ids: BTreeMap<LeaseId, Slot>,
     buffers: BTreeMap<BufferId, Slot>,
     anchors: BTreeMap<Anchor, Slot>,
+    owned: BTreeMap<Subject, BTreeSet<LeaseId>>,
 }
 
 impl Leases {
@@ -214,6 +218,18 @@ impl Leases {
             .filter_map(|(_, slot)| self.get(*slot))
     }
 
+    /// Those of an owner behind an id, by id.
+    pub(super) fn owned_after(
+        &self,
+        owner: &Subject,
+        id: LeaseId,
+    ) -> impl Iterator<Item = &Lease> + use<'_> {
+        let behind = (Bound::Excluded(id), Bound::Unbounded);
+        let owned = self.owned.get(owner).into_iter();
+        let ids = owned.flat_map(move |owned| owned.range(behind));
+        ids.filter_map(|id| self.get(self.slot(*id)?))
+    }
+
     /// The slots of those of which that is true, by id.
     pub(super) fn slots_where(&self, mut is: impl FnMut(&Lease) -> bool) -> Vec<Slot> {
         let found = self.iter().filter(|(_, lease)| is(lease));
@@ -248,6 +264,8 @@ impl Leases {
             }
         }
         self.ids.insert(lease.id, slot);
+        let owner = lease.holder.peer.owner();
+        self.owned.entry(owner).or_default().insert(lease.id);
         if let Some(buffer) = lease.state.buffer() {
             self.buffers.insert(buffer, slot);
         }
@@ -277,6 +295,13 @@ impl Leases {
         let lease = self.slots.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
         self.ids.remove(&lease.id);
+        let owner = lease.holder.peer.owner();
+        if let Some(owned) = self.owned.get_mut(&owner) {
+            owned.remove(&lease.id);
+            if owned.is_empty() {
+                self.owned.remove(&owner);
+            }
+        }
         if let Some(buffer) = lease.state.buffer() {
             self.buffers.remove(&buffer);
         }

@@ -10,6 +10,7 @@ use crate::policy::Question;
 use crate::types::Ask;
 use crate::types::LeaseId;
 use crate::types::Peer;
+use crate::types::RequestId;
 use crate::types::What;
 
 impl Core {
@@ -23,12 +24,36 @@ impl Core {
         self.leases.after(id).map(|lease| self.view(lease))
     }
 
+    /// Those of them that are as that peer's own (see [`Peer::is_as`]).
+    pub fn own_leases_after(
+        &self,
+        peer: &Peer,
+        id: LeaseId,
+    ) -> impl Iterator<Item = LeaseView<'_>> + use<'_> {
+        let own = self.leases.owned_after(&peer.owner(), id);
+        own.map(|lease| self.view(lease))
+    }
+
     /// Those who wait in line, by pool and in their order there.
     pub fn waiters(&self) -> impl Iterator<Item = WaiterView<'_>> {
-        self.pools.iter().flat_map(|pool| {
-            pool.queue.iter().filter_map(|waiter| {
+        self.waiters_after((0, RequestId(0)))
+    }
+
+    /// Those behind a place. A request that a new policy has put into another line may be missing.
+    pub fn waiters_after(
+        &self,
+        (pool, request): (usize, RequestId),
+    ) -> impl Iterator<Item = WaiterView<'_>> {
+        let pools = self.pools.iter().enumerate().skip(pool);
+        pools.flat_map(move |(number, state)| {
+            let behind = move |request_of: RequestId| number > pool || request_of > request;
+            state.queue.iter().filter_map(move |waiter| {
+                if !behind(waiter.request) {
+                    return None;
+                }
                 Some(WaiterView {
-                    pool: &pool.name,
+                    place: (number, waiter.request),
+                    pool: &state.name,
                     peer: &self.sessions.get(&waiter.connection)?.holder.peer,
                     ask: &waiter.ask,
                     deadline: waiter.deadline,

@@ -4,6 +4,7 @@ mod api;
 mod end;
 mod grant;
 mod lease;
+mod line;
 mod look;
 mod pool;
 mod recover;
@@ -21,6 +22,7 @@ use self::lease::Slot;
 pub use self::lease::State;
 use self::pool::Map;
 use self::pool::PoolState;
+use self::pool::Waiter;
 pub use self::recover::Found;
 use self::watch::Watchers;
 use crate::policy::Policy;
@@ -85,6 +87,7 @@ struct Session {
     resumed: Vec<Arc<Holder>>,
     /// How often it waits in line.
     waiting: u32,
+    administrator: bool,
 }
 
 /// The leases of a subject in a pool.
@@ -112,7 +115,8 @@ enum Due {
 /// - `timers` has exactly the time at which each lease is due, if it ever is, and the end of the
 ///   patience of each waiter.
 /// - `usage` is the sum over `leases`.
-/// - `dirty` is empty between two events: whoever is first in line does not fit.
+/// - `dirty` is empty between two events: whoever is in line cannot be served, by the rule at the
+///   top of the crate.
 #[derive(Clone, Debug)]
 #[cfg_attr(test, derive(PartialEq, Eq, Hash))]
 pub struct Core {
@@ -165,6 +169,10 @@ pub(crate) enum Bug {
     StaysRecorded,
     /// Nothing ends the old records in the file before the new ones are written behind them.
     NoGap,
+    /// A request whose own leases are in its way stops all behind it.
+    NeverAside,
+    /// A request that does not fit stops nobody behind it.
+    Overtakes,
 }
 
 /// Most records between two compactions, for each lease and on top.
@@ -216,7 +224,8 @@ impl Core {
                 connection,
                 peer,
                 token,
-            } => self.connect(connection, peer, token),
+                administrator,
+            } => self.connect(connection, peer, token, administrator),
             Event::Resume {
                 connection,
                 request,
@@ -441,6 +450,10 @@ impl Core {
         state.map = map;
         state.loose = loose;
         state.stale = false;
+        state.afresh = true;
+        for waiter in &mut state.queue {
+            waiter.aside = None;
+        }
     }
 
     /// Gives the ranges of a lease that is gone back to the maps.
@@ -499,6 +512,15 @@ impl Core {
 
     /// Adds a lease to the sums of its subjects, or takes it out of them.
     fn count(&mut self, lease: &Lease, more: bool) {
+        if let Some(pool) = self.pools.get_mut(lease.pool as usize) {
+            if !pool.queue.is_empty() {
+                let owner = lease.holder.peer.owner();
+                let own = |waiter: &&mut Waiter| waiter.owner == owner;
+                pool.queue.iter_mut().filter(own).for_each(|waiter| {
+                    waiter.aside = None;
+                });
+            }
+        }
         let bytes = lease.ranges.size();
         for subject in lease.holder.peer.subjects() {
             let key = (lease.pool, subject);

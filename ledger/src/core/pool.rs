@@ -1,9 +1,12 @@
 //! Which bytes of a pool who may have, by how it is shared.
 
-use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::collections::VecDeque;
+use std::ops;
 use std::sync::Arc;
+
+use rangemap::RangeMap;
+use rangemap::RangeSet;
 
 use super::Slot;
 use crate::allocator::Allocator;
@@ -12,6 +15,7 @@ use crate::allocator::Run;
 use crate::policy::Overlap;
 use crate::policy::Policy;
 use crate::policy::Pool;
+use crate::policy::Subject;
 use crate::types::Access;
 use crate::types::Ask;
 use crate::types::ConnectionId;
@@ -19,6 +23,7 @@ use crate::types::MAX_RANGES;
 use crate::types::Range;
 use crate::types::RequestId;
 use crate::types::Time;
+use crate::types::What;
 
 /// A request in line.
 #[derive(Clone, Debug)]
@@ -26,9 +31,25 @@ use crate::types::Time;
 pub(super) struct Waiter {
     pub(super) connection: ConnectionId,
     pub(super) request: RequestId,
-    pub(super) uid: u32,
+    /// Whose share of the line it takes.
+    pub(super) share: Subject,
+    /// Whose leases are its own.
+    pub(super) owner: Subject,
     pub(super) ask: Ask,
     pub(super) deadline: Time,
+    /// Whether it stands aside: leases of its own are in its way, so that nobody else can make room
+    /// for it. `None`: to be found out, since these leases or the pool have changed.
+    pub(super) aside: Option<bool>,
+}
+
+impl Waiter {
+    /// Ranges that it names.
+    pub(super) fn ranges(&self) -> usize {
+        match &self.ask.what {
+            What::Pool { .. } => 0,
+            What::Ranges { ranges, .. } => ranges.len(),
+        }
+    }
 }
 
 /// A pool that is, or was when leases of today were granted.
@@ -51,6 +72,9 @@ pub(super) struct PoolState {
     pub(super) loose: bool,
     /// Whether the map is to be made anew before anybody is served.
     pub(super) stale: bool,
+    /// Whether the map, the device or the policy is another one since the line was last served:
+    /// all in line are looked at, and not only the first.
+    pub(super) afresh: bool,
     pub(super) placed: BTreeSet<(u64, Slot)>,
     pub(super) queue: VecDeque<Waiter>,
 }
@@ -63,6 +87,7 @@ impl PoolState {
             map: None,
             loose: false,
             stale: false,
+            afresh: false,
             placed: BTreeSet::new(),
             queue: VecDeque::new(),
         }
@@ -95,8 +120,44 @@ pub(super) struct Map {
     used: Allocator,
     /// Units that may never be leased.
     reserved: Allocator,
-    /// How many leases for reading have a unit, where that is counted.
-    readers: BTreeMap<u64, u32>,
+    /// How many leases for reading have a unit, where that is counted. Not by unit: a pool may have
+    /// millions.
+    readers: RangeMap<u64, u32>,
+}
+
+/// Units that those further ahead in line have named, and nobody behind them gets.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Kept {
+    units: RangeSet<u64>,
+    /// Units in use and units that are kept, once somebody wants any units at all.
+    taken: Option<Allocator>,
+}
+
+impl Kept {
+    pub(super) fn add(&mut self, runs: &[Run]) {
+        for run in runs {
+            self.units.insert(units(*run));
+            if let Some(taken) = &mut self.taken {
+                taken.occupy(*run);
+            }
+        }
+    }
+
+    fn has(&self, run: Run) -> bool {
+        self.units.overlaps(&units(run))
+    }
+}
+
+/// As the range that it is.
+fn units(run: Run) -> ops::Range<u64> {
+    run.first..run.first + run.count
+}
+
+fn run_of(units: &ops::Range<u64>) -> Run {
+    Run {
+        first: units.start,
+        count: units.end - units.start,
+    }
 }
 
 impl Map {
@@ -115,7 +176,7 @@ impl Map {
             overlap: pool.overlap,
             used: none.clone(),
             reserved: none,
-            readers: BTreeMap::new(),
+            readers: RangeMap::new(),
         };
         for (bar, range) in reserved {
             if *bar == pool.bar {
@@ -197,44 +258,133 @@ impl Map {
         }
     }
 
-    /// Takes what is wanted. `None`, and takes nothing, if it is not to be had now.
-    pub(super) fn claim(&mut self, wanted: &Wanted, access: Access) -> Option<Vec<Range>> {
+    /// The units that a request is for; `None` if they are not whole units of the pool.
+    pub(super) fn wanted(&self, what: &What) -> Option<Wanted> {
+        match what {
+            What::Pool { size, .. } => Some(Wanted::Units(self.units(*size)?)),
+            What::Ranges { ranges, .. } => {
+                let runs = ranges.iter().map(|range| self.run(range));
+                Some(Wanted::Named(runs.collect::<Option<Vec<_>>>()?))
+            }
+        }
+    }
+
+    /// Whether it is worth to try [`Map::claim`]: named units are there exactly if it says so, of
+    /// others there may be too many pieces.
+    pub(super) fn may_have(&self, wanted: &Wanted, access: Access, kept: &mut Kept) -> bool {
+        match wanted {
+            Wanted::Named(runs) => runs
+                .iter()
+                .all(|run| !kept.has(*run) && self.can_have(*run, access)),
+            Wanted::Units(count) if self.overlap == Overlap::Shared => {
+                *count <= self.reserved.free()
+            }
+            Wanted::Units(count) => {
+                let used = self.taken(kept).map_or(&self.used, |taken| taken);
+                match self.contiguous {
+                    true => used.has_run(*count),
+                    false => *count <= used.free(),
+                }
+            }
+        }
+    }
+
+    /// Units in use or kept, if any are kept.
+    fn taken<'a>(&self, kept: &'a mut Kept) -> Option<&'a mut Allocator> {
+        if kept.units.is_empty() {
+            return None;
+        }
+        if kept.taken.is_none() {
+            let mut taken = self.used.clone();
+            for units in kept.units.iter() {
+                taken.occupy(run_of(units));
+            }
+            kept.taken = Some(taken);
+        }
+        kept.taken.as_mut()
+    }
+
+    /// Takes what is wanted, and nothing that is kept. `None`, and takes nothing, if it is not to
+    /// be had now.
+    pub(super) fn claim(
+        &mut self,
+        wanted: &Wanted,
+        access: Access,
+        kept: &mut Kept,
+    ) -> Option<Vec<Range>> {
         let runs = match wanted {
             Wanted::Named(runs) => {
-                let all = runs.iter().all(|run| self.can_have(*run, access));
+                let all = self.may_have(wanted, access, kept);
                 all.then(|| runs.clone())?
             }
             Wanted::Units(count) if self.overlap == Overlap::Shared => {
                 self.reserved.clone().allocate(*count, MAX_RANGES)?
             }
-            Wanted::Units(count) if self.contiguous => {
-                // Beyond 1 GiB no page-table entry gains by it.
-                let most = ((1 << 30) / self.unit).max(1);
-                let align = count.checked_next_power_of_two()?.min(most);
-                vec![self.used.allocate_run(*count, align, self.at / self.unit)?]
+            Wanted::Units(count) => {
+                let (at, unit, contiguous) = (self.at, self.unit, self.contiguous);
+                let used = match self.taken(kept) {
+                    Some(taken) => taken,
+                    None => &mut self.used,
+                };
+                if contiguous {
+                    // Beyond 1 GiB no page-table entry gains by it.
+                    let most = ((1 << 30) / unit).max(1);
+                    let align = count.checked_next_power_of_two()?.min(most);
+                    vec![used.allocate_run(*count, align, at / unit)?]
+                } else {
+                    used.allocate(*count, MAX_RANGES)?
+                }
             }
-            Wanted::Units(count) => self.used.allocate(*count, MAX_RANGES)?,
         };
         for run in &runs {
             self.occupy(*run, access);
+            if let Some(taken) = &mut kept.taken {
+                taken.occupy(*run);
+            }
         }
         Some(runs.iter().map(|run| self.range(*run)).collect())
     }
 
-    fn can_have(&self, run: Run, access: Access) -> bool {
-        let units = run.first..run.first + run.count;
-        let free = |unit: u64| {
-            self.used.is_free(Run {
-                first: unit,
-                count: 1,
-            })
+    /// Whether these leases of one's own, each a range and its rights, are in the way of what one
+    /// wants: it could not be had if nobody else had anything.
+    pub(super) fn stands_aside(
+        &self,
+        wanted: &Wanted,
+        access: Access,
+        own: &[(Range, Access)],
+    ) -> bool {
+        let excludes = |other: Access| match self.overlap {
+            Overlap::Exclusive => true,
+            Overlap::SharedRead => access == Access::ReadWrite || other == Access::ReadWrite,
+            Overlap::Shared => false,
         };
+        let own = own.iter().filter(|(_, other)| excludes(*other));
+        let own = own.filter_map(|(range, _)| self.covering(range));
+        match wanted {
+            Wanted::Named(runs) => {
+                let own: RangeSet<u64> = own.map(units).collect();
+                runs.iter().any(|run| own.overlaps(&units(*run)))
+            }
+            Wanted::Units(count) => {
+                // Wherever a unit is in use it is not given for a count, to readers neither.
+                let mut alone = self.reserved.clone();
+                own.for_each(|run| alone.occupy(run));
+                match self.contiguous {
+                    true => !alone.has_run(*count),
+                    false => alone.free() < *count,
+                }
+            }
+        }
+    }
+
+    fn can_have(&self, run: Run, access: Access) -> bool {
         self.reserved.is_free(run)
             && match (self.overlap, access) {
                 (Overlap::Shared, _) => true,
-                (Overlap::SharedRead, Access::Read) => units
-                    .into_iter()
-                    .all(|unit| self.readers.contains_key(&unit) || free(unit)),
+                (Overlap::SharedRead, Access::Read) => self
+                    .readers
+                    .gaps(&units(run))
+                    .all(|gap| self.used.is_free(run_of(&gap))),
                 _ => self.used.is_free(run),
             }
     }
@@ -243,13 +393,28 @@ impl Map {
         match self.overlap {
             Overlap::Shared => return,
             Overlap::SharedRead if access == Access::Read => {
-                for unit in run.first..run.first + run.count {
-                    *self.readers.entry(unit).or_default() += 1;
+                let more = self.counted(run, |readers| readers.saturating_add(1));
+                let first: Vec<_> = self.readers.gaps(&units(run)).collect();
+                for (units, readers) in more {
+                    self.readers.insert(units, readers);
+                }
+                for units in first {
+                    self.readers.insert(units, 1);
                 }
             }
             _ => {}
         }
         self.used.occupy(run);
+    }
+
+    /// The parts of a run that have readers, with another count of them.
+    fn counted(&self, run: Run, count: fn(u32) -> u32) -> Vec<(ops::Range<u64>, u32)> {
+        let run = units(run);
+        let parts = self.readers.overlapping(&run);
+        let clipped = |units: &ops::Range<u64>| units.start.max(run.start)..units.end.min(run.end);
+        parts
+            .map(|(units, readers)| (clipped(units), count(*readers)))
+            .collect()
     }
 
     /// Gives the range of a lease back, which [`Map::claim`] took or [`Map::restore`] found.
@@ -260,17 +425,12 @@ impl Map {
         match self.overlap {
             Overlap::Shared => {}
             Overlap::SharedRead if access == Access::Read => {
-                for unit in run.first..run.first + run.count {
-                    let readers = self.readers.get_mut(&unit).map(|readers| {
-                        *readers = readers.saturating_sub(1);
-                        *readers
-                    });
-                    if readers.unwrap_or(0) == 0 {
-                        self.readers.remove(&unit);
-                        self.used.release(Run {
-                            first: unit,
-                            count: 1,
-                        });
+                for (units, readers) in self.counted(run, |readers| readers.saturating_sub(1)) {
+                    if readers == 0 {
+                        self.used.release(run_of(&units));
+                        self.readers.remove(units);
+                    } else {
+                        self.readers.insert(units, readers);
                     }
                 }
             }
@@ -329,9 +489,11 @@ mod tests {
             assert_eq!(map.bytes(), 0x7000);
             let table = Wanted::Named(vec![Run { first: 1, count: 1 }]);
             assert!(!map.can_ever(&table));
-            assert_eq!(map.claim(&table, Access::Read), None);
+            assert_eq!(map.claim(&table, Access::Read, &mut Kept::default()), None);
             let all = Wanted::Units(map.units(None).unwrap());
-            let given = map.claim(&all, Access::ReadWrite).unwrap();
+            let given = map
+                .claim(&all, Access::ReadWrite, &mut Kept::default())
+                .unwrap();
             assert_eq!(given, [range(0x2000, 0x1000), range(0x4000, 0x6000)]);
         }
     }
@@ -351,20 +513,93 @@ mod tests {
     fn readers_share_and_a_writer_does_not() {
         let mut map = Map::new(&pool(Overlap::SharedRead, false), 0x10000, &[]).unwrap();
         let some = Wanted::Named(vec![Run { first: 2, count: 2 }]);
-        assert!(map.claim(&some, Access::Read).is_some());
-        assert!(map.claim(&some, Access::Read).is_some());
-        assert_eq!(map.claim(&some, Access::ReadWrite), None);
+        assert!(
+            map.claim(&some, Access::Read, &mut Kept::default())
+                .is_some()
+        );
+        assert!(
+            map.claim(&some, Access::Read, &mut Kept::default())
+                .is_some()
+        );
+        assert_eq!(
+            map.claim(&some, Access::ReadWrite, &mut Kept::default()),
+            None
+        );
         map.release(&range(0x4000, 0x2000), Access::Read);
-        assert_eq!(map.claim(&some, Access::ReadWrite), None, "one reads still");
+        assert_eq!(
+            map.claim(&some, Access::ReadWrite, &mut Kept::default()),
+            None,
+            "one reads still"
+        );
         map.release(&range(0x4000, 0x2000), Access::Read);
-        assert!(map.claim(&some, Access::ReadWrite).is_some());
-        assert_eq!(map.claim(&some, Access::Read), None);
+        assert!(
+            map.claim(&some, Access::ReadWrite, &mut Kept::default())
+                .is_some()
+        );
+        assert_eq!(map.claim(&some, Access::Read, &mut Kept::default()), None);
+    }
+
+    #[test]
+    fn readers_of_millions_of_units_are_a_few_ranges() {
+        let large = Pool {
+            length: None,
+            ..pool(Overlap::SharedRead, false)
+        };
+        let mut map = Map::new(&large, 64 << 30, &[]).unwrap();
+        let all = range(0x2000, (64 << 30) - 0x2000);
+        let most = map.run(&all).unwrap().count;
+        for (first, count) in [(0, most), (7, most / 2), (0, most), (9, 1)] {
+            let run = Wanted::Named(vec![Run { first, count }]);
+            assert!(
+                map.claim(&run, Access::Read, &mut Kept::default())
+                    .is_some()
+            );
+        }
+        assert!(map.readers.len() <= 7, "{}", map.readers.len());
+        map.release(&all, Access::Read);
+        assert_eq!(map.free_bytes(), 0, "one has all of it still");
+        map.release(&all, Access::Read);
+        assert_eq!(map.readers.len(), 3);
+        assert_eq!(map.free_bytes(), (most - most / 2) * 0x1000);
+    }
+
+    proptest::proptest! {
+        /// Against a count for each unit.
+        #[test]
+        fn readers_are_counted_as_if_by_unit(
+            steps in proptest::collection::vec((0_u64..8, 1_u64..=8, proptest::bool::ANY), 0..40),
+        ) {
+            let mut map = Map::new(&pool(Overlap::SharedRead, false), 0x10000, &[]).unwrap();
+            let mut counts = [0_u32; 8];
+            let mut had: Vec<Run> = Vec::new();
+            for (first, count, gives_back) in steps {
+                let count = count.min(8 - first);
+                if gives_back && !had.is_empty() {
+                    let run = had.swap_remove(first as usize % had.len());
+                    map.release(&map.range(run), Access::Read);
+                    (run.first..run.first + run.count).for_each(|unit| counts[unit as usize] -= 1);
+                } else {
+                    let run = Run { first, count };
+                    let wanted = Wanted::Named(vec![run]);
+                    assert!(map.claim(&wanted, Access::Read, &mut Kept::default()).is_some());
+                    had.push(run);
+                    (first..first + count).for_each(|unit| counts[unit as usize] += 1);
+                }
+                for (unit, count) in (0..).zip(counts) {
+                    assert_eq!(map.readers.get(&unit).copied().unwrap_or(0), count);
+                    let run = Run { first: unit, count: 1 };
+                    assert_eq!(map.used.is_free(run), count == 0);
+                }
+            }
+        }
     }
 
     #[test]
     fn a_run_is_aligned_in_the_bar() {
         let mut map = Map::new(&pool(Overlap::Exclusive, true), 0x10000, &[]).unwrap();
-        let given = map.claim(&Wanted::Units(4), Access::Read).unwrap();
+        let given = map
+            .claim(&Wanted::Units(4), Access::Read, &mut Kept::default())
+            .unwrap();
         assert_eq!(given, [range(0x4000, 0x4000)]);
         assert!(!map.can_ever(&Wanted::Units(9)));
     }

@@ -1,5 +1,7 @@
 //! Promises of the core, one by one. `world.rs` has every order of a small world.
 
+mod line;
+
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -229,12 +231,17 @@ impl Service {
     }
 
     fn connect(&mut self, connection: u64, peer: Peer) -> ConnectionId {
+        self.connect_as(connection, peer, false)
+    }
+
+    fn connect_as(&mut self, connection: u64, peer: Peer, administrator: bool) -> ConnectionId {
         let connection = ConnectionId(connection);
         let token = u128::from(connection.0) + 100;
         self.give(Event::Connected {
             connection,
             peer,
             token,
+            administrator,
         });
         connection
     }

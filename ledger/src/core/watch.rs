@@ -39,11 +39,14 @@ impl Scope {
 pub(super) struct Watchers {
     scopes: BTreeMap<Scope, BTreeSet<RequestId>>,
     connections: BTreeMap<ConnectionId, Vec<(Scope, RequestId)>>,
+    /// Watches of those who are no administrators.
+    tenants: usize,
 }
 
 impl Watchers {
-    pub(super) fn remove(&mut self, connection: ConnectionId) {
+    pub(super) fn remove(&mut self, connection: ConnectionId, administrator: bool) {
         for (scope, request) in self.connections.remove(&connection).unwrap_or_default() {
+            self.tenants -= usize::from(!administrator);
             if let Some(requests) = self.scopes.get_mut(&scope) {
                 requests.remove(&request);
                 if requests.is_empty() {
@@ -67,6 +70,13 @@ impl Core {
         if watches >= MAX_WATCHES {
             return self.refuse(request, Refusal::QueueFull);
         }
+        let (most, have) = (self.policy.totals().watches, self.watchers.tenants);
+        if !session.administrator && have >= most as usize {
+            let key = "max-watches";
+            let have = have as u64;
+            return self.refuse(request, Refusal::Total { key, most, have });
+        }
+        self.watchers.tenants += usize::from(!session.administrator);
         let scope = if all {
             Scope::All
         } else {

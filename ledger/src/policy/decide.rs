@@ -42,11 +42,24 @@ pub struct Limits {
     pub bytes: Limit<u64>,
 }
 
+/// Whom a rule names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Named {
+    /// Users or groups.
+    Users,
+    /// Units or control groups.
+    Units,
+    /// Claims.
+    Claims,
+}
+
 /// The sum of the rules that allow something.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Terms {
     /// The first of the rules, by its number.
     pub rule: u32,
+    /// Whom the rules name: the narrowest of them.
+    pub names: Named,
     /// For what the user has.
     pub user: Limits,
     /// For what the unit has.
@@ -151,15 +164,18 @@ impl Rule {
     }
 
     pub(super) fn add_to(&self, terms: &mut Option<Terms>, number: u32) {
+        let named = self.who.names();
         let terms = match terms {
             Some(terms) => {
                 terms.rule = terms.rule.min(number);
+                terms.names = terms.names.max(named);
                 terms.grace = terms.grace.max(self.grace);
                 terms.wait = terms.wait.max(self.wait);
                 terms
             }
             None => terms.insert(Terms {
                 rule: number,
+                names: named,
                 user: Limits::default(),
                 unit: Limits::default(),
                 claim: Limits::default(),
@@ -172,19 +188,38 @@ impl Rule {
             (Some(one), Some(other)) => Some(one.min(other)),
             (one, other) => one.or(other),
         };
-        let limits = if self.who.claims.is_some() {
-            &mut terms.claim
-        } else if self.who.units.is_some() || self.who.cgroups.is_some() {
-            &mut terms.unit
-        } else {
-            &mut terms.user
+        let limits = match named {
+            Named::Claims => &mut terms.claim,
+            Named::Units => &mut terms.unit,
+            Named::Users => &mut terms.user,
         };
         lower(&mut limits.leases, self.max_leases, number);
         lower(&mut limits.bytes, self.max_bytes, number);
     }
 }
 
+impl Terms {
+    /// Whose share of a line the peer takes: that of the one whom the rules name.
+    pub(crate) fn share(&self, peer: &Peer) -> Subject {
+        let unit = peer.subjects().find(|it| matches!(it, Subject::Unit(_)));
+        match (self.names, unit) {
+            (Named::Units, Some(unit)) => unit,
+            _ => peer.tenant(),
+        }
+    }
+}
+
 impl Who {
+    fn names(&self) -> Named {
+        if self.claims.is_some() {
+            Named::Claims
+        } else if self.units.is_some() || self.cgroups.is_some() {
+            Named::Units
+        } else {
+            Named::Users
+        }
+    }
+
     /// The first key that the peer does not fit.
     fn differs(&self, peer: &Peer) -> Option<&'static str> {
         let any = |patterns: &Option<Vec<Pattern>>, name: Option<&str>| {
@@ -226,6 +261,31 @@ impl Who {
 }
 
 impl Peer {
+    /// As whom it has leases: [`Peer::is_as`] is true of peers of which this is the same.
+    pub(crate) fn owner(&self) -> Subject {
+        match &self.claim {
+            Some(claim) => Subject::Claim(Arc::clone(claim)),
+            None => Subject::User(self.uid),
+        }
+    }
+
+    /// As whom it counts for what it takes of the service itself, such as connections: a claim, or
+    /// the user of the login session that it is in, or its user. A user with subordinate users, as
+    /// containers without root have them, would count as many otherwise; out of its session's slice
+    /// it cannot move them.
+    #[must_use]
+    pub fn tenant(&self) -> Subject {
+        let session = || {
+            let slice = self.cgroup_path.strip_prefix("/user.slice/user-")?;
+            let (uid, _) = slice.split_once(".slice")?;
+            Some(Subject::User(uid.parse().ok()?))
+        };
+        match self.owner() {
+            Subject::User(_) => session().unwrap_or(Subject::User(self.uid)),
+            claim => claim,
+        }
+    }
+
     /// As whom it counts: one that speaks for a claim as that alone, whatever user it chooses to be.
     pub(crate) fn subjects(&self) -> impl Iterator<Item = Subject> + '_ {
         if let Some(claim) = &self.claim {

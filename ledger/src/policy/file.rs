@@ -21,6 +21,8 @@ use crate::types::Millis;
 pub(super) struct File {
     /// Revoke at a reload, with grace, the leases that the new policy does not allow.
     pub(super) revoke_what_is_no_longer_allowed: Option<bool>,
+    /// The most that all have together who are no administrators.
+    pub(super) tenants: Option<TenantsTable>,
     /// Devices, by name.
     #[serde(default)]
     pub(super) device: BTreeMap<String, DeviceTable>,
@@ -30,6 +32,21 @@ pub(super) struct File {
     /// Rules.
     #[serde(default)]
     pub(super) allow: Vec<AllowTable>,
+}
+
+/// The most that all have together who are no administrators. Of several files the smallest counts.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub(super) struct TenantsTable {
+    /// How many connections, 16384 without it; less where the daemon has not so many descriptors.
+    pub(super) max_connections: Option<NonZeroU32>,
+    /// How many leases, 1048576 without it.
+    pub(super) max_leases: Option<NonZeroU32>,
+    /// How many requests in line, of all pools, 16384 without it.
+    pub(super) max_waiting: Option<NonZeroU32>,
+    /// How many watches of news, 4096 without it.
+    pub(super) max_watches: Option<NonZeroU32>,
 }
 
 /// A device that the service owns.

@@ -11,12 +11,14 @@ mod pattern;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroU32;
 use std::ops;
 use std::sync::Arc;
 
 use self::decide::Index;
 pub use self::decide::Limit;
 pub use self::decide::Limits;
+pub use self::decide::Named;
 pub use self::decide::Outcome;
 pub use self::decide::Question;
 pub use self::decide::Terms;
@@ -30,6 +32,7 @@ pub use self::file::OwnerDies;
 use self::file::PoolTable;
 use self::file::Queue;
 pub use self::file::Scrub;
+use self::file::TenantsTable;
 use self::pattern::Pattern;
 use crate::allocator::MAX_UNITS;
 use crate::types::Access;
@@ -192,6 +195,48 @@ struct Rule {
     steering_tags: bool,
 }
 
+/// The most that all tenants have together, who are all but administrators: a user with many
+/// subordinate users is many tenants to a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Totals {
+    /// Connections.
+    pub connections: u32,
+    /// Leases: with so many, nobody but administrators gets one.
+    pub leases: u32,
+    /// Requests in line, of all pools.
+    pub waiting: u32,
+    /// Watches of news.
+    pub watches: u32,
+}
+
+impl Default for Totals {
+    fn default() -> Self {
+        Self {
+            connections: 16_384,
+            leases: 1 << 20,
+            waiting: 16_384,
+            watches: 4096,
+        }
+    }
+}
+
+impl Totals {
+    /// The smallest that is written of each; the default where none is.
+    fn of<'a>(tables: impl Iterator<Item = &'a TenantsTable> + Clone) -> Self {
+        let least = |of: fn(&TenantsTable) -> Option<NonZeroU32>, default: u32| {
+            let written = tables.clone().filter_map(of).min();
+            written.map_or(default, NonZeroU32::get)
+        };
+        let default = Self::default();
+        Self {
+            connections: least(|table| table.max_connections, default.connections),
+            leases: least(|table| table.max_leases, default.leases),
+            waiting: least(|table| table.max_waiting, default.waiting),
+            watches: least(|table| table.max_watches, default.watches),
+        }
+    }
+}
+
 /// A policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
@@ -201,6 +246,7 @@ pub struct Policy {
     /// By pool.
     indexes: Vec<Index>,
     revoke: bool,
+    totals: Totals,
 }
 
 /// For the checker of every order: the policy of a world does not change.
@@ -249,6 +295,7 @@ impl Policy {
             return Err(reader.errors);
         }
         let mut policy = reader.policy;
+        policy.totals = Totals::of(read.iter().filter_map(|(_, file)| file.tenants.as_ref()));
         policy.indexes = policy
             .pools
             .iter()
@@ -279,6 +326,12 @@ impl Policy {
     #[must_use]
     pub fn revokes(&self) -> bool {
         self.revoke
+    }
+
+    /// The most that all tenants have together.
+    #[must_use]
+    pub fn totals(&self) -> Totals {
+        self.totals
     }
 
     /// Where the rule of that number was written.
