@@ -142,9 +142,12 @@ pub(crate) struct Server<'a> {
     /// When the manager is to be told that the service is alive.
     pulse: Option<Time>,
     /// Processes that have handed a device over; the source and the pidfd, if it is watched.
-    pub(crate) owners: BTreeMap<Arc<str>, (Option<(u64, OwnedFd)>, Owner)>,
+    pub(crate) owners: BTreeMap<Arc<str>, (Option<WatchedOwner>, Owner)>,
     pub(crate) written: Written,
 }
+
+/// The source and the pidfd of a process that has handed a device over.
+type WatchedOwner = (u64, OwnedFd);
 
 impl<'a> Server<'a> {
     pub(crate) fn new(

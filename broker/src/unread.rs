@@ -24,12 +24,10 @@ const LEAST: c_int = 128;
 
 /// Whether anything is left to read, at the other end of a unix stream socket.
 pub(crate) fn is_there(socket: impl AsFd) -> bool {
-    let bytes: Result<c_int> = (|| {
-        // SAFETY: the request writes one `int` for each kind of descriptor that has it.
-        let request = unsafe { Getter::<SIOCOUTQ, c_int>::new() };
-        // SAFETY: the request only writes what `Getter` has room for.
-        unsafe { ioctl::ioctl(socket, request) }
-    })();
+    // SAFETY: the request writes one `int` for each kind of descriptor that has it.
+    let request = unsafe { Getter::<SIOCOUTQ, c_int>::new() };
+    // SAFETY: the request only writes what `Getter` has room for.
+    let bytes: Result<c_int> = unsafe { ioctl::ioctl(socket, request) };
     // Whatever has no such request was not sent anything.
     bytes.is_ok_and(|bytes| bytes >= LEAST)
 }

@@ -492,7 +492,7 @@ fn long_names_come_into_no_record() {
         .write_all(b"{\"method\":\"io.barlease.Leases.Monitor\",\"more\":true}\0")
         .unwrap();
     let mut client = daemon.client();
-    let named = |length: usize| Acquire::of_pool(&"x".repeat(length), PAGE, Access::Read);
+    let named = |length: usize| Acquire::of_pool("x".repeat(length), PAGE, Access::Read);
     for length in [256, 1 << 20] {
         let refused = harness::refusal(client.acquire(&named(length)));
         assert!(
