@@ -237,6 +237,27 @@ fn an_error_does_not_wait_for_a_reservation_lock_that_an_importer_keeps() {
     scene.is(MEMORY_OFF);
 }
 
+/// What could not be told at once is told later, of each lease as soon as that can be done.
+#[test]
+fn a_reservation_lock_that_is_kept_keeps_no_other_importer_from_being_told_of_an_error() {
+    let scene = Scene::new();
+    let other = scene.device.export(BAR, &[(0, page_size())]).unwrap();
+    let attachment = Importer::open().attach(&other).unwrap();
+    attachment.map().unwrap();
+    let mut log = KernelLog::from_now();
+    scene.attachment.occupied(|| {
+        attachment.occupied(|| {
+            wait::at_once("recovery", || {
+                inject(FATAL);
+                wait_for_recovery(&mut log);
+            });
+        });
+        attachment.wait_for_interruption();
+    });
+    scene.attachment.wait_for_interruption();
+    scene.is(MEMORY_OFF);
+}
+
 /// Opening enables and resets the function; the other one, and the link, may still be in recovery.
 #[test]
 fn opening_the_device_does_not_end_a_recovery() {
