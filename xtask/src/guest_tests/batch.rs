@@ -328,7 +328,7 @@ mod tests {
             }
             let (least, most) = (ends.iter().min().unwrap(), ends.iter().max().unwrap());
             assert!(most - least <= most / 8, "{ends:?}: {batches:?}");
-            assert!(batches.len() <= 9 + 2 * jobs, "{batches:?}");
+            assert!(batches.len() <= 11 + 2 * jobs, "{batches:?}");
         }
     }
 
