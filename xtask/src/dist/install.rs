@@ -235,8 +235,11 @@ pub(super) fn run(maker: &Maker, built: &Built, from: Option<usize>) -> Result<(
     let key = folder.join("mok.der");
     let mut said = String::new();
     for (number, part) in (1..).zip(&PARTS).skip(from.unwrap_or(1) - 1) {
-        cache::remove(&saved(number - 1))?;
-        disk.copy_to(saved(number))?;
+        // Where a run begins again, that copy is the one that it has come from.
+        if from != Some(number) {
+            disk.copy_to(saved(number))?;
+            cache::remove(&saved(number - 1))?;
+        }
         let kernel = kernels[part.kernel];
         let repository = part.repository.map_or(&nothing, |it| &repositories[it]);
         let script = format!("{COMMON}\n{}", part.script);
