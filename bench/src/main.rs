@@ -1,5 +1,5 @@
-//! The program that `cargo xtask bench` runs in a guest, as root; with `system`, in one with systemd; and, with
-//! `native`, on the host.
+//! The program that `cargo xtask bench` runs in a guest, as root; with `system`, in one with
+//! systemd; and, with `native`, on the host.
 //!
 //! Says on standard output what it is doing, and in the last line, as JSON, what came out.
 

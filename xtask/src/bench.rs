@@ -60,8 +60,8 @@ enum ClockChoice {
 /// Far more than what it takes.
 const LIMIT: Duration = Duration::from_secs(1800);
 
-/// The set that is taken in a guest with systemd, and what it runs there: the program that installs the service
-/// for the device `big`, and then ours.
+/// The set that is taken in a guest with systemd, and what it runs there: the program that installs
+/// the service for the device `big`, and then ours.
 const MANAGER: &str = "service-manager";
 const INSTALLED: [&str; 6] = [
     "/lab/bin/lab_service",

@@ -1,8 +1,8 @@
 //! The lab runs this in a guest with systemd as process 1: `barleased` from its units, on the real
 //! kernel and device, and what happens to it. The rows are those of docs/service.md.
 //!
-//! `lab_service BDF FILES [containers|run WORD...]`: the device, which our module is loaded for, and
-//! the folder of `dist/systemd` with the program. It changes the system that it runs on. What
+//! `lab_service BDF FILES [containers|run WORD...]`: the device, which our module is loaded for,
+//! and the folder of `dist/systemd` with the program. It changes the system that it runs on. What
 //! happens to a service; or containers; or it is there, and a command is run.
 
 mod containers;

@@ -1,4 +1,5 @@
-//! The ways out of metrics: a file for node_exporter, HTTP on a socket, and `io.systemd.Metrics` on another.
+//! The ways out of metrics: a file for node_exporter, HTTP on a socket, and `io.systemd.Metrics` on
+//! another.
 //!
 //! Threads wait for disks and scrapers, and ask the loop for the text. A scraper that is slow keeps
 //! others waiting who scrape, for some seconds, and nobody else.
@@ -158,8 +159,8 @@ fn write(file: &Path, text: &str) -> io::Result<()> {
     fs::rename(&part, file)
 }
 
-/// Takes one client after the other. The socket may be one of systemd's, which does not block, and need not
-/// be a unix socket: what is done with a client's is done with any stream.
+/// Takes one client after the other. The socket may be one of systemd's, which does not block, and
+/// need not be a unix socket: what is done with a client's is done with any stream.
 fn serve(listener: &OwnedFd, answer: impl Fn(UnixStream) -> io::Result<()>) {
     loop {
         let mut poll = [PollFd::new(listener, PollFlags::IN)];

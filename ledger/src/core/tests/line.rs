@@ -1,4 +1,5 @@
-//! The line for a pool: nobody in it holds others up without need, and nobody is overtaken for ever.
+//! The line for a pool: nobody in it holds others up without need, and nobody is overtaken for
+//! ever.
 
 use super::*;
 use crate::policy::Subject;
