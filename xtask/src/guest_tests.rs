@@ -12,7 +12,7 @@ mod single;
 
 pub(crate) use binary::{Binary, binaries};
 pub(crate) use canary::run as canaries;
-pub(crate) use pool::{Pool, jobs};
+pub(crate) use pool::{Lane, Pool, jobs};
 pub(crate) use selftests::{
     Choice as Selftests, Options as SelftestOptions, compare, run as selftests,
 };

@@ -9,6 +9,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::path::PathBuf;
+use std::process::Command;
+use std::process::Stdio;
 
 use barlease::Bdf;
 use barlease::pci::PciDevice;
@@ -18,6 +20,8 @@ use crate::failure::Failure;
 const RULES: &str = "/etc/udev/rules.d";
 /// Where udev is, when it runs.
 const UDEV: [&str; 2] = ["/run/udev", RULES];
+/// Where udev listens, while it runs.
+const CONTROL: &str = "/run/udev/control";
 
 /// The file of a rule, and its content before it was changed.
 pub(super) struct Rule {
@@ -62,6 +66,24 @@ fn text(device: &PciDevice, driver: &str, program: &str) -> String {
     )
 }
 
+/// Has udev read its rules. By itself it looks for a change at most every three seconds, and a device
+/// may come earlier. Where udev does not run there is nothing to do: it reads them when it starts.
+fn reload() {
+    if !Path::new(CONTROL).exists() {
+        return;
+    }
+    let mut udevadm = Command::new("udevadm");
+    udevadm
+        .args(["control", "--reload"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    match udevadm.status() {
+        Ok(status) if status.success() => {}
+        Ok(status) => log::warn!("udevadm control --reload: {status}"),
+        Err(error) => log::warn!("udevadm control --reload: {error}"),
+    }
+}
+
 impl Rule {
     pub(super) fn write(device: &PciDevice, driver: &str) -> Result<Self, Failure> {
         let program = std::env::current_exe()
@@ -85,6 +107,7 @@ impl Rule {
         fs::write(&unfinished, text(device, driver, &program))
             .and_then(|()| fs::rename(&unfinished, &path))
             .map_err(failed)?;
+        reload();
         Ok(Self { path, before })
     }
 
@@ -97,17 +120,24 @@ impl Rule {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(Failure::file("unbind", &path, &error))
             }
-            _ => Ok(Self { path, before }),
+            _ => {
+                if before.is_some() {
+                    reload();
+                }
+                Ok(Self { path, before })
+            }
         }
     }
 
     pub(super) fn undo(&self) -> io::Result<()> {
-        match &self.before {
+        let undone = match &self.before {
             Some(text) => fs::write(&self.path, text),
             None => match fs::remove_file(&self.path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
                 answer => answer,
             },
-        }
+        };
+        reload();
+        undone
     }
 }

@@ -111,7 +111,7 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    fn cost(&self, speed: Speed) -> u32 {
+    pub(super) fn cost(&self, speed: Speed) -> u32 {
         let costs = self.names.iter().map(|name| cost(name, speed));
         BOOT.at(speed) + costs.sum::<u32>()
     }

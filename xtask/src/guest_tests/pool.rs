@@ -1,6 +1,7 @@
 //! Guests side by side, each of which runs some test binaries; what a binary says is shown in one
 //! piece.
 
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::path::Path;
@@ -23,12 +24,17 @@ use crate::steps::Count;
 /// QEMU needs.
 const MEMORY: u32 = 2048;
 
-/// The test binaries of `guest-tests/` and the guest tests to run on a kernel.
-pub(crate) struct Pool<'a> {
+/// The test binaries of `guest-tests/` to run on a kernel.
+pub(crate) struct Lane<'a> {
     pub(crate) binaries: &'a [Binary],
     pub(crate) prepared: &'a Prepared,
     /// Our module, built for that kernel.
     pub(crate) module: &'a Path,
+}
+
+/// Guests of some kernels, side by side: where one lane has few left, another has its longest.
+pub(crate) struct Pool<'a> {
+    pub(crate) lanes: Vec<Lane<'a>>,
     pub(crate) filter: Option<&'a str>,
     /// How many guests at a time.
     pub(crate) jobs: usize,
@@ -62,35 +68,35 @@ fn available(info: &str) -> Option<u64> {
 impl Pool<'_> {
     /// Runs all of them, and says what failed.
     pub(crate) fn run(&self) -> (Count, Result<()>) {
-        let has_tests = |binary: &&Binary| has_tests(&binary.path, self.filter);
-        let binaries = self.binaries.iter().filter(has_tests);
-        let names: Vec<_> = binaries.map(|binary| binary.name.as_str()).collect();
-        let lacks = applies::lacks(&self.prepared.kernel);
-        print!("{}", applies::remarks(&lacks, &names));
-        let names: Vec<_> = names
-            .into_iter()
-            .filter(|name| applies::refusal(&lacks, name).is_none())
+        let mut batches: Vec<_> = self
+            .lanes
+            .iter()
+            .flat_map(|lane| {
+                let speed = lane.speed();
+                let planned = plan(&lane.names(self.filter), self.jobs, speed);
+                planned
+                    .into_iter()
+                    .map(move |batch| (batch.cost(speed), lane, batch))
+            })
             .collect();
-        let speed = match self.prepared.kernel.watches() {
-            None | Some(Watch::Nothing(_)) => Speed::Stock,
-            Some(Watch::Memory | Watch::Races) => Speed::Watched,
-        };
-        self.run_batches(plan(&names, self.jobs, speed))
+        batches.sort_by_key(|(cost, ..)| Reverse(*cost));
+        let batches = batches.into_iter().map(|(_, lane, batch)| (lane, batch));
+        self.run_batches(batches.collect())
     }
 
     /// Runs these batches, and says what failed.
-    pub(crate) fn run_batches(&self, batches: Vec<Batch>) -> (Count, Result<()>) {
-        let queue: Mutex<VecDeque<_>> = Mutex::new(batches.into());
+    pub(crate) fn run_batches(&self, batches: VecDeque<(&Lane<'_>, Batch)>) -> (Count, Result<()>) {
+        let queue = Mutex::new(batches);
         let done = Mutex::new(Vec::new());
         thread::scope(|scope| {
             for _ in 0..self.jobs {
                 scope.spawn(|| {
-                    while let Some(batch) = next(&queue) {
-                        let (outcomes, rest) = self.guest(&batch);
-                        locked(&done).extend(outcomes);
+                    while let Some((lane, batch)) = next(&queue) {
+                        let (outcomes, rest) = lane.guest(&batch, self.filter);
+                        locked(&done).extend(outcomes.into_iter().map(|outcome| (lane, outcome)));
                         if !rest.is_empty() {
                             let names = rest;
-                            locked(&queue).push_front(Batch { names, ..batch });
+                            locked(&queue).push_front((lane, Batch { names, ..batch }));
                         }
                     }
                 });
@@ -98,18 +104,14 @@ impl Pool<'_> {
         });
         let mut count = Count::default();
         let mut failed = Vec::new();
-        for Outcome {
-            name,
-            count: more,
-            failure,
-        } in locked(&done).drain(..)
-        {
-            count = count + more;
-            if let Some(reason) = failure {
+        for (lane, outcome) in locked(&done).drain(..) {
+            count = count + outcome.count;
+            if let Some(reason) = outcome.failure {
+                let (name, kernel) = (outcome.name, &lane.prepared.kernel.name);
                 let reason = reason.lines().next().unwrap_or_default();
-                println!("{name}: {reason}; again:");
-                println!("  {}", self.again(&name));
-                failed.push(name);
+                println!("{name} on {kernel}: {reason}; again:");
+                println!("  cd guest-tests && BARLEASE_KERNEL={kernel} cargo test --test {name}");
+                failed.push(format!("{name} on {kernel}"));
             }
         }
         failed.sort_unstable();
@@ -121,17 +123,31 @@ impl Pool<'_> {
             Err(anyhow::anyhow!("these failed: {}", failed.join(", "))),
         )
     }
+}
 
-    /// How a person runs that binary again.
-    fn again(&self, name: &str) -> String {
-        format!(
-            "cd guest-tests && BARLEASE_KERNEL={} cargo test --test {name}",
-            self.prepared.kernel.name
-        )
+impl Lane<'_> {
+    fn speed(&self) -> Speed {
+        match self.prepared.kernel.watches() {
+            None | Some(Watch::Nothing(_)) => Speed::Stock,
+            Some(Watch::Memory | Watch::Races) => Speed::Watched,
+        }
+    }
+
+    /// The binaries that apply and have tests that the filter leaves; says which do not apply.
+    fn names(&self, filter: Option<&str>) -> Vec<&str> {
+        let has_tests = |binary: &&Binary| has_tests(&binary.path, filter);
+        let binaries = self.binaries.iter().filter(has_tests);
+        let names: Vec<_> = binaries.map(|binary| binary.name.as_str()).collect();
+        let lacks = applies::lacks(&self.prepared.kernel);
+        print!("{}", applies::remarks(&lacks, &names));
+        names
+            .into_iter()
+            .filter(|name| applies::refusal(&lacks, name).is_none())
+            .collect()
     }
 
     /// Runs a batch in a guest. The output of a binary is shown when it has ended.
-    fn guest(&self, batch: &Batch) -> (Vec<Outcome>, Vec<String>) {
+    fn guest(&self, batch: &Batch, filter: Option<&str>) -> (Vec<Outcome>, Vec<String>) {
         let listener = Arc::new(Mutex::new(Listener::default()));
         let kernel = self.prepared.kernel.name.clone();
         let shown = kernel.clone();
@@ -141,7 +157,7 @@ impl Pool<'_> {
                 show(&format!("{} on {shown}", part.name), &part.output);
             }
         }));
-        let result = self.series(batch).and_then(|run| run.output(output).run());
+        let result = self.series(batch, filter).and_then(|run| run.output(output).run());
         let heard = locked(&listener);
         let end = match &result {
             Ok(outcome) => End::Code(outcome.code),
@@ -175,7 +191,7 @@ impl Pool<'_> {
         (outcomes, rest)
     }
 
-    fn series(&self, batch: &Batch) -> Result<Run<'_>> {
+    fn series(&self, batch: &Batch, filter: Option<&str>) -> Result<Run<'_>> {
         let mut run = Run::new(self.prepared, batch.preset.machine());
         let mut parts = Vec::new();
         let lacks = applies::lacks(&self.prepared.kernel);
@@ -185,7 +201,7 @@ impl Pool<'_> {
             let place = format!("/lab/bin/{name}");
             run = run.file(&binary.path, &place);
             let mut words = vec![place];
-            words.extend(self.filter.map(str::to_owned));
+            words.extend(filter.map(str::to_owned));
             words.extend(applies::arguments(&lacks, name));
             parts.push(Part {
                 name: name.clone(),

@@ -11,7 +11,7 @@ use barlease_lab::run::Run;
 use super::applies;
 use super::batch::Batch;
 use super::binary::{as_tests_run, binaries, called, has_tests};
-use super::pool::Pool;
+use super::pool::{Lane, Pool};
 use crate::guest::{finish, in_lab};
 use crate::kmod;
 
@@ -68,15 +68,18 @@ pub(crate) fn together(kernel: Option<String>, names: Vec<String>) -> Result<Exi
     })?;
     let only: Vec<_> = names.iter().map(String::as_str).collect();
     let binaries = binaries(&prepared, &only)?;
-    let pool = Pool {
+    let lane = Lane {
         binaries: &binaries,
         prepared: &prepared,
         module: &kmod::build(&prepared, false)?,
+    };
+    let pool = Pool {
+        lanes: Vec::new(),
         filter: None,
         jobs: 1,
     };
     let preset = Preset::of_tests(&names[0]);
-    let (_, result) = pool.run_batches(vec![Batch { preset, names }]);
+    let (_, result) = pool.run_batches([(&lane, Batch { preset, names })].into());
     result.map(|()| ExitCode::SUCCESS)
 }
 
