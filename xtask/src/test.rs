@@ -2,6 +2,9 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use anyhow::{Context, Result};
 use barlease_lab::arch::Arch;
@@ -93,141 +96,193 @@ fn host(steps: &mut Steps) {
 const SHORT: &[&str] = &["smoke", "revoke", "mmap", "memory_type", "export"];
 
 fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
-    let mut lanes = Vec::new();
+    let mut wanted = Vec::new();
     if options.short.is_empty() || !options.kernel.is_empty() {
-        let wanted = kernels(&options.kernel)?.into_iter();
-        lanes.extend(wanted.map(|wanted| (wanted, false)));
+        let kernels = kernels(&options.kernel)?.into_iter();
+        wanted.extend(kernels.map(|kernel| (kernel, false)));
     }
     let short = options.short.iter().cloned();
-    lanes.extend(short.map(|wanted| (Some(wanted), true)));
-    let mut built_for: Vec<(Arch, bool, Vec<guest_tests::Binary>)> = Vec::new();
-    for (place, (wanted, is_short)) in lanes.into_iter().enumerate() {
-        let prepared = prepare(&Request {
-            kernel: wanted,
+    wanted.extend(short.map(|kernel| (Some(kernel), true)));
+    let mut lanes = Vec::new();
+    for (kernel, is_short) in wanted {
+        let request = Request {
+            kernel,
             update: false,
-        })?;
-        let arch = prepared.kernel.arch();
-        let fits = |built: &&(Arch, bool, Vec<_>)| built.0 == arch && (is_short || !built.1);
-        if built_for.iter().all(|built| !fits(&built)) {
-            let mut binaries = Vec::new();
-            let only = if is_short { SHORT } else { &[] };
-            steps.make(&format!("guest tests: build for {}", arch.name()), || {
-                binaries = guest_tests::binaries(&prepared, only)?;
-                Ok(())
-            });
-            built_for.push((arch, is_short, binaries));
-        }
-        let binaries = built_for.iter().find(fits).map(|built| &built.2[..]);
-        let lane = Lane {
-            options,
-            prepared: &prepared,
-            binaries: binaries.unwrap_or_default(),
-            is_first: place == 0,
         };
-        if is_short {
-            lane.run_short(steps);
-        } else {
-            lane.run(steps);
+        lanes.push((prepare(&request)?, is_short));
+    }
+    let mut built_for: Vec<(Arch, bool, Vec<guest_tests::Binary>)> = Vec::new();
+    for (prepared, is_short) in &lanes {
+        let (arch, is_short) = (prepared.kernel.arch(), *is_short);
+        if built_for.iter().any(|built| fits(built, arch, is_short)) {
+            continue;
         }
+        let mut binaries = Vec::new();
+        let only = if is_short { SHORT } else { &[] };
+        steps.make(&format!("guest tests: build for {}", arch.name()), || {
+            binaries = guest_tests::binaries(prepared, only)?;
+            Ok(())
+        });
+        built_for.push((arch, is_short, binaries));
+    }
+    let lanes: Vec<_> = lanes
+        .iter()
+        .map(|(prepared, is_short)| {
+            let arch = prepared.kernel.arch();
+            let built = built_for.iter();
+            let mut built = built.filter(|built| fits(built, arch, *is_short));
+            let all = built.next().map_or(&[][..], |built| &built.2);
+            let chosen =
+                |binary: &&guest_tests::Binary| !is_short || SHORT.contains(&binary.name.as_str());
+            Lane {
+                prepared,
+                is_short: *is_short,
+                binaries: all.iter().filter(chosen).cloned().collect(),
+            }
+        })
+        .collect();
+    let modules = modules(steps, &lanes);
+    // Once: their rules are those of one source, and hold for every kernel.
+    if let (true, Some(first)) = (
+        options.has("litmus"),
+        lanes.iter().find(|lane| !lane.is_short),
+    ) {
+        steps.step("litmus tests", || litmus::judge(first.prepared));
+    }
+    for (place, (lane, module)) in lanes.iter().zip(&modules).enumerate() {
+        if module.is_some() && !lane.is_short {
+            lane.watchers(steps, options, place == 0);
+        }
+    }
+    let has_module = lanes.iter().zip(&modules);
+    let has_module = has_module.filter_map(|(lane, module)| Some((lane, module.as_deref()?)));
+    let pool = guest_tests::Pool {
+        lanes: has_module
+            .map(|(lane, module)| guest_tests::Lane {
+                binaries: &lane.binaries,
+                prepared: lane.prepared,
+                module,
+            })
+            .collect(),
+        filter: options.filter.as_deref(),
+        jobs: options.jobs.map_or_else(guest_tests::jobs, usize::from),
+    };
+    let names = pool.lanes.iter().map(|lane| &*lane.prepared.kernel.name);
+    let name = format!("guest tests on {}", names.collect::<Vec<_>>().join(", "));
+    if pool.lanes.is_empty() {
+        steps.skip("guest tests", "no module was built");
+    } else {
+        steps.step(&name, || pool.run());
     }
     Ok(())
 }
 
+/// Whether binaries that were built for an architecture, only those of a short run or all, do for a
+/// lane.
+fn fits(built: &(Arch, bool, Vec<guest_tests::Binary>), arch: Arch, is_short: bool) -> bool {
+    built.0 == arch && (is_short || !built.1)
+}
+
 /// All that runs on one kernel.
 struct Lane<'a> {
-    options: &'a Options,
     prepared: &'a Prepared,
-    binaries: &'a [guest_tests::Binary],
-    /// Whether it is the one with which that runs which one kernel is enough for.
-    is_first: bool,
+    is_short: bool,
+    binaries: Vec<guest_tests::Binary>,
+}
+
+/// Builds the module for each lane, side by side, since a compiler uses one processor; and clippy's
+/// look at it. The paths of those that were built.
+fn modules(steps: &mut Steps, lanes: &[Lane<'_>]) -> Vec<Option<PathBuf>> {
+    let names: Vec<_> = lanes
+        .iter()
+        .map(|lane| &*lane.prepared.kernel.name)
+        .collect();
+    let names = names.join(", ");
+    let built = Mutex::new(vec![None; lanes.len()]);
+    steps.make(&format!("module for {names}"), || {
+        side_by_side(lanes, |place, lane| {
+            let module = lane.module()?;
+            built.lock().unwrap_or_else(PoisonError::into_inner)[place] = Some(module);
+            Ok(())
+        })
+    });
+    let built = built.into_inner().unwrap_or_else(PoisonError::into_inner);
+    steps.make(&format!("masked indexes in the module for {names}"), || {
+        let both = lanes.iter().zip(&built);
+        let both = both.filter_map(|(lane, module)| Some((lane, module.as_ref()?)));
+        both.filter(|(lane, _)| !lane.is_short)
+            .try_for_each(|(lane, module)| masks::check(lane.prepared, module))
+    });
+    steps.make(&format!("clippy on the module for {names}"), || {
+        side_by_side(lanes, |_, lane| {
+            if lane.is_short {
+                return Ok(());
+            }
+            kmod::clippy(lane.prepared, true)
+        })
+    });
+    built
+}
+
+/// Does `work` for all lanes, on as many threads as there are processors; the error of the first
+/// that fails.
+fn side_by_side(
+    lanes: &[Lane<'_>],
+    work: impl Fn(usize, &Lane<'_>) -> Result<()> + Sync,
+) -> Result<()> {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut result = Ok(());
+        loop {
+            let place = next.fetch_add(1, Ordering::Relaxed);
+            let Some(lane) = lanes.get(place) else {
+                return result;
+            };
+            let kernel = &lane.prepared.kernel.name;
+            let done = work(place, lane).with_context(|| format!("for {kernel}"));
+            result = result.and(done);
+        }
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..processors).map(|_| scope.spawn(worker)).collect();
+        let mut results = threads.into_iter().map(|thread| {
+            let panicked = |_| Err(anyhow::anyhow!("the build panicked"));
+            thread.join().unwrap_or_else(panicked)
+        });
+        results.try_for_each(|result| result)
+    })
 }
 
 impl Lane<'_> {
-    fn run_short(&self, steps: &mut Steps) {
-        let kernel = &self.prepared.kernel.name;
-        let mut module = PathBuf::new();
-        let built = steps.make(&format!("module for {kernel}"), || {
-            module = kmod::build(self.prepared, true)?;
-            Ok(())
-        });
-        let chosen: Vec<_> = self
-            .binaries
-            .iter()
-            .filter(|binary| SHORT.contains(&binary.name.as_str()))
-            .cloned()
-            .collect();
-        let name = format!("a selection of the guest tests on {kernel}");
-        self.guest_tests(steps, &name, &chosen, built.then_some(&module));
+    fn module(&self) -> Result<PathBuf> {
+        let module = kmod::build(self.prepared, true)?;
+        // Kernels that we build have the stock driver built in, which keeps its place.
+        if !self.is_short && self.prepared.kernel.watches().is_none() {
+            kmod::build_as_stock(self.prepared, true)?;
+        }
+        Ok(module)
     }
 
-    fn guest_tests(
-        &self,
-        steps: &mut Steps,
-        name: &str,
-        binaries: &[guest_tests::Binary],
-        module: Option<&PathBuf>,
-    ) {
-        let Some(module) = module else {
-            steps.skip(name, "the module does not build");
-            return;
-        };
-        steps.step(name, || {
-            guest_tests::Pool {
-                binaries,
-                prepared: self.prepared,
-                module,
-                filter: self.options.filter.as_deref(),
-                jobs: self
-                    .options
-                    .jobs
-                    .map_or_else(guest_tests::jobs, usize::from),
-            }
-            .run()
-        });
-    }
-
-    fn run(&self, steps: &mut Steps) {
-        let (options, prepared) = (self.options, self.prepared);
+    /// What shows that a guest would report a bug, and what is compared with the stock driver.
+    fn watchers(&self, steps: &mut Steps, options: &Options, is_first: bool) {
+        let prepared = self.prepared;
         let kernel = &prepared.kernel.name;
-        // Once: their rules are those of one source, and hold for every kernel.
-        if self.is_first && options.has("litmus") {
-            steps.step("litmus tests", || litmus::judge(prepared));
-        }
-        let mut module = PathBuf::new();
-        let built = steps.make(&format!("module for {kernel}"), || {
-            module = kmod::build(prepared, true)?;
-            // Kernels that we build have the stock driver built in, which keeps its place.
-            if prepared.kernel.watches().is_none() {
-                kmod::build_as_stock(prepared, true)?;
-            }
-            Ok(())
-        });
-        if built {
-            steps.make(
-                &format!("masked indexes in the module for {kernel}"),
-                || masks::check(prepared, &module),
-            );
-        }
-        steps.make(&format!("clippy on the module for {kernel}"), || {
-            kmod::clippy(prepared, true)
-        });
-        let name = format!("canaries on {kernel}");
-        if built && options.has("canaries") {
+        if options.has("canaries") {
+            let name = format!("canaries on {kernel}");
             steps.step(&name, || guest_tests::canaries(prepared));
         }
-        let name = format!("selftests of the kernel on {kernel}");
         // They need IOMMUFD, which Debian's kernels do not have.
-        if built && options.has("selftests") && prepared.kernel.watches() == Some(Watch::Memory) {
+        if options.has("selftests") && prepared.kernel.watches() == Some(Watch::Memory) {
+            let name = format!("selftests of the kernel on {kernel}");
             steps.step(&name, || {
                 guest_tests::compare(prepared, guest_tests::Selftests::QUICK)
             });
         }
-        let name = format!("guest tests on {kernel}");
-        self.guest_tests(steps, &name, self.binaries, built.then_some(&module));
         // Once: the published results are those of one kernel.
         let is_published =
             prepared.kernel.arch().is_native() && prepared.kernel.watches().is_none();
-        if built && self.is_first && options.has("instructions") && is_published {
+        if is_first && options.has("instructions") && is_published {
             steps.report(&format!("instructions on {kernel}"), || {
                 bench::regressions(prepared)
             });

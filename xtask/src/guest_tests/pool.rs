@@ -81,48 +81,52 @@ impl Pool<'_> {
             .collect();
         batches.sort_by_key(|(cost, ..)| Reverse(*cost));
         let batches = batches.into_iter().map(|(_, lane, batch)| (lane, batch));
-        self.run_batches(batches.collect())
+        run_batches(batches.collect(), self.filter, self.jobs)
     }
+}
 
-    /// Runs these batches, and says what failed.
-    pub(crate) fn run_batches(&self, batches: VecDeque<(&Lane<'_>, Batch)>) -> (Count, Result<()>) {
-        let queue = Mutex::new(batches);
-        let done = Mutex::new(Vec::new());
-        thread::scope(|scope| {
-            for _ in 0..self.jobs {
-                scope.spawn(|| {
-                    while let Some((lane, batch)) = next(&queue) {
-                        let (outcomes, rest) = lane.guest(&batch, self.filter);
-                        locked(&done).extend(outcomes.into_iter().map(|outcome| (lane, outcome)));
-                        if !rest.is_empty() {
-                            let names = rest;
-                            locked(&queue).push_front((lane, Batch { names, ..batch }));
-                        }
+/// Runs these batches, `jobs` at a time, and says what failed.
+pub(super) fn run_batches(
+    batches: VecDeque<(&Lane<'_>, Batch)>,
+    filter: Option<&str>,
+    jobs: usize,
+) -> (Count, Result<()>) {
+    let queue = Mutex::new(batches);
+    let done = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some((lane, batch)) = next(&queue) {
+                    let (outcomes, rest) = lane.guest(&batch, filter);
+                    locked(&done).extend(outcomes.into_iter().map(|outcome| (lane, outcome)));
+                    if !rest.is_empty() {
+                        let names = rest;
+                        locked(&queue).push_front((lane, Batch { names, ..batch }));
                     }
-                });
-            }
-        });
-        let mut count = Count::default();
-        let mut failed = Vec::new();
-        for (lane, outcome) in locked(&done).drain(..) {
-            count = count + outcome.count;
-            if let Some(reason) = outcome.failure {
-                let (name, kernel) = (outcome.name, &lane.prepared.kernel.name);
-                let reason = reason.lines().next().unwrap_or_default();
-                println!("{name} on {kernel}: {reason}; again:");
-                println!("  cd guest-tests && BARLEASE_KERNEL={kernel} cargo test --test {name}");
-                failed.push(format!("{name} on {kernel}"));
-            }
+                }
+            });
         }
-        failed.sort_unstable();
-        if failed.is_empty() {
-            return (count, Ok(()));
+    });
+    let mut count = Count::default();
+    let mut failed = Vec::new();
+    for (lane, outcome) in locked(&done).drain(..) {
+        count = count + outcome.count;
+        if let Some(reason) = outcome.failure {
+            let (name, kernel) = (outcome.name, &lane.prepared.kernel.name);
+            let reason = reason.lines().next().unwrap_or_default();
+            println!("{name} on {kernel}: {reason}; again:");
+            println!("  cd guest-tests && BARLEASE_KERNEL={kernel} cargo test --test {name}");
+            failed.push(format!("{name} on {kernel}"));
         }
-        (
-            count,
-            Err(anyhow::anyhow!("these failed: {}", failed.join(", "))),
-        )
     }
+    failed.sort_unstable();
+    if failed.is_empty() {
+        return (count, Ok(()));
+    }
+    (
+        count,
+        Err(anyhow::anyhow!("these failed: {}", failed.join(", "))),
+    )
 }
 
 impl Lane<'_> {
@@ -157,7 +161,9 @@ impl Lane<'_> {
                 show(&format!("{} on {shown}", part.name), &part.output);
             }
         }));
-        let result = self.series(batch, filter).and_then(|run| run.output(output).run());
+        let result = self
+            .series(batch, filter)
+            .and_then(|run| run.output(output).run());
         let heard = locked(&listener);
         let end = match &result {
             Ok(outcome) => End::Code(outcome.code),

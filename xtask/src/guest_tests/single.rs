@@ -11,7 +11,7 @@ use barlease_lab::run::Run;
 use super::applies;
 use super::batch::Batch;
 use super::binary::{as_tests_run, binaries, called, has_tests};
-use super::pool::{Lane, Pool};
+use super::pool::{Lane, run_batches};
 use crate::guest::{finish, in_lab};
 use crate::kmod;
 
@@ -73,13 +73,8 @@ pub(crate) fn together(kernel: Option<String>, names: Vec<String>) -> Result<Exi
         prepared: &prepared,
         module: &kmod::build(&prepared, false)?,
     };
-    let pool = Pool {
-        lanes: Vec::new(),
-        filter: None,
-        jobs: 1,
-    };
     let preset = Preset::of_tests(&names[0]);
-    let (_, result) = pool.run_batches([(&lane, Batch { preset, names })].into());
+    let (_, result) = run_batches([(&lane, Batch { preset, names })].into(), None, 1);
     result.map(|()| ExitCode::SUCCESS)
 }
 
