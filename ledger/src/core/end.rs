@@ -19,6 +19,7 @@ use super::Selector;
 use super::Slot;
 use super::State;
 use super::Stray;
+use super::line::HANGS;
 use crate::policy::Question;
 use crate::policy::Subject;
 use crate::record::Record;
@@ -106,11 +107,18 @@ impl Core {
         }
     }
 
+    /// The revocation of a lease has not ended at once.
+    pub(super) fn may_hang(&mut self, slot: Slot) {
+        let at = self.leases.get(slot).and_then(hangs_at);
+        self.arm(at, Due::Hangs(slot));
+    }
+
     /// Nothing reaches the lease any more: it is gone, and its ranges are free.
     pub(super) fn end(&mut self, slot: Slot, reason: EndReason) {
         self.tell(slot, News::Ended(reason));
         let due = self.leases.get(slot).map(Lease::due);
         self.disarm(due, Due::Lease(slot));
+        self.disarm(self.leases.get(slot).and_then(hangs_at), Due::Hangs(slot));
         let Some((lease, last)) = self.leases.remove(slot) else {
             return;
         };
@@ -119,6 +127,9 @@ impl Core {
         if let Some(pool) = self.pools.get_mut(lease.pool as usize) {
             for range in lease.ranges.as_slice() {
                 pool.placed.remove(&(range.offset, slot));
+            }
+            if pool.hung.remove(&slot) {
+                pool.look_for_room();
             }
         }
         if let Some(device) = self.devices.get_mut(usize::from(lease.device)) {
@@ -433,6 +444,9 @@ impl Core {
             };
             core.change(slot, state, expires);
         };
+        if !matches!(answer, RevokeAnswer::Done | RevokeAnswer::Unknown) {
+            self.may_hang(slot);
+        }
         match answer {
             RevokeAnswer::Done | RevokeAnswer::Unknown => self.end(slot, reason),
             RevokeAnswer::InProgress if self.has(Bug::FreeBeforeDrained) => self.end(slot, reason),
@@ -527,6 +541,7 @@ impl Core {
                     reason,
                 });
                 self.change(slot, revoking(Some(found.id), reason, self.now), expires);
+                self.may_hang(slot);
                 self.tell(slot, News::Revoked(reason));
             }
             State::Granted {
@@ -614,6 +629,14 @@ impl Stray {
         self.bar == lease.bar
             && self.size == lease.ranges.size()
             && usize::try_from(self.nr_ranges) == Ok(ranges.len())
+    }
+}
+
+/// When the revocation of a lease is taken to hang.
+fn hangs_at(lease: &Lease) -> Option<Time> {
+    match lease.state {
+        State::Revoking { since, .. } => Some(since.after(HANGS)),
+        _ => None,
     }
 }
 

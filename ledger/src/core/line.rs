@@ -6,13 +6,15 @@
 //! - the named ranges are kept: nobody behind it gets a unit of them, everybody else what is left;
 //! - a count of units stops all that are behind it, or those who want less would take what becomes
 //!   free again and again, and a large request would never have its turn;
-//! - nothing of both is true if it stands aside: with leases that its owner has itself it cannot be
-//!   served, whatever others give back. As soon as its owner has given them back it counts again.
+//! - nothing of both is true if it stands aside: with leases that its owner has itself, and those
+//!   whose revocation hangs, it cannot be served, whatever others give back. As soon as these are
+//!   gone it counts again. A revocation hangs when an importer has not let go for [`HANGS`].
 
 use super::Bug;
 use super::Core;
 use super::Due;
 use super::Refusal;
+use super::Slot;
 use super::pool::Kept;
 use super::pool::Waiter;
 use super::pool::Wanted;
@@ -20,9 +22,12 @@ use crate::allocator::Run;
 use crate::types::Access;
 use crate::types::ConnectionId;
 use crate::types::LeaseId;
+use crate::types::Millis;
 use crate::types::Range;
 use crate::types::RequestId;
 
+/// How long an importer may take to let go; the kernel then says in its log that it has not.
+pub(super) const HANGS: Millis = Millis(10_000);
 /// Most leases at a time.
 const MAX_LEASES: u32 = 1 << 22;
 /// Most requests in line for a pool, of one whom the policy names for a pool, of a connection.
@@ -34,7 +39,7 @@ const MAX_WAITED_FOR: (usize, usize) = (16_384, 4096);
 enum Prospect {
     /// There may be room.
     Room,
-    /// None, and its own leases are in the way.
+    /// None, and leases are in the way that nobody else can give back.
     Aside,
     /// None, and these are kept for it.
     Keeps(Vec<Run>),
@@ -143,8 +148,8 @@ impl Core {
             return (Prospect::Room, waiter.aside);
         }
         let aside = waiter.aside.unwrap_or_else(|| {
-            let own = self.own_of(pool, waiter);
-            !own.is_empty() && map.stands_aside(&wanted, access, &own)
+            let stay = self.leases_that_stay(pool, waiter);
+            !stay.is_empty() && map.stands_aside(&wanted, access, &stay)
         });
         let prospect = match wanted {
             _ if aside && !self.has(Bug::NeverAside) => Prospect::Aside,
@@ -155,15 +160,34 @@ impl Core {
         (prospect, Some(aside))
     }
 
-    /// The ranges of the pool that the owner of a request has.
-    fn own_of(&self, pool: u32, waiter: &Waiter) -> Vec<(Range, Access)> {
+    /// The ranges of the pool that nobody but the owner of a request can give back.
+    fn leases_that_stay(&self, pool: u32, waiter: &Waiter) -> Vec<(Range, Access)> {
         let own = self.leases.owned_after(&waiter.owner, LeaseId(0));
-        own.filter(|lease| lease.pool == pool)
+        let own = own.filter(|lease| lease.pool == pool);
+        let state = self.pools.get(pool as usize);
+        let hung = state.into_iter().flat_map(|state| &state.hung);
+        let hung = hung.filter_map(|slot| self.leases.get(*slot));
+        own.chain(hung)
             .flat_map(|lease| {
                 let ranges = lease.ranges.as_slice().iter();
                 ranges.map(|range| (*range, lease.access))
             })
             .collect()
+    }
+
+    /// A revocation was to have ended by now: those who wait for its ranges hold nobody up, if it
+    /// has not.
+    pub(super) fn hangs(&mut self, slot: Slot) {
+        let Some(lease) = self.leases.get(slot) else {
+            return;
+        };
+        let pool = lease.pool;
+        if let Some(state) = self.pools.get_mut(pool as usize) {
+            if state.hung.insert(slot) {
+                state.look_for_room();
+                self.dirty.insert(pool);
+            }
+        }
     }
 
     /// Takes a request out of the line.

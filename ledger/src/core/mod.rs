@@ -103,6 +103,8 @@ struct Usage {
 enum Due {
     Lease(Slot),
     Waiter(u32, RequestId),
+    /// A revocation that has not ended by now hangs.
+    Hangs(Slot),
 }
 
 /// The core.
@@ -112,8 +114,8 @@ enum Due {
 /// - A byte of an exclusive pool is in one lease at most, and no lease is without a record.
 /// - A lease leaves `leases` only when the kernel has no living or draining buffer of it: its
 ///   revocation has drained, its buffer is gone, or its device was closed.
-/// - `timers` has exactly the time at which each lease is due, if it ever is, and the end of the
-///   patience of each waiter.
+/// - `timers` has exactly the time at which each lease is due, if it ever is, the end of the
+///   patience of each waiter, and when a revocation that has not ended at once is taken to hang.
 /// - `usage` is the sum over `leases`.
 /// - `dirty` is empty between two events: whoever is in line cannot be served, by the rule at the
 ///   top of the crate.
@@ -291,6 +293,7 @@ impl Core {
             match due {
                 Due::Lease(slot) => self.lease_due(slot),
                 Due::Waiter(pool, request) => self.time_out(pool, request),
+                Due::Hangs(slot) => self.hangs(slot),
             }
             // Whatever it did has put the timer somewhere else; nothing is due for ever.
             self.timers.remove(&(time, due));
@@ -451,9 +454,7 @@ impl Core {
         state.loose = loose;
         state.stale = false;
         state.afresh = true;
-        for waiter in &mut state.queue {
-            waiter.aside = None;
-        }
+        state.look_for_room();
     }
 
     /// Gives the ranges of a lease that is gone back to the maps.

@@ -37,8 +37,9 @@ pub(super) struct Waiter {
     pub(super) owner: Subject,
     pub(super) ask: Ask,
     pub(super) deadline: Time,
-    /// Whether it stands aside: leases of its own are in its way, so that nobody else can make room
-    /// for it. `None`: to be found out, since these leases or the pool have changed.
+    /// Whether it stands aside: leases of its own, or some whose revocation hangs, are in its way,
+    /// so that nobody else can make room for it. `None`: to be found out, since these leases or the
+    /// pool have changed.
     pub(super) aside: Option<bool>,
 }
 
@@ -76,6 +77,8 @@ pub(super) struct PoolState {
     /// all in line are looked at, and not only the first.
     pub(super) afresh: bool,
     pub(super) placed: BTreeSet<(u64, Slot)>,
+    /// Leases whose revocation hangs.
+    pub(super) hung: BTreeSet<Slot>,
     pub(super) queue: VecDeque<Waiter>,
 }
 
@@ -89,7 +92,15 @@ impl PoolState {
             stale: false,
             afresh: false,
             placed: BTreeSet::new(),
+            hung: BTreeSet::new(),
             queue: VecDeque::new(),
+        }
+    }
+
+    /// Who stands aside is to be found out anew.
+    pub(super) fn look_for_room(&mut self) {
+        for waiter in &mut self.queue {
+            waiter.aside = None;
         }
     }
 
@@ -345,30 +356,30 @@ impl Map {
         Some(runs.iter().map(|run| self.range(*run)).collect())
     }
 
-    /// Whether these leases of one's own, each a range and its rights, are in the way of what one
-    /// wants: it could not be had if nobody else had anything.
+    /// Whether these leases, each a range and its rights, are in the way of what is wanted: it could
+    /// not be had if nobody had any other.
     pub(super) fn stands_aside(
         &self,
         wanted: &Wanted,
         access: Access,
-        own: &[(Range, Access)],
+        these: &[(Range, Access)],
     ) -> bool {
         let excludes = |other: Access| match self.overlap {
             Overlap::Exclusive => true,
             Overlap::SharedRead => access == Access::ReadWrite || other == Access::ReadWrite,
             Overlap::Shared => false,
         };
-        let own = own.iter().filter(|(_, other)| excludes(*other));
-        let own = own.filter_map(|(range, _)| self.covering(range));
+        let these = these.iter().filter(|(_, other)| excludes(*other));
+        let these = these.filter_map(|(range, _)| self.covering(range));
         match wanted {
             Wanted::Named(runs) => {
-                let own: RangeSet<u64> = own.map(units).collect();
-                runs.iter().any(|run| own.overlaps(&units(*run)))
+                let these: RangeSet<u64> = these.map(units).collect();
+                runs.iter().any(|run| these.overlaps(&units(*run)))
             }
             Wanted::Units(count) => {
                 // Wherever a unit is in use it is not given for a count, to readers neither.
                 let mut alone = self.reserved.clone();
-                own.for_each(|run| alone.occupy(run));
+                these.for_each(|run| alone.occupy(run));
                 match self.contiguous {
                     true => !alone.has_run(*count),
                     false => alone.free() < *count,

@@ -231,7 +231,8 @@ impl Core {
             lifetime: intent.lifetime,
             links: Links::default(),
         };
-        self.insert(lease);
+        let slot = self.insert(lease);
+        self.may_hang(slot);
     }
 
     /// Leases of whose buffers the kernel says something else than the ledger, and the later ones

@@ -141,6 +141,35 @@ fn a_large_request_is_not_overtaken_by_small_ones() {
 }
 
 #[test]
+fn whoever_waits_for_a_range_that_an_importer_does_not_let_go_holds_nobody_up() {
+    for wanted in [ask("rows", 16 * UNIT), named(&[2, 3])] {
+        let mut service = Service::new(OPEN);
+        let [one, two, three] = [1, 2, 3].map(|n| service.connect(n.into(), peer(n)));
+        let had = service.acquire(one, named(&[3])).unwrap();
+        service.importer = true;
+        service.release(one, had.lease).unwrap();
+        let first = service.wait_in_line(two, wanted.clone());
+        let small = service.wait_in_line(three, named(&[2]));
+        // An importer may take its time.
+        service.pass(9_999);
+        assert_eq!(service.granted(small), None, "{wanted:?}");
+        service.pass(1);
+        assert!(service.granted(small).unwrap().is_ok(), "{wanted:?}");
+        let grant = service.acquire(three, ask("rows", 14 * UNIT)).unwrap();
+        assert_eq!(service.granted(first), None);
+        // From when it lets go on, nobody overtakes again.
+        let buffer = service.buffers.iter_mut().find(|buffer| buffer.draining);
+        buffer.unwrap().draining = false;
+        service.list();
+        let late = service.wait_in_line(three, named(&[3]));
+        assert_eq!(service.granted(late), None, "{wanted:?}");
+        service.importer = false;
+        service.release(three, grant.lease).unwrap();
+        assert_eq!(service.granted(late), None, "{wanted:?}");
+    }
+}
+
+#[test]
 fn the_line_of_a_device_that_goes_is_refused_to_its_end() {
     let mut service = Service::new(OPEN);
     let [one, two] = [1, 2].map(|n| service.connect(n.into(), peer(n)));
