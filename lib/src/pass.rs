@@ -325,6 +325,9 @@ impl Receiver {
             Err(errno) => return Err(Error::from_errno("receive", Object::Socket, errno)),
         };
         if flags.contains(ReturnFlags::CTRUNC) {
+            // The same flag tells that this process has as many descriptors as it may have.
+            rustix::io::fcntl_dupfd_cloexec(socket, 0)
+                .map_err(|errno| Error::from_errno("receive", Object::Socket, errno))?;
             return Err(malformed(
                 "the peer sent more control data than a lease has",
             ));

@@ -1,5 +1,6 @@
 //! A client that waits for its answers.
 
+use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
@@ -69,15 +70,23 @@ impl Client {
 
     /// Asks for a lease, and gets its descriptor with it.
     ///
-    /// Errors: [`Error::Refused`] with the reason, and all others.
+    /// Errors: [`Error::Refused`] with the reason, and all others. [`Error::Io`] with `EMFILE` when
+    /// this process has as many descriptors as it may have (`ulimit -n`): the lease was given back
+    /// then, and the connection can be used on.
     pub fn acquire(&mut self, acquire: &Acquire) -> Result<(Acquired, OwnedFd)> {
         self.send(acquire, false, &[])?;
-        let (acquired, _, fds) = self.receive::<Acquire>()?;
+        let (acquired, message) = self.receive::<Acquire>()?;
         let place = usize::try_from(acquired.file_descriptor).unwrap_or(usize::MAX);
-        let fd = fds.into_iter().nth(place).ok_or_else(|| {
-            Error::Malformed(format!("there is no descriptor {place} in the message"))
-        })?;
-        Ok((acquired, fd))
+        if let Some(fd) = message.fds.into_iter().nth(place) {
+            return Ok((acquired, fd));
+        }
+        let Some(source) = message.lost else {
+            let what = format!("there is no descriptor {place} in the message");
+            return Err(Error::Malformed(what));
+        };
+        // It may have ended already, with the descriptor.
+        let _ = self.release(acquired.lease);
+        Err(Error::io("receive the descriptor of a lease", source))
     }
 
     /// Gives a lease back. When it returns nothing reaches it through its mappings any more.
@@ -177,14 +186,19 @@ impl Client {
         self.wire.send(&call, fds)
     }
 
-    fn receive<M: Method>(&mut self) -> Result<(M::Reply, bool, Vec<OwnedFd>)> {
+    fn receive<M: Method>(&mut self) -> Result<(M::Reply, Received)> {
         let message = self.wire.receive()?.ok_or(Error::Closed)?;
         let reply: Reply = serde_json::from_slice(&message.json)
             .map_err(|error| Error::Malformed(error.to_string()))?;
         if let Some(name) = reply.error {
             return Err(refused(name, reply.parameters));
         }
-        Ok((parameters(reply.parameters)?, reply.continues, message.fds))
+        let received = Received {
+            continues: reply.continues,
+            fds: message.fds,
+            lost: message.lost,
+        };
+        Ok((parameters(reply.parameters)?, received))
     }
 
     fn next<M: Method>(&mut self, done: &mut bool) -> Option<Result<M::Reply>> {
@@ -192,9 +206,18 @@ impl Client {
             return None;
         }
         let received = self.receive::<M>();
-        *done = !matches!(received, Ok((_, true, _)));
-        Some(received.map(|(reply, _, _)| reply))
+        *done = !matches!(&received, Ok((_, with)) if with.continues);
+        Some(received.map(|(reply, _)| reply))
     }
+}
+
+/// What came with a reply.
+struct Received {
+    /// Whether further replies come.
+    continues: bool,
+    fds: Vec<OwnedFd>,
+    /// Why there are not all descriptors.
+    lost: Option<io::Error>,
 }
 
 impl AsFd for Client {

@@ -1,6 +1,7 @@
 //! Messages: JSON, a NUL byte, and descriptors with the first byte.
 
 use std::collections::VecDeque;
+use std::io;
 use std::io::ErrorKind;
 use std::io::IoSlice;
 use std::io::IoSliceMut;
@@ -39,6 +40,8 @@ pub struct Message {
     pub json: Vec<u8>,
     /// The descriptors that came with it.
     pub fds: Vec<OwnedFd>,
+    /// Why there are not all of them: this process has as many open as it may have.
+    pub lost: Option<io::Error>,
 }
 
 /// A call, as it is written.
@@ -84,6 +87,8 @@ pub struct Wire {
     bytes: Vec<u8>,
     searched: usize,
     fds: VecDeque<OwnedFd>,
+    /// Why descriptors of the next message could not be received.
+    lost: Option<Errno>,
 }
 
 impl Wire {
@@ -95,6 +100,7 @@ impl Wire {
             bytes: Vec::new(),
             searched: 0,
             fds: VecDeque::new(),
+            lost: None,
         }
     }
 
@@ -145,6 +151,7 @@ impl Wire {
                 return Ok(Some(Message {
                     json,
                     fds: self.fds.drain(..).collect(),
+                    lost: self.lost.take().map(Into::into),
                 }));
             }
             if self.fill()? == 0 {
@@ -193,7 +200,12 @@ impl Wire {
                 self.fds.extend(fds);
             }
         }
-        if received.flags.contains(ReturnFlags::CTRUNC) || self.fds.len() > MAX_FDS {
+        if received.flags.contains(ReturnFlags::CTRUNC) {
+            // Too many for us to have, or for a message.
+            self.lost = rustix::io::fcntl_dupfd_cloexec(&self.socket, 0).err();
+        }
+        let too_many = received.flags.contains(ReturnFlags::CTRUNC) && self.lost.is_none();
+        if too_many || self.fds.len() > MAX_FDS {
             return Err(Error::Malformed(
                 "more descriptors than any message has".to_owned(),
             ));

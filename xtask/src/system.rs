@@ -1,6 +1,6 @@
 //! `cargo xtask vm system`: a guest whose root is a fresh Debian sid with systemd.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -202,9 +202,24 @@ impl Part {
     }
 }
 
+/// Removes the disks of checks that were interrupted.
+fn remove_left(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder)?.filter_map(Result::ok) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let of = name
+            .strip_prefix("check-")
+            .and_then(|name| name.strip_suffix(".img"));
+        if of.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn check(options: &Options, prepared: &Prepared, part: Part) -> Result<()> {
     let folder = Cache::open()?.path("systems");
     let root = Root::prepare(prepared, part.packages())?;
+    remove_left(&folder)?;
     let path = folder.join(format!("check-{}.img", std::process::id()));
     let disk = root.copy_to(&path)?;
     let boot = |(script, code, expected): &(&str, i32, &str)| {

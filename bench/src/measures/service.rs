@@ -304,6 +304,7 @@ fn death(context: &Context) -> Measure {
             drop(client);
             other.acquire(&wanted).expect("its range");
             batch.add("until the last", None, start.elapsed().as_nanos() as f64);
+            drop(leases);
             batch.add("until the first", None, until_the_first(&daemon));
         }
         Side::Theirs => {

@@ -59,6 +59,8 @@ queue = "1min"
 "#;
 
 const ARGUMENTS: &str = "BARLEASED_TEST_ARGUMENTS";
+/// How many descriptors the command may have.
+const FILES: &str = "BARLEASED_TEST_FILES";
 /// What the test harness says comes before it, what the command says behind it.
 const MARK: char = '\u{1e}';
 
@@ -115,6 +117,14 @@ fn command() {
         return;
     };
     let arguments: Vec<String> = serde_json::from_str(&arguments).unwrap();
+    if let Ok(files) = std::env::var(FILES) {
+        let most = files.parse().ok();
+        let limit = rustix::process::Rlimit {
+            current: most,
+            maximum: most,
+        };
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    }
     print!("{MARK}");
     std::io::Write::flush(&mut std::io::stdout()).unwrap();
     let code = barlease_cli::run([vec!["barlease".to_owned()], arguments].concat());
@@ -288,6 +298,28 @@ fn a_command_runs_with_a_lease_that_ends_with_it() {
     drop(child.stdin.take());
     assert!(child.wait().unwrap().success());
     until("its lease ends", || daemon.leases().is_empty());
+}
+
+#[test]
+fn a_lease_that_finds_no_room_for_its_descriptor_is_given_back_and_that_is_said() {
+    let daemon = Daemon::start();
+    let mut told = 0;
+    for files in 4..40 {
+        let arguments = ["lease", "acquire", "rows", "8K", "--", "true"];
+        let mut command = daemon.command(&arguments);
+        let output = command.env(FILES, files.to_string()).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!error.contains("not understood"), "{files}: {error}");
+        told += usize::from(error.contains("receive the descriptor of a lease: "));
+        until("its lease is given back", || daemon.leases().is_empty());
+        if output.status.success() {
+            assert!(told > 0, "{files} descriptors are enough");
+            return;
+        }
+        // Of the command, or of what loads the program that it runs.
+        assert!(error.contains("rror 24"), "{files}: {error}");
+    }
+    panic!("no number of descriptors is enough");
 }
 
 #[test]

@@ -14,6 +14,7 @@ use std::path::Path;
 use barlease_proto::Client;
 use barlease_proto::Error;
 use barlease_proto::Refusal;
+use rustix::io::Errno;
 
 pub(crate) use self::acquire::acquire;
 pub(crate) use self::broker::broker;
@@ -59,7 +60,16 @@ pub(crate) fn failed(operation: &str, object: &str, error: Error) -> Failure {
             let details = serde_json::to_value(&*refusal).unwrap_or_default();
             Failure::new(text).with_details(details)
         }
-        Error::Io { source, .. } => Failure::new(format!("{operation}: {object}: {source}")),
+        Error::Io {
+            operation: call,
+            source,
+        } => {
+            let remedy = match source.raw_os_error().map(Errno::from_raw_os_error) {
+                Some(Errno::MFILE) => " (raise the limit of open files, `ulimit -n`)",
+                _ => "",
+            };
+            Failure::new(format!("{operation}: {object}: {call}: {source}{remedy}"))
+        }
         Error::Other { name, .. } if name.ends_with("NotImplemented") => Failure::unsupported(
             format!("{operation}: {object}: barleased has no such method"),
         ),
