@@ -138,7 +138,26 @@ pub struct GroupMember {
 /// An error. The text says what was attempted on which object; the cause that the kernel gave is
 /// the [source](std::error::Error::source), which the text does not repeat.
 ///
-/// [`Error::report`] prints all of it on one line, with the remedy.
+/// [`Error::report`] prints all of it on one line, with the remedy. A `main` that ends with a
+/// `Result` prints the fields and no remedy, so a program prints the report itself:
+///
+/// ```no_run
+/// # fn run() -> barlease::Result<()> { Ok(()) }
+/// fn main() -> std::process::ExitCode {
+///     match run() {
+///         Ok(()) => std::process::ExitCode::SUCCESS,
+///         Err(error) => {
+///             eprintln!("{}", error.report());
+///             std::process::ExitCode::FAILURE
+///         }
+///     }
+/// }
+/// ```
+///
+/// ```console
+/// $ my-driver
+/// open: 0000:00:06.0: bound to no driver (run `barlease device bind 0000:00:06.0`)
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -528,6 +547,12 @@ impl Error {
         std::error::Error::source(self)?
             .downcast_ref::<io::Error>()?
             .raw_os_error()
+    }
+
+    /// Whether a time-out that the caller set is over: of `poll_until`, `send_within` and the like.
+    #[must_use]
+    pub fn is_timed_out(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut)
     }
 
     /// The remedy, where known.

@@ -266,6 +266,9 @@ impl<'fd> Leases<'fd> {
     /// They are asked for page by page while the iterator goes on: a lease that comes or goes
     /// meanwhile may be missing, each other one is there once. The iterator ends after an error.
     ///
+    /// A lease that is revoked for good ([`State::Dead`]) is in the list until its last descriptor
+    /// and mapping are gone; [`LeaseRecord::internal`] marks an entry that is no lease.
+    ///
     /// Errors: [`Error::Unsupported`]: not bound to Barlease's driver, or to an older one;
     /// [`Error::Malformed`]; [`Error::Io`].
     pub fn list(&self) -> List<'fd> {

@@ -10,7 +10,6 @@
 //! with a time-out wait until they have finished.
 
 use std::io::IoSlice;
-use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
@@ -23,10 +22,6 @@ use rustix::event::PollFlags;
 use rustix::event::Timespec;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::RecvAncillaryBuffer;
-use rustix::net::RecvAncillaryMessage;
-use rustix::net::RecvFlags;
-use rustix::net::ReturnFlags;
 use rustix::net::SendAncillaryBuffer;
 use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
@@ -68,8 +63,7 @@ impl Lease {
 
     /// As [`Lease::send`], but for at most so long, all in all.
     ///
-    /// Errors: [`Error::Io`], with [`TimedOut`](std::io::ErrorKind::TimedOut) if the peer is too
-    /// slow.
+    /// Errors: [`Error::Io`]; [`Error::is_timed_out`] says that the peer is too slow.
     pub fn send_within(&self, socket: impl AsFd, timeout: Duration) -> Result<()> {
         let mut sender = Sender::new(self)?;
         let socket = socket.as_fd();
@@ -91,8 +85,7 @@ impl Lease {
 
     /// As [`Lease::receive`], but for at most so long, all in all.
     ///
-    /// Errors: as for [`Lease::receive`]; [`Error::Io`] with
-    /// [`TimedOut`](std::io::ErrorKind::TimedOut) if the peer is too slow.
+    /// Errors: as for [`Lease::receive`]; [`Error::is_timed_out`] says that the peer is too slow.
     pub fn receive_within(socket: impl AsFd, timeout: Duration) -> Result<Self> {
         Receiver::new().receive_within(socket, timeout)
     }
@@ -248,13 +241,8 @@ impl Receiver {
     /// Errors: as for [`Lease::receive`].
     pub fn receive(mut self, socket: impl AsFd) -> Result<Lease> {
         let socket = socket.as_fd();
-        finish("receive", socket, None, PollFlags::IN, |dontwait| {
-            let flags = if dontwait {
-                RecvFlags::DONTWAIT
-            } else {
-                RecvFlags::empty()
-            };
-            self.step(socket, flags)
+        finish("receive", socket, None, PollFlags::IN, |dont_wait| {
+            self.step(socket, dont_wait)
         })
     }
 
@@ -264,7 +252,7 @@ impl Receiver {
     pub fn receive_within(mut self, socket: impl AsFd, timeout: Duration) -> Result<Lease> {
         let socket = socket.as_fd();
         finish("receive", socket, Some(timeout), PollFlags::IN, |_| {
-            self.step(socket, RecvFlags::DONTWAIT)
+            self.step(socket, true)
         })
     }
 
@@ -273,10 +261,10 @@ impl Receiver {
     ///
     /// Errors: as for [`Lease::receive`]; the connection is of no more use then.
     pub fn poll(&mut self, socket: impl AsFd) -> Result<Option<Lease>> {
-        self.step(socket.as_fd(), RecvFlags::DONTWAIT)
+        self.step(socket.as_fd(), true)
     }
 
-    fn step(&mut self, socket: BorrowedFd<'_>, flags: RecvFlags) -> Result<Option<Lease>> {
+    fn step(&mut self, socket: BorrowedFd<'_>, dont_wait: bool) -> Result<Option<Lease>> {
         loop {
             let wanted = match self.record.first_chunk() {
                 None => SHORTEST,
@@ -286,53 +274,39 @@ impl Receiver {
             if missing == 0 {
                 return self.complete().map(Some);
             }
-            if !self.take(socket, missing.min(STEP), flags)? {
+            if !self.take(socket, missing.min(STEP), dont_wait)? {
                 return Ok(None);
             }
         }
     }
 
     /// Takes at most `missing` bytes. False: there are none now.
-    fn take(&mut self, socket: BorrowedFd<'_>, missing: usize, flags: RecvFlags) -> Result<bool> {
+    fn take(&mut self, socket: BorrowedFd<'_>, missing: usize, dont_wait: bool) -> Result<bool> {
         let have = self.record.len();
         self.record.resize(have + missing, 0);
         let answer = loop {
             let rest = self.record.get_mut(have..).unwrap_or_default();
-            // Room for more than one, to see that there are more; the kernel closes what has no
-            // room.
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let flags = flags | RecvFlags::CMSG_CLOEXEC;
-            match rustix::net::recvmsg(socket, &mut [IoSliceMut::new(rest)], &mut control, flags) {
+            match sys::message::receive(socket, rest, dont_wait) {
                 Err(Errno::INTR) => {}
-                Err(errno) => break Err(errno),
-                Ok(message) => {
-                    let mut fds = Vec::new();
-                    for item in control.drain() {
-                        if let RecvAncillaryMessage::ScmRights(received) = item {
-                            fds.extend(received);
-                        }
-                    }
-                    break Ok((message.bytes, message.flags, fds));
-                }
+                answer => break answer,
             }
         };
-        let count = answer.as_ref().map_or(0, |(count, _, _)| *count);
+        let count = answer.as_ref().map_or(0, |received| received.bytes);
         self.record.truncate(have + count);
-        let (count, flags, fds) = match answer {
-            Ok(answer) => answer,
+        let received = match answer {
+            Ok(received) => received,
             Err(Errno::AGAIN) => return Ok(false),
             Err(errno) => return Err(Error::from_errno("receive", Object::Socket, errno)),
         };
-        if flags.contains(ReturnFlags::CTRUNC) {
+        if received.control_cut {
             return Err(malformed(
                 "the peer sent more control data than a lease has",
             ));
         }
-        if flags.contains(ReturnFlags::TRUNC) {
+        if received.message_cut {
             return Err(malformed("the socket is not a stream"));
         }
-        for fd in fds {
+        for fd in received.fds {
             if self.fd.replace(fd).is_some() {
                 return Err(malformed("the peer sent several file descriptors, not one"));
             }
@@ -491,10 +465,7 @@ mod tests {
     }
 
     fn timed_out<T>(answer: Result<T>) -> bool {
-        match answer {
-            Err(Error::Io { source, .. }) => source.kind() == std::io::ErrorKind::TimedOut,
-            _ => false,
-        }
+        answer.is_err_and(|error| error.is_timed_out())
     }
 
     #[test]
@@ -519,6 +490,15 @@ mod tests {
         let mut more = [0; 8];
         (&there).read_exact(&mut more).unwrap();
         assert_eq!(&more, b"and more");
+    }
+
+    #[test]
+    fn a_lease_arrives_on_a_socket_that_tells_of_the_sender_too() {
+        let (here, there) = UnixStream::pair().unwrap();
+        rustix::net::sockopt::set_socket_passcred(&there, true).unwrap();
+        lease(8192).send(&here).unwrap();
+        let received = receiver().receive(&there).unwrap();
+        assert_eq!(received.info(), Some(info(8192)));
     }
 
     #[test]
@@ -733,7 +713,10 @@ mod tests {
         listener.set_nonblocking(true).unwrap();
         let mut connections = Vec::new();
         let status = loop {
-            connections.extend(listener.accept().ok());
+            if let Ok((connection, _)) = listener.accept() {
+                lease(8192).send(&connection).unwrap();
+                connections.push(connection);
+            }
             if let Some(status) = child.try_wait().unwrap() {
                 break status;
             }
@@ -746,7 +729,7 @@ mod tests {
             return;
         }
         assert!(status.success(), "{text}");
-        assert!(text.contains("pid None"), "{text}");
+        assert!(text.contains("pid None, 8192 bytes"), "{text}");
     }
 
     #[test]
@@ -755,6 +738,10 @@ mod tests {
             return;
         };
         let socket = UnixStream::connect(path).unwrap();
-        println!("pid {:?}", Peer::of(&socket).unwrap().pid);
+        // The kernel tells of the sender by number 0.
+        rustix::net::sockopt::set_socket_passcred(&socket, true).unwrap();
+        let lease = receiver().receive_within(&socket, Duration::from_secs(60));
+        let peer = Peer::of(&socket).unwrap();
+        println!("pid {:?}, {} bytes", peer.pid, lease.unwrap().size());
     }
 }

@@ -162,7 +162,7 @@ impl<T: RegisterValue> TypedRegister<'_, T> {
     /// Reads until the bits of `mask` are those of `value`, and answers what was read; see
     /// [`TypedRegister::poll`].
     ///
-    /// Errors: [`Error::Io`] with `ETIMEDOUT`.
+    /// Errors: [`Error::Io`], and [`Error::is_timed_out`] says so.
     ///
     /// # Examples
     ///
@@ -183,7 +183,7 @@ impl<T: RegisterValue> TypedRegister<'_, T> {
     /// Reads until `done` says so of what was read, and answers that. Spins for some microseconds,
     /// and sleeps between reads then, up to a millisecond. Looks once more after the time is up.
     ///
-    /// Errors: [`Error::Io`] with `ETIMEDOUT`.
+    /// Errors: [`Error::Io`], and [`Error::is_timed_out`] says so.
     pub fn poll(&self, timeout: Duration, done: impl FnMut(T) -> bool) -> Result<T> {
         poll::<T::Raw, _>(self.place, timeout, || self.read(), done)
     }
@@ -226,14 +226,14 @@ impl<T: RegisterValue> GuardedTypedRegister<'_, T> {
 
     /// See [`TypedRegister::poll_until`].
     ///
-    /// Errors: [`Error::Revoked`]; [`Error::Io`] with `ETIMEDOUT`.
+    /// Errors: [`Error::Revoked`]; [`Error::Io`], and [`Error::is_timed_out`] says so.
     pub fn poll_until(&self, mask: T::Raw, value: T::Raw, timeout: Duration) -> Result<T> {
         self.poll(timeout, |read| read.into_raw() & mask == value)
     }
 
     /// See [`TypedRegister::poll`]. A loss ends it.
     ///
-    /// Errors: [`Error::Revoked`]; [`Error::Io`] with `ETIMEDOUT`.
+    /// Errors: [`Error::Revoked`]; [`Error::Io`], and [`Error::is_timed_out`] says so.
     pub fn poll(&self, timeout: Duration, mut done: impl FnMut(T) -> bool) -> Result<T> {
         let done = |read: Result<T, Lost>| read.map_or(true, &mut done);
         Ok(poll::<T::Raw, _>(
@@ -284,14 +284,14 @@ impl<T: RegisterValue> TypedReadOnlyRegister<'_, T> {
 
     /// See [`TypedRegister::poll_until`].
     ///
-    /// Errors: [`Error::Io`] with `ETIMEDOUT`.
+    /// Errors: [`Error::Io`], and [`Error::is_timed_out`] says so.
     pub fn poll_until(&self, mask: T::Raw, value: T::Raw, timeout: Duration) -> Result<T> {
         self.poll(timeout, |read| read.into_raw() & mask == value)
     }
 
     /// See [`TypedRegister::poll`].
     ///
-    /// Errors: [`Error::Io`] with `ETIMEDOUT`.
+    /// Errors: [`Error::Io`], and [`Error::is_timed_out`] says so.
     pub fn poll(&self, timeout: Duration, done: impl FnMut(T) -> bool) -> Result<T> {
         poll::<T::Raw, _>(self.place, timeout, || self.read(), done)
     }
