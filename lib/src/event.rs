@@ -294,7 +294,10 @@ mod tests {
         assert_eq!(EventFd::wait_any(&events, soon).unwrap(), Some(1));
         assert_eq!((second.take().unwrap(), third.take().unwrap()), (1, 1));
         assert_eq!(EventFd::wait_any(&events, soon).unwrap(), None);
-        assert!(matches!(EventFd::wait_any(&[], None), Err(Error::Invalid { .. })));
+        assert!(matches!(
+            EventFd::wait_any(&[], None),
+            Err(Error::Invalid { .. })
+        ));
     }
 
     #[cfg(feature = "tokio")]

@@ -28,6 +28,7 @@ use crate::Lease;
 use crate::Result;
 use crate::device::open_node;
 use crate::error::Object;
+use crate::lease::is_dma_buf;
 use crate::sys::ioctl;
 use crate::sys::memory;
 
@@ -425,7 +426,8 @@ impl Iommu {
     ///
     /// Errors: [`Error::Invalid`], [`Error::Busy`] (something is mapped at `iova`),
     /// [`Error::ReadOnly`] (devices may write, and this process may not: the file is open for
-    /// reading only, or sealed), [`Error::Unsupported`] (no IOMMU, or no such file can be mapped);
+    /// reading only, or sealed), [`Error::Unsupported`] (no IOMMU, or a dma-buf: see
+    /// [`Iommu::map_lease`]);
     /// [`Error::Io`] (`ENOMEM`: over the limit of locked memory, or no addresses left).
     pub fn map_file(
         &self,
@@ -435,6 +437,14 @@ impl Iommu {
         access: DmaAccess,
     ) -> Result<DmaMapping> {
         let file = file.as_fd();
+        if is_dma_buf(file).map_err(|errno| failed("map", errno))? {
+            return Err(Error::unsupported(
+                "map",
+                Object::Iommu,
+                "a dma-buf can be taken from its holders, and devices would keep what is mapped \
+                 like this: map a lease with `map_lease`",
+            ));
+        }
         if access != DmaAccess::Read && !is_writable(file)? {
             return Err(Error::ReadOnly {
                 operation: "map",

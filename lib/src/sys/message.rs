@@ -94,7 +94,9 @@ unsafe fn take_fds(mut control: &[u8]) -> Vec<OwnedFd> {
             continue;
         }
         for number in data.chunks_exact(size_of::<RawFd>()) {
-            let number = number.first_chunk().map(|bytes| RawFd::from_ne_bytes(*bytes));
+            let number = number
+                .first_chunk()
+                .map(|bytes| RawFd::from_ne_bytes(*bytes));
             let Some(number) = number.filter(|number| *number >= 0) else {
                 continue;
             };
