@@ -124,7 +124,7 @@ struct File {
     entries: Vec<Option<Record>>,
     /// Where the header says that they begin.
     start: usize,
-    /// What is still to be written of what the daemon is at.
+    /// The writes that are still to come of what the daemon is at.
     writes: VecDeque<Write>,
 }
 
@@ -157,7 +157,7 @@ impl File {
         }
     }
 
-    /// What the next daemon reads; it cuts off the rest.
+    /// The records that the next daemon reads; it cuts off the rest.
     fn read(&mut self) -> Vec<Record> {
         let records: Vec<_> = self.entries[self.start..]
             .iter()

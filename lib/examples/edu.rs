@@ -60,7 +60,7 @@ pub fn run(bdf: Bdf, number: u32) -> Result<u32, Box<dyn Error>> {
         source.write(from);
         target.write(to);
         count.write(4);
-        // What we have written to memory is there before the device is told to read it.
+        // Our writes to memory are there before the device is told to read it.
         dma::write_barrier();
         command.write(START | direction);
         command.poll_until(START, 0, timeout)?;

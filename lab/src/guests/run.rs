@@ -1,7 +1,7 @@
 //! Prepares a run: one boot of a guest, with one command or a series of them in it.
 //!
 //! ```no_run
-//! use barlease_lab::machine::Preset;
+//! use barlease_lab::preset::Preset;
 //! use barlease_lab::prepare::{Request, prepare};
 //! use barlease_lab::run::{Output, Run};
 //!
@@ -179,8 +179,8 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// Runs these one after the other instead, until one fails, as [`series`] says. What comes out
-    /// of it can be taken apart with [`series::Listener`].
+    /// Runs these one after the other instead, until one fails, as [`series`] says.
+    /// [`series::Listener`] takes their output apart.
     #[must_use]
     pub fn series(mut self, parts: Vec<Part>) -> Self {
         self.payload = Payload::Series(parts);

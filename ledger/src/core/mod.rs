@@ -292,7 +292,7 @@ impl Core {
                 Due::Lease(slot) => self.lease_due(slot),
                 Due::Waiter(pool, request) => self.time_out(pool, request),
             }
-            // Whatever it did has put the timer somewhere else; nothing is due for ever.
+            // The call above has put the timer somewhere else; nothing is due for ever.
             self.timers.remove(&(time, due));
         }
     }

@@ -1234,7 +1234,7 @@ fn the_ledger_is_compacted_and_says_the_same() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 
-    /// Whatever comes in whatever order: exclusive ranges are in one lease, what is free and what
+    /// Requests come in any order: exclusive ranges are in one lease, what is free and what
     /// is leased are all, and a restart finds the same.
     #[test]
     fn any_order_of_events_keeps_the_books(

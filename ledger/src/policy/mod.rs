@@ -86,7 +86,7 @@ pub struct PolicyError {
     pub place: Place,
     /// The key, or the table; empty if neither can be told.
     pub key: String,
-    /// What.
+    /// The fault.
     pub message: String,
 }
 
@@ -140,7 +140,7 @@ pub struct Device {
     pub memory: bool,
     /// Whether it becomes a bus master.
     pub bus_master: bool,
-    /// What becomes of it when the process ends that has handed it over.
+    /// Its fate when the process ends that has handed it over.
     pub owner_dies: OwnerDies,
 }
 

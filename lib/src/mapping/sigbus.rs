@@ -191,7 +191,7 @@ impl Generation {
         self.previous.store(word, Ordering::Release);
     }
 
-    /// What was remembered.
+    /// The action that was remembered.
     fn previous(&self) -> Previous<'_> {
         match self.previous.load(Ordering::Acquire) {
             DEFAULT => Previous::Default,

@@ -35,7 +35,7 @@ struct Header {
 #[repr(C, align(8))]
 struct Control([u8; ROOM]);
 
-/// What one call has taken from a socket.
+/// The bytes and files that one call has taken from a socket.
 #[derive(Debug, Default)]
 pub(crate) struct Received {
     /// Bytes that were stored.
@@ -70,6 +70,10 @@ pub(crate) fn receive(
     // as long as it is said to be; all three are borrowed or owned by this function.
     let bytes = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
     let bytes = usize::try_from(bytes).map_err(|_| super::last_errno())?;
+    #[allow(
+        clippy::unnecessary_cast,
+        reason = "its type differs between C libraries"
+    )]
     let length = (message.msg_controllen as usize).min(ROOM);
     // SAFETY: the kernel has just put these there, for this process.
     let fds = unsafe { take_fds(control.0.get(..length).unwrap_or_default()) };
@@ -88,12 +92,12 @@ pub(crate) fn receive(
 /// Nobody owns the descriptors that are named in it.
 unsafe fn take_fds(mut control: &[u8]) -> Vec<OwnedFd> {
     let mut fds = Vec::new();
-    while let Some((kind, data, rest)) = split(control) {
-        control = rest;
-        if !matches!(kind, (libc::SOL_SOCKET, RIGHTS | PIDFD)) {
+    while let Some(item) = split(control) {
+        control = item.rest;
+        if item.level != libc::SOL_SOCKET || !matches!(item.kind, RIGHTS | PIDFD) {
             continue;
         }
-        for number in data.chunks_exact(size_of::<RawFd>()) {
+        for number in item.data.chunks_exact(size_of::<RawFd>()) {
             let number = number
                 .first_chunk()
                 .map(|bytes| RawFd::from_ne_bytes(*bytes));
@@ -102,7 +106,7 @@ unsafe fn take_fds(mut control: &[u8]) -> Vec<OwnedFd> {
             };
             // SAFETY: the caller says that it is ours.
             let fd = unsafe { OwnedFd::from_raw_fd(number) };
-            if kind.1 == RIGHTS {
+            if item.kind == RIGHTS {
                 fds.push(fd);
             }
         }
@@ -110,19 +114,28 @@ unsafe fn take_fds(mut control: &[u8]) -> Vec<OwnedFd> {
     fds
 }
 
-/// The first message of control data, by level and kind, its data, and the rest.
-fn split(control: &[u8]) -> Option<((i32, i32), &[u8], &[u8])> {
+/// A message of control data, and those behind it.
+struct Item<'a> {
+    level: i32,
+    kind: i32,
+    data: &'a [u8],
+    rest: &'a [u8],
+}
+
+/// The first message of control data.
+fn split(control: &[u8]) -> Option<Item<'_>> {
     let header = control.get(..size_of::<Header>())?;
     let word = |at: usize| Some(i32::from_ne_bytes(*header.get(at..)?.first_chunk()?));
-    let kind = (
-        word(offset_of!(Header, level))?,
-        word(offset_of!(Header, kind))?,
-    );
     let length = header.get(offset_of!(Header, length)..)?.first_chunk()?;
     let length = usize::from_ne_bytes(*length);
     let data = control.get(size_of::<Header>()..length)?;
     let next = length.checked_next_multiple_of(align_of::<Header>())?;
-    Some((kind, data, control.get(next..).unwrap_or_default()))
+    Some(Item {
+        level: word(offset_of!(Header, level))?,
+        kind: word(offset_of!(Header, kind))?,
+        data,
+        rest: control.get(next..).unwrap_or_default(),
+    })
 }
 
 #[cfg(test)]
