@@ -31,7 +31,7 @@ use crate::core::Found;
 use crate::core::Reply;
 use crate::core::RevokeAnswer;
 use crate::core::State;
-use crate::policy::Names;
+use crate::policy::NoNames;
 use crate::policy::Policy;
 use crate::record::Record;
 use crate::types::Access;
@@ -212,18 +212,6 @@ struct Setting {
     policy: Arc<Policy>,
 }
 
-struct Nobody;
-
-impl Names for Nobody {
-    fn user(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn group(&self, _: &str) -> Option<u32> {
-        None
-    }
-}
-
 fn policy() -> Arc<Policy> {
     let text = r#"
         [device.card]
@@ -241,7 +229,7 @@ fn policy() -> Arc<Policy> {
         queue = "1h"
         max-leases = 2
     "#;
-    Arc::new(Policy::parse(&[("p", text)], &Nobody).unwrap())
+    Arc::new(Policy::parse(&[("p", text)], &NoNames).unwrap())
 }
 
 fn facts() -> Facts {

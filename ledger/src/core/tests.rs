@@ -7,7 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use crate::policy::Names;
+use crate::policy::NoNames;
 use crate::policy::Outcome;
 use crate::types::Access;
 use crate::types::Ask;
@@ -25,18 +25,6 @@ fn told(action: &Action) -> Option<(RequestId, LeaseId, News)> {
             watch, lease, news, ..
         } => Some((*watch, *lease, *news)),
         _ => None,
-    }
-}
-
-struct Host;
-
-impl Names for Host {
-    fn user(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn group(&self, _: &str) -> Option<u32> {
-        None
     }
 }
 
@@ -79,7 +67,7 @@ queue = "30s"
 "#;
 
 fn policy(text: &str) -> Arc<Policy> {
-    let policy = Policy::parse(&[("p.toml", text)], &Host);
+    let policy = Policy::parse(&[("p.toml", text)], &NoNames);
     Arc::new(policy.unwrap_or_else(|errors| panic!("{errors:?}")))
 }
 

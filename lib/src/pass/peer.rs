@@ -1,4 +1,4 @@
-//! The other end.
+//! The process at the other end of a socket.
 
 use std::os::fd::AsFd;
 

@@ -1,4 +1,4 @@
-//! The way in.
+//! Receives a lease, piece by piece: nothing that has come is lost.
 
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;

@@ -1,4 +1,4 @@
-//! The way out.
+//! Sends a lease, as much at a time as the socket takes.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;

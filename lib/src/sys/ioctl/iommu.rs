@@ -1,4 +1,4 @@
-//! Those of address spaces: containers and iommufd.
+//! The ioctls of address spaces: containers and iommufd.
 
 use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;

@@ -1,4 +1,4 @@
-//! Arguments with a variable length.
+//! Arguments of ioctls that have a variable length.
 
 /// Bytes, aligned for any structure of the kernel, with fields in native byte order.
 #[derive(Clone, Debug)]
