@@ -1,9 +1,9 @@
 //! Taking turns: what is compared is measured in small batches, one after the other, again and
 //! again.
 //!
-//! Whatever else the machine does then falls on both sides. A batch is short against the time slice
-//! of a scheduler, its value is the median of its samples, and a ratio is made of the two batches
-//! of one round, which began with the one side and the next time begins with the other.
+//! Other work that the machine does then falls on both sides. A batch is short against the time
+//! slice of a scheduler, its value is the median of its samples, and a ratio is made of the two
+//! batches of one round, which began with the one side and the next time begins with the other.
 
 use std::time::Instant;
 

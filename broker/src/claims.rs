@@ -181,7 +181,8 @@ mod tests {
         assert!(victim.exists());
     }
 
-    /// What has the folder mounted still sees it, and may put the socket's name there again.
+    /// A container that has the folder mounted still sees it, and may put the socket's name there
+    /// again.
     #[test]
     fn a_claim_that_has_ended_does_not_come_back() {
         let place = tempfile::tempdir().unwrap();

@@ -97,7 +97,7 @@ impl Server<'_> {
                 connection.give_up = Some(time);
                 self.give_ups.insert((time, id));
             }
-            // What is put there from here on is no more than what this does.
+            // From here on only this turn puts it there again.
             self.ready.remove(&id);
             let lists = matches!(connection.busy, Some(Busy::List { .. }));
             let calls = connection.busy.is_none() && connection.has_input();
@@ -132,7 +132,7 @@ impl Server<'_> {
         // There is room to send all the time: each time that the client reads is an edge.
         flags.set(EventFlags::ET, is_deaf);
         let waits = connection.waits();
-        // What was sent is taken when there is a turn for it, and not before: a client that sends
+        // The daemon takes bytes when there is a turn for them, and not before: a client that sends
         // faster than it is served fills its own socket.
         flags.set(EventFlags::IN, !waits && !connection.has_input());
         if connection.armed != flags {

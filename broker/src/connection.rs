@@ -62,7 +62,7 @@ pub(crate) enum Busy {
 /// A List that is being answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Listing {
-    /// What comes next.
+    /// The next step.
     pub(crate) next: Next,
     /// Of this pool only.
     pub(crate) pool: Option<String>,
@@ -113,7 +113,7 @@ pub(crate) struct Connection {
     unread: bool,
     /// Whether the kernel has no room for what is to be sent, so that it is tried again later.
     pub(crate) stalled: bool,
-    /// What [`Connection::weight`] was when it was counted.
+    /// The value of [`Connection::weight`] when it was counted.
     pub(crate) counted: usize,
     /// The events that the epoll has for it.
     pub(crate) armed: EventFlags,

@@ -1,4 +1,4 @@
-//! What was done beside the loop, on its way back there.
+//! Results of work that was done beside the loop, on their way back there.
 
 use std::io;
 use std::os::fd::AsFd;

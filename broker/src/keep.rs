@@ -71,9 +71,10 @@ pub struct Keeper<'a> {
     pub pause: (Duration, Duration),
     /// A child that has not said anything for so long is hung.
     pub watchdog: Duration,
-    /// What is stored by names that begin with this is not kept: tests have an older daemon by it.
+    /// Descriptors stored by names that begin with this are not kept: tests have an older daemon by
+    /// it.
     pub forgets: Option<String>,
-    /// What the child has said since it was started.
+    /// Whether the child has said that it is ready since it was started, and when it last spoke.
     ready: bool,
     heard: Instant,
 }
@@ -297,7 +298,7 @@ pub(crate) fn end_with_parent() -> io::Result<()> {
     Ok(())
 }
 
-/// What the parent has kept, in the child.
+/// The descriptors that the parent has kept, in the child.
 pub(crate) fn receive() -> io::Result<Vec<Passed>> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut passed = Vec::new();

@@ -113,7 +113,7 @@ pub struct Options {
     /// Directory of the socket, `leases.sock`, and of those of claims, which is made if need be.
     #[arg(long, default_value = "/run/barleased")]
     socket: PathBuf,
-    /// What becomes of leases at SIGTERM; without it they are kept where systemd keeps the devices.
+    /// Keep or reclaim leases at SIGTERM; without it they are kept where systemd keeps the devices.
     #[arg(long, value_name = "WHAT")]
     at_stop: Option<AtStop>,
     /// Seconds in which clients come back for their leases after a restart.
@@ -166,11 +166,11 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
-/// What the daemon has around it: tests give it other things.
+/// The surroundings of the daemon: tests give it other things.
 pub struct Surroundings<'a> {
     /// Opens devices.
     pub opener: &'a Opener<'a>,
-    /// What systemd has passed.
+    /// The descriptors that systemd has passed.
     pub passed: Vec<Passed>,
     /// Called before each action that the core asks for: a place to be killed at.
     pub before_action: Box<dyn Fn()>,

@@ -1,4 +1,4 @@
-//! What the service tells its manager (systemd, or the parent that `--keep` makes), and the
+//! Messages of the service to its manager (systemd, or the parent that `--keep` makes), and the
 //! descriptors that it leaves with it.
 //!
 //! The protocol is that of `sd_notify(3)`. The crate sd-notify sends descriptors by way of a second

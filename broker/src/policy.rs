@@ -136,7 +136,7 @@ pub(crate) fn place(name: &str) -> Option<usize> {
 }
 
 impl Kept {
-    /// What a file has.
+    /// Reads the text of a file.
     pub(crate) fn read(place: usize, file: OwnedFd) -> io::Result<Self> {
         let file = File::from(file);
         let length = file.metadata()?.len().min(LONGEST);
@@ -160,7 +160,7 @@ pub(crate) struct Written {
     directory: PathBuf,
     /// All that is wrong with the files, if an older policy is in force.
     pub(crate) errors: Vec<String>,
-    /// What is to be kept, if the files were read.
+    /// The texts that are to be kept, if the files were read.
     texts: Option<Texts>,
     /// Place of the policy that the manager keeps.
     kept: Option<usize>,

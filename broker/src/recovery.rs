@@ -1,9 +1,9 @@
-//! What an earlier daemon has left: its devices, its ledger, its socket.
+//! The inheritance of an earlier daemon: its devices, its ledger, its socket.
 //!
 //! Each is a descriptor that the manager was given to keep, by one name: `ledger`, `listener`,
-//! `policy-0` or `policy-1`, `device-NAME`, and `adopted-PID.ID-NAME` for a device that a process has
-//! handed over. `leases` is the name of the socket in the manager's own unit; it may have others for
-//! metrics.
+//! `policy-0` or `policy-1`, `device-NAME`, and `adopted-PID.ID-NAME` for a device that a process
+//! has handed over. `leases` is the name of the socket in the manager's own unit; it may have
+//! others for metrics.
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -80,8 +80,8 @@ fn read_name(name: &str) -> Option<(&str, Option<Owner>)> {
 }
 
 impl Left {
-    /// Takes over what was passed. What cannot be used is said, and given up: the leases of a
-    /// device that cannot be listed are dead, or it is not one of ours.
+    /// Takes over what was passed. A descriptor that cannot be used is reported, and given up: the
+    /// leases of a device that cannot be listed are dead, or it is not one of ours.
     pub(crate) fn take(passed: Vec<Passed>, manager: &mut Manager) -> io::Result<Self> {
         let mut left = Self::default();
         for Passed { name, fd } in passed {

@@ -24,7 +24,7 @@ const TURN: u64 = 256 << 10;
 /// `ECANCELED`: nobody wants it any more.
 const ECANCELED: Errno = 125;
 
-/// What to clear.
+/// The memory to clear.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) lease: LeaseId,

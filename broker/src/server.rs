@@ -62,7 +62,7 @@ pub(crate) struct Signals {
     pub(crate) reload: UnixStream,
 }
 
-/// What becomes of leases when the daemon is told to end.
+/// Leases are kept or reclaimed when the daemon is told to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum AtStop {
     /// They live on, and the next daemon has them.
@@ -118,7 +118,7 @@ pub(crate) struct Server<'a> {
     /// Processes that are watched: the source, and the pidfd.
     pub(crate) processes: BTreeMap<ProcessId, (u64, OwnedFd)>,
     pub(crate) cgroups: Cgroups,
-    /// What could not be watched, and when it is tried again.
+    /// Processes and groups that could not be watched, and when that is tried again.
     pub(crate) unwatched: Vec<Unwatched>,
     pub(crate) watch_again: Option<Time>,
     /// Devices that are being closed.
@@ -325,7 +325,7 @@ impl<'a> Server<'a> {
             }
             Source::Reload => {
                 empty(&self.signals.reload);
-                // What is wrong is in the record.
+                // The record has the fault.
                 let _ = self.reload()?;
             }
             Source::Finished => {

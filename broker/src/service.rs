@@ -121,8 +121,8 @@ pub(crate) fn now() -> Time {
     Time(seconds * 1000 + nanoseconds / 1_000_000)
 }
 
-/// Whether an action does something at once that the ledger must be ahead of. What is only told to
-/// clients, or watched, waits until all actions are carried out.
+/// Whether an action does something at once that the ledger must be ahead of. Messages to clients,
+/// and watching, wait until all actions are carried out.
 fn reaches_the_kernel(action: &Action) -> bool {
     matches!(
         action,
@@ -211,7 +211,7 @@ impl Service {
             return usage.clone();
         }
         let devices = self.devices.values();
-        // What a device that goes away does not tell is not known.
+        // A device that goes away tells nothing.
         let listed = devices.filter_map(|open| open.device.usage().ok());
         let usage: Arc<BTreeMap<_, _>> = Arc::new(listed.flatten().collect());
         let took = now().0.saturating_sub(began.0);

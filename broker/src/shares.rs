@@ -1,4 +1,4 @@
-//! What tenants have of the daemon itself: connections, and bytes that are kept for them.
+//! The shares of tenants in the daemon itself: connections, and bytes that are kept for them.
 //!
 //! A connection counts until it is over and its client has read every descriptor that was sent to
 //! it. Since a client gets no second one before it has read the first (see `clients`), there are
@@ -28,7 +28,7 @@ const MAX_BYTES: usize = 64 << 20;
 /// Time between two looks whether what is unread was read.
 const PAUSE: u64 = 1000;
 
-/// What a tenant has.
+/// The share of a tenant.
 #[derive(Debug, Default)]
 struct Share {
     connections: usize,
@@ -50,7 +50,7 @@ impl Share {
     }
 }
 
-/// What all tenants have. Administrators do not count.
+/// The shares of all tenants. Administrators do not count.
 #[derive(Debug)]
 pub(crate) struct Shares {
     shares: BTreeMap<Subject, Share>,
@@ -203,7 +203,7 @@ mod tests {
         assert!(!shares.connect(&claim("6"), 6));
         shares.disconnect(&claim("0"), 0, None);
         assert!(shares.connect(&claim("6"), 6));
-        // Whatever the policy says.
+        // This limit holds beside those of the policy.
         shares.most = 6;
         assert!(!shares.connect(&claim("7"), 1000));
     }

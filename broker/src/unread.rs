@@ -28,7 +28,7 @@ pub(crate) fn is_there(socket: impl AsFd) -> bool {
     let request = unsafe { Getter::<SIOCOUTQ, c_int>::new() };
     // SAFETY: the request only writes what `Getter` has room for.
     let bytes: Result<c_int> = unsafe { ioctl::ioctl(socket, request) };
-    // Whatever has no such request was not sent anything.
+    // A file without such a request was not sent anything.
     bytes.is_ok_and(|bytes| bytes >= LEAST)
 }
 

@@ -1,7 +1,7 @@
 //! Processes and control groups that leases live by, and processes that have handed a device over.
 //!
-//! What cannot be watched for want of descriptors or memory is not taken for gone: it is looked at
-//! again, until it can be or is.
+//! A process that cannot be watched for want of descriptors or memory is not taken for gone: the
+//! daemon looks at it again, until it can watch it or it is gone.
 
 use std::io;
 use std::sync::Arc;

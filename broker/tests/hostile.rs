@@ -402,7 +402,7 @@ fn an_answer_waits_while_the_kernel_takes_no_descriptors() {
     until("it has a lease", || client.list(None).unwrap().len() == 1);
     thread::sleep(Duration::from_millis(300));
     assert!(!asks.is_finished());
-    // Whoever gets no descriptor is served meanwhile.
+    // Clients that get no descriptor are served meanwhile.
     assert_eq!(client.list(None).unwrap().len(), 1);
     drop((ours, theirs));
     assert_eq!(asks.join().unwrap().unwrap().lease, 1);

@@ -256,7 +256,7 @@ fn the_socket_of_a_claim_is_there_again_after_a_kill() {
     let mut daemon = Daemon::with(&policy(RULES), 4);
     let socket = open_claim(&daemon, "pod-1");
     let mut waiting = UnixStream::connect(&socket).unwrap();
-    // What a container has is the directory.
+    // A container has the directory.
     let inside = fs::File::open(socket.parent().unwrap()).unwrap();
     daemon.signal(Signal::KILL);
     daemon.end();

@@ -223,7 +223,7 @@ impl World {
         self.client()
     }
 
-    /// What the kernel has that is alive.
+    /// The number of leases that the kernel has alive.
     fn alive(&self) -> usize {
         let records = self.card.leases().list();
         records
@@ -371,7 +371,7 @@ fn a_kill_before_any_action_of_a_grant_loses_nothing() {
                 assert_eq!(listed.len(), 1, "{action}");
                 assert_eq!(listed[0].lease, lease.lease);
             }
-            // Whoever has no answer has no lease; the daemon may have one to give to nobody.
+            // A client without an answer has no lease; the daemon may have one to give to nobody.
             Err(Error::Refused(refusal)) => panic!("{action}: {refusal}"),
             Err(_) => assert!(world.path("died").exists(), "{action}"),
         }
@@ -473,7 +473,7 @@ fn leases_are_not_said_to_be_kept_where_nothing_keeps_them() {
     );
 }
 
-/// What is wrong with the policy's files, as the daemon says.
+/// The faults of the policy's files, as the daemon says.
 fn policy_errors(client: &mut Client) -> Option<Vec<String>> {
     client.call(&proto::Devices {}).unwrap().policy_errors
 }
@@ -593,7 +593,7 @@ fn a_device_that_stays_with_the_daemon_outlives_its_owner() {
     let (lease, _fd) = client.acquire(&rows(1, Lifetime::Holders)).unwrap();
     owner.kill().unwrap();
     owner.wait().unwrap();
-    // What it would do about the end of a process it has done by now.
+    // By now it has done all that it would do about the end of a process.
     for _ in 0..20 {
         assert_eq!(ids(&mut client), [lease.lease]);
     }

@@ -411,8 +411,8 @@ int barlease_write_block(const struct barlease_mapping *mapping, size_t offset,
  * `access` returns. `access` must return: no longjmp, no exception. It must not
  * return a negative number, which would be taken for an error of this function.
  *
- * -EREMOTEIO: the mapping is lost. What was read must not be used, and what was
- * written may or may not have reached the device. If it was lost before, `access`
+ * -EREMOTEIO: the mapping is lost. Values that were read must not be used, and
+ * writes may or may not have reached the device. If it was lost before, `access`
  * is not called. -EINVAL: not made with BARLEASE_MAP_SCRATCH.
  */
 int barlease_section(const struct barlease_mapping *mapping,

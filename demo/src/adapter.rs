@@ -25,7 +25,7 @@ const BPP: u64 = 3;
 const ENABLE: u64 = 4;
 /// Enabled, with a linear frame buffer.
 const ENABLED_LINEAR: u16 = 0x41;
-/// What sets the mode: offsets in the BAR of registers, and values, in this order.
+/// The writes that set the mode: offsets in the BAR of registers, and values, in this order.
 pub(crate) const MODE: [(u64, u16); 5] = [
     (DISPI + 2 * ENABLE, 0),
     (DISPI + 2 * XRES, WIDTH as u16),

@@ -19,7 +19,7 @@ use rustix::net::SendFlags;
 /// Bytes of a lease that stands in for the one that is passed.
 pub const SIZE: u64 = 0x2000;
 
-/// The record that travels with a lease. What is understood means the same when it is written
+/// The record that travels with a lease. One that is understood means the same when it is written
 /// again.
 pub fn record(input: &[u8]) {
     barlease::fuzzing::record(input);
@@ -44,7 +44,7 @@ pub fn list(input: &[u8]) {
 }
 
 /// A connection. The first byte says where descriptors come along; the rest is sent in pieces whose
-/// lengths follow from it. Whatever comes, the receiver answers a lease or an error, and keeps no
+/// lengths follow from it. To any bytes the receiver answers a lease or an error, and keeps no
 /// descriptor beyond.
 pub fn stream(input: &[u8]) {
     let Some((plan, mut rest)) = input.split_first() else {

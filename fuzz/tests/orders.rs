@@ -1,8 +1,9 @@
 //! The state of a scratch mapping, with every order of the threads' steps and every value that the
 //! memory model lets them see, by loom.
 //!
-//! What is mapped is a variable here. A handler and a recovery change it between two fences, as the
-//! system calls that they make change page tables; an access sees it with no order of its own.
+//! A variable here stands for the mapping. A handler and a recovery change it between two fences,
+//! as the system calls that they make change page tables; an access sees it with no order of its
+//! own.
 
 #![allow(dead_code, reason = "the state is the library's, with all that it has")]
 

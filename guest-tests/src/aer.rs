@@ -80,7 +80,8 @@ pub fn report_corrected() {
 /// When it does not.
 pub fn wait_until_handled() {
     // Errors are handled one after the other, but the port may hand over two at once, of which the
-    // corrected one comes first. What is reported after that was handled is handed over after both.
+    // corrected one comes first. Errors that are reported after that was handled are handed over
+    // after both.
     report_corrected();
     report_corrected();
 }

@@ -116,7 +116,7 @@ pub fn references(module: &str) -> i32 {
     text.trim().parse().expect("a number")
 }
 
-/// An open file of the importer. What it attached is detached when the last one that has it is
+/// An open file of the importer. Its attachments end when the last clone of it is
 /// dropped.
 #[derive(Clone, Debug)]
 pub struct Importer(Arc<File>);
@@ -469,7 +469,7 @@ impl Attachment {
     ///
     /// # Panics
     ///
-    /// When that does not work. What is blocked by the IOMMU works, and reads nothing of it.
+    /// When that does not work. A read that the IOMMU blocks works, and reads nothing of it.
     #[must_use]
     pub fn read_stale(&self, offset: u64, length: usize) -> Vec<u8> {
         let bytes = self.read_with(abi::TRANSFER_STALE, offset, length);
@@ -497,7 +497,7 @@ impl Attachment {
     ///
     /// # Panics
     ///
-    /// When that does not work. What is blocked by the IOMMU works, and lands nowhere.
+    /// When that does not work. A write that the IOMMU blocks works, and lands nowhere.
     pub fn write_stale(&self, offset: u64, bytes: &[u8]) {
         let flags = abi::TRANSFER_WRITE | abi::TRANSFER_STALE;
         let address = bytes.as_ptr().expose_provenance();
@@ -553,7 +553,7 @@ impl Drop for Attachment {
 pub struct Domain(Function);
 
 impl Domain {
-    /// Sets it. What edu has attached is detached.
+    /// Sets it. Attachments of edu end.
     ///
     /// # Panics
     ///

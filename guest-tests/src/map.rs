@@ -603,7 +603,7 @@ fn caught(code: i32) -> Result<(), Sigbus> {
 static INSTALLED: Once = Once::new();
 static mut PREVIOUS: mem::MaybeUninit<libc::sigaction> = mem::MaybeUninit::uninit();
 
-/// Installs the handler. What is not a touch of ours goes to the handler that was there before.
+/// Installs the handler. It passes all but our touches to the handler that was there before.
 fn install() {
     INSTALLED.call_once(|| {
         // SAFETY: All zeroes is a valid action.

@@ -30,7 +30,7 @@ pub struct Function {
 }
 
 impl Function {
-    /// That of the machine's device `name` (`lab/src/guests/machine.rs`).
+    /// That of the machine's device `name` (`lab/src/guests/preset.rs`).
     ///
     /// # Panics
     ///

@@ -41,7 +41,7 @@ impl Played {
 }
 
 impl Played {
-    /// What the module has counted under this name.
+    /// The number that the module has counted under this name.
     ///
     /// # Panics
     ///
@@ -66,7 +66,7 @@ impl Drop for Played {
 pub enum MemoryType {
     /// x86: UC, which no range register overrides.
     StrongUncached,
-    /// What an uncached mapping has. x86: UC-. arm64: Device-nGnRnE.
+    /// That of an uncached mapping. x86: UC-. arm64: Device-nGnRnE.
     Uncached,
     /// x86: WC. arm64: Normal, non-cacheable.
     WriteCombining,

@@ -1,6 +1,6 @@
 //! VFIO groups and devices.
 //!
-//! What a driver does goes through the library. By raw ioctls (`linux/vfio.h`) go requests whose
+//! The acts of a driver go through the library. By raw ioctls (`linux/vfio.h`) go requests whose
 //! errno tests look at, that are wrong on purpose, or that are compared with the stock driver byte
 //! by byte.
 

@@ -237,7 +237,8 @@ fn an_error_does_not_wait_for_a_reservation_lock_that_an_importer_keeps() {
     scene.is(MEMORY_OFF);
 }
 
-/// What could not be told at once is told later, of each lease as soon as that can be done.
+/// Importers that could not be told at once are told later, those of each lease as soon as
+/// possible.
 #[test]
 fn a_reservation_lock_that_is_kept_keeps_no_other_importer_from_being_told_of_an_error() {
     let scene = Scene::new();

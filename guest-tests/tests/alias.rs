@@ -66,8 +66,7 @@ fn words(payload: &[u8]) -> Vec<u32> {
     payload.chunks_exact(4).map(word).collect()
 }
 
-// ---- Who gets one
-// ---------------------------------------------------------------------------------
+// ---- Devices and drivers that get one -----------------------------------------------------------
 
 #[test]
 fn probe_says_that_it_can_be_had() {
@@ -219,8 +218,7 @@ fn what_is_no_bar_of_a_page_that_can_be_mapped_is_enodev() {
     assert_eq!(device.alias(0, ALIAS_WC), Err(ENODEV));
 }
 
-// ---- What it says of itself
-// -----------------------------------------------------------------------
+// ---- Its description ----------------------------------------------------------------------------
 
 #[test]
 fn an_alias_says_what_its_bar_says_and_what_it_is() {
@@ -405,8 +403,7 @@ fn an_index_that_is_no_alias_is_what_it_is_with_stock() {
     assert!(stock.iter().all(Result::is_err), "{stock:?}");
 }
 
-// ---- It is the BAR
-// --------------------------------------------------------------------------------
+// ---- It is the BAR ------------------------------------------------------------------------------
 
 #[test]
 fn reads_and_writes_are_those_of_the_bar() {
@@ -566,8 +563,7 @@ fn an_alias_cannot_be_leased() {
     );
 }
 
-// ---- It is taken away
-// -----------------------------------------------------------------------------
+// ---- It is taken away ---------------------------------------------------------------------------
 
 fn assert_taken_and_given(device: &Device, map: &Map, take: impl Fn(), give: impl Fn()) {
     map.read(0).unwrap();
@@ -670,8 +666,7 @@ fn revoking_leases_leaves_a_mapping_of_an_alias() {
     assert_eq!(device.state(&lease), State::Dead);
 }
 
-// ---- How long it lives
-// ----------------------------------------------------------------------------
+// ---- How long it lives --------------------------------------------------------------------------
 
 #[test]
 fn aliases_end_with_the_device_fd() {

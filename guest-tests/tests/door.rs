@@ -1,8 +1,8 @@
 //! The door for reads and writes through the device fd: shut with EIO while the device's memory may
 //! not be touched, and otherwise stock's. Run on the machine `device`.
 //!
-//! An error that the device reports shuts it too: `aer.rs`. What the core itself refuses is
-//! compared in `parity.rs`.
+//! An error that the device reports shuts it too: `aer.rs`. `parity.rs` compares the refusals
+//! of the core itself.
 #![cfg(barlease_guest)]
 
 use std::{

@@ -199,9 +199,14 @@ fn memory_for_dma_is_shared_with_the_device() {
         iommu.map_file(&file, 0..page_size(), interrupts, DmaAccess::Read),
         Invalid
     );
-    // A container keeps what it has mapped of a lease, so it gets none.
+    // Devices keep what is mapped of a file, and a lease can be revoked, so neither an iommufd nor a
+    // container gets one as a file; a container, which keeps everything, gets none at all.
     let display = open("display");
     let lease = display.export(0).range(..page_size()).export().unwrap();
+    assert_error!(
+        iommu.map_file(&lease, 0..page_size(), None, DmaAccess::Read),
+        Unsupported
+    );
     if iommu.ioas().is_none() {
         assert_error!(iommu.map_lease(&lease, None, DmaAccess::Read), Unsupported);
     }

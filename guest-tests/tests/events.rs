@@ -107,8 +107,7 @@ impl Leased {
     }
 }
 
-// ---- COMMAND
-// --------------------------------------------------------------------------------------
+// ---- COMMAND ------------------------------------------------------------------------------------
 
 #[test]
 fn memory_off_takes_away_and_memory_on_gives_back() {
@@ -251,8 +250,7 @@ fn a_device_that_is_opened_has_memory_on() {
     assert_eq!(device.state(&fd), expected);
 }
 
-// ---- What leaves buffers alone
-// --------------------------------------------------------------------
+// ---- Events that leave buffers alone ------------------------------------------------------------
 
 #[test]
 fn events_of_one_device_leave_others_alone() {
@@ -366,8 +364,7 @@ fn reads_and_other_ioctls_leave_buffers_alone() {
     });
 }
 
-// ---- A process that races itself
-// ------------------------------------------------------------------
+// ---- A process that races itself ----------------------------------------------------------------
 
 /// Flips COMMAND in memory while it is being written: whatever the kernel took, what it says
 /// afterwards and what can be touched agree.
@@ -453,8 +450,7 @@ fn writers_that_race_each_other_leave_what_the_last_one_said() {
     leased.is(State::Ok);
 }
 
-// ---- Power states
-// ---------------------------------------------------------------------------------
+// ---- Power states -------------------------------------------------------------------------------
 
 /// Devices with a power-management capability, with D3hot.
 const SLEEPERS: [&str; 1] = ["nvme"];
@@ -580,8 +576,7 @@ fn a_device_closed_in_d3hot_is_opened_in_d0() {
     assert_eq!(map.read(0), Err(Sigbus));
 }
 
-// ---- Low power
-// ------------------------------------------------------------------------------------
+// ---- Low power ----------------------------------------------------------------------------------
 
 fn eventfd() -> OwnedFd {
     process::eventfd()

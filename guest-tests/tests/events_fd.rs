@@ -52,8 +52,7 @@ fn low_power(device: &Device, feature: u32) {
     device.feature(SET | feature, &mut []).expect("low power");
 }
 
-// ---- The request
-// ----------------------------------------------------------------------------------
+// ---- The request --------------------------------------------------------------------------------
 
 #[test]
 fn a_probe_is_truthful() {
@@ -134,8 +133,7 @@ fn an_eventfd_whose_fds_are_closed_is_no_harm() {
     drop(device.events());
 }
 
-// ---- What signals
-// ---------------------------------------------------------------------------------
+// ---- Changes that signal ------------------------------------------------------------------------
 
 #[test]
 fn every_change_of_a_buffer_signals() {
@@ -375,8 +373,7 @@ fn other_devices_signal_nothing() {
     events.expect_none("what is another device's");
 }
 
-// ---- The eventfd
-// ----------------------------------------------------------------------------------
+// ---- The eventfd --------------------------------------------------------------------------------
 
 #[test]
 fn a_counter_at_its_end_blocks_nobody() {

@@ -43,8 +43,7 @@ fn export(ranges: &[(u64, u64)]) -> Answer<OwnedFd> {
     display().export(FRAME_BUFFER, ranges)
 }
 
-// ---- PROBE
-// ----------------------------------------------------------------------------------------
+// ---- PROBE --------------------------------------------------------------------------------------
 
 #[test]
 fn probe_says_that_get_is_there_and_set_is_not() {
@@ -76,8 +75,7 @@ fn probe_exports_nothing() {
     assert_eq!(observe::buffers(device.function()), []);
 }
 
-// ---- Values that are refused
-// ----------------------------------------------------------------------
+// ---- Values that are refused --------------------------------------------------------------------
 
 #[test]
 fn flags_that_are_not_0_are_einval() {
@@ -503,8 +501,7 @@ fn a_process_that_races_its_own_request_gains_nothing() {
     );
 }
 
-// ---- MSI-X
-// ----------------------------------------------------------------------------------------
+// ---- MSI-X --------------------------------------------------------------------------------------
 
 /// BAR, first page and length in bytes of what the register at `offset` of the MSI-X capability
 /// points to, `bytes` long.
@@ -650,8 +647,7 @@ fn another_bar_than_that_of_the_msix_table_is_exported() {
     assert_eq!(device.state(&fd), State::Ok);
 }
 
-// ---- What a buffer is
-// -----------------------------------------------------------------------------
+// ---- The buffer ---------------------------------------------------------------------------------
 
 /// Checks that a buffer is the concatenation of ranges: what is written through it is read through
 /// the device fd, and the other way round.
@@ -784,8 +780,7 @@ fn many_buffers_come_and_go() {
     }
 }
 
-// ---- The fd
-// ---------------------------------------------------------------------------------------
+// ---- The fd -------------------------------------------------------------------------------------
 
 #[test]
 fn cloexec_is_as_asked_for() {

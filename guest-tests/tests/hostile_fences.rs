@@ -134,8 +134,7 @@ fn read_only() -> Request {
     read_write().open_flags(libc::O_RDONLY)
 }
 
-// ---- Fences without end
-// ---------------------------------------------------------------------------
+// ---- Fences without end -------------------------------------------------------------------------
 
 #[test]
 fn fences_without_end_do_not_keep_revoke_from_its_end() {
@@ -203,8 +202,7 @@ fn fences_of_a_process_that_has_only_an_fd_do_not_keep_others_waiting() {
     assert_eq!(answer, Ok(()));
 }
 
-// ---- One look
-// -------------------------------------------------------------------------------------
+// ---- One look -----------------------------------------------------------------------------------
 
 #[test]
 fn revoke_waits_for_the_fences_that_were_there_and_for_no_later_one() {
@@ -293,8 +291,7 @@ fn a_fence_that_a_timer_signals_is_waited_for() {
     assert!(begin.elapsed() >= time, "it did not wait");
 }
 
-// ---- Fences whose wait fails
-// ----------------------------------------------------------------------
+// ---- Fences whose wait fails --------------------------------------------------------------------
 
 /// Ticks of processor time that a thread has used, user and system.
 fn ticks(thread: &str) -> u64 {
@@ -357,8 +354,7 @@ fn an_event_waits_asleep_for_a_fence_whose_wait_fails_at_once() {
     waited_for(FENCE_DEADLOCK, |device, _| device.set_memory(false));
 }
 
-// ---- The log
-// --------------------------------------------------------------------------------------
+// ---- The log ------------------------------------------------------------------------------------
 
 /// Lines of the log with this word, from a while after the first one on.
 fn lines_with(log: &mut KernelLog, word: &str) -> Vec<String> {
@@ -426,8 +422,7 @@ fn many_leases_that_are_waited_for_make_few_lines() {
     device.set_memory(true);
 }
 
-// ---- Signals
-// --------------------------------------------------------------------------------------
+// ---- Signals ------------------------------------------------------------------------------------
 
 /// A lease that an importer has mapped that does not let go, with a name, and a mapping of ours.
 fn held(device: &Device) -> (OwnedFd, Attachment, Map) {

@@ -92,8 +92,7 @@ fn bytes_of(bar: &Map, page: u64) -> Vec<u8> {
         .collect()
 }
 
-// ---- Attach
-// ---------------------------------------------------------------------------------------
+// ---- Attach -------------------------------------------------------------------------------------
 
 #[test]
 fn an_importer_that_cannot_do_peer_to_peer_is_refused() {
@@ -224,8 +223,7 @@ fn a_lease_holder_may_pin() {
     device.revoke(fd).unwrap();
 }
 
-// ---- Map
-// ------------------------------------------------------------------------------------------
+// ---- Map ----------------------------------------------------------------------------------------
 
 #[test]
 fn mapping_a_revoked_buffer_is_enodev_until_it_is_ok_again() {
@@ -323,8 +321,7 @@ fn a_mapping_that_is_for_reading_cannot_be_written_through() {
     );
 }
 
-// ---- Where the mapping leads
-// ----------------------------------------------------------------------
+// ---- Where the mapping leads --------------------------------------------------------------------
 
 /// Checks each page of a mapping against where it must lead, and that the table is right: its
 /// entries add up, none is larger than can be, and together they are one run of addresses.
@@ -743,8 +740,7 @@ fn what_a_device_without_translation_cannot_name_is_refused() {
     attachment.map().unwrap();
 }
 
-// ---- Bytes
-// ----------------------------------------------------------------------------------------
+// ---- Bytes --------------------------------------------------------------------------------------
 
 #[test]
 fn edu_reads_and_writes_one_range() {
@@ -887,8 +883,7 @@ fn edu_reads_and_writes_4096_ranges() {
     check_bytes(&ranges, &transfers);
 }
 
-// ---- Between processes, and the ends of things
-// ----------------------------------------------------
+// ---- Between processes, and the ends of things --------------------------------------------------
 
 #[test]
 fn an_attachment_keeps_the_buffer_when_its_fd_is_closed() {

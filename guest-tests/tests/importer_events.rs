@@ -430,7 +430,7 @@ fn a_pinned_importer_is_told_and_lets_go() {
     attachment.unpin().unwrap();
 }
 
-/// Whatever of the two comes first: when the memory is off, nobody has a mapping.
+/// The two come in any order: when the memory is off, nobody has a mapping.
 #[test]
 fn no_mapping_is_left_when_mapping_and_memory_off_race() {
     let device = open("memory");

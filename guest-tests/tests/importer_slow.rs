@@ -315,8 +315,7 @@ fn unbinding_the_importing_device_lets_go() {
     .unwrap();
 }
 
-// ---- Fences
-// ---------------------------------------------------------------------------------------
+// ---- Fences -------------------------------------------------------------------------------------
 
 #[test]
 fn revoke_waits_for_a_fence_that_signals_late() {
@@ -398,8 +397,7 @@ fn a_signalled_fence_is_not_waited_for() {
     at_once("REVOKE", || device.revoke(&fd).unwrap());
 }
 
-// ---- Nothing is waited for that need not be
-// -------------------------------------------------------
+// ---- Nothing is waited for that need not be -----------------------------------------------------
 
 #[test]
 fn other_config_writes_do_not_wait_for_importers() {

@@ -31,8 +31,7 @@ fn stock(device: &Device, bar: u32, ranges: &[(u64, u64)]) -> Answer<OwnedFd> {
     importer::stock(device, &Request::new(bar, ranges))
 }
 
-// ---- The stock exporter
-// ---------------------------------------------------------------------------
+// ---- The stock exporter -------------------------------------------------------------------------
 
 #[test]
 fn the_stock_exporter_is_there_for_get() {
@@ -134,8 +133,7 @@ fn a_parameter_makes_feature_11_the_stock_exporters() {
     device.status(export(&device)).unwrap();
 }
 
-// ---- The MSI-X table
-// ------------------------------------------------------------------------------
+// ---- The MSI-X table ----------------------------------------------------------------------------
 
 /// The pages of BAR0 in which the MSI-X table and the pending bits are.
 fn protected_pages(device: &Device) -> Vec<u64> {
@@ -202,8 +200,7 @@ fn neither_exporter_exports_the_msix_table_where_it_is_told_not_to() {
     }
 }
 
-// ---- Steering tags
-// --------------------------------------------------------------------------------
+// ---- Steering tags ------------------------------------------------------------------------------
 
 #[test]
 fn there_is_no_steering_tag_where_none_was_set() {
@@ -257,8 +254,7 @@ fn steering_tags_cannot_be_set_on_these_devices() {
     }
 }
 
-// ---- The importer itself
-// --------------------------------------------------------------------------
+// ---- The importer itself ------------------------------------------------------------------------
 
 #[test]
 fn the_importer_refuses_what_it_does_not_know() {

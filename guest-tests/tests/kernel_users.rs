@@ -113,7 +113,7 @@ fn no_store_of_a_virtual_processor_arrives_once_revoke_has_returned() {
         thread::sleep(Duration::from_millis(50));
         assert_eq!(owner.read(0), Ok(last));
         assert_eq!(machine.store(SLOTS, 1), End::Fault, "a dead lease");
-        // What a VMM does then: the access is its own to answer.
+        // So does a VMM then: the access is its own to answer.
         machine.delete(1, &map);
         assert_eq!(machine.store(SLOTS, 1), End::Emulate);
         assert_eq!(owner.read(0), Ok(last));

@@ -64,8 +64,7 @@ macro_rules! assert_error {
     };
 }
 
-// ---- Devices
-// --------------------------------------------------------------------------------------
+// ---- Devices ------------------------------------------------------------------------------------
 
 #[test]
 fn a_device_is_bound_and_unbound() {
@@ -203,8 +202,7 @@ fn what_stock_vfio_pci_cannot_do_is_unsupported() {
     assert!(text.contains(BARLEASE), "{text}");
 }
 
-// ---- Leases
-// ---------------------------------------------------------------------------------------
+// ---- Leases -------------------------------------------------------------------------------------
 
 #[test]
 fn a_lease_is_mapped_where_large_entries_are_possible() {
@@ -316,8 +314,7 @@ fn a_lease_shows_its_name() {
     assert_error!(lease.set_name(&"x".repeat(32)), Invalid);
 }
 
-// ---- Memory types, aliases, steering tags
-// ----------------------------------------------------------
+// ---- Memory types, aliases, steering tags -------------------------------------------------------
 
 /// How the CPU treats the ends of a mapping.
 fn types(mapping: &Mapping) -> [Option<probe::MemoryType>; 2] {
@@ -398,8 +395,7 @@ fn steering_tags_of_a_device_that_completes_none_are_unsupported() {
     assert_error!(device.set_tph(&lease, too_large), Invalid);
 }
 
-// ---- Revocation
-// -----------------------------------------------------------------------------------
+// ---- Revocation ---------------------------------------------------------------------------------
 
 #[test]
 fn a_guarded_access_after_revocation_is_an_error() {
@@ -589,8 +585,7 @@ fn a_lease_of_another_device_or_of_no_device_is_told_apart() {
     assert_error!(lease.map(), Dead);
 }
 
-// ---- Another process
-// ------------------------------------------------------------------------------
+// ---- Another process ----------------------------------------------------------------------------
 
 #[test]
 fn an_unprivileged_holder_draws_until_it_is_revoked_and_lives_on() {

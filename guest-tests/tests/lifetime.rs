@@ -46,8 +46,7 @@ fn mmaps(function: &Function) -> Vec<String> {
         .collect()
 }
 
-// ---- The device fd
-// --------------------------------------------------------------------------------
+// ---- The device fd ------------------------------------------------------------------------------
 
 #[test]
 fn close_of_the_device_fd_is_the_end_of_its_buffers() {
@@ -174,8 +173,7 @@ fn an_open_and_close_without_leases_is_no_harm() {
     }
 }
 
-// ---- O_PATH
-// ---------------------------------------------------------------------------------------
+// ---- O_PATH -------------------------------------------------------------------------------------
 
 /// A dma-buf whose file is gone and whose inode is not: an `O_PATH` descriptor holds it.
 fn path_of_closed(fd: OwnedFd) -> OwnedFd {
@@ -304,8 +302,7 @@ fn many_o_path_descriptors_while_everything_closes() {
     }
 }
 
-// ---- The binding
-// ----------------------------------------------------------------------------------
+// ---- The binding --------------------------------------------------------------------------------
 
 #[test]
 fn fds_and_mappings_outlive_the_binding() {
@@ -383,8 +380,7 @@ fn fds_and_mappings_outlive_the_device() {
     device.export(2, &[(0, page_size())]).unwrap();
 }
 
-// ---- The module
-// -----------------------------------------------------------------------------------
+// ---- The module ---------------------------------------------------------------------------------
 
 /// Takes every function from our driver; what `f` does with the module ends with all as it was.
 fn with_module_idle(f: impl FnOnce()) {

@@ -59,8 +59,7 @@ fn ids(records: &[DmaBufRecord]) -> Vec<u64> {
     records.iter().map(|record| record.id).collect()
 }
 
-// ---- The request
-// ----------------------------------------------------------------------------------
+// ---- The request --------------------------------------------------------------------------------
 
 #[test]
 fn a_probe_is_truthful() {
@@ -180,8 +179,7 @@ fn memory_that_cannot_be_read_or_written_is_efault() {
     assert_eq!(device.records().len(), 2);
 }
 
-// ---- What is said
-// ---------------------------------------------------------------------------------
+// ---- The records --------------------------------------------------------------------------------
 
 #[test]
 fn a_record_says_what_was_exported() {
@@ -411,8 +409,7 @@ fn inode_of(map: &Map) -> u64 {
     column.parse().expect("a number")
 }
 
-// ---- Identity
-// -------------------------------------------------------------------------------------
+// ---- Identity -----------------------------------------------------------------------------------
 
 /// `ino:` of an fd in `/proc/self/fdinfo`.
 fn fdinfo_inode(fd: &OwnedFd) -> u64 {
@@ -497,8 +494,7 @@ fn nothing_of_an_earlier_open_or_of_another_device_is_listed() {
     assert_eq!(ids(&device.records()), [id_of(&now)]);
 }
 
-// ---- Many
-// -----------------------------------------------------------------------------------------
+// ---- Many ---------------------------------------------------------------------------------------
 
 #[test]
 fn pages_of_any_size_have_each_buffer_once_and_in_order() {
@@ -601,8 +597,7 @@ fn a_walk_while_buffers_come_and_go_has_each_lasting_one_once() {
     });
 }
 
-// ---- While others wait
-// ----------------------------------------------------------------------------
+// ---- While others wait --------------------------------------------------------------------------
 
 #[test]
 fn list_does_not_wait_for_who_has_the_reservation_lock() {

@@ -75,8 +75,7 @@ fn take_and_give(device: &Device) {
     device.set_memory(true);
 }
 
-// ---- The request
-// ----------------------------------------------------------------------------------
+// ---- The request --------------------------------------------------------------------------------
 
 #[test]
 fn probe_says_that_it_can_be_set() {
@@ -171,8 +170,7 @@ fn status_says_what_the_next_mapping_gets() {
     }
 }
 
-// ---- What the entries are
-// -------------------------------------------------------------------------
+// ---- The page-table entries ---------------------------------------------------------------------
 
 #[test]
 fn a_mapping_is_uncached_unless_asked() {
@@ -478,8 +476,7 @@ fn revocation_takes_a_write_combining_mapping_too() {
     assert_eq!(How::shared().map(&fd, 0, page_size()).unwrap_err(), ENODEV);
 }
 
-// ---- Faults
-// ---------------------------------------------------------------------------------------
+// ---- Faults -------------------------------------------------------------------------------------
 
 fn faults_of_touching(map: &Map) -> u64 {
     // The code is there when it counts.
@@ -560,8 +557,7 @@ fn a_bar_mapping_takes_far_fewer_faults_than_stock_when_skewed_and_as_many_when_
     assert!(aligned <= stock_aligned, "{aligned} {stock_aligned}");
 }
 
-// ---- Races
-// ----------------------------------------------------------------------------------------
+// ---- Races --------------------------------------------------------------------------------------
 
 /// Touches all of a mapping until it fails, and looks at the entries on the way.
 fn touch_and_look(map: &Map, wanted: MemoryType) {

@@ -59,8 +59,7 @@ fn faults_of_touching(map: &Map) -> i64 {
     observe::faults_of(|| map.touch_all().unwrap())
 }
 
-// ---- What is refused
-// ------------------------------------------------------------------------------
+// ---- Refusals -----------------------------------------------------------------------------------
 
 #[test]
 fn a_private_mapping_is_einval() {
@@ -225,8 +224,7 @@ fn files_of_proc_that_walk_page_tables_show_a_mapping() {
     }
 }
 
-// ---- What a mapping shows
-// -------------------------------------------------------------------------
+// ---- The memory that a mapping shows ------------------------------------------------------------
 
 #[test]
 fn every_page_is_the_right_one_whatever_the_ranges_and_the_alignment() {
@@ -310,8 +308,7 @@ fn proc_maps_shows_the_offset_that_was_asked_for() {
     assert_eq!(words[2], "00003000", "{line}");
 }
 
-// ---- Entries
-// --------------------------------------------------------------------------------------
+// ---- Entries ------------------------------------------------------------------------------------
 
 /// KiB of page tables that touching all of a mapping costs.
 fn page_tables_of_touching(map: &Map) -> u64 {
@@ -451,8 +448,7 @@ fn what_is_touched_once_faults_once() {
     }
 }
 
-// ---- How long a mapping lives
-// ---------------------------------------------------------------------
+// ---- How long a mapping lives -------------------------------------------------------------------
 
 #[test]
 fn a_mapping_survives_the_close_of_the_fd() {
@@ -621,8 +617,7 @@ fn the_buffers_file_counts_mappings() {
     assert_eq!(count(), "0");
 }
 
-// ---- More than a GiB
-// ------------------------------------------------------------------------------
+// ---- More than a GiB ----------------------------------------------------------------------------
 
 const GIB: u64 = 1 << 30;
 
@@ -678,8 +673,7 @@ fn offsets_over_4_gib_are_kept_apart() {
     assert_eq!(device.status(&fd).unwrap().size, 8 * GIB);
 }
 
-// ---- Together with the device fd
-// ------------------------------------------------------------------
+// ---- Together with the device fd ----------------------------------------------------------------
 
 #[test]
 fn a_bar_mapped_through_the_device_fd_shows_the_same() {

@@ -45,8 +45,7 @@ fn map_bar(device: &Device, region: u32, offset: u64, len: u64) -> Map {
     How::shared().map(device.as_fd(), at, len).unwrap()
 }
 
-// ---- Names
-// ----------------------------------------------------------------------------------------
+// ---- Names --------------------------------------------------------------------------------------
 
 #[test]
 fn a_lease_is_named_after_device_and_bar() {
@@ -178,8 +177,7 @@ fn a_name_cannot_forge_lines_or_columns_of_debugfs() {
     }
 }
 
-// ---- mmap through the device fd
-// -------------------------------------------------------------------
+// ---- mmap through the device fd -----------------------------------------------------------------
 
 #[test]
 fn the_offset_that_is_shown_is_the_one_that_was_asked_for() {

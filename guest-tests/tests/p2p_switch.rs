@@ -1,5 +1,5 @@
-//! How an importer reaches a lease when both are below one switch: by the addresses of the bus, past
-//! the IOMMU, unless the switch has to ask.
+//! How an importer reaches a lease when both are below one switch: by the addresses of the bus,
+//! past the IOMMU, unless the switch has to ask.
 //!
 //! Two of its ports have no ACS: the switch sends from one to the other what has an address of the
 //! BAR, and the kernel gives importers these addresses. It takes what is below them for two IOMMU
@@ -26,7 +26,7 @@ use barlease_guest_tests::{
 const BAR: u32 = 2;
 /// PCI Express Extended Capability: Access Control Services.
 const ACS: u16 = 0x0d;
-/// What maps a page to find out a route.
+/// The function that maps a page to find out a route.
 const STOCK_MAP: &str = "dma_buf_phys_vec_to_sgt";
 
 /// The importer with the device that is below a port without ACS.

@@ -1,5 +1,5 @@
-//! What the module makes of answers that no kernel, device or machine of the lab gives:
-//! `kmod/probe` plays them.
+//! The module gets answers that no kernel, device or machine of the lab gives: `kmod/probe` plays
+//! them.
 #![cfg(barlease_guest)]
 
 use std::os::fd::OwnedFd;
@@ -39,8 +39,7 @@ fn leads_there(device: &Device, attachment: &Attachment) {
     assert_eq!(attachment.translate(0), None);
 }
 
-// ---- The MSI-X capability
-// -------------------------------------------------------------------------
+// ---- The MSI-X capability -----------------------------------------------------------------------
 
 /// BAR0 of the NVMe controller, where its registers and its MSI-X table are.
 const REGISTERS: u32 = 0;
@@ -73,8 +72,7 @@ fn where_the_msix_table_is_not_told_no_bar_is_exported() {
     assert!(device.export(BAR, &[(0, page_size())]).is_ok());
 }
 
-// ---- Routes
-// ---------------------------------------------------------------------------------------
+// ---- Routes -------------------------------------------------------------------------------------
 
 #[test]
 fn two_devices_that_do_not_reach_each_other_are_refused() {
@@ -91,7 +89,7 @@ fn two_devices_that_do_not_reach_each_other_are_refused() {
     // Processes reach it all the same.
     Map::new(&fd, page_size()).unwrap().touch_all().unwrap();
     drop(played);
-    // What was refused is remembered by nobody.
+    // Nobody remembers the refusal.
     leads_there(&device, &attachment);
 }
 
@@ -153,8 +151,7 @@ fn zz_nothing_is_left_and_both_modules_can_be_unloaded() {
     check_that_nothing_is_left(&["memory", "nvme"]);
 }
 
-// ---- The lock of the power state
-// --------------------------------------------------------------------------
+// ---- The lock of the power state ----------------------------------------------------------------
 
 /// With the lock held for reading, two writers of PMCSR could wake a function against each other,
 /// and leave it asleep with the kernel taking it for awake.

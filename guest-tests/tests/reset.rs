@@ -121,8 +121,7 @@ fn function_level_reset(device: &Device) {
     device.set_config(control, &[low, high | 0x80]);
 }
 
-// ---- VFIO_DEVICE_RESET
-// ----------------------------------------------------------------------------
+// ---- VFIO_DEVICE_RESET --------------------------------------------------------------------------
 
 #[test]
 fn vfio_reset_takes_away_and_gives_back() {
@@ -197,8 +196,7 @@ fn a_reset_that_the_device_cannot_do_changes_nothing() {
     assert_eq!(device.state(&fd), State::Ok);
 }
 
-// ---- Function-level reset through config space
-// ----------------------------------------------------
+// ---- Function-level reset through config space --------------------------------------------------
 
 #[test]
 fn a_function_level_reset_takes_away_and_gives_back() {
@@ -237,8 +235,7 @@ fn a_function_level_reset_with_memory_off_gives_nothing_back() {
     leased.is(&device, State::Ok);
 }
 
-// ---- Through sysfs
-// --------------------------------------------------------------------------------
+// ---- Through sysfs ------------------------------------------------------------------------------
 
 #[test]
 fn a_sysfs_reset_takes_away_and_gives_back() {
@@ -361,8 +358,7 @@ fn revoke_during_a_reset_is_for_good() {
     leased.is(&device, State::Ok);
 }
 
-// ---- Hot reset
-// ------------------------------------------------------------------------------------
+// ---- Hot reset ----------------------------------------------------------------------------------
 
 fn pair() -> [Function; 2] {
     ["pair0", "pair1"].map(Function::named)

@@ -50,8 +50,7 @@ fn is_gone(map: &Map) {
     }
 }
 
-// ---- PROBE and sizes
-// ------------------------------------------------------------------------------
+// ---- PROBE and sizes ----------------------------------------------------------------------------
 
 #[test]
 fn probe_says_that_revoke_is_set_and_status_is_get() {
@@ -138,8 +137,7 @@ fn a_larger_argsz_is_fine() {
     assert_eq!(device.state(&fd), State::Dead);
 }
 
-// ---- The fd in the payload
-// ------------------------------------------------------------------------
+// ---- The fd in the payload ----------------------------------------------------------------------
 
 #[test]
 fn no_such_fd_is_ebadf() {
@@ -192,8 +190,7 @@ fn a_buffer_of_another_device_is_enodev_and_unharmed() {
     assert_eq!(device.revoke(&fd), Err(ENODEV));
 }
 
-// ---- What a revocation is
-// -------------------------------------------------------------------------
+// ---- Revocation ---------------------------------------------------------------------------------
 
 #[test]
 fn a_revoked_buffer_is_gone_for_good() {
@@ -204,7 +201,7 @@ fn a_revoked_buffer_is_gone_for_good() {
     is_gone(&map);
     assert_eq!(device.state(&fd), State::Dead);
     assert_eq!(Map::new(&fd, page_size()).map(drop), Err(ENODEV));
-    // Whatever happens to the device.
+    // Nothing that happens to the device brings it back.
     device.set_memory(false);
     device.set_memory(true);
     is_gone(&map);
@@ -421,8 +418,7 @@ fn a_mapping_that_was_forked_is_gone_in_both_processes() {
     child.join();
 }
 
-// ---- STATUS
-// ---------------------------------------------------------------------------------------
+// ---- STATUS -------------------------------------------------------------------------------------
 
 #[test]
 fn status_tells_all_of_a_buffer() {

@@ -64,8 +64,7 @@ fn is_dead(device: &Device, fd: &OwnedFd, map: &Map) {
     assert_eq!(attach.unwrap_err(), ENODEV);
 }
 
-// ---- The request
-// ----------------------------------------------------------------------------------
+// ---- The request --------------------------------------------------------------------------------
 
 #[test]
 fn a_probe_is_truthful() {
@@ -168,8 +167,7 @@ fn a_mapping_of_a_bar_cannot_be_revoked() {
     map.touch_all().unwrap();
 }
 
-// ---- What comes of it
-// -----------------------------------------------------------------------------
+// ---- Its effects --------------------------------------------------------------------------------
 
 #[test]
 fn revoke_by_id_is_revoke() {
@@ -258,8 +256,7 @@ fn revoke_by_id_waits_for_a_slow_importer() {
     assert_eq!(answer, Ok(()));
 }
 
-// ---- Without a wait
-// -------------------------------------------------------------------------------
+// ---- Without a wait -----------------------------------------------------------------------------
 
 #[test]
 fn nowait_of_an_idle_buffer_leaves_nothing_to_wait_for() {

@@ -379,7 +379,7 @@ fn any_part_of_a_mapping_of_the_device_fd_keeps_the_device_open() {
     }
 }
 
-/// Whatever of the two comes first: when memory is off, no part of a mapping can be touched.
+/// The two come in any order: when memory is off, no part of a mapping can be touched.
 #[test]
 fn splits_race_with_memory_that_comes_and_goes() {
     let device = Device::open(DEVICE);

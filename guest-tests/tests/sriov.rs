@@ -200,8 +200,7 @@ fn is_dead(fd: &OwnedFd, map: &Map) {
     assert_eq!(lease::size(fd), bytes());
 }
 
-// ---- Making and opening
-// ---------------------------------------------------------------------------
+// ---- Making and opening -------------------------------------------------------------------------
 
 #[test]
 fn virtual_functions_are_made_where_the_module_parameter_allows_it() {
@@ -235,8 +234,7 @@ fn virtual_functions_are_opened_with_the_token_of_the_physical_one() {
     }
 }
 
-// ---- Leases
-// ---------------------------------------------------------------------------------------
+// ---- Leases -------------------------------------------------------------------------------------
 
 #[test]
 fn a_lease_of_a_virtual_function_is_revoked_alone() {
@@ -291,7 +289,7 @@ fn a_virtual_function_whose_memory_bit_is_cleared_stays_accessible() {
     leased.reaches_its_registers();
 }
 
-/// Stock's mappings of virtual functions stay, too. What they answer meanwhile is their own affair.
+/// Stock's mappings of virtual functions stay, too. Their answers meanwhile are their own affair.
 #[test]
 fn a_reset_of_the_physical_function_leaves_virtual_ones_alone() {
     for driver in [STOCK, BARLEASE] {
@@ -358,8 +356,7 @@ fn a_physical_function_that_was_woken_for_virtual_ones_is_accessible() {
     assert_eq!(physical.device.state(&own), State::Ok);
 }
 
-// ---- The end
-// --------------------------------------------------------------------------------------
+// ---- The end ------------------------------------------------------------------------------------
 
 /// Virtual functions go; `act` makes them. They are leased until their owner, who is asked to,
 /// closes them.

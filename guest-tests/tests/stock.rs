@@ -194,8 +194,7 @@ fn what_is_no_memory_is_read_the_same() {
     is_the_same(|portrait| &portrait.other_regions);
 }
 
-// ---- mmap of the device fd
-// ------------------------------------------------------------------------
+// ---- mmap of the device fd ----------------------------------------------------------------------
 
 fn mmap(device: &Device) -> Vec<String> {
     let mut seen = Vec::new();
@@ -317,8 +316,7 @@ fn map_and_move(device: &Device) -> Map {
     map.moved().unwrap()
 }
 
-// ---- Interrupts
-// -----------------------------------------------------------------------------------
+// ---- Interrupts ---------------------------------------------------------------------------------
 
 fn count(event: &OwnedFd) -> Option<u64> {
     let mut bytes = [0; 8];
@@ -378,8 +376,7 @@ fn interrupts_survive_that_memory_is_off() {
     assert_eq!(device.command() & 2, 0);
 }
 
-// ---- Features
-// -------------------------------------------------------------------------------------
+// ---- Features -----------------------------------------------------------------------------------
 
 fn features(device: &Device) -> Vec<String> {
     let probe = |feature| {

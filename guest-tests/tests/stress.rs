@@ -48,8 +48,7 @@ fn for_a_while(milliseconds: u64, mut body: impl FnMut()) {
     }
 }
 
-// ---- Revocation against holders that do not let go
-// ------------------------------------------------
+// ---- Revocation against holders that do not let go ----------------------------------------------
 
 /// Numbers without a pattern that a page fault could follow.
 struct Dice(u64);
@@ -306,8 +305,8 @@ fn a_neighbour_goes_on_undisturbed_while_others_are_revoked() {
 const APART: u64 = 64;
 
 /// Exports pages that lie apart, lets threads fault them in, takes the buffer away in the middle of
-/// it, and looks for entries that are still there. What a fault puts in too late stays for good, so
-/// there is no moment to be missed.
+/// it, and looks for entries that are still there. An entry that a fault puts in too late stays for
+/// good, so there is no moment to be missed.
 fn no_fault_slips_through(milliseconds: u64, take: impl Fn(&Device, &OwnedFd)) {
     let device = display();
     let ranges: Vec<_> = (0..APART)
@@ -362,8 +361,7 @@ fn no_fault_slips_through_when_memory_is_turned_off() {
     no_fault_slips_through(1000, |device, _| device.set_memory(false));
 }
 
-// ---- Many at once
-// ---------------------------------------------------------------------------------
+// ---- Many at once -------------------------------------------------------------------------------
 
 #[test]
 fn many_leases_are_revoked_at_once_and_each_once() {
@@ -430,8 +428,7 @@ fn exports_and_closes_race_with_everything_that_walks_over_buffers() {
     observe::wait_for_buffers(device.function(), 0);
 }
 
-// ---- Events against holders
-// -----------------------------------------------------------------------
+// ---- Events against holders ---------------------------------------------------------------------
 
 /// Reads what the device has there. A read that comes through while memory is off reaches nothing
 /// and gives something else; then it does not matter whether the call had returned.

@@ -79,8 +79,7 @@ fn seen(importer: &Importer, fd: impl AsFd) -> [Answer<(u32, u32)>; 2] {
 
 const UNSET: Answer<(u32, u32)> = Err(EOPNOTSUPP);
 
-// ---- Which devices take them
-// ----------------------------------------------------------------------
+// ---- Which devices take them --------------------------------------------------------------------
 
 #[test]
 fn devices_that_do_not_complete_them_are_refused() {
@@ -167,8 +166,7 @@ fn what_a_device_completes_is_asked_when_it_is_bound() {
     assert_eq!(second.tph(&fd, extended(1, 0)), Ok(()));
 }
 
-// ---- What is refused
-// ------------------------------------------------------------------------------
+// ---- Refusals -----------------------------------------------------------------------------------
 
 #[test]
 fn probe_says_that_they_can_be_set() {
@@ -280,8 +278,7 @@ fn a_buffer_of_an_earlier_open_is_enodev() {
     assert_eq!(device.tph(&fd, plain(1, 0)), Err(ENODEV));
 }
 
-// ---- What importers see
-// ---------------------------------------------------------------------------
+// ---- The tags that importers see ----------------------------------------------------------------
 
 #[test]
 fn the_namespaces_are_apart_and_a_tag_of_0_is_one() {

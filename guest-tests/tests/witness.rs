@@ -161,8 +161,7 @@ fn mark(device: &Device) -> u32 {
     value
 }
 
-// ---- The witness itself
-// ---------------------------------------------------------------------------
+// ---- The witness itself -------------------------------------------------------------------------
 
 #[test]
 fn the_witness_sees_every_access_in_order() {
@@ -229,8 +228,7 @@ fn the_witness_sees_what_the_emulator_keeps_and_what_comes_during_a_reset() {
     function.bind(BARLEASE);
 }
 
-// ---- Config space
-// --------------------------------------------------------------------------------
+// ---- Config space -------------------------------------------------------------------------------
 
 /// A request that a function in reset drops is an error of its port, which the neighbours pay for.
 #[test]
@@ -287,8 +285,7 @@ fn power_management(device: &Device) -> [u64; 2] {
     found.try_into().expect("two of them")
 }
 
-// ---- Revocation
-// -----------------------------------------------------------------------------------
+// ---- Revocation ---------------------------------------------------------------------------------
 
 #[test]
 fn nothing_reaches_the_device_after_a_revocation_has_returned() {
@@ -577,8 +574,7 @@ fn no_transfer_of_a_peer_reaches_a_device_that_plays_dead_after_a_revocation() {
     });
 }
 
-// ---- Memory off, low power
-// ------------------------------------------------------------------------
+// ---- Memory off, low power ----------------------------------------------------------------------
 
 #[test]
 fn nothing_reaches_the_device_while_decoding_is_off() {
@@ -718,8 +714,7 @@ fn nothing_reaches_the_device_in_low_power() {
     setup.assert_never_when_it_must_not();
 }
 
-// ---- Resets
-// ---------------------------------------------------------------------------------------
+// ---- Resets -------------------------------------------------------------------------------------
 
 /// Runs a reset that takes the device a while, with threads that write all the time.
 fn during(reset: impl Fn(&Device), by: &str) {
@@ -806,8 +801,7 @@ fn a_reset_that_does_not_end_keeps_everything_away_until_it_does() {
     setup.assert_never_when_it_must_not();
 }
 
-// ---- The end
-// --------------------------------------------------------------------------------------
+// ---- The end ------------------------------------------------------------------------------------
 
 /// Gives up the device while threads write through leases of it.
 fn after(give_up: impl Fn(&Function)) {
@@ -895,8 +889,7 @@ fn a_device_that_is_gone_without_a_word_gives_up_its_leases() {
     Map::new(&fd, page_size()).unwrap().read(0).unwrap();
 }
 
-// ---- All at once
-// ----------------------------------------------------------------------------------
+// ---- All at once --------------------------------------------------------------------------------
 
 /// Runs `loops` at once for some seconds, with threads that write, and with leases that come and
 /// go.
@@ -915,7 +908,7 @@ fn at_once(setup: &Setup, loops: &[Loop<'_>]) {
                 assert_eq!(map.write(0, 6), Err(Sigbus));
             }
         });
-        // Whichever thread was last, the device is on.
+        // Either thread may have been the last: the device is on.
         device.set_power_state(3);
         device.set_power_state(0);
         device.set_memory(true);

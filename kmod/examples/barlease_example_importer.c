@@ -5,8 +5,7 @@
  *
  * A process writes the number of a dma-buf's descriptor to
  * /dev/barlease_example, and reads the addresses at which the device reaches
- * the lease. What a real driver does with its device is said in the places
- * where it does it.
+ * the lease. Comments say where a real driver has work to do on its device.
  *
  * Lock order: `lock`, then the reservation lock of the dma-buf. The exporter
  * holds the reservation lock when it calls import_invalidate(), which therefore

@@ -55,7 +55,7 @@ struct probe_entry {
 	__u32 flags;
 };
 
-/* What the CPU makes of an entry, by the CPU's own table. */
+/* The memory type of an entry, by the CPU's own table. */
 enum probe_memory {
 	/* x86: UC, which no range register overrides. */
 	PROBE_STRONG_UNCACHED,

@@ -297,8 +297,8 @@ impl Buffer {
         Ok(watch)
     }
 
-    /// Whether it is dead, its importers were told, and their fences and mappings are counted. Until
-    /// then one may be about to count a mapping that it has made.
+    /// Whether it is dead, its importers were told, and their fences and mappings are counted.
+    /// Until then one may be about to count a mapping that it has made.
     pub(crate) fn is_told(&self) -> bool {
         self.revocation.is_known()
     }
@@ -329,8 +329,8 @@ impl Buffer {
     }
 
     /// Whether it is dead, and something that it had before may still reach the memory: an importer
-    /// has yet to end what it does or to undo its mapping, or nobody has looked yet whether one has,
-    /// or the entries of processes have yet to go.
+    /// has yet to end what it does or to undo its mapping, or nobody has looked yet whether one
+    /// has, or the entries of processes have yet to go.
     pub(crate) fn is_draining(&self) -> bool {
         self.drains_in(&self.look())
     }
@@ -464,9 +464,9 @@ impl Buffer {
         peek(&self.attachments) != 0
     }
 
-    /// Tells its importers that their mappings are to go, unless another thread has one of the locks
-    /// that this takes: whether it was done. An importer that has no mapping is not told: there is
-    /// nothing to undo, and a pinned importer may take it as final.
+    /// Tells its importers that their mappings are to go, unless another thread has one of the
+    /// locks that this takes: whether it was done. An importer that has no mapping is not told:
+    /// there is nothing to undo, and a pinned importer may take it as final.
     pub(crate) fn try_tell(&self) -> bool {
         let patience = &mut Pauses(0);
         let live = patience.live(&self.live);
@@ -523,8 +523,8 @@ impl Buffer {
 
     /// Says in the log which importers are waited for, a line, not too often.
     pub(crate) fn complain(&self) {
-        // What cannot be looked at just now is not waited for: this thread may be one that is to
-        // end when it is killed.
+        // No waiting for a buffer that cannot be looked at just now: this thread may be one that
+        // is to end when it is killed.
         let Some((name, importers)) = self.live.try_lock().and_then(|live| {
             let importers = live.importers()?;
             Some((live.name(), importers))

@@ -4,9 +4,9 @@
 //! touched.
 //!
 //! The core looks at its own copy of COMMAND and at D3hot only, so it would let an access through
-//! in D1 and D2, in a reset through sysfs, and between an error and the end of its recovery. What
-//! is refused here is refused with the core's own answer, `EIO`, and in the core's own order: what
-//! else is wrong with the access comes first, as it does there (`vfio_pci_bar_rw`,
+//! in D1 and D2, in a reset through sysfs, and between an error and the end of its recovery. A
+//! refusal here is the core's own answer, `EIO`, in the core's own order: another fault of the
+//! access comes first, as it does there (`vfio_pci_bar_rw`,
 //! `vfio_pci_core_do_io_rw`).
 //!
 //! An access that saw an open door may still be on its way when the event begins.

@@ -302,7 +302,7 @@ impl<B: Item> Leases<B> {
         self.asleep.get()
     }
 
-    /// What is left of earlier events is looked at once more: how often it was before.
+    /// Has the rest of earlier events looked at once more: how often it was before.
     pub(crate) fn look_again(&self) -> u32 {
         self.runs.fetch_add(1, Relaxed)
     }
@@ -317,7 +317,7 @@ impl<B: Item> Leases<B> {
     }
 
     /// Whether the buffers of `epoch` may be touched, but for those that were revoked for good.
-    /// Whose answer that is for how long is said above.
+    /// The comment above says whose answer that is, for how long.
     #[inline]
     pub(crate) fn is_reachable(&self, epoch: Epoch) -> bool {
         epoch.is_reachable(peek(&self.reachable))

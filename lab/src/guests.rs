@@ -21,6 +21,8 @@ mod outcome;
 #[cfg(feature = "host")]
 mod output;
 #[cfg(feature = "host")]
+pub mod preset;
+#[cfg(feature = "host")]
 pub mod programs;
 #[cfg(feature = "host")]
 pub mod run;

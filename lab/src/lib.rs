@@ -23,6 +23,7 @@
 //! | | [`selftests`] | the kernel's own tests of VFIO and IOMMUFD |
 //! | | [`litmus`] | tests of the order of memory, judged by the kernel's own model |
 //! | guests | [`machine`] | what devices a guest has |
+//! | | [`preset`] | the machines of tests, demo and benchmarks |
 //! | | [`run`] | boots a guest, runs a command in it, judges the result |
 //! | | [`series`] | several commands in one guest |
 //! | | [`emulator`] | KVM or not |
@@ -56,7 +57,7 @@ mod packages;
 
 pub use guests::guest;
 #[cfg(feature = "host")]
-pub use guests::{emulator, machine, programs, run, secure_boot, series, splat, system};
+pub use guests::{emulator, machine, preset, programs, run, secure_boot, series, splat, system};
 #[cfg(feature = "host")]
 pub use kernels::{debug, flavour, kernel, kmod, litmus, prepare, selftests, without};
 #[cfg(feature = "host")]

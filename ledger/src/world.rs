@@ -31,7 +31,7 @@ use crate::core::Found;
 use crate::core::Reply;
 use crate::core::RevokeAnswer;
 use crate::core::State;
-use crate::policy::Names;
+use crate::policy::NoNames;
 use crate::policy::Policy;
 use crate::record::Record;
 use crate::types::Access;
@@ -124,7 +124,7 @@ struct File {
     entries: Vec<Option<Record>>,
     /// Where the header says that they begin.
     start: usize,
-    /// What is still to be written of what the daemon is at.
+    /// The writes that are still to come of what the daemon is at.
     writes: VecDeque<Write>,
 }
 
@@ -157,7 +157,7 @@ impl File {
         }
     }
 
-    /// What the next daemon reads; it cuts off the rest.
+    /// The records that the next daemon reads; it cuts off the rest.
     fn read(&mut self) -> Vec<Record> {
         let records: Vec<_> = self.entries[self.start..]
             .iter()
@@ -212,18 +212,6 @@ struct Setting {
     policy: Arc<Policy>,
 }
 
-struct Nobody;
-
-impl Names for Nobody {
-    fn user(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn group(&self, _: &str) -> Option<u32> {
-        None
-    }
-}
-
 fn policy() -> Arc<Policy> {
     let text = r#"
         [device.card]
@@ -241,7 +229,7 @@ fn policy() -> Arc<Policy> {
         queue = "1h"
         max-leases = 2
     "#;
-    Arc::new(Policy::parse(&[("p", text)], &Nobody).unwrap())
+    Arc::new(Policy::parse(&[("p", text)], &NoNames).unwrap())
 }
 
 fn facts() -> Facts {

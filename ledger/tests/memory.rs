@@ -7,7 +7,7 @@ use barlease_ledger::core::Action;
 use barlease_ledger::core::Core;
 use barlease_ledger::core::Event;
 use barlease_ledger::core::Facts;
-use barlease_ledger::policy::Names;
+use barlease_ledger::policy::NoNames;
 use barlease_ledger::policy::Policy;
 use barlease_ledger::types::Access;
 use barlease_ledger::types::Ask;
@@ -42,18 +42,6 @@ max-ttl = "1h"
 lifetime = ["process"]
 "#;
 
-struct Nobody;
-
-impl Names for Nobody {
-    fn user(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn group(&self, _: &str) -> Option<u32> {
-        None
-    }
-}
-
 /// Bytes of memory that the process has for itself.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -67,7 +55,7 @@ fn resident() -> u64 {
 
 /// Leases of a page, with a time limit, of so many connections; bytes of memory for each.
 fn each(connections: u64) -> u64 {
-    let policy = Policy::parse(&[("p", POLICY)], &Nobody).unwrap();
+    let policy = Policy::parse(&[("p", POLICY)], &NoNames).unwrap();
     let mut core = Core::new(Arc::new(policy), Time(1));
     let facts = Facts {
         bars: [0, 0, LEASES * 4096, 0, 0, 0],

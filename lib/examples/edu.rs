@@ -1,7 +1,7 @@
 //! A driver for QEMU's `edu`: registers, an interrupt, DMA.
 //!
 //! ```console
-//! # qemu-system-x86_64 -device edu,dma_mask=0xffffffff ...
+//! # qemu-system-x86_64 -device edu ...
 //! # barlease device bind 0000:00:06.0
 //! # cargo run --example edu 0000:00:06.0 10
 //! ```
@@ -42,8 +42,9 @@ pub fn run(bdf: Bdf, number: u32) -> Result<u32, Box<dyn Error>> {
     acknowledge.write(raised.read());
     let result = factorial.read();
 
-    // The device has 32 address lines for DMA, and a buffer of 4 KiB at 0x40000.
-    let options = DmaOptions::new().below(1 << 32);
+    // The device has 28 address lines for DMA (QEMU's `dma_mask` changes that), and a buffer of
+    // 4 KiB at 0x40000.
+    let options = DmaOptions::new().below(1 << 28);
     let buffer = options.allocate(device.require_iommu()?, 4096)?;
     buffer.write(0, result)?;
     const ITS_BUFFER: u64 = 0x4_0000;
@@ -59,7 +60,7 @@ pub fn run(bdf: Bdf, number: u32) -> Result<u32, Box<dyn Error>> {
         source.write(from);
         target.write(to);
         count.write(4);
-        // What we have written to memory is there before the device is told to read it.
+        // Our writes to memory are there before the device is told to read it.
         dma::write_barrier();
         command.write(START | direction);
         command.poll_until(START, 0, timeout)?;

@@ -34,7 +34,7 @@ barlease::register_value! {
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What the adapter says.
+/// The adapter's answers.
 #[derive(Debug)]
 pub struct Found {
     /// Its address in the network.

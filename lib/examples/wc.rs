@@ -13,7 +13,7 @@ use barlease::{Bdf, Device, Mapping, MemoryType, dma};
 /// Bytes that are filled.
 const LENGTH: u64 = 2 << 20;
 
-/// What it takes to fill the beginning of the BAR, uncached and write-combining.
+/// The times it takes to fill the beginning of the BAR, uncached and write-combining.
 pub struct Times {
     /// Through the BAR itself.
     pub uncached: Duration,
@@ -51,7 +51,7 @@ fn fill(mapping: &Mapping, value: u8) -> Result<Duration, Box<dyn Error>> {
     mapping.fill(0..mapping.len(), 0)?;
     let begin = Instant::now();
     mapping.fill(0..mapping.len(), value)?;
-    // What is still in the buffers of the processor is sent off.
+    // The processor sends off what is still in its buffers.
     dma::write_barrier();
     Ok(begin.elapsed())
 }

@@ -1,4 +1,4 @@
-//! What is missing for leases to work, in the order in which to mend it.
+//! Finds what is missing for leases to work, in the order in which to mend it.
 
 mod device;
 mod kernels;
@@ -39,13 +39,13 @@ pub enum Verdict {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Check {
-    /// What was checked: a short, stable name.
+    /// The name of the check, short and stable.
     pub name: &'static str,
     /// The outcome.
     pub verdict: Verdict,
-    /// What was found.
+    /// The finding.
     pub found: String,
-    /// What to do about it.
+    /// The remedy.
     pub remedy: Option<String>,
 }
 

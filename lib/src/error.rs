@@ -1,129 +1,21 @@
 //! Errors, with their remedies.
 
+mod lost;
+mod object;
+mod report;
+
 use std::borrow::Cow;
-use std::fmt;
 use std::io;
-use std::num::NonZeroU8;
-use std::path::Path;
 
 use rustix::io::Errno;
 
 use crate::Bdf;
 
+pub use lost::Lost;
+pub use object::Object;
+
 /// Result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
-
-/// The thing that an operation was about.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Object {
-    /// A PCI function.
-    Device(Bdf),
-    /// A VFIO region of a device.
-    #[non_exhaustive]
-    Region {
-        /// The device.
-        bdf: Bdf,
-        /// Region index: 0 to 5 are BARs.
-        index: u32,
-    },
-    /// A lease, with its origin as far as it is known.
-    #[non_exhaustive]
-    Lease {
-        /// The device.
-        bdf: Option<Bdf>,
-        /// The BAR.
-        bar: Option<u32>,
-    },
-    /// A mapping of a lease or a BAR, or a part of one.
-    #[non_exhaustive]
-    Mapping {
-        /// Where it begins in the lease or BAR, in bytes.
-        offset: u64,
-        /// Length in bytes.
-        length: u64,
-    },
-    /// A file, device node or sysfs attribute.
-    File(Box<Path>),
-    /// The connection over which a lease is passed.
-    Socket,
-    /// An environment variable.
-    Variable(Box<str>),
-    /// This process: its signal handlers, limits and the like.
-    Process,
-    /// An eventfd.
-    Event,
-    /// A VFIO container, or an iommufd with its I/O address space.
-    Iommu,
-    /// A lease that is known by its id only.
-    LeaseId(crate::LeaseId),
-}
-
-impl Object {
-    /// A file.
-    pub(crate) fn file(path: impl AsRef<Path>) -> Self {
-        Self::File(path.as_ref().into())
-    }
-}
-
-impl fmt::Display for Object {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Device(bdf) => write!(f, "{bdf}"),
-            Self::Region { bdf, index } => write!(f, "{bdf} region {index}"),
-            Self::Lease {
-                bdf: Some(bdf),
-                bar: Some(bar),
-            } => write!(f, "lease of {bdf} BAR {bar}"),
-            Self::Lease { .. } => f.write_str("lease"),
-            Self::Mapping { offset, length } => {
-                write!(f, "{length:#x} mapped bytes at offset {offset:#x}")
-            }
-            Self::File(path) => write!(f, "{}", path.display()),
-            Self::Socket => f.write_str("socket"),
-            Self::Variable(name) => write!(f, "${name}"),
-            Self::Process => f.write_str("this process"),
-            Self::Event => f.write_str("eventfd"),
-            Self::Iommu => f.write_str("IOMMU"),
-            Self::LeaseId(id) => write!(f, "lease {id}"),
-        }
-    }
-}
-
-/// An access through a [`GuardedRegister`](crate::GuardedRegister) that did not reach the device,
-/// because the lease is revoked: [`Error::Revoked`], small enough for the fast path.
-///
-/// `?` makes an [`Error`] of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("access: {width} bytes at offset {offset:#x}: revoked")]
-pub struct Lost {
-    offset: u64,
-    // Never 0, so that a result is not larger for it.
-    width: NonZeroU8,
-}
-
-impl Lost {
-    /// An access of a `T`.
-    pub(crate) fn of<T>(offset: u64) -> Self {
-        let width = u8::try_from(size_of::<T>()).ok().and_then(NonZeroU8::new);
-        Self {
-            offset,
-            width: width.unwrap_or(NonZeroU8::MIN),
-        }
-    }
-
-    /// Where the access was in the lease or BAR, in bytes.
-    #[must_use]
-    pub fn offset(&self) -> u64 {
-        self.offset
-    }
-
-    /// How many bytes it was about: 1, 2, 4 or 8, of which none was read or written.
-    #[must_use]
-    pub fn width(&self) -> u8 {
-        self.width.get()
-    }
-}
 
 /// A device that keeps an IOMMU group from being viable.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -138,7 +30,26 @@ pub struct GroupMember {
 /// An error. The text says what was attempted on which object; the cause that the kernel gave is
 /// the [source](std::error::Error::source), which the text does not repeat.
 ///
-/// [`Error::report`] prints all of it on one line, with the remedy.
+/// [`Error::report`] prints all of it on one line, with the remedy. A `main` that ends with a
+/// `Result` prints the fields and no remedy, so a program prints the report itself:
+///
+/// ```no_run
+/// # fn run() -> barlease::Result<()> { Ok(()) }
+/// fn main() -> std::process::ExitCode {
+///     match run() {
+///         Ok(()) => std::process::ExitCode::SUCCESS,
+///         Err(error) => {
+///             eprintln!("{}", error.report());
+///             std::process::ExitCode::FAILURE
+///         }
+///     }
+/// }
+/// ```
+///
+/// ```console
+/// $ my-driver
+/// open: 0000:00:06.0: bound to no driver (run `barlease device bind 0000:00:06.0`)
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -530,89 +441,10 @@ impl Error {
             .raw_os_error()
     }
 
-    /// The remedy, where known.
+    /// Whether a time-out that the caller set is over: of `poll_until`, `send_within` and the like.
     #[must_use]
-    pub fn remedy(&self) -> Option<Cow<'_, str>> {
-        match self {
-            Self::NoDevice { .. } => Some("`barlease device` lists them".into()),
-            Self::NotBound { bdf, .. } => Some(format!("run `barlease device bind {bdf}`").into()),
-            Self::NoIommuGroup { .. } => Some(
-                "turn the IOMMU on: in the firmware, and for Intel's with intel_iommu=on".into(),
-            ),
-            Self::GroupNotViable { others, .. } => {
-                let list: Vec<String> = others.iter().map(|o| o.bdf.to_string()).collect();
-                let list = list.join(" ");
-                Some(
-                    format!(
-                        "bind every device of the group to a vfio driver: \
-                         `barlease device bind {list}`"
-                    )
-                    .into(),
-                )
-            }
-            Self::Denied { remedy, .. } => remedy.as_deref().map(Cow::Borrowed),
-            Self::Busy { remedy, object, .. } => Some(match (remedy, object) {
-                (Some(remedy), _) => Cow::Borrowed(remedy.as_ref()),
-                (None, Object::File(path)) if !path.starts_with("/dev/vfio") => format!(
-                    "`fuser -v {}` names the process that has it",
-                    path.display()
-                )
-                .into(),
-                (None, object) => {
-                    let which = match object {
-                        Object::Device(bdf) => format!(" {bdf}"),
-                        _ => String::new(),
-                    };
-                    format!(
-                        "one process at a time can have it open: `barlease lease holders{which}` \
-                         names the one; a mapping of a BAR that is left counts, of this process, too"
-                    )
-                    .into()
-                }
-            }),
-            Self::Unsupported { remedy, .. } => Some(Cow::Borrowed(remedy)),
-            Self::Revoked { .. } => Some("try again when the lease is back".into()),
-            Self::Dead { .. } => Some("ask the owner for a new lease".into()),
-            Self::WrongDevice { .. } => Some("use the device that exported the lease".into()),
-            _ => None,
-        }
-    }
-
-    /// The operation, the object, the whole chain of causes and the remedy, on one line.
-    pub fn report(&self) -> impl fmt::Display + '_ {
-        Report(self)
-    }
-}
-
-impl From<Lost> for Error {
-    #[cold]
-    fn from(lost: Lost) -> Self {
-        Self::Revoked {
-            operation: "access",
-            object: Object::Mapping {
-                offset: lost.offset,
-                length: lost.width.get().into(),
-            },
-            done: 0,
-            source: None,
-        }
-    }
-}
-
-struct Report<'a>(&'a Error);
-
-impl fmt::Display for Report<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut cause = std::error::Error::source(self.0);
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        match self.0.remedy() {
-            Some(remedy) => write!(f, " ({remedy})"),
-            None => Ok(()),
-        }
+    pub fn is_timed_out(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::TimedOut)
     }
 }
 

@@ -86,7 +86,7 @@ impl EventFd {
     /// Errors: [`Error::Io`].
     pub fn wait(&self) -> Result<u64> {
         loop {
-            self.poll(None)?;
+            poll(&mut [self.to_poll()], None)?;
             match self.take()? {
                 // Another thread was quicker.
                 0 => {}
@@ -102,7 +102,7 @@ impl EventFd {
         let deadline = Instant::now().checked_add(timeout);
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            self.poll(left)?;
+            poll(&mut [self.to_poll()], left)?;
             let count = self.take()?;
             if count != 0 {
                 return Ok(Some(count));
@@ -113,13 +113,46 @@ impl EventFd {
         }
     }
 
-    fn poll(&self, timeout: Option<Duration>) -> Result<()> {
-        let timeout = timeout.and_then(|left| Timespec::try_from(left).ok());
-        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
-        match rustix::event::poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(errno) => Err(failed("wait", errno)),
+    /// Waits until one of `events` is signalled, for `timeout` at most if there is one, and answers
+    /// its place in the list, the first where there are several. It is left as it is:
+    /// [`EventFd::take`] says how often, and another thread may be quicker.
+    ///
+    /// Errors: [`Error::Invalid`]: the list is empty; [`Error::Io`].
+    ///
+    /// # Examples
+    ///
+    /// A driver that works until somebody wants its device back:
+    ///
+    /// ```no_run
+    /// # fn example(device: &barlease::Device) -> barlease::Result<()> {
+    /// use barlease::{EventFd, InterruptKind};
+    ///
+    /// let request = device.enable_interrupt(InterruptKind::Request)?;
+    /// let completion = device.enable_interrupt(InterruptKind::Msi)?;
+    /// while EventFd::wait_any(&[&request, &completion], None)? == Some(1) {
+    ///     println!("{} completions", completion.take()?);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn wait_any(events: &[&Self], timeout: Option<Duration>) -> Result<Option<usize>> {
+        if events.is_empty() {
+            let reason = "no event that could come is in the list";
+            return Err(Error::invalid("wait", Object::Event, reason));
         }
+        let mut fds: Vec<_> = events.iter().map(|event| event.to_poll()).collect();
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let signalled = poll(&mut fds, left)?;
+            if signalled.is_some() || left == Some(Duration::ZERO) {
+                return Ok(signalled);
+            }
+        }
+    }
+
+    fn to_poll(&self) -> PollFd<'_> {
+        PollFd::new(&self.fd, PollFlags::IN)
     }
 
     /// Signals it, as for a test or to wake a thread that waits for it.
@@ -156,6 +189,16 @@ impl EventFd {
         event
             .map(|event| AsyncEventFd { event })
             .map_err(|error| Error::from_io("register", Object::Event, error.into_parts().1))
+    }
+}
+
+/// The first that is signalled. `None`: the time is up, or a signal handler ran.
+fn poll(fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> Result<Option<usize>> {
+    let timeout = timeout.and_then(|left| Timespec::try_from(left).ok());
+    match rustix::event::poll(fds, timeout.as_ref()) {
+        Ok(_) => Ok(fds.iter().position(|fd| !fd.revents().is_empty())),
+        Err(Errno::INTR) => Ok(None),
+        Err(errno) => Err(failed("wait", errno)),
     }
 }
 
@@ -237,6 +280,24 @@ mod tests {
         let fd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let event = EventFd::from_fd(fd).unwrap();
         assert_eq!(event.take().unwrap(), 0);
+    }
+
+    #[test]
+    fn the_first_of_several_that_is_signalled_is_told() {
+        let [first, second, third] = [(); 3].map(|()| EventFd::new().unwrap());
+        let events = [&first, &second, &third];
+        let soon = Some(Duration::from_millis(1));
+        assert_eq!(EventFd::wait_any(&events, soon).unwrap(), None);
+        third.signal().unwrap();
+        assert_eq!(EventFd::wait_any(&events, None).unwrap(), Some(2));
+        second.signal().unwrap();
+        assert_eq!(EventFd::wait_any(&events, soon).unwrap(), Some(1));
+        assert_eq!((second.take().unwrap(), third.take().unwrap()), (1, 1));
+        assert_eq!(EventFd::wait_any(&events, soon).unwrap(), None);
+        assert!(matches!(
+            EventFd::wait_any(&[], None),
+            Err(Error::Invalid { .. })
+        ));
     }
 
     #[cfg(feature = "tokio")]

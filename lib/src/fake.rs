@@ -6,7 +6,7 @@
 //! The ioctls are answered in this process, by the descriptor that they are issued on; everything
 //! else is memory, and so are registers: what the device does on a write is up to the test.
 //!
-//! What differs from a real device:
+//! Differences from a real device:
 //!
 //! - the memory of a lease is a copy of the BAR's from when it was exported, and is not shared with
 //!   it;
@@ -456,7 +456,7 @@ impl FakeDevice {
         self.fake().iommufd_id()
     }
 
-    /// What it is attached to, or its address space `pasid`.
+    /// The page table that it is attached to, or that of its address space `pasid`.
     #[cfg(test)]
     pub(crate) fn page_table(&self, pasid: Option<u32>) -> Option<u32> {
         lock(&self.fake().state).page_tables.get(&pasid).copied()
@@ -482,7 +482,7 @@ mod tests {
         let device = fake.device().unwrap();
         device.reset().unwrap();
         assert_eq!(fake.resets(), 1);
-        // What maps a region asks nobody about aliases.
+        // A mapping of a region asks nobody about aliases.
         device.map_region(2, ..).unwrap();
         let plain = device.handle().region(2).unwrap();
         assert!(plain.capabilities.is_empty());

@@ -82,7 +82,7 @@ pub struct Lease {
 }
 
 /// Whether the descriptor is one of a dma-buf.
-fn is_dma_buf(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+pub(crate) fn is_dma_buf(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     // `DMA_BUF_MAGIC` of linux/magic.h. The type of the field differs between CPUs.
     Ok(i128::from(rustix::fs::fstatfs(fd)?.f_type) == 0x444d_4142)
 }

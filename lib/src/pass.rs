@@ -9,12 +9,12 @@
 //! lost when the next one is not there yet. [`Lease::send`], [`Lease::receive`] and their siblings
 //! with a time-out wait until they have finished.
 
-use std::io::IoSlice;
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
+mod peer;
+mod receiver;
+mod sender;
+
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -23,25 +23,16 @@ use rustix::event::PollFlags;
 use rustix::event::Timespec;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::RecvAncillaryBuffer;
-use rustix::net::RecvAncillaryMessage;
-use rustix::net::RecvFlags;
-use rustix::net::ReturnFlags;
-use rustix::net::SendAncillaryBuffer;
-use rustix::net::SendAncillaryMessage;
 use rustix::net::SendFlags;
 
 use crate::Error;
 use crate::Lease;
-use crate::LeaseInfo;
 use crate::Result;
 use crate::error::Object;
-use crate::record;
-use crate::record::SHORTEST;
-use crate::sys;
 
-/// Most bytes that are asked for at once, and room made for, beyond what has come.
-const STEP: usize = 64 << 10;
+pub use peer::Peer;
+pub use receiver::Receiver;
+pub use sender::Sender;
 
 impl Lease {
     /// Sends the lease, with what is known of it. The receiver gets a descriptor of its own. Waits
@@ -68,8 +59,7 @@ impl Lease {
 
     /// As [`Lease::send`], but for at most so long, all in all.
     ///
-    /// Errors: [`Error::Io`], with [`TimedOut`](std::io::ErrorKind::TimedOut) if the peer is too
-    /// slow.
+    /// Errors: [`Error::Io`]; [`Error::is_timed_out`] says that the peer is too slow.
     pub fn send_within(&self, socket: impl AsFd, timeout: Duration) -> Result<()> {
         let mut sender = Sender::new(self)?;
         let socket = socket.as_fd();
@@ -91,8 +81,7 @@ impl Lease {
 
     /// As [`Lease::receive`], but for at most so long, all in all.
     ///
-    /// Errors: as for [`Lease::receive`]; [`Error::Io`] with
-    /// [`TimedOut`](std::io::ErrorKind::TimedOut) if the peer is too slow.
+    /// Errors: as for [`Lease::receive`]; [`Error::is_timed_out`] says that the peer is too slow.
     pub fn receive_within(socket: impl AsFd, timeout: Duration) -> Result<Self> {
         Receiver::new().receive_within(socket, timeout)
     }
@@ -137,287 +126,21 @@ fn finish<T>(
     }
 }
 
-/// A lease on its way out, for programs that must not wait.
-///
-/// # Examples
-///
-/// ```no_run
-/// # fn example(lease: &barlease::Lease, socket: &std::os::unix::net::UnixStream)
-/// # -> barlease::Result<()> {
-/// let mut sender = barlease::Sender::new(lease)?;
-/// while !sender.poll(socket)? {
-///     // Do something else until the socket can be written to.
-/// }
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Debug)]
-pub struct Sender<'a> {
-    lease: &'a Lease,
-    record: Vec<u8>,
-    sent: usize,
-}
-
-impl<'a> Sender<'a> {
-    /// Begins to send a lease.
-    ///
-    /// Errors: [`Error::Invalid`]: what is known of it is too long.
-    pub fn new(lease: &'a Lease) -> Result<Self> {
-        let record = record::encode(lease.described(), lease.memory_type());
-        Ok(Self {
-            lease,
-            record: record.ok_or_else(|| {
-                Error::invalid("send", lease.object(), "the description is too long")
-            })?,
-            sent: 0,
-        })
-    }
-
-    /// Sends what the socket takes now, without waiting. True: all has been sent. False: call it
-    /// again when the socket can be written to.
-    ///
-    /// Errors: [`Error::Io`]; the connection is of no more use then.
-    pub fn poll(&mut self, socket: impl AsFd) -> Result<bool> {
-        let answer = self.step(socket.as_fd(), SendFlags::DONTWAIT)?;
-        Ok(answer.is_some())
-    }
-
-    fn step(&mut self, socket: BorrowedFd<'_>, flags: SendFlags) -> Result<Option<()>> {
-        while let Some(rest) = self.record.get(self.sent..).filter(|rest| !rest.is_empty()) {
-            let fds = [self.lease.as_fd()];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            // With the first byte, once.
-            if self.sent == 0 && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
-                return Err(Error::from_errno("send", Object::Socket, Errno::NOBUFS));
-            }
-            let flags = flags | SendFlags::NOSIGNAL;
-            match rustix::net::sendmsg(socket, &[IoSlice::new(rest)], &mut control, flags) {
-                Ok(count) => self.sent += count,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(None),
-                Err(errno) => return Err(Error::from_errno("send", Object::Socket, errno)),
-            }
-        }
-        Ok(Some(()))
-    }
-}
-
-/// A lease on its way in, for programs that must not wait, and for those that receive something
-/// else than leases.
-///
-/// # Examples
-///
-/// ```no_run
-/// # fn example(socket: &std::os::unix::net::UnixStream) -> barlease::Result<()> {
-/// let mut receiver = barlease::Receiver::new();
-/// let lease = loop {
-///     if let Some(lease) = receiver.poll(socket)? {
-///         break lease;
-///     }
-///     // Do something else until the socket can be read from.
-/// };
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Debug, Default)]
-pub struct Receiver {
-    record: Vec<u8>,
-    fd: Option<OwnedFd>,
-    any_file: bool,
-}
-
-impl Receiver {
-    /// Begins to receive a lease.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Takes any file with a size for a lease. By default the descriptor must be a dma-buf, as the
-    /// peer could truncate any other file at will, or serve it itself and let an access wait for
-    /// ever. For tests.
-    #[must_use]
-    pub fn any_file(mut self) -> Self {
-        self.any_file = true;
-        self
-    }
-
-    /// Waits for the rest of the lease; see [`Lease::receive`].
-    ///
-    /// Errors: as for [`Lease::receive`].
-    pub fn receive(mut self, socket: impl AsFd) -> Result<Lease> {
-        let socket = socket.as_fd();
-        finish("receive", socket, None, PollFlags::IN, |dontwait| {
-            let flags = if dontwait {
-                RecvFlags::DONTWAIT
-            } else {
-                RecvFlags::empty()
-            };
-            self.step(socket, flags)
-        })
-    }
-
-    /// Waits for the rest of the lease, for at most so long; see [`Lease::receive_within`].
-    ///
-    /// Errors: as for [`Lease::receive_within`].
-    pub fn receive_within(mut self, socket: impl AsFd, timeout: Duration) -> Result<Lease> {
-        let socket = socket.as_fd();
-        finish("receive", socket, Some(timeout), PollFlags::IN, |_| {
-            self.step(socket, RecvFlags::DONTWAIT)
-        })
-    }
-
-    /// Takes what is there, without waiting. `None`: call it again when the socket can be read
-    /// from. A receiver that has answered a lease is ready for the next one.
-    ///
-    /// Errors: as for [`Lease::receive`]; the connection is of no more use then.
-    pub fn poll(&mut self, socket: impl AsFd) -> Result<Option<Lease>> {
-        self.step(socket.as_fd(), RecvFlags::DONTWAIT)
-    }
-
-    fn step(&mut self, socket: BorrowedFd<'_>, flags: RecvFlags) -> Result<Option<Lease>> {
-        loop {
-            let wanted = match self.record.first_chunk() {
-                None => SHORTEST,
-                Some(head) => record::length(head).map_err(|bad| malformed(bad.0))?,
-            };
-            let missing = wanted - self.record.len();
-            if missing == 0 {
-                return self.complete().map(Some);
-            }
-            if !self.take(socket, missing.min(STEP), flags)? {
-                return Ok(None);
-            }
-        }
-    }
-
-    /// Takes at most `missing` bytes. False: there are none now.
-    fn take(&mut self, socket: BorrowedFd<'_>, missing: usize, flags: RecvFlags) -> Result<bool> {
-        let have = self.record.len();
-        self.record.resize(have + missing, 0);
-        let answer = loop {
-            let rest = self.record.get_mut(have..).unwrap_or_default();
-            // Room for more than one, to see that there are more; the kernel closes what has no
-            // room.
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let flags = flags | RecvFlags::CMSG_CLOEXEC;
-            match rustix::net::recvmsg(socket, &mut [IoSliceMut::new(rest)], &mut control, flags) {
-                Err(Errno::INTR) => {}
-                Err(errno) => break Err(errno),
-                Ok(message) => {
-                    let mut fds = Vec::new();
-                    for item in control.drain() {
-                        if let RecvAncillaryMessage::ScmRights(received) = item {
-                            fds.extend(received);
-                        }
-                    }
-                    break Ok((message.bytes, message.flags, fds));
-                }
-            }
-        };
-        let count = answer.as_ref().map_or(0, |(count, _, _)| *count);
-        self.record.truncate(have + count);
-        let (count, flags, fds) = match answer {
-            Ok(answer) => answer,
-            Err(Errno::AGAIN) => return Ok(false),
-            Err(errno) => return Err(Error::from_errno("receive", Object::Socket, errno)),
-        };
-        if flags.contains(ReturnFlags::CTRUNC) {
-            // The same flag tells that this process has as many descriptors as it may have.
-            rustix::io::fcntl_dupfd_cloexec(socket, 0)
-                .map_err(|errno| Error::from_errno("receive", Object::Socket, errno))?;
-            return Err(malformed(
-                "the peer sent more control data than a lease has",
-            ));
-        }
-        if flags.contains(ReturnFlags::TRUNC) {
-            return Err(malformed("the socket is not a stream"));
-        }
-        for fd in fds {
-            if self.fd.replace(fd).is_some() {
-                return Err(malformed("the peer sent several file descriptors, not one"));
-            }
-        }
-        match (count, have) {
-            (0, 0) => Err(malformed(
-                "the peer closed the connection without a lease: it is for other users, or has ended",
-            )),
-            (0, _) => Err(malformed("the peer closed the connection in the middle")),
-            _ => Ok(true),
-        }
-    }
-
-    /// Makes a lease of a whole record.
-    fn complete(&mut self) -> Result<Lease> {
-        let record = std::mem::take(&mut self.record);
-        let fd = self.fd.take();
-        let fd = fd.ok_or_else(|| malformed("the peer sent no file descriptor"))?;
-        let info = record::decode(&record).map_err(|bad| malformed(bad.0))?;
-        let lease = Lease::with_info(fd, info)?;
-        if !lease.is_dma_buf() && !self.any_file {
-            return Err(malformed("the file descriptor is not one of a dma-buf"));
-        }
-        checked(lease)
-    }
-}
-
-/// The description must fit the descriptor.
-fn checked(lease: Lease) -> Result<Lease> {
-    let size = lease.size();
-    let fits = lease.described().is_none_or(|info| {
-        info.size == size
-            && info.writable == lease.is_writable()
-            && (info.ranges.is_empty() || LeaseInfo::sum(&info.ranges) == Some(size))
-    });
-    if fits {
-        return Ok(lease);
-    }
-    Err(malformed(
-        "the description does not fit the file descriptor",
-    ))
-}
-
-fn malformed(reason: &'static str) -> Error {
-    Error::malformed("receive", Object::Socket, reason)
-}
-
-/// The process at the other end of a connection, as it was when the connection was made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Peer {
-    /// Its process. `None` if that is of a PID namespace that this one does not see into.
-    pub pid: Option<u32>,
-    /// Its effective user.
-    pub uid: u32,
-    /// Its effective group.
-    pub gid: u32,
-}
-
-impl Peer {
-    /// Asks the kernel who is at the other end of a unix socket.
-    ///
-    /// Errors: [`Error::Io`].
-    pub fn of(socket: impl AsFd) -> Result<Self> {
-        let (pid, uid, gid) = sys::credentials::peer(socket.as_fd())
-            .map_err(|errno| Error::from_errno("ask for the peer", Object::Socket, errno))?;
-        Ok(Self {
-            pid: u32::try_from(pid).ok().filter(|pid| *pid != 0),
-            uid,
-            gid,
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::BarRange;
+    use crate::LeaseInfo;
     use crate::MemoryType;
+    use crate::record;
     use crate::record::LONGEST;
+    use rustix::net::SendAncillaryBuffer;
+    use rustix::net::SendAncillaryMessage;
+    use std::io::IoSlice;
     use std::io::Read;
     use std::io::Write;
+    use std::mem::MaybeUninit;
+    use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
     fn file(length: u64) -> OwnedFd {
@@ -494,10 +217,7 @@ mod tests {
     }
 
     fn timed_out<T>(answer: Result<T>) -> bool {
-        match answer {
-            Err(Error::Io { source, .. }) => source.kind() == std::io::ErrorKind::TimedOut,
-            _ => false,
-        }
+        answer.is_err_and(|error| error.is_timed_out())
     }
 
     #[test]
@@ -522,6 +242,15 @@ mod tests {
         let mut more = [0; 8];
         (&there).read_exact(&mut more).unwrap();
         assert_eq!(&more, b"and more");
+    }
+
+    #[test]
+    fn a_lease_arrives_on_a_socket_that_tells_of_the_sender_too() {
+        let (here, there) = UnixStream::pair().unwrap();
+        rustix::net::sockopt::set_socket_passcred(&there, true).unwrap();
+        lease(8192).send(&here).unwrap();
+        let received = receiver().receive(&there).unwrap();
+        assert_eq!(received.info(), Some(info(8192)));
     }
 
     #[test]
@@ -706,15 +435,6 @@ mod tests {
         assert!(reason(receiver().receive(&there)).contains("stream"));
     }
 
-    #[test]
-    fn the_peer_of_a_pair_is_this_process() {
-        let (here, _there) = UnixStream::pair().unwrap();
-        let peer = Peer::of(&here).unwrap();
-        assert_eq!(peer.pid, Some(std::process::id()));
-        assert_eq!(peer.uid, rustix::process::geteuid().as_raw());
-        assert!(Peer::of(file(1)).is_err());
-    }
-
     /// A peer in a PID namespace that this process is not in has no PID here, if one may make one.
     #[test]
     fn a_peer_of_another_pid_namespace_is_no_error() {
@@ -736,7 +456,10 @@ mod tests {
         listener.set_nonblocking(true).unwrap();
         let mut connections = Vec::new();
         let status = loop {
-            connections.extend(listener.accept().ok());
+            if let Ok((connection, _)) = listener.accept() {
+                lease(8192).send(&connection).unwrap();
+                connections.push(connection);
+            }
             if let Some(status) = child.try_wait().unwrap() {
                 break status;
             }
@@ -749,7 +472,7 @@ mod tests {
             return;
         }
         assert!(status.success(), "{text}");
-        assert!(text.contains("pid None"), "{text}");
+        assert!(text.contains("pid None, 8192 bytes"), "{text}");
     }
 
     #[test]
@@ -758,6 +481,19 @@ mod tests {
             return;
         };
         let socket = UnixStream::connect(path).unwrap();
-        println!("pid {:?}", Peer::of(&socket).unwrap().pid);
+        // The kernel tells of the sender by number 0.
+        rustix::net::sockopt::set_socket_passcred(&socket, true).unwrap();
+        let lease = receiver().receive_within(&socket, Duration::from_secs(60));
+        let peer = Peer::of(&socket).unwrap();
+        println!("pid {:?}, {} bytes", peer.pid, lease.unwrap().size());
+    }
+
+    #[test]
+    fn the_peer_of_a_pair_is_this_process() {
+        let (here, _there) = UnixStream::pair().unwrap();
+        let peer = Peer::of(&here).unwrap();
+        assert_eq!(peer.pid, Some(std::process::id()));
+        assert_eq!(peer.uid, rustix::process::geteuid().as_raw());
+        assert!(Peer::of(file(1)).is_err());
     }
 }

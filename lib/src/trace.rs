@@ -1,5 +1,5 @@
-//! What is done to the system, said to the crate `log` for those that want to see it (feature
-//! `log`): writes to files at level `debug`, ioctls at level `trace`.
+//! Tells the crate `log` what the library does to the system (feature `log`): writes to files at
+//! level `debug`, ioctls at level `trace`.
 
 use std::path::Path;
 

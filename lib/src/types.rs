@@ -193,7 +193,8 @@ impl Serialize for Reasons {
     }
 }
 
-/// The state of a lease, as its owner's device says it.
+/// The state of a lease, as its owner's device says it. The number of processes' mappings is in its
+/// [`LeaseRecord`](crate::LeaseRecord).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Status {

@@ -524,7 +524,7 @@ fn send_with_address(address: usize) {
     assert_eq!(answer, 0);
 }
 
-/// Who ignores SIGBUS survives one that is sent, and dies of a fault.
+/// A process that ignores SIGBUS survives one that is sent, and dies of a fault.
 fn ignored_signal() {
     // SAFETY: SIG_IGN is a valid disposition.
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_IGN) };

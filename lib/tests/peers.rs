@@ -16,7 +16,7 @@ use barlease::fake::{FakeDevice, FakeIommu};
 use barlease::pci::Pci;
 use barlease::*;
 
-/// What was named, without generics and without what it was given.
+/// The name in a piece of code, without generics and arguments.
 fn name(text: &str) -> String {
     let call = text.split('(').next().unwrap_or(text);
     let mut depth = 0;
@@ -116,7 +116,7 @@ fn every_name_of_the_table_exists() {
     let mut known = names();
     // A macro, and a function that is unsafe to call and takes an `impl Trait`.
     known.extend(["register_value", "Iommu::map_memory"].map(str::to_owned));
-    // What is no name of the library's.
+    // Names that are not the library's.
     known.extend(
         [
             "AsFd",

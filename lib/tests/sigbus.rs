@@ -281,7 +281,7 @@ fn later_handler() {
     survives(&fake, &second);
     assert_eq!(CALLS.load(Ordering::SeqCst), 0);
 
-    // What is not ours it still gets.
+    // It still gets faults that are not ours.
     let plain = fake.lease.map().unwrap();
     fake.revoke();
     plain.write(0, 1u8).unwrap();
@@ -782,7 +782,7 @@ fn no_maps_left() {
     poke(&again, 8).unwrap();
 }
 
-// What the previous handler is given.
+// The previous handler stores here what it is given.
 
 /// 1: on the alternate stack; 2: not.
 static STACK: AtomicUsize = AtomicUsize::new(0);

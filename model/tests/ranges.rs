@@ -13,8 +13,7 @@ use proptest::{collection::vec, prelude::*};
 
 const PMD_ORDER: u32 = 9;
 
-// ---- Placement
-// ------------------------------------------------------------------------------------
+// ---- Placement ----------------------------------------------------------------------------------
 
 fn place(bar: Bar, ranges: &[(u64, u64)]) -> Result<(u64, Vec<Segment>), RangeError> {
     let mut placement = Placement::new(bar, SHIFT);
@@ -146,8 +145,7 @@ fn total_oracle(ranges: &[(u64, u64)]) -> Result<u64, RangeError> {
     Ok(sum as u64)
 }
 
-// ---- overlaps
-// -------------------------------------------------------------------------------------
+// ---- overlaps -----------------------------------------------------------------------------------
 
 #[test]
 fn overlap_is_a_shared_byte() {
@@ -174,8 +172,7 @@ fn overlap_at_the_end_of_the_address_space_saturates() {
     assert!(!overlaps(u64::MAX - 8, 16, 0, 8));
 }
 
-// ---- Bar::place
-// -----------------------------------------------------------------------------------
+// ---- Bar::place ---------------------------------------------------------------------------------
 
 #[test]
 fn a_range_is_placed_at_the_address_of_the_bar() {
@@ -228,8 +225,7 @@ fn place_oracle(bar: Bar, offset: u64, length: u64) -> Result<u64, RangeError> {
     Ok(address as u64)
 }
 
-// ---- find
-// -----------------------------------------------------------------------------------------
+// ---- find ---------------------------------------------------------------------------------------
 
 /// Every page of the buffer, one after the other.
 fn pages(ranges: &[(u64, u64)]) -> Vec<Place> {
@@ -277,8 +273,7 @@ fn the_most_segments_that_a_buffer_may_have_are_searched() {
     assert_eq!(find(&segments, pages.len() as u64), None);
 }
 
-// ---- runs
-// -----------------------------------------------------------------------------------------
+// ---- runs ---------------------------------------------------------------------------------------
 
 /// Every page of the BAR, in order.
 fn bar_pages(runs: impl Iterator<Item = Run>) -> Vec<u64> {
@@ -306,8 +301,7 @@ fn no_segments_are_no_runs() {
     assert_eq!(runs(&[]).count(), 0);
 }
 
-// ---- entry_for
-// ------------------------------------------------------------------------------------
+// ---- entry_for ----------------------------------------------------------------------------------
 
 /// The same, from the list of all pages: an entry fits when each of its pages is mapped, is the
 /// next page of the same range, and it is aligned on both sides.
@@ -459,8 +453,7 @@ fn no_page_offset_leads_back_into_the_buffer() {
     }
 }
 
-// ---- Any input
-// ------------------------------------------------------------------------------------
+// ---- Any input ----------------------------------------------------------------------------------
 
 /// Any number, near the powers of two more often than not.
 fn extreme() -> impl Strategy<Value = u64> {

@@ -18,7 +18,7 @@ pub enum Error {
     /// The socket.
     #[error("{operation}: the service's socket")]
     Io {
-        /// What was attempted.
+        /// The operation that failed.
         operation: &'static str,
         /// The cause.
         source: io::Error,

@@ -1,8 +1,8 @@
 //! Options that several tasks have: which kernel, and which machine.
 
 use anyhow::Result;
-use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Prepared, Request, prepare};
+use barlease_lab::preset::Preset;
 use clap::Args;
 
 /// Which kernel.

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Prepared, Request, prepare};
+use barlease_lab::preset::Preset;
 use barlease_lab::run::{Output, Run};
 use barlease_lab::system::Root;
 use clap::Args;

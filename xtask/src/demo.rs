@@ -4,8 +4,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Request, prepare};
+use barlease_lab::preset::Preset;
 use barlease_lab::report::seconds;
 use barlease_lab::run::Run;
 use clap::Args;

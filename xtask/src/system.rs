@@ -182,7 +182,7 @@ impl Part {
         }
     }
 
-    /// What each boot runs, the exit code, and what it has to say.
+    /// The command of each boot, its exit code, and the text that it has to print.
     fn boots(self) -> &'static [(&'static str, i32, &'static str)] {
         match self {
             Self::Boots => &[

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 use barlease_lab::cache::Cache;
 use barlease_lab::debug::Watch;
 use barlease_lab::kmod::DRIVER;
-use barlease_lab::machine::Preset;
 use barlease_lab::plan::Plan;
 use barlease_lab::prepare::{self, Prepared, Request, prepare};
+use barlease_lab::preset::Preset;
 use barlease_lab::run::{Run, accel};
 use clap::{Args, Subcommand};
 

@@ -20,7 +20,7 @@ fn top() -> PathBuf {
 struct Page {
     links: Vec<String>,
     anchors: BTreeSet<String>,
-    /// What is in backquotes.
+    /// The texts in backquotes.
     code: Vec<String>,
 }
 
@@ -178,7 +178,7 @@ fn every_file_that_a_page_names_exists() {
     let folders = folders();
     let (mut named, mut absent) = (0, Vec::new());
     for (path, page) in all() {
-        // What was so in an earlier version stays written.
+        // The changelog of an earlier version stays as it was.
         if path.ends_with("CHANGELOG.md") {
             continue;
         }

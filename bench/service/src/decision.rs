@@ -8,24 +8,12 @@ use barlease_bench::report::Measure;
 use barlease_bench::report::Unit;
 use barlease_bench::rounds::Rounds;
 use barlease_bench::rounds::Side;
-use barlease_ledger::policy::Names;
+use barlease_ledger::policy::NoNames;
 use barlease_ledger::policy::Policy;
 use barlease_ledger::policy::Question;
 use barlease_ledger::types::Access;
 use barlease_ledger::types::Lifetime;
 use barlease_ledger::types::Peer;
-
-struct Nobody;
-
-impl Names for Nobody {
-    fn user(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn group(&self, _: &str) -> Option<u32> {
-        None
-    }
-}
 
 /// A policy with so many rules, of all kinds.
 fn policy(rules: u32) -> Policy {
@@ -46,7 +34,7 @@ fn policy(rules: u32) -> Policy {
             "[[allow]]\npools = [\"ro*\"]\nwho = {{ {who} }}\naccess = \"read-write\"\nmax-leases = 4\n"
         );
     }
-    Policy::parse(&[("rules.toml", &text)], &Nobody).expect("a policy")
+    Policy::parse(&[("rules.toml", &text)], &NoNames).expect("a policy")
 }
 
 const RULES: u32 = 1000;

@@ -1,5 +1,5 @@
-//! The service: a lease from a daemon, against one that is made and sent by bare calls; the end of a client with many;
-//! what many leases take.
+//! The service: a lease from a daemon, against one that is made and sent by bare calls; the end of
+//! a client with many; what many leases take.
 
 use std::fs;
 use std::io;
@@ -48,7 +48,7 @@ pub(super) fn take(context: &Context) -> Vec<Measure> {
     measures
 }
 
-/// What a daemon has of this machine.
+/// The resources of this machine that a daemon has.
 #[derive(Clone, Copy)]
 struct Kept {
     /// Bytes of its own, and all that are resident.
@@ -63,7 +63,7 @@ struct Daemon {
     child: Child,
 }
 
-/// What the daemon is started with.
+/// The files that the daemon is started with.
 type Arguments = [PathBuf; 4];
 
 impl Daemon {
@@ -74,7 +74,8 @@ impl Daemon {
         })
     }
 
-    /// One that is started again at once when it is killed. It is another program then, as it is for systemd.
+    /// One that is started again at once when it is killed. It is another program then, as it is
+    /// for systemd.
     fn kept(device: &str) -> Self {
         Self::of(device, |arguments, directory| {
             let make = || -> io::Result<Command> {
@@ -350,8 +351,8 @@ fn make_room(count: u64) -> Rlimit {
     limit
 }
 
-/// Many leases at once, whose descriptors are with this process: what the daemon keeps of them, and how long its
-/// restart takes.
+/// Many leases at once, whose descriptors are with this process: what the daemon keeps of them, and
+/// how long its restart takes.
 fn many(context: &Context) -> Vec<Measure> {
     let most = if context.quick { MANY / 20 } else { MANY };
     let limit = make_room(most);

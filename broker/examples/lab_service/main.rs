@@ -363,7 +363,7 @@ impl Lab {
         for kill in 0_u64..10 {
             let before = pid();
             let busy = thread::spawn(|| {
-                // Whatever becomes of it: it is killed under these.
+                // They may fail: the daemon is killed under them.
                 for _ in 0..20 {
                     if let Ok(mut client) = Client::connect(SOCKET) {
                         let _ = client.set_timeout(Some(Duration::from_secs(1)));

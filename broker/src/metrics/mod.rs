@@ -261,7 +261,7 @@ fn register<M: Collector + Clone + 'static>(
     Ok(made)
 }
 
-/// What gauges are taken of.
+/// The state that gauges are taken of.
 pub(crate) struct Moment<'a> {
     pub(crate) core: &'a Core,
     pub(crate) now: Time,

@@ -26,7 +26,7 @@ const PREFIX: &str = "io.barlease.Leases";
 const PROMETHEUS: &str = "barlease_";
 const INTERFACE: &str = "io.systemd.Metrics";
 const VARLINK: &str = "org.varlink.service";
-/// What there is of systemd's interface.
+/// The part of systemd's interface that is served.
 const IDL: &str = "interface io.systemd.Metrics
 
 type MetricFamilyType (counter, gauge, string)
@@ -162,7 +162,7 @@ fn metrics(family: &MetricFamily) -> Vec<Value> {
     all
 }
 
-/// By the names of the family. What is counted is whole.
+/// By the names of the family. Counts are whole numbers.
 fn values(family: &MetricFamily, metric: &Metric) -> Vec<Value> {
     match family.get_field_type() {
         MetricType::GAUGE => vec![json!(metric.get_gauge().get_value() as i64)],

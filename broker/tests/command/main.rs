@@ -61,7 +61,7 @@ queue = "1min"
 const ARGUMENTS: &str = "BARLEASED_TEST_ARGUMENTS";
 /// How many descriptors the command may have.
 const FILES: &str = "BARLEASED_TEST_FILES";
-/// What the test harness says comes before it, what the command says behind it.
+/// The output of the test harness comes before it, that of the command behind it.
 const MARK: char = '\u{1e}';
 
 /// Not a test: the process that the tests start as the daemon.

@@ -1,4 +1,4 @@
-//! What operators see of the daemon: metrics, the dashboard, the journal.
+//! The sights that operators have of the daemon: metrics, the dashboard, the journal.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
@@ -133,7 +133,7 @@ fn metrics_tell_what_happened_and_how_it_is() {
     waiter.signal(Signal::TERM);
 }
 
-/// What the socket for systemd-report answers to a call, all of it.
+/// All answers of the socket for systemd-report to a call.
 fn report(daemon: &Daemon, call: &Value) -> Vec<Value> {
     let path = daemon.directory.path().join("report.activated");
     let mut socket = UnixStream::connect(path).unwrap();

@@ -1,6 +1,7 @@
 //! The daemon as a process of its own, on a device of the library's feature `fake`.
 //!
-//! The program of a test is the daemon, too: it has an ignored test `daemon`, which calls [`serve`].
+//! The program of a test is the daemon, too: it has an ignored test `daemon`, which calls
+//! [`serve`].
 
 #![allow(dead_code, reason = "each program of tests needs a part of it")]
 
@@ -48,7 +49,7 @@ pub(crate) fn policy(rule: &str) -> String {
     format!("{CARD}\n{allow}\n{rule}\n")
 }
 
-/// A process that ends with this. What it has said on standard error is told if the test fails.
+/// A process that ends with this. Its standard error is shown if the test fails.
 pub(crate) struct Running(pub(crate) Child);
 
 impl Deref for Running {

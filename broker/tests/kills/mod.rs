@@ -39,7 +39,7 @@ const MOST_LEASES: usize = 6;
 /// The daemon draws where it dies.
 pub(crate) const RANDOM: &str = "random";
 
-/// What the daemon does before each action: it dies there, if that is wanted.
+/// The daemon calls this before each action: it dies there, if that is wanted.
 pub(crate) fn before_action(directory: &Path) -> Box<dyn Fn()> {
     let Ok(wanted) = std::env::var(DIE) else {
         return Box::new(|| {});
@@ -174,7 +174,7 @@ impl Tenant {
     }
 }
 
-/// What has to be so whenever the daemon has done all that it has to.
+/// Checks that hold whenever the daemon has done all that it has to.
 fn judge(world: &World, tenants: &[Tenant], kill: u64) {
     let listed = world.client().list(None).unwrap();
     let records: Vec<_> = world.card.leases().list().map(Result::unwrap).collect();
@@ -225,7 +225,7 @@ fn give_back(world: &World, tenants: &mut [Tenant], kill: u64) {
     let empty = || -> Result<bool, Error> {
         let mut client = world.try_client()?;
         let left = client.list(None)?;
-        // What lives by this process, and what was granted to nobody.
+        // Leases that live by this process, and those that were granted to nobody.
         for lease in &left {
             match client.release(lease.lease) {
                 Ok(()) | Err(Error::Refused(_)) => {}

@@ -65,7 +65,7 @@ impl Host {
         let count = text(&number).parse().unwrap_or(0);
         if count > 0 {
             log::debug!("write \"0\" to {}", number.display());
-            // Whatever is left then ends with the driver.
+            // Functions that are left then end with the driver.
             let _ = fs::write(number, "0");
         }
         count

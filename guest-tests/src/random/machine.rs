@@ -1006,7 +1006,7 @@ impl Machine {
         }
     }
 
-    /// REVOKE by id. What it leaves to importers is looked at, and then ended by them.
+    /// REVOKE by id. The test looks at what it leaves to importers, and then they end it.
     fn revoke_id(
         &self,
         op: &Op,

@@ -119,7 +119,7 @@ fn a_binding_is_kept_and_given_up() {
     let bdf = function.bdf.as_str();
     fs::create_dir_all(RULES).unwrap();
     let path = format!("{RULES}/70-barlease-{bdf}.rules");
-    // What fails leaves nothing behind.
+    // A command that fails leaves nothing behind.
     failure(&[
         "device",
         "bind",

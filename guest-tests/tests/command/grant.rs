@@ -203,7 +203,7 @@ fn tags_that_a_device_does_not_complete_end_the_grant() {
     ]);
     assert_eq!(command.end(), "");
     assert!(!fs::exists(socket).unwrap());
-    // Whoever asks for none gets it.
+    // A user who asks for none gets it.
     let device = Device::open("display");
     device.export(0, &[(0, page_size())]).unwrap();
 }

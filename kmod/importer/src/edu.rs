@@ -76,8 +76,8 @@ impl Edu {
         &self.function
     }
 
-    /// Reads from the bus, at most [`TRANSFER_MAX`] bytes. What is blocked comes as [`BLANK`] if
-    /// `blank` is set, and else as whatever the device had in its memory.
+    /// Reads from the bus, at most [`TRANSFER_MAX`] bytes. Blocked bytes come as [`BLANK`] if
+    /// `blank` is set, and else as the device had them in its memory.
     pub(crate) fn read(
         &mut self,
         pieces: impl Iterator<Item = Entry>,

@@ -219,7 +219,7 @@ impl Drop for Opened {
     }
 }
 
-/// Moves the bytes. Whoever calls touches no user memory meanwhile: the reservation lock is held.
+/// Moves the bytes. The caller touches no user memory meanwhile: the reservation lock is held.
 fn run_transfer(attachment: &Attachment, request: &abi::Transfer, bytes: &mut [u8]) -> Result {
     let is_stale = request.flags & abi::TRANSFER_STALE != 0;
     let mut edu = EDU.lock();

@@ -2,8 +2,8 @@
 
 //! `barlease_importer`: an importer of dma-bufs, to test `barlease_vfio_pci` with. Never packaged.
 //!
-//! It drives the DMA engine of QEMU's `edu` device and does what a test tells it to, as slowly or as
-//! wrongly as the test likes. What can be asked for is in [`abi`].
+//! It drives the DMA engine of QEMU's `edu` device and does what a test tells it to, as slowly or
+//! as wrongly as the test likes. [`abi`] has the requests.
 //!
 //! - [`file`]: answers the requests of one open file;
 //! - [`attachments`]: who has attached what, and what goes when;

@@ -69,7 +69,7 @@ impl Outstanding {
     }
 }
 
-/// What threads are inside of for a moment, without sleeping there.
+/// A section that threads are inside of for a moment, without sleeping there.
 ///
 /// A thread that shuts a door, and then waits until nobody is inside, knows that whoever saw the
 /// door open has left: a thread enters before it looks at the door, the door is shut before this

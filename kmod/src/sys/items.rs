@@ -32,7 +32,7 @@ impl<T: Copy> Few<T> {
         }
     }
 
-    /// What `make` makes of each of `sources`, or its first error; `None` where that are none, or
+    /// The items that `make` makes of `sources`, or its first error; `None` where that are none, or
     /// too many.
     #[inline]
     pub(crate) fn of<S, E>(

@@ -11,7 +11,7 @@
 //! Two devices with no PCI bridge above both reach each other through host bridges or not at all:
 //! `pci_p2pdma_distance()` says which. That is a property of the host bridges, so it is asked once
 //! for the importers behind one of them. Where there is a bridge above both, only the stock helper
-//! can tell (its `pci_p2pdma_map_type()` is not exported): one page is mapped by it. What came out
+//! can tell (its `pci_p2pdma_map_type()` is not exported): one page is mapped by it. The result
 //! is an I/O virtual address if the IOMMU leads it to that page, and an address of the bus if it
 //! does not. The number itself says nothing: behind another host bridge the addresses of a BAR are
 //! free for the importer's IOMMU to be used. That is done once an attachment.
@@ -449,7 +449,7 @@ impl<'a> Importer<'a> {
                 return Err(EINVAL);
             }
         } else {
-            // Whichever route it will be: the page is mapped by its physical address if need be.
+            // For either route: the page is mapped by its physical address if need be.
             self.check_reach(last)?;
         }
         let provider = providers.get(bar.index())?;
@@ -457,7 +457,7 @@ impl<'a> Importer<'a> {
         let owner = provider.get()?.as_ptr();
         let host = provider.bars.host.0.as_ptr();
         // SAFETY: The provider is valid while it is held, and the device of an attachment is valid.
-        // What becomes of `host` has the reference that the invariant of `HostBridge` wants.
+        // The result for `host` has the reference that the invariant of `HostBridge` wants.
         match unsafe { bindings::bl_p2p_through_host(owner, self.device(), host) } {
             ..0 => return Err(EINVAL),
             0 => {}

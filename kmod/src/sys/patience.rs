@@ -17,7 +17,7 @@ use kernel::{
 /// How long a thread waits before it tries again.
 const PAUSE_MS: u32 = 10;
 
-/// What a thread puts up with while it tells importers, and its reason to give up.
+/// The patience of a thread while it tells importers, and its reason to give up.
 pub(crate) trait Patience {
     /// The reason.
     type Error;

@@ -48,7 +48,8 @@ pub(crate) enum MemoryType {
 
 /// Whether a page-table entry that asks for write-combining is write-combining here.
 ///
-/// On x86 that takes PAT. What is on record for the BAR does not matter: see [`Fault::insert_run`].
+/// On x86 that takes PAT. The type on record for the BAR does not matter: see
+/// [`Fault::insert_run`].
 pub(crate) fn write_combining_is_real() -> bool {
     // SAFETY: Reads what the CPU can do; always allowed.
     unsafe { bindings::bl_write_combining_is_real() }
@@ -330,7 +331,8 @@ impl NewVma<'_> {
     /// Lets it allow no more than `file` does; `EACCES` when it is to be written and the file is
     /// not.
     pub(super) fn allow_no_more_than(&self, file: *const bindings::file) -> Result {
-        // SAFETY: `vma` is valid and locked for writing during mmap; the file is valid by the caller.
+        // SAFETY: `vma` is valid and locked for writing during mmap; the file is valid by the
+        // caller.
         to_result(unsafe { bindings::bl_vma_no_more_than(self.vma, file) })
     }
 
@@ -378,7 +380,8 @@ impl NewVma<'_> {
         mapped.vma_opened(memory_type);
         // SAFETY: As above; the reference belongs to the VMA from here on.
         unsafe { (*self.vma).vm_private_data = mapped.into_foreign() };
-        // SAFETY: As above; the operations are static, and find what they want in `vm_private_data`.
+        // SAFETY: As above; the operations are static, and find what they want in
+        // `vm_private_data`.
         unsafe { (*self.vma).vm_ops = ops };
     }
 }

@@ -26,7 +26,7 @@ impl fmt::Debug for Output {
     }
 }
 
-/// What [`copy_output`] has read, once there is no more.
+/// The output that [`copy_output`] has read, once there is no more.
 pub(crate) struct Copied {
     /// The bytes, if they are captured.
     pub(crate) captured: Vec<u8>,

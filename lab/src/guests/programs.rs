@@ -1,7 +1,7 @@
 //! Programs for guests of another architecture: cargo and a cross compiler, both in the tool chain.
 //!
-//! The checkout, cargo's home and the folder for build products are bound into the tool chain. What
-//! crates need is fetched by the host's own cargo before: inside, nothing is downloaded.
+//! The checkout, cargo's home and the folder for build products are bound into the tool chain. The
+//! host's own cargo fetches the crates that are needed before: inside, nothing is downloaded.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,7 +1,7 @@
 //! Prepares a run: one boot of a guest, with one command or a series of them in it.
 //!
 //! ```no_run
-//! use barlease_lab::machine::Preset;
+//! use barlease_lab::preset::Preset;
 //! use barlease_lab::prepare::{Request, prepare};
 //! use barlease_lab::run::{Output, Run};
 //!
@@ -45,6 +45,9 @@ use crate::packages::report::Step;
 
 pub use crate::guests::outcome::{Failure, Outcome};
 pub use crate::guests::output::Output;
+
+/// Opens the ports: for `init.sh` and `agent.sh`.
+const PORTS: &str = include_str!("ports.sh");
 
 /// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it
 /// is five times that.
@@ -179,8 +182,8 @@ impl<'a> Run<'a> {
         self
     }
 
-    /// Runs these one after the other instead, until one fails, as [`series`] says. What comes out
-    /// of it can be taken apart with [`series::Listener`].
+    /// Runs these one after the other instead, until one fails, as [`series`] says.
+    /// [`series::Listener`] takes their output apart.
     #[must_use]
     pub fn series(mut self, parts: Vec<Part>) -> Self {
         self.payload = Payload::Series(parts);
@@ -297,6 +300,7 @@ impl<'a> Run<'a> {
         let ports = self.prepared.kernel.arch().ports();
         let ports = format!("{} {}\n", ports.payload, ports.control);
         archive.file("lab/ports", ports, 0o644)?;
+        archive.file("lab/ports.sh", PORTS, 0o644)?;
         self.add_modules(&mut archive)?;
         archive.file("lab/devices", self.machine.describe(), 0o644)?;
         let patience = self

@@ -129,7 +129,7 @@ fn socket(folder: &Path, device: &Device) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guests::machine::Preset;
+    use crate::guests::preset::Preset;
 
     #[test]
     fn stray_accesses_are_told_by_their_address() {

@@ -67,8 +67,8 @@ const RACE: &str = "BUG: KCSAN:";
 /// The mark of our modules in a trace.
 const OURS: &str = "[barlease";
 
-/// The operations of the stock driver, and of the PCI bus, that ours passes on. What they do they
-/// do with the stock driver, too, under the same locks.
+/// The operations of the stock driver, and of the PCI bus, that ours passes on. They do
+/// the same with the stock driver, under the same locks.
 const PASSED_ON: &[&str] = &[
     "pci_pm_runtime_resume",
     "vfio_pci_core_aer_err_detected",
@@ -177,8 +177,8 @@ fn is_race_of_others(report: &[&str]) -> bool {
             .any(is_ours)
 }
 
-/// Whether an access with this trace, from the innermost function on, is ours. What an interrupt
-/// does is not what was interrupted.
+/// Whether an access with this trace, from the innermost function on, is ours. An access
+/// in an interrupt is not one of the code that was interrupted.
 fn is_ours(trace: &[&str]) -> bool {
     let is_entry = |line: &&str| frame(line).is_some_and(is_interrupt);
     let end = trace.iter().position(is_entry).unwrap_or(trace.len());

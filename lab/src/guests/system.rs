@@ -1,7 +1,7 @@
 //! A guest whose root is a Debian system of its own, with systemd as process 1.
 //!
 //! ```no_run
-//! use barlease_lab::machine::Preset;
+//! use barlease_lab::preset::Preset;
 //! use barlease_lab::prepare::{Request, prepare};
 //! use barlease_lab::system::Root;
 //! use barlease_lab::run::Run;
@@ -259,7 +259,7 @@ impl Disk {
     }
 
     /// Runs a script in it without a guest, at the speed of the host: in a chroot, as root,
-    /// without systemd. What builds much is better done so where a guest is emulated. `/mnt` is a
+    /// without systemd. Long builds are better done so where a guest is emulated. `/mnt` is a
     /// folder of the host; `uname -r` says the release of that kernel. Returns what the script
     /// said.
     ///

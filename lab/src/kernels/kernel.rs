@@ -28,11 +28,11 @@ pub struct Kernel {
 /// Its builder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
-    /// Debian. What modules are built against is in the sysroot.
+    /// Debian. The files that modules are built against are in the sysroot.
     Stock,
-    /// Debian, for another architecture. What modules are built against is beside it.
+    /// Debian, for another architecture. The files that modules are built against are beside it.
     Foreign(Arch),
-    /// The lab. What modules are built against is beside it.
+    /// The lab. The files that modules are built against are beside it.
     Debug(Watch),
 }
 
@@ -178,7 +178,7 @@ impl Kernel {
     }
 
     /// Files of the named modules and all they depend on, uncompressed, in the order to load them.
-    /// What is built into the kernel needs no file.
+    /// A driver that is built into the kernel needs no file.
     ///
     /// # Errors
     ///

@@ -20,7 +20,7 @@ pub enum Without {
     SmallPages,
 }
 
-/// What the machine of the lab's x86-64 guests needs, and no other has.
+/// Options that the machine of the lab's x86-64 guests needs, and no other has.
 const OF_X86: &[&str] = &[
     "64BIT",
     "ACPI",
@@ -44,7 +44,7 @@ const OF_X86: &[&str] = &[
     "CPU_MITIGATIONS",
 ];
 
-/// What guests of tests do without: the build takes half as long.
+/// Options that guests of tests do without: the build takes half as long.
 const UNUSED: &[&str] = &[
     "9P_FS",
     "AIO",

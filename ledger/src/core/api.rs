@@ -282,7 +282,7 @@ pub enum Action {
         lease: LeaseId,
         /// The news.
         news: News,
-        /// What it is, and whose: it may be gone when this is read.
+        /// The lease and its owner: it may be gone when this is read.
         about: Arc<About>,
     },
     /// Begin to watch a process: [`Event::ProcessGone`], at once if there is no such process.
@@ -578,7 +578,7 @@ pub struct WaiterView<'a> {
     pub place: (usize, RequestId),
     /// Name of the pool.
     pub pool: &'a str,
-    /// Who waits.
+    /// The peer that waits.
     pub peer: &'a Peer,
     /// For what.
     pub ask: &'a Ask,

@@ -35,8 +35,8 @@ use crate::types::Time;
 const RETRY: Millis = Millis(1000);
 
 impl Core {
-    /// Begins to take a lease back; after that much grace it is revoked. What has begun is not
-    /// undone.
+    /// Begins to take a lease back; after that much grace it is revoked. Nothing
+    /// undoes that.
     pub(super) fn begin_end(&mut self, slot: Slot, reason: EndReason, grace: Millis) {
         let Some(lease) = self.leases.get(slot) else {
             return;

@@ -35,7 +35,7 @@ const MAX_WAITING: (usize, usize, u32) = (4096, 256, 16);
 /// Most ranges that are named by requests in line for a pool, and by those of one.
 const MAX_WAITED_FOR: (usize, usize) = (16_384, 4096);
 
-/// What there is for a request in line.
+/// The prospects of a request in line.
 enum Prospect {
     /// There may be room.
     Room,

@@ -295,7 +295,7 @@ impl Core {
                 Due::Waiter(pool, request) => self.time_out(pool, request),
                 Due::Hangs(slot) => self.hangs(slot),
             }
-            // Whatever it did has put the timer somewhere else; nothing is due for ever.
+            // The call above has put the timer somewhere else; nothing is due for ever.
             self.timers.remove(&(time, due));
         }
     }

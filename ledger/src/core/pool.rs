@@ -31,9 +31,9 @@ use crate::types::What;
 pub(super) struct Waiter {
     pub(super) connection: ConnectionId,
     pub(super) request: RequestId,
-    /// Whose share of the line it takes.
+    /// The subject whose share of the line it takes.
     pub(super) share: Subject,
-    /// Whose leases are its own.
+    /// The subject whose leases are its own.
     pub(super) owner: Subject,
     pub(super) ask: Ask,
     pub(super) deadline: Time,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use crate::policy::Names;
+use crate::policy::NoNames;
 use crate::policy::Outcome;
 use crate::types::Access;
 use crate::types::Ask;
@@ -25,18 +25,6 @@ fn told(action: &Action) -> Option<(RequestId, LeaseId, News)> {
             watch, lease, news, ..
         } => Some((*watch, *lease, *news)),
         _ => None,
-    }
-}
-
-struct Host;
-
-impl Names for Host {
-    fn user(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn group(&self, _: &str) -> Option<u32> {
-        None
     }
 }
 
@@ -79,7 +67,7 @@ queue = "30s"
 "#;
 
 fn policy(text: &str) -> Arc<Policy> {
-    let policy = Policy::parse(&[("p.toml", text)], &Host);
+    let policy = Policy::parse(&[("p.toml", text)], &NoNames);
     Arc::new(policy.unwrap_or_else(|errors| panic!("{errors:?}")))
 }
 
@@ -1234,7 +1222,7 @@ fn the_ledger_is_compacted_and_says_the_same() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 
-    /// Whatever comes in whatever order: exclusive ranges are in one lease, what is free and what
+    /// Requests come in any order: exclusive ranges are in one lease, what is free and what
     /// is leased are all, and a restart finds the same.
     #[test]
     fn any_order_of_events_keeps_the_books(

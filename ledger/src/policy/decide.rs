@@ -199,7 +199,7 @@ impl Rule {
 }
 
 impl Terms {
-    /// Whose share of a line the peer takes: that of the one whom the rules name.
+    /// The subject whose share of a line the peer takes: the one that the rules name.
     pub(crate) fn share(&self, peer: &Peer) -> Subject {
         let unit = peer.subjects().find(|it| matches!(it, Subject::Unit(_)));
         match (self.names, unit) {
@@ -286,7 +286,8 @@ impl Peer {
         }
     }
 
-    /// As whom it counts: one that speaks for a claim as that alone, whatever user it chooses to be.
+    /// As whom it counts: one that speaks for a claim as that alone, whatever user it chooses to
+    /// be.
     pub(crate) fn subjects(&self) -> impl Iterator<Item = Subject> + '_ {
         if let Some(claim) = &self.claim {
             return [Some(Subject::Claim(Arc::clone(claim))), None]
@@ -305,7 +306,7 @@ impl Peer {
 /// The rules for a pool, by what a peer must have for them.
 ///
 /// Each rule stands under one key of its `who`, the one that fits the fewest: users, claims, units,
-/// control groups, groups. What is found that way is then looked at whole.
+/// control groups, groups. Rules that are found that way are then looked at whole.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Index {
     users: BTreeMap<u32, Vec<u32>>,

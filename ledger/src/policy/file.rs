@@ -69,12 +69,12 @@ pub(super) struct DeviceTable {
     /// Whether it becomes a bus master.
     #[serde(default)]
     pub(super) bus_master: bool,
-    /// What becomes of it when the process ends that has handed it over.
+    /// Its fate when the process ends that has handed it over.
     #[serde(default)]
     pub(super) owner_dies: OwnerDies,
 }
 
-/// What becomes of an adopted device when the process ends that has handed it over.
+/// The fate of an adopted device when the process ends that has handed it over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

@@ -63,6 +63,20 @@ pub trait Names {
     fn group(&self, name: &str) -> Option<u32>;
 }
 
+/// A host without names: policies that have numbers only.
+#[derive(Clone, Copy, Debug)]
+pub struct NoNames;
+
+impl Names for NoNames {
+    fn user(&self, _: &str) -> Option<u32> {
+        None
+    }
+
+    fn group(&self, _: &str) -> Option<u32> {
+        None
+    }
+}
+
 /// Where something was written.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Place {
@@ -86,7 +100,7 @@ pub struct PolicyError {
     pub place: Place,
     /// The key, or the table; empty if neither can be told.
     pub key: String,
-    /// What.
+    /// The fault.
     pub message: String,
 }
 
@@ -140,7 +154,7 @@ pub struct Device {
     pub memory: bool,
     /// Whether it becomes a bus master.
     pub bus_master: bool,
-    /// What becomes of it when the process ends that has handed it over.
+    /// Its fate when the process ends that has handed it over.
     pub owner_dies: OwnerDies,
 }
 

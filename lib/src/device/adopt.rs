@@ -1,8 +1,10 @@
 //! Devices that somebody else opened: a VMM, a service manager, another crate.
 
 use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::os::fd::RawFd;
+use std::path::Path;
 
 use super::Device;
 use super::bdf_of;
@@ -33,7 +35,9 @@ impl Device {
     /// kernel.
     ///
     /// A device whose descriptor others keep is one they can still drive: share it on purpose only.
-    /// For DMA say also [`Device::with_iommu`].
+    /// For DMA say also [`Device::with_iommu`]. If no IOMMU isolates the device, the requirements of
+    /// [`OpenOptions::noiommu`](crate::OpenOptions::noiommu) hold, which the code that opened it has
+    /// accepted.
     ///
     /// Errors: [`Error::Unsupported`]: it is no open device of VFIO's, or the kernel, an old
     /// one, does not say its address; then use [`Device::from_fd_of`].
@@ -80,9 +84,11 @@ impl Device {
     /// Takes over a character device (`/dev/vfio/devices/vfioN`) that was opened and no more, as by
     /// a service manager; binds it to the iommufd of `iommu` and attaches it.
     ///
-    /// Errors: [`Error::Invalid`]: `iommu` is a container; as for [`Device::from_fd`].
+    /// Errors: [`Error::Invalid`]: `iommu` is a container; [`Error::Unsupported`]: no IOMMU isolates
+    /// the device (`noiommu-vfioN`); as for [`Device::from_fd`].
     pub fn from_cdev(fd: impl Into<OwnedFd>, iommu: &Iommu) -> Result<Self> {
         let fd = fd.into();
+        refuse_noiommu(fd.as_fd(), Path::new("/sys/dev/char"))?;
         let id = adopted(iommu.bind(fd.as_fd(), None))?;
         adopted(iommu.attach(fd.as_fd()))?;
         Ok(Self::from_fd(fd)?.with_iommu(iommu).bound_as(id))
@@ -94,6 +100,7 @@ impl Device {
     /// Errors: as for [`Device::from_cdev`].
     pub fn from_bound_cdev(fd: impl Into<OwnedFd>, iommu: &Iommu) -> Result<Self> {
         let fd = fd.into();
+        refuse_noiommu(fd.as_fd(), Path::new("/sys/dev/char"))?;
         adopted(iommu.attach(fd.as_fd()))?;
         Ok(Self::from_fd(fd)?.with_iommu(iommu))
     }
@@ -116,6 +123,33 @@ impl Device {
             iommu: self.iommu,
         }
     }
+}
+
+/// Refuses a character device that no IOMMU isolates. It reaches all memory of the host, and every
+/// function that drives it would be unsafe. Only its name, which is in the folder `names` by the
+/// number of the device, tells that.
+fn refuse_noiommu(fd: BorrowedFd<'_>, names: &Path) -> Result<()> {
+    let number = rustix::fs::fstat(fd)
+        .map_err(|errno| Error::from_errno("adopt", Object::file("/dev/vfio/devices"), errno))?
+        .st_rdev;
+    let link = format!(
+        "{}:{}",
+        rustix::fs::major(number),
+        rustix::fs::minor(number)
+    );
+    // Without a name it is no character device, which the next call says.
+    let Ok(place) = names.join(link).read_link() else {
+        return Ok(());
+    };
+    let name = place.file_name().unwrap_or_default().to_string_lossy();
+    if !name.starts_with("noiommu-") {
+        return Ok(());
+    }
+    Err(Error::unsupported(
+        "adopt",
+        Object::file(Path::new("/dev/vfio/devices").join(&*name)),
+        "no IOMMU isolates the device: open it by its group, with `OpenOptions::noiommu`",
+    ))
 }
 
 fn adopted<T>(answer: Result<T, rustix::io::Errno>) -> Result<T> {
@@ -156,6 +190,24 @@ mod tests {
         assert_eq!(again.regions().unwrap().len(), 9);
         let bound = Device::from_cdev(fake.fd().unwrap(), &iommu).unwrap();
         assert_eq!(bound.iommu().and_then(Iommu::ioas), iommu.ioas());
+    }
+
+    #[test]
+    fn a_character_device_without_an_iommu_is_refused_by_its_name() {
+        // Character device 1:3, under names of VFIO's.
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let names = tempfile::tempdir().unwrap();
+        let refused = |name: &str| {
+            let link = names.path().join("1:3");
+            std::fs::remove_file(&link).ok();
+            let place = format!("../../devices/pci0000:00/0000:00:03.0/vfio-dev/{name}");
+            std::os::unix::fs::symlink(place, link).unwrap();
+            refuse_noiommu(file.as_fd(), names.path()).err()
+        };
+        assert!(refused("vfio0").is_none());
+        let error = refused("noiommu-vfio0").unwrap();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error:?}");
+        assert!(error.to_string().contains("/noiommu-vfio0"), "{error}");
     }
 
     #[test]

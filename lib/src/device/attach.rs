@@ -30,14 +30,14 @@ impl Device {
     /// I/O address space, or a page table of hardware's that was made with `IOMMU_HWPT_ALLOC`.
     ///
     /// Such objects are made on the descriptor of the [`Iommu`](crate::Iommu), with the crate
-    /// `iommufd-ioctls` for one. What [`DmaBuffer`](crate::DmaBuffer) and
-    /// [`Iommu::map_file`](crate::Iommu::map_file) map is in
+    /// `iommufd-ioctls` for one. [`DmaBuffer`](crate::DmaBuffer) and
+    /// [`Iommu::map_file`](crate::Iommu::map_file) map memory in
     /// [`Iommu::ioas`](crate::Iommu::ioas), and the device reaches it through that or through a
     /// page table above it.
     ///
     /// Errors: [`Error::Invalid`]; [`Error::Io`].
     pub fn attach_page_table(&self, id: u32) -> Result<()> {
-        self.paging("attach", ioctl::attach(self.handle().fd, id, None))
+        self.paging("attach", ioctl::iommu::attach(self.handle().fd, id, None))
     }
 
     /// Takes the device out of the page table that it is in: it does no DMA then. See also
@@ -45,7 +45,7 @@ impl Device {
     ///
     /// Errors: as for [`Device::attach_page_table`].
     pub fn detach_page_table(&self) -> Result<()> {
-        self.paging("detach", ioctl::detach(self.handle().fd, None))
+        self.paging("detach", ioctl::iommu::detach(self.handle().fd, None))
     }
 
     /// Has DMA of the device that names the address space `pasid` go through a page table of its
@@ -54,14 +54,20 @@ impl Device {
     /// Errors: [`Error::Unsupported`]: device, IOMMU or kernel (6.15) cannot; as for
     /// [`Device::attach_page_table`].
     pub fn attach_pasid(&self, pasid: u32, id: u32) -> Result<()> {
-        self.paging("attach", ioctl::attach(self.handle().fd, id, Some(pasid)))
+        self.paging(
+            "attach",
+            ioctl::iommu::attach(self.handle().fd, id, Some(pasid)),
+        )
     }
 
     /// Ends [`Device::attach_pasid`].
     ///
     /// Errors: as for [`Device::attach_pasid`].
     pub fn detach_pasid(&self, pasid: u32) -> Result<()> {
-        self.paging("detach", ioctl::detach(self.handle().fd, Some(pasid)))
+        self.paging(
+            "detach",
+            ioctl::iommu::detach(self.handle().fd, Some(pasid)),
+        )
     }
 
     fn paging(&self, operation: &'static str, answer: Result<(), Errno>) -> Result<()> {

@@ -28,7 +28,7 @@ pub enum RegionCapability {
         /// Flags that an alias can have (`ALIAS_*` of the uAPI).
         supported_mapping_flags: u32,
     },
-    /// What a region of the device's driver is, as the kernel's header has it
+    /// The type of a region of the device's driver, as the kernel's header has it
     /// (`VFIO_REGION_TYPE_*`).
     #[non_exhaustive]
     Type {
@@ -44,7 +44,7 @@ pub enum RegionCapability {
         id: u16,
         /// Its version.
         version: u16,
-        /// What is in it, up to where the next one begins.
+        /// Its bytes, up to where the next one begins.
         payload: Vec<u8>,
     },
 }

@@ -23,7 +23,7 @@ const HEADER: usize = offset_of!(vfio::vfio_irq_set, data);
 /// Most vectors that are believed: MSI-X has 2048.
 const MOST: u32 = 1 << 16;
 
-/// The event that is signalled.
+/// The kind of an interrupt, or of another event that a device signals by an eventfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum InterruptKind {

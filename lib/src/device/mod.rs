@@ -236,8 +236,8 @@ impl Device {
         ExportBuilder::new(self.handle(), bar)
     }
 
-    /// What of a BAR can be leased without handing out interrupts: all whole pages but those of the
-    /// MSI-X table and of its pending bits.
+    /// The parts of a BAR that can be leased without handing out interrupts: all whole pages but
+    /// those of the MSI-X table and of its pending bits.
     ///
     /// Errors: [`Error::Malformed`], [`Error::Io`].
     ///

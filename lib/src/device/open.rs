@@ -179,9 +179,9 @@ impl OpenOptions {
         self
     }
 
-    /// Open a device that is bound to the iommufd and in no address space yet: it does no DMA before
-    /// [`Device::attach_page_table`]. No effect on devices that are opened by their group, which
-    /// are in that of the container.
+    /// Open a device that is bound to the iommufd and in no address space yet: it does no DMA
+    /// before [`Device::attach_page_table`]. No effect on devices that are opened by their group,
+    /// which are in that of the container.
     #[must_use]
     pub fn unattached(mut self) -> Self {
         self.attached = false;
@@ -338,7 +338,7 @@ impl OpenOptions {
         Device::new(bdf, fd, Some(iommu), device.driver.clone())
     }
 
-    /// What may be missing when the nodes could be opened and the device not.
+    /// Says what may be missing when the nodes could be opened and the device not.
     fn explain_denied(&self, error: Error) -> Error {
         error.if_denied(match self.token {
             Some(_) => {
@@ -372,7 +372,7 @@ pub(crate) fn open_node(path: &Path) -> Result<OwnedFd> {
     })
 }
 
-/// Who may open a file, and what to do about it.
+/// Says who may open a file, and what to do about it.
 pub(crate) fn permission_remedy(path: &Path) -> String {
     let shown = path.display();
     match fs::metadata(path) {

@@ -53,7 +53,7 @@ impl fmt::Display for Sources {
     }
 }
 
-/// Who builds the module.
+/// The builder of the module.
 pub(super) enum Origin {
     /// DKMS, from the package barlease-dkms, or barlease-dkms-vfio-pci.
     Package(Sources),
@@ -130,7 +130,7 @@ impl Doctor {
         }
     }
 
-    /// What DKMS has made of the sources for the kernel that runs.
+    /// Checks the module that DKMS has built for the kernel that runs.
     pub(super) fn dkms(&self, pci: &Pci) -> Check {
         const NAME: &str = "dkms";
         let (Origin::Package(sources) | Origin::Dkms(sources)) = self.origin() else {

@@ -73,7 +73,7 @@ pub(super) struct Buffer {
     pub(super) memattr: u32,
     pub(super) dead: bool,
     pub(super) importers: u32,
-    /// What was in it, while its memory is taken.
+    /// Its bytes, while its memory is taken.
     pub(super) saved: Option<Vec<u8>>,
 }
 

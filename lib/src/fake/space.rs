@@ -51,7 +51,7 @@ pub(super) struct FakeSpace {
 struct Space {
     /// By first address.
     mapped: BTreeMap<u64, Mapped>,
-    /// What the next `map` or `unmap` fails with.
+    /// The error of the next `map` or `unmap`.
     fails: Option<Errno>,
 }
 

@@ -17,7 +17,7 @@ use crate::sys::ioctl::Words;
 /// Longest answer about an IOMMU that is believed.
 const MAX_INFO: u32 = 1 << 20;
 
-/// What the kernel allows in an address space.
+/// The limits that the kernel sets to an address space.
 pub(super) struct Limits {
     pub(super) ranges: Vec<IovaRange>,
     pub(super) page: u64,
@@ -37,14 +37,14 @@ pub(super) fn type1_limits(container: BorrowedFd<'_>) -> Result<Limits> {
     let malformed =
         |reason: &'static str| Error::malformed("ask for allowed addresses", Object::Iommu, reason);
     let mut info = vfio::vfio_iommu_type1_info::default();
-    ioctl::call(container, ioctl::TYPE1_GET_INFO, &mut info).map_err(explain)?;
+    ioctl::call(container, ioctl::iommu::TYPE1_GET_INFO, &mut info).map_err(explain)?;
     let mut length = info.argsz;
     for _ in 0..8 {
         if length > MAX_INFO {
             return Err(malformed("the answer is too long"));
         }
         let mut words = Words::zeroed((length as usize).max(size_of_val(&info)));
-        ioctl::call_bytes(container, ioctl::TYPE1_GET_INFO, &mut words).map_err(explain)?;
+        ioctl::call_bytes(container, ioctl::iommu::TYPE1_GET_INFO, &mut words).map_err(explain)?;
         let needed = words.u32(offset_of!(vfio::vfio_iommu_type1_info, argsz));
         if needed as usize > words.len() {
             length = needed;

@@ -17,19 +17,15 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 
 use iommufd_bindings as iommufd;
-use rustix::fs::OFlags;
-use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use vfio_bindings::bindings::vfio;
 
 use crate::Backend;
 use crate::Error;
-use crate::Lease;
 use crate::Result;
 use crate::device::open_node;
 use crate::error::Object;
 use crate::sys::ioctl;
-use crate::sys::memory;
 
 pub use buffer::DmaBuffer;
 pub use buffer::DmaOptions;
@@ -37,8 +33,6 @@ use iova::Iovas;
 use limits::Limits;
 use limits::type1_limits;
 pub use mapping::DmaMapping;
-use mapping::Place;
-use mapping::iommufd_flags;
 
 /// A range of I/O virtual addresses, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +129,7 @@ impl Drop for Inner {
         {
             // Another process may have the iommufd. An address space
             // that a device of somebody else still uses is busy and stays.
-            let _ = ioctl::iommufd_destroy(fd.as_fd(), *ioas);
+            let _ = ioctl::iommu::iommufd_destroy(fd.as_fd(), *ioas);
         }
     }
 }
@@ -207,8 +201,8 @@ impl Iommu {
     }
 
     fn checked_container(fd: OwnedFd, model: u32) -> Result<Self> {
-        let version = ioctl::api_version(fd.as_fd());
-        let has = ioctl::check_extension(fd.as_fd(), model);
+        let version = ioctl::iommu::api_version(fd.as_fd());
+        let has = ioctl::iommu::check_extension(fd.as_fd(), model);
         if version != Ok(vfio::VFIO_API_VERSION as i32) || has != Ok(true) {
             return Err(Error::unsupported(
                 "open",
@@ -237,12 +231,12 @@ impl Iommu {
         };
         let (ioas, ours) = match ioas {
             Some(ioas) => {
-                ioctl::ioas_ranges(fd.as_fd(), ioas).map_err(explain)?;
+                ioctl::iommu::ioas_ranges(fd.as_fd(), ioas).map_err(explain)?;
                 (ioas, false)
             }
             None => {
                 let mut alloc = iommufd::iommu_ioas_alloc::default();
-                ioctl::call(fd.as_fd(), ioctl::IOAS_ALLOC, &mut alloc).map_err(explain)?;
+                ioctl::call(fd.as_fd(), ioctl::iommu::IOAS_ALLOC, &mut alloc).map_err(explain)?;
                 (alloc.out_ioas_id, true)
             }
         };
@@ -314,13 +308,13 @@ impl Iommu {
             return Ok(Arc::clone(group));
         }
         let group = open()?;
-        let attached = match ioctl::set_container(group.as_fd(), fd.as_fd()) {
+        let attached = match ioctl::iommu::set_container(group.as_fd(), fd.as_fd()) {
             // An adopted group may be in this container already; it then tells of no other.
             Err(Errno::INVAL) if is_attached(group.as_fd()) => Ok(()),
             answer => answer,
         };
         attached.map_err(|errno| failed("add a group", errno))?;
-        match ioctl::set_iommu(fd.as_fd(), *model) {
+        match ioctl::iommu::set_iommu(fd.as_fd(), *model) {
             Ok(()) => {}
             // Set before, by us or by whoever had the container.
             Err(Errno::INVAL) if has_iommu(fd.as_fd(), *model) => {}
@@ -351,13 +345,13 @@ impl Iommu {
         let Kind::Iommufd { fd, .. } = &self.inner.kind else {
             return Err(Errno::INVAL);
         };
-        ioctl::bind_iommufd(device, fd.as_fd(), token)
+        ioctl::iommu::bind_iommufd(device, fd.as_fd(), token)
     }
 
     /// Attaches a character device that is bound to the iommufd to the address space.
     pub(crate) fn attach(&self, device: BorrowedFd<'_>) -> Result<(), Errno> {
         let ioas = self.ioas().ok_or(Errno::INVAL)?;
-        ioctl::attach(device, ioas, None)
+        ioctl::iommu::attach(device, ioas, None)
     }
 
     /// Addresses that can be mapped, as the IOMMU and the devices that are in it now allow.
@@ -397,7 +391,7 @@ impl Iommu {
                 type1_limits(fd.as_fd())
             }
             Kind::Iommufd { fd, ioas, .. } => {
-                let (ranges, align) = ioctl::ioas_ranges(fd.as_fd(), *ioas)
+                let (ranges, align) = ioctl::iommu::ioas_ranges(fd.as_fd(), *ioas)
                     .map_err(|errno| failed("ask for allowed addresses", errno))?;
                 let ranges = ranges
                     .into_iter()
@@ -416,175 +410,6 @@ impl Iommu {
     pub fn reserve(&self, first: u64, length: u64) -> bool {
         lock(&self.inner.iovas).take_at(first, length)
     }
-
-    /// Maps bytes of a memfd, or of another file that is in memory, for devices; at `iova`, or
-    /// where there is room. Both numbers of the range and the address are multiples of
-    /// [`Iommu::page_size`].
-    ///
-    /// Devices write to the file as other processes do that have mapped it.
-    ///
-    /// Errors: [`Error::Invalid`], [`Error::Busy`] (something is mapped at `iova`),
-    /// [`Error::ReadOnly`] (devices may write, and this process may not: the file is open for
-    /// reading only, or sealed), [`Error::Unsupported`] (no IOMMU, or no such file can be mapped);
-    /// [`Error::Io`] (`ENOMEM`: over the limit of locked memory, or no addresses left).
-    pub fn map_file(
-        &self,
-        file: impl AsFd,
-        range: std::ops::Range<u64>,
-        iova: impl Into<Option<u64>>,
-        access: DmaAccess,
-    ) -> Result<DmaMapping> {
-        let file = file.as_fd();
-        if access != DmaAccess::Read && !is_writable(file)? {
-            return Err(Error::ReadOnly {
-                operation: "map",
-                object: Object::Iommu,
-            });
-        }
-        let length = range.end.saturating_sub(range.start);
-        let place = self.place(length, iova.into())?;
-        if place.map_file((file, range.start), access)? {
-            return Ok(place.mapped(None));
-        }
-        // Mapped here too, so that it stays as long as devices have it.
-        let again = file
-            .try_clone_to_owned()
-            .map_err(|error| Error::from_io("map", Object::Iommu, error))?;
-        let window = Lease::from_fd(again)?.map_range(range)?;
-        place.map_window(window, access)
-    }
-
-    /// Maps a lease for the devices, so that they do peer-to-peer DMA to the BAR that it is of; at
-    /// `iova`, or where there is room.
-    ///
-    /// This takes an iommufd, Linux 7.0, and a lease that the kernel's own exporter made
-    /// ([`ExportBuilder::stock`](crate::ExportBuilder::stock)): iommufd imports no other. A
-    /// container would keep its access beyond a revocation, and is refused.
-    ///
-    /// Errors: [`Error::Unsupported`], [`Error::Busy`], [`Error::Io`].
-    pub fn map_lease(
-        &self,
-        lease: &Lease,
-        iova: impl Into<Option<u64>>,
-        access: DmaAccess,
-    ) -> Result<DmaMapping> {
-        let Kind::Iommufd { fd, ioas, .. } = &self.inner.kind else {
-            return Err(Error::unsupported(
-                "map",
-                lease.object(),
-                "a container cannot lose access to a lease that is revoked: use an iommufd",
-            ));
-        };
-        let place = self.place(lease.size(), iova.into())?;
-        let file = (lease.as_fd(), 0);
-        let flags = iommufd_flags(access);
-        let answer = ioctl::ioas_map_file(fd.as_fd(), *ioas, flags, file, lease.size(), place.iova);
-        answer.map_err(|errno| match errno {
-            Errno::NOTTY | Errno::OPNOTSUPP | Errno::INVAL | Errno::NODEV | Errno::NXIO => {
-                Error::unsupported(
-                    "map",
-                    lease.object(),
-                    "iommufd maps leases that were exported with `stock`, since Linux 7.0",
-                )
-                .because(errno)
-            }
-            errno => Error::from_errno("map", lease.object(), errno),
-        })?;
-        Ok(place.mapped(None))
-    }
-
-    /// Maps memory of this process for devices; at `iova`, or where there is room. Address, length
-    /// and IOVA are multiples of [`Iommu::page_size`].
-    ///
-    /// Prefer [`DmaBuffer`], which is safe.
-    ///
-    /// Errors: as for [`Iommu::map_file`]; [`Error::Io`] with `EFAULT`: no memory there.
-    ///
-    /// # Safety
-    ///
-    /// Until the mapping is dropped, the memory stays mapped and belongs to nobody else, and
-    /// devices may read and, as `access` says, write it at any moment: there must be no reference
-    /// to it that this would break.
-    #[allow(
-        unsafe_code,
-        reason = "that nobody uses the memory is known to the caller only"
-    )]
-    pub unsafe fn map_memory(
-        &self,
-        address: *mut u8,
-        length: u64,
-        iova: impl Into<Option<u64>>,
-        access: DmaAccess,
-    ) -> Result<DmaMapping> {
-        let place = self.place(length, iova.into())?;
-        // SAFETY: the caller lets devices have the memory.
-        unsafe { place.map_memory(address, access) }?;
-        Ok(place.mapped(None))
-    }
-
-    /// Chooses an address, and takes it.
-    fn place(&self, length: u64, iova: Option<u64>) -> Result<Place> {
-        self.place_within(length, iova, u64::MAX)
-    }
-
-    fn place_within(&self, length: u64, iova: Option<u64>, limit: u64) -> Result<Place> {
-        let limits = self.limits()?;
-        let invalid = |reason: String| Err(Error::invalid("map", Object::Iommu, reason));
-        if length == 0 || length % limits.page != 0 {
-            return invalid(format!(
-                "{length:#x} bytes are not one or more pages of {:#x} bytes",
-                limits.page
-            ));
-        }
-        let mut iovas = lock(&self.inner.iovas);
-        let iova = match iova {
-            Some(iova) if iova % limits.page != 0 => {
-                return invalid(format!(
-                    "the address {iova:#x} is not aligned to pages of {:#x} bytes",
-                    limits.page
-                ));
-            }
-            Some(iova) => {
-                let last = iova.checked_add(length - 1);
-                let allowed = |last: u64| {
-                    let mut ranges = limits.ranges.iter();
-                    ranges.any(|range| range.first <= iova && last <= range.last)
-                };
-                if !last.is_some_and(allowed) {
-                    return invalid(format!(
-                        "{length:#x} bytes at the address {iova:#x} are not allowed: see \
-                         `allowed_ranges`"
-                    ));
-                }
-                if !iovas.take_at(iova, length) {
-                    return Err(failed("map", Errno::BUSY)
-                        .if_busy("something is mapped there: choose another address"));
-                }
-                iova
-            }
-            None => {
-                let below = limits.ranges.into_iter().filter_map(|range| {
-                    let last = range.last.min(limit);
-                    (range.first <= last).then_some(IovaRange { last, ..range })
-                });
-                let below: Vec<IovaRange> = below.collect();
-                // So that the IOMMU can use large pages, where there is room for that.
-                let huge = memory::huge() as u64;
-                let huge = (length >= huge)
-                    .then(|| iovas.take(&below, length, huge.max(limits.page)))
-                    .flatten();
-                huge.or_else(|| iovas.take(&below, length, limits.page))
-                    .ok_or_else(|| failed("find an address", Errno::NOMEM))?
-            }
-        };
-        drop(iovas);
-        Ok(Place {
-            iommu: self.clone(),
-            iova,
-            length,
-            keep: false,
-        })
-    }
 }
 
 impl AsFd for Iommu {
@@ -594,16 +419,6 @@ impl AsFd for Iommu {
             Kind::Container { fd, .. } | Kind::Iommufd { fd, .. } => fd.as_fd(),
         }
     }
-}
-
-/// Whether this process may write to a file through the descriptor. iommufd asks neither for the
-/// mode of the descriptor nor for seals, by which others know that nobody writes.
-fn is_writable(file: BorrowedFd<'_>) -> Result<bool> {
-    let mode = rustix::fs::fcntl_getfl(file).map_err(|errno| failed("map", errno))?;
-    // Files that are no memfd have none.
-    let seals = rustix::fs::fcntl_get_seals(file).unwrap_or(SealFlags::empty());
-    let kept = seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
-    Ok(mode & OFlags::RWMODE == OFlags::RDWR && !kept)
 }
 
 /// Whether a group is in a container.
@@ -617,109 +432,8 @@ fn is_attached(group: BorrowedFd<'_>) -> bool {
 fn has_iommu(container: BorrowedFd<'_>, model: u32) -> bool {
     let mut info = vfio::vfio_iommu_type1_info::default();
     // One that is no IOMMU has no information, and answers ENOTTY; without any it is EINVAL.
-    match ioctl::call(container, ioctl::TYPE1_GET_INFO, &mut info) {
+    match ioctl::call(container, ioctl::iommu::TYPE1_GET_INFO, &mut info) {
         Ok(_) => true,
         Err(errno) => model == vfio::VFIO_NOIOMMU_IOMMU && errno == Errno::NOTTY,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fake::FakeIommu;
-
-    fn memfd(length: u64) -> OwnedFd {
-        memory::memfd("dma", length, rustix::fs::MemfdFlags::empty()).unwrap()
-    }
-
-    #[test]
-    fn memory_is_mapped_where_it_was_asked_for_and_unmapped_when_dropped() {
-        let fake = FakeIommu::new().unwrap();
-        let iommu = fake.iommu().unwrap();
-        let file = memfd(0x4000);
-        let at = 0x1_0000_0000;
-        let mapping = iommu
-            .map_file(&file, 0x1000..0x3000, at, DmaAccess::ReadWrite)
-            .unwrap();
-        assert_eq!((mapping.iova(), mapping.len()), (at, 0x2000));
-        fake.write(at + 8, b"from the device").unwrap();
-        let mut back = [0; 15];
-        rustix::io::pread(&file, &mut back, 0x1008).unwrap();
-        assert_eq!(&back, b"from the device");
-        // Taken.
-        let again = iommu.map_file(&file, 0..0x1000, at, DmaAccess::Read);
-        assert!(matches!(again, Err(Error::Busy { .. })), "{again:?}");
-        drop(mapping);
-        assert!(fake.write(at, b"x").is_err());
-        let read_only = iommu
-            .map_file(&file, 0..0x1000, at, DmaAccess::Read)
-            .unwrap();
-        assert!(fake.write(at, b"x").is_err());
-        fake.read(at, &mut back).unwrap();
-        read_only.unmap().unwrap();
-    }
-
-    #[test]
-    fn what_cannot_be_mapped_is_refused_and_its_address_is_free() {
-        let fake = FakeIommu::new().unwrap();
-        let iommu = fake.iommu().unwrap();
-        let file = memfd(0x4000);
-        let map = |range, iova: Option<u64>| iommu.map_file(&file, range, iova, DmaAccess::Read);
-        for (range, iova) in [
-            (0..0, None),
-            (0..0x800, None),
-            (0..0x1000, Some(0x800)),
-            // Where interrupts are.
-            (0..0x1000, Some(0xfee0_0000)),
-            (0..0x1000, Some(u64::MAX - 0xfff)),
-        ] {
-            let error = map(range.clone(), iova).unwrap_err();
-            assert!(matches!(error, Error::Invalid { .. }), "{range:?} {error}");
-        }
-        fake.fail_next(Errno::NOMEM.raw_os_error());
-        let error = map(0..0x1000, Some(0x5000)).unwrap_err();
-        assert_eq!(error.errno(), Some(Errno::NOMEM.raw_os_error()));
-        assert!(map(0..0x1000, Some(0x5000)).is_ok());
-        assert!(iommu.reserve(0x10_0000, 0x1000));
-        assert!(matches!(
-            map(0..0x1000, Some(0x10_0000)),
-            Err(Error::Busy { .. })
-        ));
-    }
-
-    #[test]
-    fn a_mapping_that_cannot_be_undone_is_never_used_again() {
-        let fake = FakeIommu::new().unwrap();
-        let iommu = fake.iommu().unwrap();
-        let file = memfd(0x1000);
-        let map = || iommu.map_file(&file, 0..0x1000, 0x7000, DmaAccess::Read);
-        let mapping = map().unwrap();
-        fake.fail_next(Errno::BUSY.raw_os_error());
-        assert!(mapping.unmap().is_err());
-        assert!(matches!(map(), Err(Error::Busy { .. })));
-        assert!(!iommu.reserve(0x7000, 0x1000));
-    }
-
-    #[test]
-    fn devices_do_not_write_where_the_process_may_not() {
-        let fake = FakeIommu::new().unwrap();
-        let iommu = fake.iommu().unwrap();
-        let file = memory::memfd("dma", 0x1000, rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
-        let map = |file: &OwnedFd, access| iommu.map_file(file, 0..0x1000, None, access);
-        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
-        let reader: OwnedFd = std::fs::File::open(path).unwrap().into();
-        let refused = |file: &OwnedFd, access| {
-            let answer = map(file, access);
-            assert!(matches!(answer, Err(Error::ReadOnly { .. })), "{answer:?}");
-        };
-        map(&file, DmaAccess::ReadWrite).unwrap().unmap().unwrap();
-        refused(&reader, DmaAccess::ReadWrite);
-        refused(&reader, DmaAccess::Write);
-        map(&reader, DmaAccess::Read).unwrap().unmap().unwrap();
-        for seal in [SealFlags::FUTURE_WRITE, SealFlags::WRITE] {
-            rustix::fs::fcntl_add_seals(&file, seal).unwrap();
-            refused(&file, DmaAccess::ReadWrite);
-            map(&file, DmaAccess::Read).unwrap().unmap().unwrap();
-        }
     }
 }

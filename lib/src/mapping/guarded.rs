@@ -27,7 +27,7 @@ use crate::error::Object;
 /// and as soon as the lease is accessible again accesses are made again. A SIGBUS of anything else
 /// is passed to the handler that was there before, or ends the process as it would have.
 ///
-/// What an answer means:
+/// The answers mean:
 ///
 /// - `Ok` of a write: it was made through a mapping of the lease.
 /// - `Err` of a write: it was not made. (A block: what is before the offset in the error was.)

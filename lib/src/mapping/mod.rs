@@ -47,7 +47,7 @@ mod scratch;
 mod slots;
 mod state;
 
-/// What `state` is made of. Elsewhere it is made of something else: see fuzz/tests/orders.rs.
+/// The types that `state` is made of. Elsewhere it is made of others: see fuzz/tests/orders.rs.
 mod atomic {
     pub(super) use std::sync::atomic::AtomicU32;
     pub(super) use std::sync::atomic::Ordering;

@@ -34,6 +34,10 @@ pub(super) mod sealed {
 ///
 /// Values are in the byte order of the CPU; PCI devices are little-endian, so on a big-endian CPU
 /// use `to_le` and `from_le`.
+#[diagnostic::on_unimplemented(
+    message = "device memory is not accessed as a `{Self}`",
+    label = "accesses are of `u8`, `u16`, `u32` or `u64`: a number needs its type, as in `5_u32`"
+)]
 pub trait Value: sealed::Sealed + Copy + Send + Sync + 'static {}
 
 // Their accesses are in `fixup`.

@@ -191,7 +191,7 @@ impl Generation {
         self.previous.store(word, Ordering::Release);
     }
 
-    /// What was remembered.
+    /// The action that was remembered.
     fn previous(&self) -> Previous<'_> {
         match self.previous.load(Ordering::Acquire) {
             DEFAULT => Previous::Default,
@@ -274,8 +274,7 @@ fn exchange(new: Option<&libc::sigaction>) -> Result<libc::sigaction, Errno> {
     // default; `old` has room for an action.
     let answer = unsafe { libc::sigaction(libc::SIGBUS, new, old.as_mut_ptr()) };
     if answer != 0 {
-        let error = std::io::Error::last_os_error();
-        return Err(Errno::from_io_error(&error).unwrap_or(Errno::INVAL));
+        return Err(crate::sys::last_errno());
     }
     // SAFETY: all zeroes is a valid action, and `sigaction` succeeded and stored one.
     Ok(unsafe { old.assume_init() })

@@ -32,8 +32,8 @@ pub struct Bar {
     pub msix_table: Option<BarRange>,
     /// Where the pending bits of MSI-X are, if they are in this BAR.
     pub msix_pending: Option<BarRange>,
-    /// What can be leased without the module's parameter `msix_export`. `None`: config space cannot
-    /// be read, as by others than root.
+    /// The ranges that can be leased without the module's parameter `msix_export`. `None`: config
+    /// space cannot be read, as by others than root.
     pub exportable: Option<Vec<BarRange>>,
 }
 

@@ -24,8 +24,7 @@ pub(crate) fn peer(socket: BorrowedFd<'_>) -> Result<(i32, u32, u32), Errno> {
         )
     };
     if answer != 0 {
-        let error = std::io::Error::last_os_error();
-        return Err(Errno::from_io_error(&error).unwrap_or(Errno::INVAL));
+        return Err(super::last_errno());
     }
     // SAFETY: three integers, for which zeroes are valid as well.
     let credentials = unsafe { credentials.assume_init() };

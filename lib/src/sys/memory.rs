@@ -44,7 +44,7 @@ pub(crate) fn memfd(
     Ok(file)
 }
 
-/// What of a file to map, and how.
+/// The part of a file to map, and how.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Request {
     /// Offset in the file, page aligned.

@@ -23,3 +23,15 @@ pub(crate) mod inherited;
     reason = "a socket option that rustix does not have as is"
 )]
 pub(crate) mod credentials;
+
+#[allow(
+    unsafe_code,
+    reason = "control data, which rustix reads as what it need not be"
+)]
+pub(crate) mod message;
+
+/// The errno of the last call of the C library's that failed.
+pub(crate) fn last_errno() -> rustix::io::Errno {
+    let error = std::io::Error::last_os_error();
+    rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::INVAL)
+}

@@ -15,7 +15,7 @@ use barlease_lab::system::{Disk, Root};
 
 use super::{Maker, output};
 
-/// What every build of a Debian package may rely on.
+/// The package that every build of a Debian package may rely on.
 const ESSENTIAL: &str = "build-essential";
 
 const SCRIPT: &str = r#"
@@ -82,7 +82,7 @@ fn needed(description: &Path) -> Result<Vec<String>> {
     Ok(super::install::names(line.unwrap_or_default()).collect())
 }
 
-/// Has lintian read files, if it is there. What it says is an error here: it is mended or
+/// Has lintian read files, if it is there. All that it reports is an error here: it is mended or
 /// overridden with a reason.
 pub(super) fn lint(files: &[PathBuf]) -> Result<()> {
     if super::need("lintian", "lintian").is_err() {

@@ -3,12 +3,11 @@
 //!
 //! It has the older of two kernels, its headers, and what our packages depend on, no more; ours
 //! come from an apt repository on the disk. [`PARTS`] one after the other: the module, with a
-//! kernel's metadata that comes late; use; upgrades of Barlease and of the kernel; use in that; with
-//! Secure Boot, before DKMS's key is enrolled and after; the module in the stock one's place;
-//! removal. Then the files of the disk that no package has are
-//! compared with those of before.
+//! kernel's metadata that comes late; use; upgrades of Barlease and of the kernel; use in that;
+//! with Secure Boot, before DKMS's key is enrolled and after; the module in the stock one's place;
+//! removal. Then the files of the disk that no package has are compared with those of before.
 //!
-//! What needs a running kernel or systemd runs in a guest, each time a boot of that disk. Parts
+//! Steps that need a running kernel or systemd run in a guest, each time a boot of that disk. Parts
 //! that have DKMS build run in a chroot of the disk where we may mount it, since an emulated
 //! processor takes some ten times as long; else in a guest, too. The lab boots each kernel by
 //! itself, so boot loader and initramfs of the host have no part in it.
@@ -22,8 +21,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::cache;
-use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Prepared, Request, prepare};
+use barlease_lab::preset::Preset;
 use barlease_lab::report::seconds;
 use barlease_lab::run::{Output, Run};
 use barlease_lab::secure_boot::Firmware;
@@ -42,7 +41,7 @@ const REPOSITORIES: [&str; 2] = ["repository-old", "repository-new"];
 /// Where a part finds the repository that it takes.
 const REPOSITORY: &str = "/mnt";
 
-/// What a host has anyway.
+/// Packages that a host has anyway.
 const HOST: &[&str] = &["initramfs-tools", "openssl"];
 
 /// For the kernel's command line. Where an emulated processor shares a busy machine, a unit may
@@ -128,7 +127,7 @@ pub(super) const PARTS: [Part; 8] = [
     },
 ];
 
-/// What may be on the disk after a purge that was not there before, and why.
+/// Files that may be on the disk after a purge and were not there before, and why.
 const LEFT: &[(&str, &str)] = &[
     (
         "/boot/initrd.img-",
@@ -171,7 +170,7 @@ impl Set {
         })
     }
 
-    /// What they depend on that is not ours and not of a kernel.
+    /// The packages that they depend on and that are neither ours nor of a kernel.
     fn depends(&self) -> Result<BTreeSet<String>> {
         let mut all = BTreeSet::new();
         for file in &self.files {

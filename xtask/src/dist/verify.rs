@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use barlease_lab::cache;
 use barlease_lab::kmod::{DRIVER, MODULE};
-use barlease_lab::machine::Preset;
 use barlease_lab::prepare::Prepared;
+use barlease_lab::preset::Preset;
 use barlease_lab::report::{Step, seconds};
 use barlease_lab::run::{Output, Run};
 

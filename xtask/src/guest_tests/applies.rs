@@ -1,11 +1,12 @@
-//! Guest tests that do not apply on a kernel or its machine, and why. A run says what it leaves out.
+//! Guest tests that do not apply on a kernel or its machine, and why. A run says what it leaves
+//! out.
 
 use barlease_lab::arch::Arch;
 use barlease_lab::debug::Watch;
 use barlease_lab::kernel::Kernel;
 use barlease_lab::without::Without;
 
-/// What a kernel and its machine have not, and the usual ones have.
+/// A thing that a kernel and its machine lack, and the usual ones have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lack {
     /// An x86 machine.
@@ -20,7 +21,7 @@ pub(crate) enum Lack {
     Sleep,
 }
 
-/// What a kernel lacks.
+/// The things that a kernel lacks.
 pub(crate) fn lacks(kernel: &Kernel) -> Vec<Lack> {
     let without = match kernel.watches() {
         Some(Watch::Nothing(without)) => Some(without),
@@ -150,7 +151,7 @@ const LIST: &[LeftOut] = &[
     all_of(Lack::PeerToPeer, "played", NO_IMPORTER),
 ];
 
-/// What is left out of a binary.
+/// The tests that are left out of a binary.
 fn left_out(lacks: &[Lack], binary: &str) -> impl Iterator<Item = &'static LeftOut> {
     LIST.iter()
         .filter(move |it| lacks.contains(&it.lack) && it.binary == binary)

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 
-use barlease_lab::machine::Preset;
+use barlease_lab::preset::Preset;
 use barlease_lab::series::{Listener, UNTIDY};
 
 use crate::steps::{Count, parse_result};
@@ -197,7 +197,8 @@ pub(crate) fn judge(names: &[String], heard: &Listener, end: &End) -> (Vec<Outco
     for (name, part) in names.iter().zip(&heard.parts) {
         let count: Count = part.output.lines().filter_map(parse_result).sum();
         // Its end was not heard, as that of those after it, but all of them ended well: the first
-        // that does not would be the guest's exit code. What was not heard runs in another guest.
+        // that does not would be the guest's exit code. A test that was not heard of runs in
+        // another guest.
         let is_silent =
             part.code.is_none() && *end == End::Code(0) && count.passed > 0 && count.failed == 0;
         let complaint = match end {

@@ -5,8 +5,8 @@ use std::thread;
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::debug::Watch;
-use barlease_lab::machine::Preset;
 use barlease_lab::prepare::Prepared;
+use barlease_lab::preset::Preset;
 use barlease_lab::run::{Failure, Output, Run};
 
 use super::pool;

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
-use barlease_lab::machine::Preset;
 use barlease_lab::prepare::{Request, prepare};
+use barlease_lab::preset::Preset;
 use barlease_lab::run::Run;
 
 use super::applies;

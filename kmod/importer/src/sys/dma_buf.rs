@@ -295,7 +295,7 @@ impl Attachment {
         // SAFETY: `new` has set it, and what it points to detaches before it goes.
         let this = unsafe { &*this };
         this.invalidations.fetch_add(1, Relaxed);
-        // SAFETY: Who invalidates holds the reservation lock.
+        // SAFETY: The exporter that invalidates holds the reservation lock.
         let inner = unsafe { &mut *this.inner.get() };
         if inner.mapping.is_none() {
             return;
@@ -417,7 +417,8 @@ impl Locked<'_> {
         Ok(attachment)
     }
 
-    /// Adds a fence that says that the device uses the dma-buf: number 0. `EBUSY` when there is that.
+    /// Adds a fence that says that the device uses the dma-buf: number 0. `EBUSY` when there is
+    /// that.
     pub(crate) fn add_fence(&mut self) -> Result {
         self.attached()?;
         if self.get().fences.iter().any(|(number, _)| *number == 0) {
@@ -427,8 +428,8 @@ impl Locked<'_> {
         self.add(0, Fence::new(Wait::Usual, 0)?, usage)
     }
 
-    /// Adds a further fence: its number. A user can get at one that `shows`; a timer signals it after
-    /// so many milliseconds, unless that is 0.
+    /// Adds a further fence: its number. A user can get at one that `shows`; a timer signals it
+    /// after so many milliseconds, unless that is 0.
     pub(crate) fn add_further_fence(
         &mut self,
         wait: Wait,

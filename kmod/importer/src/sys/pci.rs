@@ -19,8 +19,8 @@ const BUFFER: usize = kernel::page::PAGE_SIZE;
 ///
 /// # Safety
 ///
-/// When `unbound` returns, the function that `bound` was given must be dropped, and nothing that was
-/// attached with it may be left.
+/// When `unbound` returns, the function that `bound` was given must be dropped, and nothing that
+/// was attached with it may be left.
 pub(crate) unsafe trait Driver: 'static {
     /// Its name on the bus.
     const NAME: &'static CStr;
@@ -140,8 +140,8 @@ impl Function {
         if !(1..=64).contains(&bits) {
             return Err(EINVAL);
         }
-        // SAFETY: By the type invariant the device is valid. Who makes mappings at the same time
-        // gets them with the old mask or the new one: it is one number.
+        // SAFETY: By the type invariant the device is valid. Mappings that are made at the same
+        // time have the old mask or the new one: it is one number.
         to_result(unsafe { bindings::dma_set_mask(self.device(), mask(bits)) })
     }
 

@@ -88,7 +88,7 @@ fn readers_that_share_are_not_in_their_own_way() {
         .unwrap();
     let writer = service.acquire(other, named(&[4])).unwrap();
     let waits = service.wait_in_line(one, reads);
-    // What it waits for is kept for it.
+    // The line keeps for it what it waits for.
     let late = service.wait_in_line(other, named(&[3]));
     service.release(other, writer.lease).unwrap();
     assert!(service.granted(waits).unwrap().is_ok());
