@@ -1,7 +1,7 @@
 //! The service: a lease from a daemon, against one that is made and sent by bare calls; the end of
 //! a client with many; what many leases take.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -109,7 +109,13 @@ impl Daemon {
             "--socket".into(),
             directory.clone(),
         ];
-        let child = Child::start(&[], |_| run(arguments, &directory));
+        let log = directory.with_extension("log");
+        let child = Child::start(&[], |_| {
+            // A line for each lease would cost more than the lease, on the guest's serial port.
+            let log = File::create(log).expect("a file");
+            rustix::stdio::dup2_stderr(log).expect("standard error");
+            run(arguments, &directory);
+        });
         let daemon = Self { directory, child };
         while daemon.try_client().is_none() {
             thread::sleep(Duration::from_millis(5));
