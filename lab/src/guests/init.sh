@@ -7,12 +7,10 @@
 #   driver    the driver to bind all endpoints to, if any
 #   command   a shell script to run; without it, an interactive shell
 #   patience  seconds after which blocked tasks are listed in the log
-#   agent     with a system on a disk: the script that it runs once it is up; command and banner
-#             are for it then
+#   agent     with a system on a disk: what that runs once it is up; command and banner are for it then
 #   terminal  rows and columns of the host's terminal, for that shell
-#   ports     names of the serial ports besides the kernel's console: the command's terminal, the
-#             control channel. /dev/lab-payload and /dev/lab-control are links to them
-#   ports.sh  opens and sets them
+#   ports     names of the serial ports besides the kernel's console: the command's terminal, the control channel (JSON lines).
+#             /dev/lab-payload and /dev/lab-control are links to them
 
 export PATH=/bin:/lab/bin HOME=/root
 /bin/busybox mount -t devtmpfs devtmpfs /dev
@@ -33,11 +31,22 @@ mount -t tmpfs -o mode=1777 tmpfs /run
 ip link set lo up
 ulimit -l unlimited
 
-# shellcheck source=ports.sh
-. /lab/ports.sh
+# Kept open, so that the settings of the ports stay.
+exec 8<>/dev/lab-payload 9<>/dev/lab-control
+if [ -e /lab/command ]; then
+    stty -F /dev/lab-payload raw -echo
+else
+    stty -F /dev/lab-payload sane
+    [ -s /lab/terminal ] && stty -F /dev/lab-payload $(cat /lab/terminal)
+fi
+stty -F /dev/lab-control raw -echo
+chmod 666 /dev/lab-payload /dev/lab-control
 
 finish() {
-    say_end "$1"
+    # Setting a port waits until all that was written to it is out.
+    stty -F /dev/lab-payload raw
+    echo "{\"exit\":$1}" >&9
+    stty -F /dev/lab-control raw
     sync
     poweroff -f
 }

@@ -46,9 +46,6 @@ use crate::packages::report::Step;
 pub use crate::guests::outcome::{Failure, Outcome};
 pub use crate::guests::output::Output;
 
-/// Opens the ports: for `init.sh` and `agent.sh`.
-const PORTS: &str = include_str!("ports.sh");
-
 /// How long a guest may take on a kernel of Debian's, unless said otherwise. On a debug kernel it
 /// is five times that.
 pub const TIMEOUT: Duration = Duration::from_secs(360);
@@ -300,7 +297,6 @@ impl<'a> Run<'a> {
         let ports = self.prepared.kernel.arch().ports();
         let ports = format!("{} {}\n", ports.payload, ports.control);
         archive.file("lab/ports", ports, 0o644)?;
-        archive.file("lab/ports.sh", PORTS, 0o644)?;
         self.add_modules(&mut archive)?;
         archive.file("lab/devices", self.machine.describe(), 0o644)?;
         let patience = self
