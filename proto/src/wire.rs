@@ -95,6 +95,9 @@ impl Wire {
     /// Talks over a socket. A time-out of the socket's is one of each operation.
     #[must_use]
     pub fn new(socket: UnixStream) -> Self {
+        // With it rustix makes an identifier of a process, which cannot be 0, of what the kernel
+        // says of a sender of another PID namespace: 0.
+        let _ = rustix::net::sockopt::set_socket_passcred(&socket, false);
         Self {
             socket,
             bytes: Vec::new(),
