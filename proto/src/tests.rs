@@ -472,6 +472,8 @@ fn serve(
         }
         calls
     });
+    // Whatever a program has used the socket for before.
+    rustix::net::sockopt::set_socket_passcred(&here, true).unwrap();
     (Client::new(here), service)
 }
 
