@@ -93,12 +93,6 @@ const LIST: &[LeftOut] = &[
         "on that machine the addresses below 4 GiB have room for all of it in one piece",
     ),
     some_of(
-        Lack::X86,
-        "importer",
-        &["memory_that_is_not_aligned_takes_as_few_tables_as_memory_that_is"],
-        "the system's count of IOMMU tables was seen to fall while something was mapped",
-    ),
-    some_of(
         Lack::SmallPages,
         "revoke",
         &["status_tells_the_bar"],
