@@ -33,7 +33,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
     /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs,
-    /// `selftests` the kernel's own tests, `instructions` what operations cost compared with the
+    /// `defects` what the stock driver does to the kernel, `selftests` the kernel's own tests, `instructions` what operations cost compared with the
     /// published results
     filter: Option<String>,
 }
@@ -214,6 +214,12 @@ impl Lane<'_> {
         let name = format!("canaries on {kernel}");
         if built && options.has("canaries") {
             steps.step(&name, || guest_tests::canaries(prepared));
+        }
+        let name = format!("defects of the kernel on {kernel}");
+        // A kernel with other checks shows them otherwise.
+        let is_usual = prepared.kernel.watches().is_none() && prepared.kernel.arch().is_native();
+        if built && options.has("defects") && is_usual {
+            steps.step(&name, || guest_tests::defects(prepared));
         }
         let name = format!("selftests of the kernel on {kernel}");
         // They need IOMMUFD, which Debian's kernels do not have.
