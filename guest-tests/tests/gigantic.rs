@@ -594,7 +594,7 @@ fn a_table_of_another_thread_is_no_surprise() {
     let turn = || [false, true].map(process::allow_huge_pages);
     meanwhile(&[&|| whatever(turn())], || {
         let (mut rounds, mut found) = (0, [0; 2]);
-        while rounds < 300 || found.contains(&0) {
+        while rounds < 100 || found.contains(&0) {
             let map = target.map(How::shared().align(GIB));
             let start = Barrier::new(2);
             let stores = || {
