@@ -239,6 +239,12 @@ fn protection_changes_all_of_one_and_it_stays() {
         assert_eq!(sizes(&map), [Some(GIB); 3], "{kind:?}");
         map.write(GIB, tag(GIB)).unwrap();
         assert_eq!(sizes(&map), [Some(GIB); 3], "{kind:?}");
+        // One that allows nothing would be none to the kernel.
+        map.protect(0, LENGTH, libc::PROT_NONE).unwrap();
+        assert_eq!(sizes(&map), [None; 3], "{kind:?}");
+        map.protect(0, LENGTH, READ_WRITE).unwrap();
+        touch(&map);
+        assert_eq!(sizes(&map), [Some(huge_size()); 3], "{kind:?}");
     }
 }
 

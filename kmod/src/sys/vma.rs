@@ -8,7 +8,7 @@ use super::{bar::Bar, bindings, gigantic::Permit};
 use core::marker::PhantomData;
 use kernel::{
     error::to_result,
-    mm::virt::VmaRef,
+    mm::virt::{VmaRef, flags},
     page::{PAGE_SHIFT, PAGE_SIZE},
     prelude::*,
     sync::{Arc, ArcBorrow},
@@ -257,6 +257,7 @@ impl<T: Mapped, const WC: bool> Vtable<T, WC> {
     const OPS: &'static bindings::vm_operations_struct = &bindings::vm_operations_struct {
         open: Some(Self::open),
         may_split: Some(Self::may_split),
+        mprotect: Some(Self::mprotect),
         close: Some(Self::close),
         fault: Some(Self::fault),
         huge_fault: Some(Self::huge_fault),
@@ -297,6 +298,25 @@ impl<T: Mapped, const WC: bool> Vtable<T, WC> {
     unsafe extern "C" fn may_split(vma: *mut bindings::vm_area_struct, _address: c_ulong) -> c_int {
         if !WC {
             // Wherever it is cut: the next time it may be cut elsewhere.
+            // SAFETY: The VMA has these operations.
+            unsafe { Self::borrow(vma) }.vma_changes();
+        }
+        0
+    }
+
+    /// # Safety
+    ///
+    /// To be called by the memory management only, as `vm_operations_struct.mprotect` of a VMA
+    /// with these operations.
+    unsafe extern "C" fn mprotect(
+        vma: *mut bindings::vm_area_struct,
+        _start: c_ulong,
+        _end: c_ulong,
+        new_flags: c_ulong,
+    ) -> c_int {
+        // To the kernel an entry of that size that allows nothing is none (`pud_present`), and it
+        // warns when its protection changes again (`pudp_invalidate`).
+        if !WC && new_flags & (flags::READ | flags::WRITE | flags::EXEC) == 0 {
             // SAFETY: The VMA has these operations.
             unsafe { Self::borrow(vma) }.vma_changes();
         }
