@@ -292,9 +292,7 @@ impl Map {
     /// Loads four bytes and dies of SIGBUS if they cannot be had: for children.
     #[must_use]
     pub fn read_unprotected(&self, offset: u64) -> u32 {
-        let address = ptr::with_exposed_provenance::<u32>(self.byte(offset));
-        // SAFETY: Four aligned bytes of a mapping of this process.
-        unsafe { address.read_volatile() }
+        read_unprotected_at(self.byte(offset))
     }
 
     /// Lets the kernel store four zero bytes at its beginning.
@@ -387,6 +385,28 @@ impl Map {
         Ok(())
     }
 
+    /// Takes a part out, as unmapping it does, while other threads touch the rest: its addresses stay
+    /// reserved until this is dropped.
+    ///
+    /// # Panics
+    ///
+    /// When the kernel refuses.
+    pub fn bury(&self, offset: u64, len: u64) {
+        assert!(offset + len <= self.len as u64);
+        // SAFETY: Replaces a part of our mapping, which no reference leads to.
+        let address = unsafe {
+            libc::mmap(
+                ptr::with_exposed_provenance_mut(self.address + offset as usize),
+                len as usize,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+    }
+
     /// Leaves a part to others when this is dropped.
     fn forget(&mut self, from: usize, len: usize) {
         let to = from + len;
@@ -425,7 +445,39 @@ impl Map {
     /// Addresses to move it to.
     #[must_use]
     pub fn place(&self) -> Place {
-        Place(reserve(self.len as u64, page_size(), 0))
+        self.place_at(page_size(), 0)
+    }
+
+    /// The same, so many bytes behind a multiple of `align`, which is a power of two.
+    #[must_use]
+    pub fn place_at(&self, align: u64, skew: u64) -> Place {
+        Place(reserve(self.len as u64, align, skew))
+    }
+
+    /// Moves a part of it to a place that nothing has been moved to.
+    ///
+    /// # Errors
+    ///
+    /// That of mremap; it is where it was then.
+    pub fn part_moved_to(&mut self, offset: u64, len: u64, place: &Place) -> Answer<Self> {
+        assert!(offset + len <= self.len as u64);
+        let from = self.address + offset as usize;
+        let len = len as usize;
+        // SAFETY: A part of our mapping, moved over what was reserved for all of it.
+        let address = unsafe {
+            libc::mremap(
+                ptr::with_exposed_provenance_mut(from),
+                len,
+                len,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                ptr::without_provenance_mut::<u8>(place.0),
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        self.forget(from, len);
+        Ok(Self::at(address.addr(), len))
     }
 
     /// Moves it to a place that nothing has been moved to.
@@ -477,6 +529,14 @@ impl Drop for Map {
             unsafe { libc::munmap(ptr::with_exposed_provenance_mut(address), len) };
         }
     }
+}
+
+/// Loads four bytes of what was a mapping, and dies of SIGSEGV if it is none: for children.
+#[must_use]
+pub fn read_unprotected_at(address: usize) -> u32 {
+    let address = ptr::with_exposed_provenance::<u32>(address);
+    // SAFETY: Four aligned bytes of a mapping of this process, or of none.
+    unsafe { address.read_volatile() }
 }
 
 /// Words that this process and those that it forks from now on have in common. Never unmapped.

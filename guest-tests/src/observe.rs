@@ -151,6 +151,17 @@ pub fn has_entries_above_pages() -> bool {
     Path::new("/sys/kernel/mm/transparent_hugepage").exists()
 }
 
+/// Whether the kernel and the CPU have entries of 1 GiB for device memory.
+///
+/// # Panics
+///
+/// When the kernel does not tell about the CPU.
+#[must_use]
+pub fn has_entries_of_1_gib() -> bool {
+    let cpu = fs::read_to_string("/proc/cpuinfo").expect("cpuinfo");
+    has_entries_above_pages() && cpu.split_whitespace().any(|flag| flag == "pdpe1gb")
+}
+
 /// Whether the kernel is one of the lab's own making without this option: those say what they have.
 ///
 /// # Panics

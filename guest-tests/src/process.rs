@@ -138,8 +138,18 @@ pub fn end_after(seconds: u32) {
 ///
 /// When the kernel refuses.
 pub fn turn_off_huge_pages() {
+    allow_huge_pages(false);
+}
+
+/// Turns them off or on again.
+///
+/// # Panics
+///
+/// When the kernel refuses.
+pub fn allow_huge_pages(on: bool) {
+    let off = libc::c_ulong::from(!on);
     // SAFETY: The arguments are numbers.
-    let result = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+    let result = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, off, 0, 0, 0) };
     assert_eq!(result, 0, "prctl: {}", io::Error::last_os_error());
 }
 

@@ -1,6 +1,7 @@
 //! Defects of the kernel that stock vfio-pci meets and our driver does not: each test fails with
 //! `STOCK` on a kernel that has the defect, so these are ignored; `docs/kernel-defects.md` says
-//! what was seen. Their twins, with our driver, are run always.
+//! what was seen. `cargo xtask test` runs each of them in a guest of its own, and says what came of
+//! it (`xtask/src/guest_tests/defects.rs`). Their twins, with our driver, are run always.
 #![cfg(barlease_guest)]
 
 use std::{fs, os::fd::AsFd};
@@ -18,7 +19,7 @@ use barlease_guest_tests::{
 const BIG: (&str, u32) = ("big", 2);
 const GIB: u64 = 1 << 30;
 
-/// The first 2 GiB of the BAR, at an address that lets an entry of 1 GiB in.
+/// The first 2 GiB of the BAR, with an entry of 1 GiB where there are such.
 fn map(device: &Device) -> Map {
     let offset = device.region_info(BIG.1).unwrap().offset;
     let map = How::shared()
@@ -26,6 +27,8 @@ fn map(device: &Device) -> Map {
         .map(device, offset, 2 * GIB)
         .unwrap();
     map.touch(0, page_size()).unwrap();
+    let entry = probe::entry(&map, 0).expect("an entry");
+    assert_eq!(entry.size == GIB, observe::has_entries_of_1_gib());
     map
 }
 
@@ -35,15 +38,9 @@ fn map(device: &Device) -> Map {
 fn a_mapping_is_moved_with_its_entries(driver: &str) {
     let device = Device::open_with(BIG.0, driver);
     let map = map(&device);
-    let entry = probe::entry(&map, 0).expect("an entry");
-    println!("{driver}: {entry:?}");
     let bad = || observe::kernel_log().matches("bad pud").count();
     let before = bad();
-    let place =
-        How::shared()
-            .align(GIB)
-            .map(&device, device.region_info(BIG.1).unwrap().offset, 2 * GIB);
-    let place = place.unwrap().place();
+    let place = map.place_at(GIB, 0);
     let moved = map
         .moved_to(&place)
         .unwrap_or_else(|(_, errno)| panic!("mremap: {errno:?}"));

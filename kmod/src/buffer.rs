@@ -19,14 +19,15 @@ use crate::{
         errno,
         fence::{Fence, FenceWatch, Found},
         flag::{Flag, peek},
-        idle::{Gate, Outstanding},
+        gigantic::EntryGate,
+        idle::Outstanding,
         items::Items,
         p2p::{Importer, Mapped},
         patience::{Patience, Pauses, until_there_is_memory},
         tree::{self, Links},
         vma::{
-            self, Fault, HAS_PMD_ENTRIES, MemoryType, NewVma, Outcome, PMD_ORDER, PmdEntry,
-            RUN_ORDER,
+            self, Fault, GIGANTIC_ORDER, HAS_PMD_ENTRIES, MemoryType, NewVma, Outcome, PMD_ORDER,
+            PmdEntry, RUN_ORDER,
         },
     },
 };
@@ -81,11 +82,12 @@ pub(crate) struct Buffer {
     internal: bool,
     /// `O_ACCMODE` of its open flags.
     access: u8,
-    /// Whether it was revoked for good: 1, or 0.
-    revoked: Atomic<u32>,
+    /// Whether it was revoked for good.
+    revoked: Atomic<bool>,
     /// A fault is inside from its look at the state until its entry is in. So a thread that takes
-    /// memory away waits for the faults of this buffer, and not for those of others.
-    gate: Gate,
+    /// memory away waits for the faults of this buffer, and not for those of others. It says, too,
+    /// whether they may insert entries of 1 GiB.
+    gate: EntryGate,
     /// `MEMATTR_*` that the next mapping gets.
     memattr: Atomic<u32>,
     /// VMAs that map it. So many that this wraps do not fit into the memory of a machine.
@@ -200,6 +202,9 @@ impl Buffer {
     ) -> Result<DmaBuf> {
         let epoch = leases.epoch()?;
         let name = leases.names().of(contents.bar(), memory_type);
+        let gigantic = contents.size() >> PAGE_SHIFT >> GIGANTIC_ORDER != 0
+            && GIGANTIC_ORDER != 0
+            && vma::has_gigantic_entries();
         let dmabuf = DmaBuf::export(contents.size(), flags, &name, |dmabuf| {
             Arc::pin_init(
                 pin_init!(Self {
@@ -210,8 +215,8 @@ impl Buffer {
                     internal: internal.is_some(),
                     // CAST: Two bits.
                     access: (flags & bindings::O_ACCMODE) as u8,
-                    revoked: Atomic::new(0),
-                    gate: Gate::new(),
+                    revoked: Atomic::new(false),
+                    gate: EntryGate::new(gigantic),
                     memattr: Atomic::new(memattr_of(memory_type)),
                     vmas: Atomic::new(0),
                     wc_vmas: Atomic::new(0),
@@ -254,7 +259,7 @@ impl Buffer {
     /// Makes it dead for good, and takes it from all processes; its importers are yet to be told.
     /// `EBADFD` when that was done before.
     pub(crate) fn kill(&self) -> Result {
-        let first = self.revoked.xchg(1, Full) == 0;
+        let first = !self.revoked.xchg(true, Full);
         self.leases.notify();
         if self.is_mapped() {
             self.zap();
@@ -355,7 +360,7 @@ impl Buffer {
 
     /// Whether it was revoked for good.
     pub(crate) fn is_revoked(&self) -> bool {
-        peek(&self.revoked) != 0
+        peek(&self.revoked)
     }
 
     /// Whether it is accessible. For whom that holds how long is said in [`leases`](crate::leases).
@@ -571,19 +576,10 @@ impl Buffer {
     // Once for each memory type, which then is a constant.
     #[inline(always)]
     fn plan(&self, fault: &Fault<'_>, order: u32) -> core::result::Result<Plan, Outcome> {
-        let span = fault.span();
-        let page_offset = span.page_offset.checked_sub(self.first_page);
-        let mapping = Mapping {
-            start: span.start,
-            end: span.end,
-            page_offset: page_offset.ok_or(Outcome::SIGBUS)?,
-        };
+        let mapping = self.mapping(fault)?;
         let segments = &self.contents.segments;
         let address = fault.address();
-        let entry_for = |order| {
-            let frame = self.contents.memory.first_frame();
-            ranges::entry_for(segments, &mapping, address, order, PAGE_SHIFT, frame)
-        };
+        let entry_for = |order| self.entry_for(&mapping, address, order);
         let large = match fault.memory_type() {
             MemoryType::Uncached if HAS_PMD_ENTRIES => entry_for(PMD_ORDER),
             MemoryType::Uncached | MemoryType::WriteCombining => Err(Misfit::Order),
@@ -605,6 +601,58 @@ impl Buffer {
                 Ok(Plan::Run(run))
             }
             _ => Err(Outcome::FALLBACK),
+        }
+    }
+
+    /// How the VMA of a fault maps this.
+    #[inline(always)]
+    fn mapping(&self, fault: &Fault<'_>) -> core::result::Result<Mapping, Outcome> {
+        let span = fault.span();
+        let page_offset = span.page_offset.checked_sub(self.first_page);
+        Ok(Mapping {
+            start: span.start,
+            end: span.end,
+            page_offset: page_offset.ok_or(Outcome::SIGBUS)?,
+        })
+    }
+
+    /// The first page of the BAR of the entry of `order` that has `address`.
+    #[inline(always)]
+    fn entry_for(
+        &self,
+        mapping: &Mapping,
+        address: u64,
+        order: u32,
+    ) -> core::result::Result<u64, Misfit> {
+        let (segments, frame) = (&self.contents.segments, self.contents.memory.first_frame());
+        ranges::entry_for(segments, mapping, address, order, PAGE_SHIFT, frame)
+    }
+
+    /// A fault for which the kernel wants an entry of [`GIGANTIC_ORDER`]. It allocates nothing.
+    fn gigantic_fault(&self, fault: &Fault<'_>) -> Outcome {
+        if fault.memory_type() != MemoryType::Uncached || !self.gate.may_be_gigantic() {
+            return Outcome::FALLBACK;
+        }
+        let mapping = match self.mapping(fault) {
+            Ok(mapping) => mapping,
+            Err(outcome) => return outcome,
+        };
+        let page = match self.entry_for(&mapping, fault.address(), GIGANTIC_ORDER) {
+            Ok(page) => page,
+            Err(Misfit::Outside) => return Outcome::SIGBUS,
+            Err(Misfit::Order) => return Outcome::FALLBACK,
+        };
+        // As for other entries.
+        if !self.is_reachable() {
+            return Outcome::SIGBUS;
+        }
+        let inside = self.gate.enter();
+        if !self.is_reachable() {
+            return Outcome::SIGBUS;
+        }
+        match inside.permit() {
+            Some(permit) => fault.insert_gigantic(&self.contents.memory, page, &permit),
+            None => Outcome::FALLBACK,
         }
     }
 
@@ -745,7 +793,11 @@ impl vma::Mapped for Buffer {
     #[inline(always)]
     fn fault(&self, fault: &Fault<'_>, order: u32) -> Outcome {
         if order > PMD_ORDER {
-            return Outcome::FALLBACK;
+            return if order == GIGANTIC_ORDER {
+                self.gigantic_fault(fault)
+            } else {
+                Outcome::FALLBACK
+            };
         }
         // A thread that takes memory away must not wait for an allocation, which may take seconds:
         // so it is made before the gate, and only while the door is open.
@@ -770,6 +822,10 @@ impl vma::Mapped for Buffer {
         };
         drop(inside);
         outcome
+    }
+
+    fn vma_changes(&self) {
+        self.gate.end_gigantic(|| self.inode.zap());
     }
 
     fn vma_opened(&self, memory_type: MemoryType) {

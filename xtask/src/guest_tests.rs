@@ -5,6 +5,7 @@ mod applies;
 mod batch;
 mod binary;
 mod canary;
+mod defects;
 mod pool;
 mod said;
 mod selftests;
@@ -12,6 +13,7 @@ mod single;
 
 pub(crate) use binary::{Binary, binaries};
 pub(crate) use canary::run as canaries;
+pub(crate) use defects::run as defects;
 pub(crate) use pool::{Lane, Pool, jobs};
 pub(crate) use selftests::{
     Choice as Selftests, Options as SelftestOptions, compare, run as selftests,

@@ -36,8 +36,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
     /// Run only those guest tests whose name has this in it; `canaries` are the planted bugs,
-    /// `selftests` the kernel's own tests, `instructions` what operations cost compared with the
-    /// published results
+    /// `defects` what the stock driver does to the kernel, `selftests` the kernel's own tests,
+    /// `instructions` what operations cost compared with the published results
     filter: Option<String>,
 }
 
@@ -271,6 +271,12 @@ impl Lane<'_> {
         if options.has("canaries") {
             let name = format!("canaries on {kernel}");
             steps.step(&name, || guest_tests::canaries(prepared));
+        }
+        // A kernel with other checks shows them otherwise.
+        let is_usual = prepared.kernel.watches().is_none() && prepared.kernel.arch().is_native();
+        if options.has("defects") && is_usual {
+            let name = format!("defects of the kernel on {kernel}");
+            steps.step(&name, || guest_tests::defects(prepared));
         }
         // They need IOMMUFD, which Debian's kernels do not have.
         if options.has("selftests") && prepared.kernel.watches() == Some(Watch::Memory) {

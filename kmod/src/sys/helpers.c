@@ -316,6 +316,42 @@ vm_fault_t bl_insert_large(struct vm_fault *vmf, unsigned long pfn)
 #endif
 }
 
+/* The kernel does not ask the CPU before it has an entry of that size be inserted. */
+bool bl_has_gigantic_entries(void)
+{
+#ifdef BL_HAS_GIGANTIC
+	return boot_cpu_has(X86_FEATURE_GBPAGES);
+#else
+	return false;
+#endif
+}
+
+/*
+ * The entry gets the VMA's own protection. Where that lacks the right to write
+ * for the sake of soft-dirty bits (see bl_prot()) smaller entries serve: to add
+ * it, vmf_insert_pfn_pud() would have to be told that this is for a store, and
+ * it then warns where a table is, which another thread may just have made.
+ *
+ * Not where there is an entry already: a store has met one that was made when
+ * the VMA was read-only, so the kernel is to take it away; or another thread
+ * was faster.
+ */
+vm_fault_t bl_insert_gigantic(struct vm_fault *vmf, unsigned long pfn)
+{
+#ifdef BL_HAS_GIGANTIC
+	struct vm_area_struct *vma = vmf->vma;
+
+	if (!pud_none(pudp_get(vmf->pud)))
+		return VM_FAULT_FALLBACK;
+	if ((vma->vm_flags & VM_WRITE) &&
+	    !pud_write(pfn_pud(pfn, vma->vm_page_prot)))
+		return VM_FAULT_FALLBACK;
+	return vmf_insert_pfn_pud(vmf, pfn, false);
+#else
+	return VM_FAULT_FALLBACK;
+#endif
+}
+
 struct bl_run {
 	struct vm_area_struct *vma;
 	unsigned long pfn;

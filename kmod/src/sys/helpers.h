@@ -29,6 +29,13 @@ enum { BL_DMA_BUF_NAME_LEN = DMA_BUF_NAME_LEN };
 enum { BL_VFIO_DEVICE_SET_IRQS = VFIO_DEVICE_SET_IRQS };
 /* bindgen leaves the macro out where it is made of function-like ones, as on arm64. */
 enum { BL_PMD_ORDER = PMD_ORDER };
+/* 0 where there are no such entries of device memory, or where nobody has tried them. */
+#if defined(CONFIG_X86_64) && defined(CONFIG_ARCH_SUPPORTS_PUD_PFNMAP)
+#define BL_HAS_GIGANTIC
+enum { BL_GIGANTIC_ORDER = PUD_ORDER };
+#else
+enum { BL_GIGANTIC_ORDER = 0 };
+#endif
 
 /*
  * The layouts that the compiler gives to the core's structures, for Rust to
@@ -92,6 +99,8 @@ vm_fault_t bl_make_table(struct vm_fault *vmf);
 vm_fault_t bl_insert_page(struct vm_area_struct *vma, unsigned long address,
 			  unsigned long pfn);
 vm_fault_t bl_insert_large(struct vm_fault *vmf, unsigned long pfn);
+bool bl_has_gigantic_entries(void);
+vm_fault_t bl_insert_gigantic(struct vm_fault *vmf, unsigned long pfn);
 vm_fault_t bl_insert_run(struct vm_area_struct *vma, unsigned long address,
 			 unsigned long pfn, unsigned long pages,
 			 bool write_combining);

@@ -19,6 +19,7 @@ pub(crate) mod errno;
 pub(crate) mod eventfd;
 pub(crate) mod fence;
 pub(crate) mod flag;
+pub(crate) mod gigantic;
 pub(crate) mod idle;
 pub(crate) mod items;
 pub(crate) mod nospec;

@@ -4,11 +4,11 @@
 //!
 //! C header: [`include/linux/mm.h`](srctree/include/linux/mm.h)
 
-use super::{bar::Bar, bindings};
+use super::{bar::Bar, bindings, gigantic::Permit};
 use core::marker::PhantomData;
 use kernel::{
     error::to_result,
-    mm::virt::VmaRef,
+    mm::virt::{VmaRef, flags},
     page::{PAGE_SHIFT, PAGE_SIZE},
     prelude::*,
     sync::{Arc, ArcBorrow},
@@ -19,6 +19,8 @@ use kernel::{
 pub(crate) const PMD_ORDER: u32 = bindings::BL_PMD_ORDER;
 /// Whether entries of that order can be had for device memory.
 pub(crate) const HAS_PMD_ENTRIES: bool = cfg!(CONFIG_ARCH_SUPPORTS_PMD_PFNMAP);
+/// Order of an entry of two levels above pages (1 GiB), on x86-64; 0 where there is none.
+pub(crate) const GIGANTIC_ORDER: u32 = bindings::BL_GIGANTIC_ORDER;
 /// Order of the most pages that one fault may insert: as many as there are in 2 MiB on x86-64, also
 /// where a table has more, since the lock of the table is held meanwhile.
 pub(crate) const RUN_ORDER: u32 = if PMD_ORDER < 9 { PMD_ORDER } else { 9 };
@@ -29,6 +31,10 @@ pub(crate) const RUN_ORDER: u32 = if PMD_ORDER < 9 { PMD_ORDER } else { 9 };
 pub(crate) trait Mapped: Send + Sync + Sized + 'static {
     /// A page of `fault` is missing: inserts an entry of `order`, or says why not.
     fn fault(&self, fault: &Fault<'_>, order: u32) -> Outcome;
+
+    /// A VMA that maps this is about to be cut, or to be moved or copied by what follows. When this
+    /// returns, no page table has an entry of [`GIGANTIC_ORDER`], and none will have one.
+    fn vma_changes(&self);
 
     /// One VMA more maps this, by mmap, fork, split or mremap.
     fn vma_opened(&self, memory_type: MemoryType);
@@ -53,6 +59,12 @@ pub(crate) enum MemoryType {
 pub(crate) fn write_combining_is_real() -> bool {
     // SAFETY: Reads what the CPU can do; always allowed.
     unsafe { bindings::bl_write_combining_is_real() }
+}
+
+/// Whether entries of [`GIGANTIC_ORDER`] can be had for device memory: by kernel and CPU.
+pub(crate) fn has_gigantic_entries() -> bool {
+    // SAFETY: Reads what the CPU can do; always allowed.
+    unsafe { bindings::bl_has_gigantic_entries() }
 }
 
 /// Answer of a fault handler.
@@ -189,6 +201,22 @@ impl Fault<'_> {
         }
     }
 
+    /// Inserts an uncached entry of [`GIGANTIC_ORDER`] around the address for the pages of `bar`
+    /// from `page` on, of a fault of that order. SIGBUS as for [`Self::insert`]; FALLBACK where
+    /// smaller ones have to serve.
+    pub(crate) fn insert_gigantic(&self, bar: &Bar, page: u64, _permit: &Permit<'_>) -> Outcome {
+        let pages = 1u64 << GIGANTIC_ORDER;
+        let first = self.address() & !((pages << PAGE_SHIFT) - 1);
+        match bar.frame_of(page, pages) {
+            Some(frame) if frame & (pages - 1) == 0 && self.has(first, pages) => {
+                // SAFETY: `vmf` is valid during the fault, and its VMA has VM_PFNMAP, since it was
+                // made by `NewVma::map_io`, and all of the entry; the frames are those of a BAR.
+                Outcome(unsafe { bindings::bl_insert_gigantic(self.vmf, frame as usize) })
+            }
+            _ => Outcome::SIGBUS,
+        }
+    }
+
     /// Inserts `pages` entries of the VMA's memory type from `address` on, where there are none,
     /// for the pages of `bar` from `page` on. SIGBUS where these are not in the BAR or not in the
     /// VMA.
@@ -213,8 +241,11 @@ impl Fault<'_> {
 
 /// The VMA operations of `T`, for write-combining mappings or for uncached ones.
 ///
-/// Entries are at most of [`PMD_ORDER`]: splitting a larger one oopses on Linux 7.3-rc7
-/// (`__split_huge_pmd` from `vma_adjust_trans_huge` does not look for a leaf above).
+/// The kernel can neither cut an entry of [`GIGANTIC_ORDER`] nor move it. Before it cuts a VMA, or
+/// decides to move a part of one, it calls `may_split`; before it moves all of one, `open` of the
+/// new VMA, as well as before it copies one for a child. Up to then nothing has been changed, and
+/// no lock is held but those of the process's memory (`mmap_lock` for writing) and of the VMA.
+/// What is write-combining has no such entries.
 struct Vtable<T, const WC: bool>(PhantomData<T>);
 
 impl<T: Mapped, const WC: bool> Vtable<T, WC> {
@@ -226,6 +257,8 @@ impl<T: Mapped, const WC: bool> Vtable<T, WC> {
 
     const OPS: &'static bindings::vm_operations_struct = &bindings::vm_operations_struct {
         open: Some(Self::open),
+        may_split: Some(Self::may_split),
+        mprotect: Some(Self::mprotect),
         close: Some(Self::close),
         fault: Some(Self::fault),
         huge_fault: Some(Self::huge_fault),
@@ -251,9 +284,44 @@ impl<T: Mapped, const WC: bool> Vtable<T, WC> {
         // SAFETY: The new VMA was copied from one with these operations, whose reference keeps the
         // object alive while the copy takes its own.
         let mapped: Arc<T> = unsafe { Self::borrow(vma) }.into();
+        if !WC {
+            mapped.vma_changes();
+        }
         mapped.vma_opened(Self::MEMORY_TYPE);
         // SAFETY: `vma` is valid during the call and nobody else writes to it.
         unsafe { (*vma).vm_private_data = mapped.into_foreign() };
+    }
+
+    /// # Safety
+    ///
+    /// To be called by the memory management only, as `vm_operations_struct.may_split` of a VMA
+    /// with these operations.
+    unsafe extern "C" fn may_split(vma: *mut bindings::vm_area_struct, _address: c_ulong) -> c_int {
+        if !WC {
+            // Wherever it is cut: the next time it may be cut elsewhere.
+            // SAFETY: The VMA has these operations.
+            unsafe { Self::borrow(vma) }.vma_changes();
+        }
+        0
+    }
+
+    /// # Safety
+    ///
+    /// To be called by the memory management only, as `vm_operations_struct.mprotect` of a VMA
+    /// with these operations.
+    unsafe extern "C" fn mprotect(
+        vma: *mut bindings::vm_area_struct,
+        _start: c_ulong,
+        _end: c_ulong,
+        new_flags: c_ulong,
+    ) -> c_int {
+        // To the kernel an entry of that size that allows nothing is none (`pud_present`), and it
+        // warns when its protection changes again (`pudp_invalidate`).
+        if !WC && new_flags & (flags::READ | flags::WRITE | flags::EXEC) == 0 {
+            // SAFETY: The VMA has these operations.
+            unsafe { Self::borrow(vma) }.vma_changes();
+        }
+        0
     }
 
     /// # Safety

@@ -37,6 +37,11 @@ const SIGNS: &[&str] = &[
     "sleeping function called from invalid context",
     "Kernel panic",
     "kernel BUG at",
+    // An entry of a page table that is none.
+    ": bad pgd ",
+    ": bad p4d ",
+    ": bad pud ",
+    ": bad pmd ",
     "list_add corruption",
     "list_del corruption",
     "rust_kernel: panicked",
@@ -237,6 +242,7 @@ mod tests {
             "refcount_t: underflow; use-after-free.",
             "Kernel panic - not syncing: Attempted to kill init!",
             "WARNING: suspicious RCU usage",
+            "mm/pgtable-generic.c:42: bad pud 00000000a1b2c3d4(8000000380000be7)",
         ] {
             let log = format!("{QUIET}[    1.0] {line}\n[    1.1] Call Trace:\n");
             let splat = scan(&log).unwrap_or_else(|| panic!("not found: {line}"));
