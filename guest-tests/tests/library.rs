@@ -216,6 +216,25 @@ fn a_lease_is_mapped_where_large_entries_are_possible() {
 }
 
 #[test]
+fn a_lease_of_a_gib_is_mapped_where_an_entry_of_that_size_is_possible() {
+    const GIB: u64 = 1 << 30;
+    if !observe::has_entries_of_1_gib() {
+        return;
+    }
+    let device = open("big");
+    let lease = device.export(2).range(huge_size()..3 * GIB).export();
+    let mapping = lease.unwrap().map().unwrap();
+    assert_eq!(mapping.as_ptr().addr() as u64 % GIB, huge_size());
+    let whole = GIB - huge_size()..2 * GIB - huge_size();
+    let faults = observe::faults_of(|| {
+        for at in whole.step_by(huge_size() as usize) {
+            mapping.read::<u32>(at as usize).unwrap();
+        }
+    });
+    assert_eq!(faults, 1);
+}
+
+#[test]
 fn values_of_each_width_reach_the_device() {
     let device = display();
     let mapping = lease(&device).map().unwrap();

@@ -1,5 +1,5 @@
 //! Where write-combining cannot be real it is refused, and where interrupts are not isolated the
-//! MSI-X table is. Run on the machine `nopat`.
+//! MSI-X table is. A CPU without entries of 1 GiB gets none. Run on the machine `nopat`.
 #![cfg(barlease_guest)]
 
 use std::fs;
@@ -14,7 +14,7 @@ use barlease_guest_tests::{
     huge_size,
     lease::{Request, no_such_fd},
     map::How,
-    page_size,
+    observe, page_size,
     pci::Parameter,
     probe::{self, MemoryType},
     vfio::{Device, GET, SET},
@@ -97,6 +97,18 @@ fn mappings_are_uncached() {
         map.touch_all().unwrap();
         assert_eq!(probe::memory_type(&map, 0), Some(MemoryType::Uncached));
     }
+}
+
+/// The kernel does not look whether the CPU has them before it inserts one.
+#[test]
+fn a_cpu_without_entries_of_1_gib_gets_smaller_ones() {
+    const GIB: u64 = 1 << 30;
+    assert!(!observe::has_entries_of_1_gib());
+    let device = open("big");
+    let fd = device.export(2, &[(0, GIB)]).unwrap();
+    let map = How::shared().align(GIB).map(&fd, 0, GIB).unwrap();
+    map.read(0).unwrap();
+    assert_eq!(probe::entry(&map, 0).unwrap().size, huge_size());
 }
 
 #[test]

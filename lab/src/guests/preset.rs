@@ -85,7 +85,9 @@ impl Preset {
             Self::Ports => Machine::with_native_ports(ports()),
             Self::Random => Machine::with_native_ports(random()),
             Self::NoPat => Machine {
-                append: ["nopat", "intremap=off"].map(str::to_owned).into(),
+                append: ["nopat", "intremap=off", "clearcpuid=pdpe1gb"]
+                    .map(str::to_owned)
+                    .into(),
                 ..Machine::new(full())
             },
             Self::Bench => Machine {

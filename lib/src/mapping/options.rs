@@ -15,12 +15,14 @@ use crate::Result;
 use crate::error::Object;
 use crate::sys::memory::Area;
 use crate::sys::memory::Request;
+use crate::sys::memory::Residue;
+use crate::sys::memory::gigantic;
 use crate::sys::memory::huge;
 
 /// Options of a mapping: which bytes, and whether for writing.
 ///
 /// By default all of the lease, writable if the lease is, at an address that lets the kernel use
-/// huge page-table entries (2 MiB, with pages of 4 KiB) where the range allows it.
+/// huge page-table entries (2 MiB, with pages of 4 KiB; 1 GiB on x86-64) where the range allows it.
 ///
 /// # Examples
 ///
@@ -176,7 +178,13 @@ impl MapOptions {
                 .map_err(|_| invalid("the range is larger than the address space".to_owned()))?,
             writable: source.writable && !self.read_only,
             residue: (!self.any_address)
-                .then(|| residue(huge() as u64, source.ranges, start, end))
+                .then(|| {
+                    let sizes = [gigantic(), Some(huge())].into_iter().flatten();
+                    sizes.into_iter().find_map(|modulus| {
+                        let value = residue(modulus as u64, source.ranges, start, end)?;
+                        Some(Residue { value, modulus })
+                    })
+                })
                 .flatten(),
         })
     }

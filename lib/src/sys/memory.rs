@@ -23,6 +23,12 @@ pub(crate) fn huge() -> usize {
     huge_of(rustix::param::page_size())
 }
 
+/// Size of an entry of two levels above a page, where the kernel has such entries for devices: 1 GiB
+/// on x86-64.
+pub(crate) fn gigantic() -> Option<usize> {
+    cfg!(target_arch = "x86_64").then(|| huge() * 512)
+}
+
 const fn huge_of(page: usize) -> usize {
     page * (page / 8)
 }
@@ -53,8 +59,17 @@ pub(crate) struct Request {
     pub(crate) length: usize,
     /// Map for writing too.
     pub(crate) writable: bool,
-    /// Where to place the mapping: an address that equals this modulo [`huge`].
-    pub(crate) residue: Option<usize>,
+    /// Where to place the mapping.
+    pub(crate) residue: Option<Residue>,
+}
+
+/// The addresses that equal a value modulo the size of an entry: [`huge`] or [`gigantic`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Residue {
+    /// The value, less than the modulus.
+    pub(crate) value: usize,
+    /// The modulus, a power of two.
+    pub(crate) modulus: usize,
 }
 
 impl Request {
@@ -100,10 +115,15 @@ impl Area {
     pub(crate) fn map(fd: BorrowedFd<'_>, request: Request) -> Result<Self, Errno> {
         // Another thread may take the address between its choice and its use: then choose again.
         for _ in 0..8 {
-            let Some(address) = request
-                .residue
-                .and_then(|r| free_address(request.length, r))
-            else {
+            let Some(address) = request.residue.and_then(|residue| {
+                // Where the process has no so much room, smaller entries do.
+                let smaller = Residue {
+                    modulus: huge(),
+                    ..residue
+                };
+                free_address(request.length, residue)
+                    .or_else(|| free_address(request.length, smaller))
+            }) else {
                 break;
             };
             match map_at(fd, request, address, MapFlags::FIXED_NOREPLACE) {
@@ -298,10 +318,9 @@ fn area(start: *mut c_void, length: usize) -> Result<Area, Errno> {
     })
 }
 
-/// An address that is free now and equals `residue` modulo [`huge`], with `length` bytes behind it.
-fn free_address(length: usize, residue: usize) -> Option<usize> {
-    let huge = huge();
-    let span = length.checked_add(huge)?;
+/// An address of `residue` that is free now, with `length` bytes behind it.
+fn free_address(length: usize, Residue { value, modulus }: Residue) -> Option<usize> {
+    let span = length.checked_add(modulus)?;
     // SAFETY: an anonymous mapping at an address of the kernel's choice takes no memory in use.
     let start = unsafe {
         rustix::mm::mmap_anonymous(
@@ -314,7 +333,7 @@ fn free_address(length: usize, residue: usize) -> Option<usize> {
     .ok()?;
     let reserved = area(start, span).ok()?;
     let first = reserved.address();
-    let forward = (residue % huge).wrapping_sub(first) % huge;
+    let forward = (value % modulus).wrapping_sub(first) % modulus;
     first.checked_add(forward)
 }
 
@@ -386,15 +405,17 @@ mod tests {
     fn an_area_is_placed_at_the_residue_asked_for() {
         let huge = huge();
         let fd = file(4 * huge as u64);
-        for residue in [0, 4096, huge - 4096, huge + 8192] {
-            let request = Request {
-                offset: 0,
-                length: 2 * huge,
-                writable: true,
-                residue: Some(residue),
-            };
-            let area = Area::map(fd.as_fd(), request).unwrap();
-            assert_eq!(area.address() % huge, residue % huge);
+        for modulus in [huge, 512 * huge] {
+            for value in [0, 4096, modulus - 4096, modulus - huge + 8192] {
+                let request = Request {
+                    offset: 0,
+                    length: 2 * huge,
+                    writable: true,
+                    residue: Some(Residue { value, modulus }),
+                };
+                let area = Area::map(fd.as_fd(), request).unwrap();
+                assert_eq!(area.address() % modulus, value);
+            }
         }
     }
 

@@ -83,6 +83,11 @@ const LIST: &[LeftOut] = &[
     all_of(Lack::X86, "nopat", "the page attribute table is x86's"),
     all_of(
         Lack::X86,
+        "gigantic",
+        "entries of 1 GiB for device memory are x86-64's",
+    ),
+    all_of(
+        Lack::X86,
         "p2p_route",
         "a second host bridge is found by firmware only, which that machine boots without",
     ),

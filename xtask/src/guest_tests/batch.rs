@@ -79,6 +79,7 @@ const COSTS: &[(&str, Cost)] = &[
     ("export", Cost(6, 26)),
     ("fault_injection", Cost(3, 144)),
     ("faults_hostile", Cost(28, 10)),
+    ("gigantic", Cost(16, 60)),
     ("hostile_fences", Cost(104, 130)),
     ("importer", Cost(18, 42)),
     ("importer_events", Cost(54, 72)),
