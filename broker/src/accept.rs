@@ -102,8 +102,8 @@ impl Server<'_> {
                 return Ok(());
             }
         };
-        // A listener of somebody else's making may have it, and a client in another PID namespace is
-        // process 0 then, which rustix takes for impossible.
+        // A listener of somebody else's making may have it, and a client in another PID namespace
+        // is process 0 then, which rustix takes for impossible.
         if rustix::net::sockopt::set_socket_passcred(&socket, false).is_err() {
             return Ok(());
         }

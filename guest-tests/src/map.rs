@@ -385,8 +385,8 @@ impl Map {
         Ok(())
     }
 
-    /// Takes a part out, as unmapping it does, while other threads touch the rest: its addresses stay
-    /// reserved until this is dropped.
+    /// Takes a part out, as unmapping it does, while other threads touch the rest: its addresses
+    /// stay reserved until this is dropped.
     ///
     /// # Panics
     ///

@@ -199,8 +199,8 @@ fn memory_for_dma_is_shared_with_the_device() {
         iommu.map_file(&file, 0..page_size(), interrupts, DmaAccess::Read),
         Invalid
     );
-    // Devices keep what is mapped of a file, and a lease can be revoked, so neither an iommufd nor a
-    // container gets one as a file; a container, which keeps everything, gets none at all.
+    // Devices keep what is mapped of a file, and a lease can be revoked, so neither an iommufd nor
+    // a container gets one as a file; a container, which keeps everything, gets none at all.
     let display = open("display");
     let lease = display.export(0).range(..page_size()).export().unwrap();
     assert_error!(

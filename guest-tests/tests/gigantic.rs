@@ -251,7 +251,7 @@ fn protection_changes_all_of_one_and_it_stays() {
 // ---- When they are gone
 // ------------------------------------------------------------------------
 
-/// What is done to a mapping.
+/// A change of a mapping.
 #[derive(Clone, Copy, Debug)]
 enum Change {
     Unmap(u64, u64),
@@ -557,8 +557,8 @@ fn two_processes_cut_at_the_same_time() {
     child.join();
 }
 
-/// Faults race with memory that goes and comes, and with readers of what the kernel says of a process:
-/// these look for tables, and have entries of 1 GiB taken away.
+/// Faults race with memory that goes and comes, and with readers of what the kernel says of a
+/// process: these look for tables, and have entries of 1 GiB taken away.
 #[test]
 fn faults_race_with_readers_of_page_tables() {
     let Some(device) = big() else { return };

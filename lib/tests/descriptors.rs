@@ -1,4 +1,5 @@
-//! A process that has as many descriptors as it may have. One test: the limit is one of the process.
+//! A process that has as many descriptors as it may have. One test: the limit is one of the
+//! process.
 
 use std::fs::File;
 use std::io::IoSlice;

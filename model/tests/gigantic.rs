@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 OR MIT
 
-//! Entries of 1 GiB against cuts, in every order of their steps: `kmod/src/sys/gigantic.rs`, step by
-//! step, with one order of memory.
+//! Entries of 1 GiB against cuts, in every order of their steps: `kmod/src/sys/gigantic.rs`, step
+//! by step, with one order of memory.
 //!
 //! Processes map one buffer. In each, a thread faults, and another one cuts the mapping (or moves
 //! or copies it, which is the same here). When it does, its own page table must have no entry of

@@ -211,7 +211,7 @@ impl Client {
     }
 }
 
-/// What came with a reply.
+/// A reply has these beside its parameters.
 struct Received {
     /// Whether further replies come.
     continues: bool,

@@ -472,7 +472,7 @@ fn serve(
         }
         calls
     });
-    // Whatever a program has used the socket for before.
+    // A program may have used the socket for something else before.
     rustix::net::sockopt::set_socket_passcred(&here, true).unwrap();
     (Client::new(here), service)
 }

@@ -264,7 +264,7 @@ impl Lane<'_> {
         Ok(module)
     }
 
-    /// What shows that a guest would report a bug, and what is compared with the stock driver.
+    /// Planted bugs and known defects, which a guest must report, and comparisons with stock.
     fn watchers(&self, steps: &mut Steps, options: &Options, is_first: bool) {
         let prepared = self.prepared;
         let kernel = &prepared.kernel.name;

@@ -66,8 +66,9 @@ fn text(device: &PciDevice, driver: &str, program: &str) -> String {
     )
 }
 
-/// Has udev read its rules. By itself it looks for a change at most every three seconds, and a device
-/// may come earlier. Where udev does not run there is nothing to do: it reads them when it starts.
+/// Has udev read its rules. By itself it looks for a change at most every three seconds, and a
+/// device may come earlier. Where udev does not run there is nothing to do: it reads them when it
+/// starts.
 fn reload() {
     if !Path::new(CONTROL).exists() {
         return;

@@ -245,7 +245,7 @@ impl Fault<'_> {
 /// decides to move a part of one, it calls `may_split`; before it moves all of one, `open` of the
 /// new VMA, as well as before it copies one for a child. Up to then nothing has been changed, and
 /// no lock is held but those of the process's memory (`mmap_lock` for writing) and of the VMA.
-/// What is write-combining has no such entries.
+/// Write-combining mappings have no such entries.
 struct Vtable<T, const WC: bool>(PhantomData<T>);
 
 impl<T: Mapped, const WC: bool> Vtable<T, WC> {

@@ -35,7 +35,8 @@ pub enum Preset {
     /// Two host bridges: devices with memory behind one of them, the importer behind the other; and
     /// a VGA adapter.
     Bridges,
-    /// A switch with a device with memory and two importers below it, and another such device apart.
+    /// A switch with a device with memory and two importers below it, and another such device
+    /// apart.
     Switch,
     /// As `full`, with drivers of the kernel's that use mappings and dma-bufs: KVM, vgem.
     Users,

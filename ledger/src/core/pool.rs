@@ -97,7 +97,7 @@ impl PoolState {
         }
     }
 
-    /// Who stands aside is to be found out anew.
+    /// Forgets which requests stand aside, so that each is looked at anew.
     pub(super) fn look_for_room(&mut self) {
         for waiter in &mut self.queue {
             waiter.aside = None;
@@ -356,8 +356,8 @@ impl Map {
         Some(runs.iter().map(|run| self.range(*run)).collect())
     }
 
-    /// Whether these leases, each a range and its rights, are in the way of what is wanted: it could
-    /// not be had if nobody had any other.
+    /// Whether these leases, each a range and its rights, are in the way of what is wanted: it
+    /// could not be had if nobody had any other.
     pub(super) fn stands_aside(
         &self,
         wanted: &Wanted,

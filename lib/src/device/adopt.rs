@@ -35,9 +35,9 @@ impl Device {
     /// kernel.
     ///
     /// A device whose descriptor others keep is one they can still drive: share it on purpose only.
-    /// For DMA say also [`Device::with_iommu`]. If no IOMMU isolates the device, the requirements of
-    /// [`OpenOptions::noiommu`](crate::OpenOptions::noiommu) hold, which the code that opened it has
-    /// accepted.
+    /// For DMA say also [`Device::with_iommu`]. If no IOMMU isolates the device, the requirements
+    /// of [`OpenOptions::noiommu`](crate::OpenOptions::noiommu) hold, which the code that opened it
+    /// has accepted.
     ///
     /// Errors: [`Error::Unsupported`]: it is no open device of VFIO's, or the kernel, an old
     /// one, does not say its address; then use [`Device::from_fd_of`].
@@ -84,8 +84,8 @@ impl Device {
     /// Takes over a character device (`/dev/vfio/devices/vfioN`) that was opened and no more, as by
     /// a service manager; binds it to the iommufd of `iommu` and attaches it.
     ///
-    /// Errors: [`Error::Invalid`]: `iommu` is a container; [`Error::Unsupported`]: no IOMMU isolates
-    /// the device (`noiommu-vfioN`); as for [`Device::from_fd`].
+    /// Errors: [`Error::Invalid`]: `iommu` is a container; [`Error::Unsupported`]: no IOMMU
+    /// isolates the device (`noiommu-vfioN`); as for [`Device::from_fd`].
     pub fn from_cdev(fd: impl Into<OwnedFd>, iommu: &Iommu) -> Result<Self> {
         let fd = fd.into();
         refuse_noiommu(fd.as_fd(), Path::new("/sys/dev/char"))?;

@@ -23,8 +23,8 @@ pub(crate) fn huge() -> usize {
     huge_of(rustix::param::page_size())
 }
 
-/// Size of an entry of two levels above a page, where the kernel has such entries for devices: 1 GiB
-/// on x86-64.
+/// Size of an entry of two levels above a page, where the kernel has such entries for devices: 1
+/// GiB on x86-64.
 pub(crate) fn gigantic() -> Option<usize> {
     cfg!(target_arch = "x86_64").then(|| huge() * 512)
 }
