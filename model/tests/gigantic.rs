@@ -77,7 +77,7 @@ enum Cut {
     Zap(usize),
     Say,
     /// The kernel cuts.
-    Cut,
+    Split,
     Done,
 }
 
@@ -153,11 +153,11 @@ impl Protocol {
     /// Whether it could make its step.
     fn cut(&self, world: &mut World, process: usize) -> bool {
         let next = match world.cuts[process] {
-            Cut::Look if world.state == Ended => Cut::Cut,
+            Cut::Look if world.state == Ended => Cut::Split,
             Cut::Look => Cut::Forbid,
             Cut::Forbid if world.state == Unused => {
                 world.state = Ended;
-                Cut::Cut
+                Cut::Split
             }
             Cut::Forbid if self.has(Bug::WaitsFirst) => Cut::Wait,
             Cut::Forbid => Cut::Begin,
@@ -169,7 +169,7 @@ impl Protocol {
                     Ending
                 };
                 match before {
-                    Ending | Ended if self.has(Bug::LeavesItToTheOther) => Cut::Cut,
+                    Ending | Ended if self.has(Bug::LeavesItToTheOther) => Cut::Split,
                     _ if self.has(Bug::DoesNotWait) || self.has(Bug::WaitsFirst) => Cut::Zap(0),
                     _ => Cut::Wait,
                 }
@@ -187,9 +187,9 @@ impl Protocol {
             }
             Cut::Say => {
                 world.state = Ended;
-                Cut::Cut
+                Cut::Split
             }
-            Cut::Cut => {
+            Cut::Split => {
                 world.oops |= world.entries[process];
                 Cut::Done
             }
