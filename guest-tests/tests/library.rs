@@ -227,7 +227,7 @@ fn a_lease_of_a_gib_is_mapped_where_an_entry_of_that_size_is_possible() {
     assert_eq!(mapping.as_ptr().addr() as u64 % GIB, huge_size());
     let whole = GIB - huge_size()..2 * GIB - huge_size();
     let faults = observe::faults_of(|| {
-        for at in whole.step_by(huge_size() as usize) {
+        for at in whole.clone().step_by(huge_size() as usize) {
             mapping.read::<u32>(at as usize).unwrap();
         }
     });

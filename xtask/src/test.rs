@@ -155,6 +155,7 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
         }
     }
     let has_module = lanes.iter().zip(&modules);
+    let has_module = has_module.filter(|(lane, _)| !lane.binaries.is_empty());
     let has_module = has_module.filter_map(|(lane, module)| Some((lane, module.as_deref()?)));
     let pool = guest_tests::Pool {
         lanes: has_module
@@ -170,7 +171,7 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
     let names = pool.lanes.iter().map(|lane| &*lane.prepared.kernel.name);
     let name = format!("guest tests on {}", names.collect::<Vec<_>>().join(", "));
     if pool.lanes.is_empty() {
-        steps.skip("guest tests", "no module was built");
+        steps.skip("guest tests", "they or the module do not build");
     } else {
         steps.step(&name, || pool.run());
     }
