@@ -32,7 +32,7 @@ fn a_lease_for_which_there_is_no_descriptor_is_said_to_be_that() {
     )
     .unwrap();
     let before = getrlimit(Resource::Nofile);
-    let mut none = before.clone();
+    let mut none = before;
     none.current = Some(3);
     setrlimit(Resource::Nofile, none).unwrap();
     let error = Lease::receive(&here).unwrap_err();

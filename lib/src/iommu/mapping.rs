@@ -114,7 +114,7 @@ impl Iommu {
     /// Maps memory of this process for devices; at `iova`, or where there is room. Address, length
     /// and IOVA are multiples of [`Iommu::page_size`].
     ///
-    /// Prefer [`DmaBuffer`], which is safe.
+    /// Prefer [`DmaBuffer`](crate::DmaBuffer), which is safe.
     ///
     /// Errors: as for [`Iommu::map_file`]; [`Error::Io`] with `EFAULT`: no memory there.
     ///

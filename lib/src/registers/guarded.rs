@@ -40,7 +40,7 @@ impl<T: RegisterValue> GuardedTypedRegister<'_, T> {
         self.register.write(encode(value))
     }
 
-    /// See [`TypedRegister::modify`].
+    /// See [`TypedRegister::modify`](super::TypedRegister::modify).
     ///
     /// Errors: [`Lost`].
     #[inline(always)]
@@ -48,16 +48,18 @@ impl<T: RegisterValue> GuardedTypedRegister<'_, T> {
         self.write(change(self.read()?))
     }
 
-    /// See [`TypedRegister::poll_until`].
+    /// See [`TypedRegister::poll_until`](super::TypedRegister::poll_until).
     ///
-    /// Errors: [`Error::Revoked`]; [`Error::Io`], and [`Error::is_timed_out`] says so.
+    /// Errors: [`Error::Revoked`](crate::Error::Revoked); [`Error::Io`](crate::Error::Io), and
+    /// [`Error::is_timed_out`](crate::Error::is_timed_out) says so.
     pub fn poll_until(&self, mask: T::Raw, value: T::Raw, timeout: Duration) -> Result<T> {
         self.poll(timeout, |read| read.into_raw() & mask == value)
     }
 
-    /// See [`TypedRegister::poll`]. A loss ends it.
+    /// See [`TypedRegister::poll`](super::TypedRegister::poll). A loss ends it.
     ///
-    /// Errors: [`Error::Revoked`]; [`Error::Io`], and [`Error::is_timed_out`] says so.
+    /// Errors: [`Error::Revoked`](crate::Error::Revoked); [`Error::Io`](crate::Error::Io), and
+    /// [`Error::is_timed_out`](crate::Error::is_timed_out) says so.
     pub fn poll(&self, timeout: Duration, mut done: impl FnMut(T) -> bool) -> Result<T> {
         let done = |read: Result<T, Lost>| read.map_or(true, &mut done);
         Ok(poll::<T::Raw, _>(
@@ -72,7 +74,9 @@ impl<T: RegisterValue> GuardedTypedRegister<'_, T> {
 impl<'m> GuardedWindow<'m> {
     /// The register at `offset`, as a `T`: see [`RegisterValue`].
     ///
-    /// Errors: [`Error::OutOfBounds`], [`Error::Misaligned`], [`Error::ReadOnly`].
+    /// Errors: [`Error::OutOfBounds`](crate::Error::OutOfBounds),
+    /// [`Error::Misaligned`](crate::Error::Misaligned),
+    /// [`Error::ReadOnly`](crate::Error::ReadOnly).
     pub fn typed<T: RegisterValue>(&self, offset: usize) -> Result<GuardedTypedRegister<'m, T>> {
         Ok(GuardedTypedRegister {
             register: self.register(offset)?,
