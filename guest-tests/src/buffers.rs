@@ -7,8 +7,8 @@ use std::{
 };
 
 use barlease_abi::{
-    DmaBufList, DmaBufRecord, FEATURE_DMA_BUF_LIST, FEATURE_DMA_BUF_REVOKE_ID, FEATURE_EVENTS,
-    REVOKE_NOWAIT,
+    BUFFER_NAME_BUSY, DmaBufList, DmaBufRecord, FEATURE_DMA_BUF_LIST, FEATURE_DMA_BUF_REVOKE_ID,
+    FEATURE_EVENTS, REVOKE_NOWAIT,
 };
 
 use crate::{
@@ -225,6 +225,17 @@ impl Device {
     #[must_use]
     pub fn record(&self, fd: impl AsFd) -> DmaBufRecord {
         self.find_record(id_of(fd)).expect("a record")
+    }
+
+    /// The flags of the buffer of `fd` in LIST, without [`BUFFER_NAME_BUSY`]: another thread, as the
+    /// module's own, may be at the dma-buf at any moment.
+    ///
+    /// # Panics
+    ///
+    /// As [`Self::record`].
+    #[must_use]
+    pub fn buffer_flags(&self, fd: impl AsFd) -> u32 {
+        self.record(fd).flags & !BUFFER_NAME_BUSY
     }
 
     /// `BARLEASE_FEATURE_DMA_BUF_REVOKE_ID` with anything in the payload.

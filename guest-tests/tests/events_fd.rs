@@ -282,7 +282,7 @@ fn what_waits_for_an_importer_signals_before_and_after() {
         },
         || {
             attachment.unmap().unwrap();
-            events.until("the end of draining", || device.record(&fd).flags == 0);
+            events.until("the end of draining", || device.buffer_flags(&fd) == 0);
         },
     );
 }
@@ -300,11 +300,11 @@ fn the_end_of_a_fence_signals() {
         || {
             attachment.wait_for_interruption();
             events.settle();
-            assert_eq!(device.record(&fd).flags, BUFFER_DRAINING);
+            assert_eq!(device.buffer_flags(&fd), BUFFER_DRAINING);
         },
         || {
             attachment.signal().unwrap();
-            events.until("the end of draining", || device.record(&fd).flags == 0);
+            events.until("the end of draining", || device.buffer_flags(&fd) == 0);
         },
     );
     assert_eq!(answer, Ok(()));

@@ -693,7 +693,7 @@ fn a_revocation_that_waits_for_memory_can_be_killed() {
     attachment.wait_for_interruption();
     thread::sleep(A_WHILE);
     assert_eq!(device.state(&fd), State::Dead);
-    assert_eq!(device.record(&fd).flags, BUFFER_DRAINING);
+    assert_eq!(device.buffer_flags(&fd), BUFFER_DRAINING);
     child.signal(libc::SIGKILL);
     let signal_all = || {
         for fence in fences {
@@ -703,11 +703,11 @@ fn a_revocation_that_waits_for_memory_can_be_killed() {
     let end = wait::ends_by_itself("the killed process", || child.wait(), signal_all);
     assert_eq!(end, End::Signal(libc::SIGKILL));
     drop(shortage);
-    assert_eq!(device.record(&fd).flags, BUFFER_DRAINING);
+    assert_eq!(device.buffer_flags(&fd), BUFFER_DRAINING);
     let events = device.events();
     signal_all();
     // When the module's own work has looked, which it does every 10 s.
-    events.until("the end of draining", || device.record(&fd).flags == 0);
+    events.until("the end of draining", || device.buffer_flags(&fd) == 0);
 }
 
 #[test]

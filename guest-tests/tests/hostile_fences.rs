@@ -485,7 +485,7 @@ fn is_ended_by(signal: i32, by_id: bool) {
     let events = device.events();
     events.settle();
     slow.unmap().unwrap();
-    events.until("the end of draining", || device.record(&fd).flags == 0);
+    events.until("the end of draining", || device.buffer_flags(&fd) == 0);
     assert_eq!(device.record(&fd).nr_mappings, 0);
     drop((slow, map, fd));
     events.until("the end of the buffer", || device.find_record(id).is_none());
@@ -521,7 +521,7 @@ fn a_killed_revoke_that_waits_for_a_fence_leaves_a_draining_buffer() {
     let events = device.events();
     events.settle();
     attachment.signal_number(fence).unwrap();
-    events.until("the end of draining", || device.record(&fd).flags == 0);
+    events.until("the end of draining", || device.buffer_flags(&fd) == 0);
     attachment.signal_number(later).unwrap();
 }
 
@@ -551,7 +551,7 @@ fn sigkill_ends_a_revoke_that_waits_for_a_reservation_lock() {
     // The module's own work tells the importer when that can be done.
     slow.wait_for_interruption();
     slow.unmap().unwrap();
-    wait::until("the end of draining", || device.record(&fd).flags == 0);
+    wait::until("the end of draining", || device.buffer_flags(&fd) == 0);
 }
 
 #[test]
@@ -570,7 +570,7 @@ fn the_module_warns_of_what_a_killed_revoke_left() {
         assert!(lines.len() <= 4, "{lines:?}");
     }
     slow.unmap().unwrap();
-    wait::until("the end of draining", || device.record(&fd).flags == 0);
+    wait::until("the end of draining", || device.buffer_flags(&fd) == 0);
     let mut log = KernelLog::from_now();
     thread::sleep(Duration::from_secs(12));
     let lines = log.lines();

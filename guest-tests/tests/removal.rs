@@ -199,11 +199,11 @@ fn each_end_of_draining_signals_while_others_drain() {
     scene.attachment.wait_for_interruption();
     slow.wait_for_interruption();
     assert_eq!(scene.device.state(&fd), State::Dead);
-    assert_eq!(scene.device.record(&fd).flags, BUFFER_DRAINING);
+    assert_eq!(scene.device.buffer_flags(&fd), BUFFER_DRAINING);
     events.settle();
     slow.unmap().unwrap();
     events.until("the end of draining", || {
-        scene.device.record(&fd).flags == 0
+        scene.device.buffer_flags(&fd) == 0
     });
     assert!(scene.attachment.is_mapped());
     scene.attachment.unmap().unwrap();

@@ -184,7 +184,7 @@ fn revoke_by_id_is_revoke() {
         assert_eq!(attachment.translate(0), None);
         assert_eq!(attachment.map(), Err(ENODEV));
         is_dead(&device, &fd, &map);
-        assert_eq!(device.record(&fd).flags, 0);
+        assert_eq!(device.buffer_flags(&fd), 0);
         // The other one, which overlaps, is not.
         assert_eq!(other_map.touch_all(), Ok(()));
         assert_eq!(device.state(&other), State::Ok);
@@ -271,7 +271,7 @@ fn nowait_of_an_idle_buffer_leaves_nothing_to_wait_for() {
     attachment.unmap().unwrap();
     assert_eq!(device.revoke_nowait(id_of(&fd)), Ok(()));
     is_dead(&device, &fd, &map);
-    assert_eq!(device.record(&fd).flags, 0);
+    assert_eq!(device.buffer_flags(&fd), 0);
     assert_eq!(attachment.status().interruptions, 0);
 }
 
@@ -298,9 +298,9 @@ fn drains(
     }
     events.expect("a dead buffer");
     events.settle();
-    assert_eq!(device.record(fd).flags, BUFFER_DRAINING);
+    assert_eq!(device.buffer_flags(fd), BUFFER_DRAINING);
     let_go().unwrap();
-    events.until("the end of draining", || device.record(fd).flags == 0);
+    events.until("the end of draining", || device.buffer_flags(fd) == 0);
     assert_eq!(device.record(fd).nr_mappings, 0);
     is_dead(device, fd, map);
 }
@@ -335,9 +335,9 @@ fn nowait_does_not_wait_for_a_reservation_lock_that_an_importer_keeps() {
     });
     // It is told when that can be done.
     slow.wait_for_interruption();
-    assert_eq!(device.record(&fd).flags, BUFFER_DRAINING);
+    assert_eq!(device.buffer_flags(&fd), BUFFER_DRAINING);
     slow.unmap().unwrap();
-    wait::until("the end of draining", || device.record(&fd).flags == 0);
+    wait::until("the end of draining", || device.buffer_flags(&fd) == 0);
     is_dead(&device, &fd, &map);
 }
 
@@ -369,7 +369,7 @@ fn what_is_left_is_both_a_fence_and_a_mapping() {
         slow.unmap()?;
         thread::sleep(A_WHILE);
         assert_eq!(
-            device.record(&fd).flags,
+            device.buffer_flags(&fd),
             BUFFER_DRAINING,
             "the fence is left"
         );
@@ -381,7 +381,7 @@ fn what_is_left_is_both_a_fence_and_a_mapping() {
         slow.signal_number(fence)?;
         thread::sleep(A_WHILE);
         assert_eq!(
-            device.record(&fd).flags,
+            device.buffer_flags(&fd),
             BUFFER_DRAINING,
             "the mapping is left"
         );
@@ -414,7 +414,7 @@ fn nowait_drains_many_buffers_at_once() {
     for (number, (fd, map, slow)) in all.iter().enumerate() {
         is_dead(&device, fd, map);
         slow.unmap().unwrap();
-        events.until("the end of draining", || device.record(fd).flags == 0);
+        events.until("the end of draining", || device.buffer_flags(fd) == 0);
         let draining = device.records().iter().filter(|r| r.flags != 0).count();
         assert_eq!(draining, all.len() - number - 1);
     }
