@@ -227,8 +227,8 @@ impl Device {
         self.find_record(id_of(fd)).expect("a record")
     }
 
-    /// The flags of the buffer of `fd` in LIST, without [`BUFFER_NAME_BUSY`]: another thread, as the
-    /// module's own, may be at the dma-buf at any moment.
+    /// The flags of the buffer of `fd` in LIST, without [`BUFFER_NAME_BUSY`]: another thread, as
+    /// the module's own, may be at the dma-buf at any moment.
     ///
     /// # Panics
     ///
