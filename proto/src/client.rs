@@ -1,6 +1,5 @@
 //! A client that waits for its answers.
 
-use std::io;
 use std::marker::PhantomData;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
@@ -29,6 +28,7 @@ use crate::types::Resume;
 use crate::types::Token;
 use crate::types::Watch;
 use crate::wire::Call;
+use crate::wire::Message;
 use crate::wire::Reply;
 use crate::wire::Wire;
 use crate::wire::parameters;
@@ -75,7 +75,7 @@ impl Client {
     /// then, and the connection can be used on.
     pub fn acquire(&mut self, acquire: &Acquire) -> Result<(Acquired, OwnedFd)> {
         self.send(acquire, false, &[])?;
-        let (acquired, message) = self.receive::<Acquire>()?;
+        let (acquired, _, message) = self.receive::<Acquire>()?;
         let place = usize::try_from(acquired.file_descriptor).unwrap_or(usize::MAX);
         if let Some(fd) = message.fds.into_iter().nth(place) {
             return Ok((acquired, fd));
@@ -186,19 +186,15 @@ impl Client {
         self.wire.send(&call, fds)
     }
 
-    fn receive<M: Method>(&mut self) -> Result<(M::Reply, Received)> {
+    /// A reply, whether further ones come, and the message that it came with.
+    fn receive<M: Method>(&mut self) -> Result<(M::Reply, bool, Message)> {
         let message = self.wire.receive()?.ok_or(Error::Closed)?;
         let reply: Reply = serde_json::from_slice(&message.json)
             .map_err(|error| Error::Malformed(error.to_string()))?;
         if let Some(name) = reply.error {
             return Err(refused(name, reply.parameters));
         }
-        let received = Received {
-            continues: reply.continues,
-            fds: message.fds,
-            lost: message.lost,
-        };
-        Ok((parameters(reply.parameters)?, received))
+        Ok((parameters(reply.parameters)?, reply.continues, message))
     }
 
     fn next<M: Method>(&mut self, done: &mut bool) -> Option<Result<M::Reply>> {
@@ -206,18 +202,9 @@ impl Client {
             return None;
         }
         let received = self.receive::<M>();
-        *done = !matches!(&received, Ok((_, with)) if with.continues);
-        Some(received.map(|(reply, _)| reply))
+        *done = !matches!(received, Ok((_, true, _)));
+        Some(received.map(|(reply, _, _)| reply))
     }
-}
-
-/// A reply has these beside its parameters.
-struct Received {
-    /// Whether further replies come.
-    continues: bool,
-    fds: Vec<OwnedFd>,
-    /// Why there are not all descriptors.
-    lost: Option<io::Error>,
 }
 
 impl AsFd for Client {

@@ -203,12 +203,12 @@ impl Wire {
                 self.fds.extend(fds);
             }
         }
-        if received.flags.contains(ReturnFlags::CTRUNC) {
+        let cut = received.flags.contains(ReturnFlags::CTRUNC);
+        if cut {
             // Too many for us to have, or for a message.
             self.lost = rustix::io::fcntl_dupfd_cloexec(&self.socket, 0).err();
         }
-        let too_many = received.flags.contains(ReturnFlags::CTRUNC) && self.lost.is_none();
-        if too_many || self.fds.len() > MAX_FDS {
+        if (cut && self.lost.is_none()) || self.fds.len() > MAX_FDS {
             return Err(Error::Malformed(
                 "more descriptors than any message has".to_owned(),
             ));

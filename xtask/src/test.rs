@@ -154,11 +154,11 @@ fn guests(steps: &mut Steps, options: &Options) -> Result<()> {
             lane.watchers(steps, options, place == 0);
         }
     }
-    let has_module = lanes.iter().zip(&modules);
-    let has_module = has_module.filter(|(lane, _)| !lane.binaries.is_empty());
-    let has_module = has_module.filter_map(|(lane, module)| Some((lane, module.as_deref()?)));
+    let built = lanes.iter().zip(&modules);
+    let built = built.filter(|(lane, _)| !lane.binaries.is_empty());
+    let built = built.filter_map(|(lane, module)| Some((lane, module.as_deref()?)));
     let pool = guest_tests::Pool {
-        lanes: has_module
+        lanes: built
             .map(|(lane, module)| guest_tests::Lane {
                 binaries: &lane.binaries,
                 prepared: lane.prepared,

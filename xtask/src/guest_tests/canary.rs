@@ -1,7 +1,6 @@
 //! Planted bugs: a kernel that does not report them would not report ours either.
 
 use std::path::Path;
-use std::thread;
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::debug::Watch;
@@ -60,54 +59,28 @@ const CANARIES: &[Canary] = &[
 
 /// Runs a guest for each bug, and one without any.
 pub(crate) fn run(prepared: &Prepared) -> (Count, Result<()>) {
-    let mut count = Count::default();
-    let mut missed = Vec::new();
-    let mut add = |name: &str, result: Result<String>| match result {
-        Ok(said) => {
-            println!("canary {name} ... {said}");
-            count.passed += 1;
-        }
-        Err(error) => {
-            println!("canary {name} ... FAILED: {error:#}");
-            missed.push(name.to_owned());
-            count.failed += 1;
-        }
-    };
     let module = match kmod::build(prepared, true) {
         Ok(module) => module.with_file_name("barlease_canary.ko"),
-        Err(error) => return (count, Err(error)),
+        Err(error) => return (Count::default(), Err(error)),
     };
     let watches = prepared.kernel.watches();
     let seen = |canary: &&Canary| canary.only.is_none_or(|watch| watches == Some(watch));
     let canaries = CANARIES.iter().filter(seen).map(Some);
     let runs: Vec<_> = [None].into_iter().chain(canaries).collect();
-    for side_by_side in runs.chunks(pool::jobs()) {
-        thread::scope(|scope| {
-            let start = |canary: &Option<&'static Canary>| {
-                let (canary, module) = (*canary, &module);
-                let guest = scope.spawn(move || match canary {
-                    None => without(prepared, module),
-                    Some(canary) => canary.run(prepared, module),
-                });
-                (canary, guest)
-            };
-            let guests: Vec<_> = side_by_side.iter().map(start).collect();
-            for (canary, guest) in guests {
-                let name = canary.map_or("without a bug", |canary| canary.bug);
-                let panicked = |_| Err(anyhow::anyhow!("the lab panicked"));
-                add(name, guest.join().unwrap_or_else(panicked));
-            }
-        });
-    }
-    let result = if missed.is_empty() {
-        Ok(())
-    } else {
-        Err(anyhow::anyhow!(
-            "the lab gets these wrong: {}",
-            missed.join(", ")
-        ))
-    };
-    (count, result)
+    pool::checks(
+        &runs,
+        |canary| {
+            format!(
+                "canary {}",
+                canary.map_or("without a bug", |canary| canary.bug)
+            )
+        },
+        |canary| match canary {
+            None => without(prepared, &module),
+            Some(canary) => canary.run(prepared, &module),
+        },
+        "the lab gets these wrong",
+    )
 }
 
 fn guest<'a>(prepared: &'a Prepared, module: &Path, script: String) -> Run<'a> {

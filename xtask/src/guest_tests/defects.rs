@@ -2,7 +2,6 @@
 //! survive it.
 
 use std::path::Path;
-use std::thread;
 
 use anyhow::{Context, Result, bail};
 use barlease_lab::prepare::Prepared;
@@ -53,41 +52,12 @@ pub(crate) fn run(prepared: &Prepared) -> (Count, Result<()>) {
         Ok(binary) => binary,
         Err(error) => return (Count::default(), Err(error)),
     };
-    let mut count = Count::default();
-    let mut wrong = Vec::new();
-    let mut add = |defect: &Defect, result: Result<String>| match result {
-        Ok(said) => {
-            println!("{} ... {said}", defect.test);
-            count.passed += 1;
-        }
-        Err(error) => {
-            println!("{} ... FAILED: {error:#}", defect.test);
-            count.failed += 1;
-            wrong.push(defect.test);
-        }
-    };
-    for side_by_side in DEFECTS.chunks(pool::jobs()) {
-        thread::scope(|scope| {
-            let start = |defect: &'static Defect| {
-                let binary = &binary;
-                (defect, scope.spawn(move || defect.run(prepared, binary)))
-            };
-            let guests: Vec<_> = side_by_side.iter().map(start).collect();
-            for (defect, guest) in guests {
-                let panicked = |_| Err(anyhow::anyhow!("the lab panicked"));
-                add(defect, guest.join().unwrap_or_else(panicked));
-            }
-        });
-    }
-    let result = if wrong.is_empty() {
-        Ok(())
-    } else {
-        Err(anyhow::anyhow!(
-            "something else came of these: {}",
-            wrong.join(", ")
-        ))
-    };
-    (count, result)
+    pool::checks(
+        DEFECTS,
+        |defect| defect.test.to_owned(),
+        |defect| defect.run(prepared, &binary),
+        "something else came of these",
+    )
 }
 
 impl Defect {

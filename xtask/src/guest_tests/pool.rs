@@ -228,6 +228,46 @@ impl End {
     }
 }
 
+/// Runs checks in guests of their own, as many at a time as there may be, and says what came of
+/// each. `wrong` is said of those that fail.
+pub(super) fn checks<T: Sync>(
+    all: &[T],
+    name: impl Fn(&T) -> String,
+    check: impl Fn(&T) -> Result<String> + Sync,
+    wrong: &str,
+) -> (Count, Result<()>) {
+    let mut count = Count::default();
+    let mut failed = Vec::new();
+    for side_by_side in all.chunks(jobs()) {
+        thread::scope(|scope| {
+            let check = &check;
+            let start = |one| (one, scope.spawn(move || check(one)));
+            let guests: Vec<_> = side_by_side.iter().map(start).collect();
+            for (one, guest) in guests {
+                let panicked = |_| Err(anyhow::anyhow!("the lab panicked"));
+                match guest.join().unwrap_or_else(panicked) {
+                    Ok(said) => {
+                        println!("{} ... {said}", name(one));
+                        count.passed += 1;
+                    }
+                    Err(error) => {
+                        println!("{} ... FAILED: {error:#}", name(one));
+                        failed.push(name(one));
+                        count.failed += 1;
+                    }
+                }
+            }
+        });
+    }
+    if failed.is_empty() {
+        return (count, Ok(()));
+    }
+    (
+        count,
+        Err(anyhow::anyhow!("{wrong}: {}", failed.join(", "))),
+    )
+}
+
 /// Shows in one piece what guests that run side by side say.
 fn show(title: &str, text: &str) {
     let mut out = io::stdout().lock();
